@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+CPU_VENV := .venv-cpu
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-cpu lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/autobatch probe timm:resnet50 --target 256 --gpu t4 --autocast fp16
+	$(BIN)/autobatch probe "hf:gpt2?seq=1024" --target 256 --gpu a100-40gb --autocast bf16 --report demo-report
+	@echo
+	@echo "Open demo-report/report.html in a browser."
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n auto
+
+# the core alone, on the CPU build of PyTorch where the package index offers one
+test-cpu: $(CPU_VENV)/test.stamp
+	$(CPU_VENV)/bin/python -m pytest -n auto
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[timm,hf]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[timm,hf,lightning,examples,test,lint]"
+	touch $@ $(VENV)/demo.stamp
+
+$(CPU_VENV)/test.stamp: pyproject.toml
+	$(PYTHON) -m venv $(CPU_VENV)
+	$(CPU_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(CPU_VENV)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(CPU_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(CPU_VENV) demo-report build *.egg-info

@@ -1,0 +1,86 @@
+"""GPU memory auto-tuner for PyTorch: which micro-batch fits, and where every byte goes.
+
+>>> import autobatch
+>>> autobatch.find_gpu("A100 40GB").name
+'a100-40gb'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from autobatch._version import __version__
+
+if TYPE_CHECKING:
+    from autobatch.errors import (
+        AutobatchError,
+        DoesNotFitError,
+        FileError,
+        NoGpuError,
+        SampleError,
+        SpecError,
+        UnknownGpuError,
+        UsageError,
+        WorkloadError,
+    )
+    from autobatch.footprint import Footprint
+    from autobatch.gpus import GpuSpec, find_gpu
+    from autobatch.plan import Plan
+    from autobatch.progress import Progress
+    from autobatch.sample import batch_builder
+    from autobatch.tuner import predict, tune
+    from autobatch.workload import Workload
+
+_HOMES = {
+    "autobatch.errors": (
+        "AutobatchError",
+        "DoesNotFitError",
+        "FileError",
+        "NoGpuError",
+        "SampleError",
+        "SpecError",
+        "UnknownGpuError",
+        "UsageError",
+        "WorkloadError",
+    ),
+    "autobatch.footprint": ("Footprint",),
+    "autobatch.gpus": ("GpuSpec", "find_gpu"),
+    "autobatch.plan": ("Plan",),
+    "autobatch.progress": ("Progress",),
+    "autobatch.sample": ("batch_builder",),
+    "autobatch.tuner": ("predict", "tune"),
+    "autobatch.workload": ("Workload",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AutobatchError",
+    "DoesNotFitError",
+    "FileError",
+    "Footprint",
+    "GpuSpec",
+    "NoGpuError",
+    "Plan",
+    "Progress",
+    "SampleError",
+    "SpecError",
+    "UnknownGpuError",
+    "UsageError",
+    "Workload",
+    "WorkloadError",
+    "__version__",
+    "batch_builder",
+    "find_gpu",
+    "predict",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import autobatch` costs next to nothing."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'autobatch' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value

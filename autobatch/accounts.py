@@ -1,0 +1,104 @@
+"""From a trace to what people read: a footprint, a timeline, a curve.
+
+Invariant: a footprint's categories and rounding sum to the allocator's peak; a timeline keeps the
+highest instant of every stretch that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from autobatch.allocator import Replay, simulate
+from autobatch.footprint import Evidence, Footprint
+from autobatch.gpus import GpuSpec
+from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
+from autobatch.trace import Category, Trace
+from autobatch.tracemodel import TraceModel
+
+__all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of"]
+
+_SAMPLES = 400
+_CURVE_POINTS = 9
+
+_NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
+
+
+def replay(trace: Trace) -> Replay:
+    """Run a trace through an allocator without a limit.
+
+    A run stays within a budget without a retry exactly if its unlimited peak does: the limit only
+    ever acts on a request that would exceed it.
+    """
+    return simulate(trace.sizes, trace.events)
+
+
+def footprint_of(trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidence) -> Footprint:
+    """Account for every byte allocated at the peak of a trace."""
+    totals = trace.by_category(replayed.peak_event)
+    return Footprint(
+        micro_batch=trace.micro_batch,
+        accumulation_steps=trace.accumulation_steps,
+        gpu=gpu.name,
+        evidence=evidence,
+        parameters_bytes=totals["parameters"],
+        buffers_bytes=totals["buffers"],
+        gradients_bytes=totals["gradients"],
+        optimizer_bytes=totals["optimizer_state"],
+        activations_bytes=totals["activations"],
+        temporaries_bytes=totals["temporaries"],
+        inputs_bytes=totals["inputs"],
+        workspace_bytes=totals["workspace"],
+        other_bytes=totals["other"],
+        rounding_bytes=replayed.peak_allocated_bytes - sum(totals.values()),
+        peak_allocated_bytes=replayed.peak_allocated_bytes,
+        peak_reserved_bytes=replayed.peak_reserved_bytes,
+        context_bytes=gpu.context_bytes,
+    )
+
+
+def memory_point(model: TraceModel, micro_batch: int) -> MemoryPoint:
+    """Predict the peaks at a micro-batch."""
+    replayed = simulate(model.sizes(micro_batch), model.template.events)
+    return MemoryPoint(
+        micro_batch=micro_batch,
+        peak_allocated_bytes=replayed.peak_allocated_bytes,
+        peak_reserved_bytes=replayed.peak_reserved_bytes,
+        evidence="predicted",
+    )
+
+
+def curve_sizes(ceiling: int) -> list[int]:
+    """Return micro-batches from 1 to a little beyond the ceiling, evenly spaced."""
+    last = ceiling + max(1, ceiling // 8)
+    return sorted({max(1, round(last * i / (_CURVE_POINTS - 1))) for i in range(_CURVE_POINTS)})
+
+
+def timeline_of(trace: Trace) -> Timeline:
+    """Thin the traced windows to a few hundred instants for drawing."""
+    replayed = simulate(trace.sizes, trace.events, timeline=True)
+    kept = set(_highest_of_each_stretch(replayed.allocated_bytes)) | {replayed.peak_event}
+    live: dict[Category, int] = {block.category: 0 for block in trace.blocks}
+    samples = []
+    for event, index in enumerate(trace.events):
+        block = trace.blocks[index if index >= 0 else ~index]
+        live[block.category] += block.size_bytes if index >= 0 else -block.size_bytes
+        if event in kept:
+            samples.append(
+                TimelineSegment(
+                    event=event,
+                    categories={_NAMES.get(c, c): n for c, n in live.items()},
+                    allocated_bytes=replayed.allocated_bytes[event],
+                    reserved_bytes=replayed.reserved_bytes[event],
+                )
+            )
+    return Timeline(
+        samples=tuple(samples),
+        marks=tuple((m.event, m.phase, m.window, m.micro_batch) for m in trace.marks),
+        peak_event=replayed.peak_event,
+    )
+
+
+def _highest_of_each_stretch(values: tuple[int, ...]) -> Iterable[int]:
+    length = max(1, -(-len(values) // _SAMPLES))
+    for start in range(0, len(values), length):
+        yield max(range(start, min(start + length, len(values))), key=values.__getitem__)

@@ -1,0 +1,954 @@
+"""The CUDA caching allocator of PyTorch in plain integers: which block serves which request.
+
+Invariant: the blocks of a segment tile it, no two neighbours are both free, reserved bytes are the
+sum of the segments and allocated bytes the sum of the blocks in use.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp` and `c10/core/AllocatorConfig.cpp`,
+step-checked against recordings by `python -m reports.allocator`. Only the driver is idealised:
+`cudaMalloc` gives ever higher addresses and succeeds as long as the capacity is not used up.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, Literal
+
+from autobatch.errors import UsageError
+from autobatch.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from autobatch.snapshot import Snapshot
+
+__all__ = [
+    "AllocatorSettings",
+    "Block",
+    "BlockInfo",
+    "BlockState",
+    "CachingAllocator",
+    "OutOfMemory",
+    "Replay",
+    "SegmentInfo",
+    "round_size",
+    "segment_size",
+    "simulate",
+]
+
+MIN_BLOCK_BYTES: Final = 512
+SMALL_BYTES: Final = MIB
+SMALL_SEGMENT_BYTES: Final = 2 * MIB
+MIN_LARGE_BYTES: Final = 10 * MIB
+LARGE_SEGMENT_BYTES: Final = 20 * MIB
+SIZE_CLASSES: Final = tuple(1 << power for power in range(16))  # MiB
+
+DEFAULT_POOL: Final = (0, 0)
+
+BlockState = Literal["free", "allocated", "awaiting_free"]
+_STATES: Final[tuple[BlockState, ...]] = ("free", "allocated", "awaiting_free")
+_FREE, _ALLOCATED, _AWAITING, _UNMAPPED = range(4)
+
+_UNLIMITED: Final = 1 << 62
+_UNBOUNDED_RESERVE: Final = 1 << 42
+_FIRST_ADDRESS: Final = 1 << 40
+_ADDRESS_BITS: Final = 64
+_ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorSettings:
+    """What `PYTORCH_CUDA_ALLOC_CONF` changes in the allocator; the defaults are PyTorch's.
+
+    Attributes:
+        max_split_size_bytes: blocks of this size or more are never split; None for no such limit.
+        max_non_split_rounding_bytes: by how much such a block may exceed the request it serves.
+        large_segment_bytes: the segment made for requests between 1 and 10 MiB.
+        roundup_power2_divisions: steps between two powers of two to which sizes are rounded up;
+            one number for all sizes, or one by size class (1, 2, 4, ... 32768 MiB). 0 for none.
+        garbage_collection_threshold: share of the limit above which unused segments are released
+            before a new one is made; 0 for never.
+        expandable_segments: one growing segment per stream and pool.
+        unknown: keys of the parsed text that do not bear on this allocator.
+    """
+
+    max_split_size_bytes: int | None = None
+    max_non_split_rounding_bytes: int = LARGE_SEGMENT_BYTES
+    large_segment_bytes: int = LARGE_SEGMENT_BYTES
+    roundup_power2_divisions: int | Mapping[int, int] = 0
+    garbage_collection_threshold: float = 0.0
+    expandable_segments: bool = False
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the text of `PYTORCH_CUDA_ALLOC_CONF`.
+
+        Raises:
+            UsageError: a value that PyTorch would refuse, too.
+
+        >>> AllocatorSettings.parse("max_split_size_mb:128").max_split_size_bytes
+        134217728
+        """
+        values: dict[str, str] = {}
+        for item in re.split(r",(?![^\[]*\])", re.sub(r"\s", "", text)):
+            key, colon, value = item.partition(":")
+            if item and not (key and colon and value):
+                raise UsageError(f"allocator setting {item!r} is not of the form key:value")
+            if item:
+                values[key] = value
+        large = _megabytes(values, "large_segment_size_mb", 10)
+        minimum = (large or LARGE_SEGMENT_BYTES) // MIB
+        rounding = _megabytes(values, "max_non_split_rounding_mb", minimum)
+        return cls(
+            max_split_size_bytes=_megabytes(values, "max_split_size_mb", minimum),
+            max_non_split_rounding_bytes=rounding or LARGE_SEGMENT_BYTES,
+            large_segment_bytes=large or LARGE_SEGMENT_BYTES,
+            roundup_power2_divisions=_parse_divisions(values.pop("roundup_power2_divisions", "1")),
+            garbage_collection_threshold=_parse_threshold(values),
+            expandable_segments=_parse_flag(values, "expandable_segments"),
+            unknown=tuple(values),
+        )
+
+    def divisions(self, size_bytes: int) -> int:
+        """Return the roundup divisions that apply to a request of `size_bytes`."""
+        if isinstance(self.roundup_power2_divisions, int):
+            return self.roundup_power2_divisions
+        power = min(max(size_bytes.bit_length() - MIB.bit_length(), 0), len(SIZE_CLASSES) - 1)
+        return self.roundup_power2_divisions.get(SIZE_CLASSES[power], 0)
+
+
+def _refuse(key: str, value: str, expected: str) -> UsageError:
+    return UsageError(f"allocator setting {key}:{value} cannot be used: give {expected}")
+
+
+def _megabytes(values: dict[str, str], key: str, minimum: int) -> int | None:
+    value = values.pop(key, None)
+    if value is None:
+        return None
+    if not (value.isdecimal() and int(value) >= minimum):
+        raise _refuse(key, value, f"a whole number of MiB, at least {minimum}")
+    return int(value) * MIB
+
+
+def _parse_threshold(values: dict[str, str]) -> float:
+    value = values.pop("garbage_collection_threshold", None)
+    if value is None:
+        return 0.0
+    if not (re.fullmatch(r"\d*\.?\d+", value) and 0 < float(value) < 1):
+        raise _refuse("garbage_collection_threshold", value, "a number between 0 and 1")
+    return float(value)
+
+
+def _parse_flag(values: dict[str, str], key: str) -> bool:
+    value = values.pop(key, "False")
+    if value not in ("True", "False"):
+        raise _refuse(key, value, "True or False")
+    return value == "True"
+
+
+def _parse_divisions(value: str) -> int | dict[int, int]:
+    """Parse `4`, or `[64:8,256:4,>:1]`: classes in MiB; the first also covers all smaller ones."""
+    expected = "a power of two, or a list such as [64:8,256:4,>:1] of powers of two"
+    refusal = _refuse("roundup_power2_divisions", value, expected)
+    if not value.startswith("["):
+        if not _is_power_of_two(value):
+            raise refusal
+        return 0 if int(value) == 1 else int(value)
+    table = dict.fromkeys(SIZE_CLASSES, 0)
+    last = 0
+    for item in value.strip("[]").split(","):
+        size_class, _, divisions = item.partition(":")
+        if not (divisions == "0" or _is_power_of_two(divisions)):
+            raise refusal
+        if size_class == ">":
+            table.update({mib: int(divisions) for mib in SIZE_CLASSES if mib > last})
+        elif _is_power_of_two(size_class):
+            mib = min(int(size_class), SIZE_CLASSES[-1])
+            covered = [mib] if last else [smaller for smaller in SIZE_CLASSES if smaller <= mib]
+            table.update(dict.fromkeys(covered, int(divisions)))
+            last = mib
+        else:
+            raise refusal
+    return table
+
+
+def _is_power_of_two(text: str) -> bool:
+    return text.isdecimal() and int(text).bit_count() == 1
+
+
+def round_size(size_bytes: int, divisions: int = 0) -> int:
+    """Return the bytes that the allocator looks for when `size_bytes` are requested.
+
+    A multiple of 512 B; with `divisions` above 1, the next of that many equal steps between two
+    powers of two, for requests larger than 512 B times `divisions`.
+
+    >>> round_size(1), round_size(513), round_size(1_200_000, divisions=4)
+    (512, 1024, 1310720)
+    """
+    if divisions > 1 and size_bytes > MIN_BLOCK_BYTES * divisions:
+        step = (1 << (size_bytes.bit_length() - 1)) // divisions
+        return -(-size_bytes // step) * step
+    return max(-(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES, MIN_BLOCK_BYTES)
+
+
+def segment_size(rounded_bytes: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
+    """Return the size of the segment that is made for a request already rounded.
+
+    >>> [segment_size(n * MIB) // MIB for n in (1, 2, 11)]
+    [2, 20, 12]
+    """
+    if rounded_bytes <= SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if rounded_bytes < MIN_LARGE_BYTES:
+        return large_segment_bytes
+    return -(-rounded_bytes // (2 * MIB)) * 2 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInfo:
+    """One block as a snapshot shows it; `requested_bytes` is 0 for a free block."""
+
+    address: int
+    size_bytes: int
+    requested_bytes: int
+    state: BlockState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentInfo:
+    """One segment as a snapshot shows it; of an expandable one, a contiguous mapped range.
+
+    Attributes:
+        small: whether it serves requests of at most 1 MiB.
+        pool_id: (0, 0), or the private pool (CUDA graphs, `torch.cuda.MemPool`) that owns it.
+        blocks: all of its blocks, in order of address, without gaps.
+    """
+
+    address: int
+    size_bytes: int
+    stream: int
+    small: bool
+    pool_id: tuple[int, int]
+    expandable: bool
+    blocks: tuple[BlockInfo, ...]
+
+
+class OutOfMemory(Exception):
+    """The allocator's answer to a request that cannot be met; never leaves autobatch."""
+
+    def __init__(
+        self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, limit_bytes: int
+    ) -> None:
+        """Keep the numbers, all in bytes; the request as rounded."""
+        super().__init__(
+            f"out of memory: {format_bytes(requested_bytes)} requested,"
+            f" {format_bytes(allocated_bytes)} allocated, {format_bytes(reserved_bytes)} reserved"
+            f" of at most {format_bytes(limit_bytes)}"
+        )
+        self.requested_bytes = requested_bytes
+        self.allocated_bytes = allocated_bytes
+        self.reserved_bytes = reserved_bytes
+        self.limit_bytes = limit_bytes
+
+
+class _Pool:
+    """Free blocks of one stream, size class and owner: what a request may choose from.
+
+    `keys` holds `size << 64 | address` of every free block, sorted: the best fit comes first, and
+    ties go to the lowest address.
+    """
+
+    __slots__ = ("keys", "pool_id", "small", "stream", "unmapped")
+
+    def __init__(self, small: bool, stream: int, pool_id: tuple[int, int]) -> None:
+        self.small = small
+        self.stream = stream
+        self.pool_id = pool_id
+        self.keys: list[int] = []
+        self.unmapped: list[Block] = []
+
+
+class Block:
+    """A stretch of a segment; the handle that `malloc` returns and `free` takes back."""
+
+    __slots__ = (
+        "address",
+        "base",
+        "next",
+        "pool",
+        "prev",
+        "requested_bytes",
+        "searches",
+        "shared",
+        "size_bytes",
+        "state",
+    )
+
+    def __init__(self, address: int, size_bytes: int, pool: _Pool, base: int | None) -> None:
+        """Make a free block that is linked to no other and in no pool."""
+        self.address = address
+        self.size_bytes = size_bytes
+        self.pool = pool
+        self.base = base  # where its expandable segment begins; None in ordinary segments
+        self.state = _FREE
+        self.requested_bytes = 0
+        self.searches = 0
+        self.shared = False
+        self.prev: Block | None = None
+        self.next: Block | None = None
+
+    @property
+    def awaits(self) -> bool:
+        """Whether its free was requested and waits for other streams."""
+        return self.state == _AWAITING
+
+
+_by_address = attrgetter("address")
+
+
+class CachingAllocator:
+    """PyTorch's caching allocator on one device.
+
+    Attributes:
+        allocated_bytes: blocks in use, whole; drops when a free is requested.
+        awaiting_bytes: blocks whose free waits for work on other streams.
+        reserved_bytes: all segments.
+        alloc_retries: how often everything cached was released to satisfy a request.
+        ooms: requests that failed.
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings | None = None,
+        *,
+        capacity_bytes: int | None = None,
+        limit_bytes: int | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            settings: PyTorch's defaults if None.
+            capacity_bytes: what `cudaMalloc` can give in all; unlimited if None.
+            limit_bytes: the per-process limit, checked before `cudaMalloc` is called.
+        """
+        settings = settings or AllocatorSettings()
+        self.settings = settings
+        self.allocated_bytes = 0
+        self.awaiting_bytes = 0
+        self.reserved_bytes = 0
+        self.peak_allocated_bytes = 0
+        self.peak_active_bytes = 0
+        self.peak_reserved_bytes = 0
+        self.alloc_retries = 0
+        self.ooms = 0
+        self._capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
+        self._limit = _UNLIMITED if limit_bytes is None else limit_bytes
+        self._oversize = settings.max_split_size_bytes or _UNLIMITED
+        self._expandable = settings.expandable_segments
+        self._collects = limit_bytes is not None and settings.garbage_collection_threshold > 0
+        self._selective = (
+            self._collects or self._expandable or settings.max_split_size_bytes is not None
+        )
+        self._searches = 0
+        self._rounded: dict[int, int] = {}
+        self._pools: dict[tuple[bool, int, tuple[int, int]], _Pool] = {}
+        self._blocks: dict[int, Block] = {}  # every mapped block, by address
+        self._heads: dict[int, Block] = {}  # first block of every segment
+        self._awaiting: dict[Block, None] = {}
+        self._next_address = _FIRST_ADDRESS
+
+    @classmethod
+    def from_segments(
+        cls,
+        segments: Iterable[SegmentInfo],
+        settings: AllocatorSettings | None = None,
+        *,
+        capacity_bytes: int | None = None,
+        limit_bytes: int | None = None,
+    ) -> Self:
+        """Start with segments and blocks that exist already; peaks start at the present values."""
+        self = cls(settings, capacity_bytes=capacity_bytes, limit_bytes=limit_bytes)
+        tails: dict[_Pool, Block] = {}
+        for segment in sorted(segments, key=_by_address):
+            pool = self._pool(segment.small, segment.stream, segment.pool_id)
+            tail = tails.get(pool) if segment.expandable else None
+            base = (tail.base if tail else segment.address) if segment.expandable else None
+            if tail and tail.address + tail.size_bytes < segment.address:
+                tail = self._add_unmapped(tail, segment.address)
+            for info in segment.blocks:
+                tail = self._add_block(info, pool, base, after=tail)
+            if segment.expandable and tail:
+                tails[pool] = tail
+            self._selective |= segment.expandable
+            self.reserved_bytes += segment.size_bytes
+            self._next_address = max(self._next_address, segment.address + segment.size_bytes)
+        for pool, tail in tails.items():
+            assert tail.base is not None  # only expandable segments are in `tails`
+            if (end := tail.base + self._reserve_size(pool)) > tail.address + tail.size_bytes:
+                self._add_unmapped(tail, end)
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_active_bytes = self.active_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+        return self
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        snapshot: Snapshot,
+        device: int = 0,
+        *,
+        capacity_bytes: int | None = None,
+        limit_bytes: int | None = None,
+    ) -> Self:
+        """Start in the state, and with the settings, that a snapshot shows of one device."""
+        return cls.from_segments(
+            snapshot.segments.get(device, ()),
+            snapshot.settings,
+            capacity_bytes=capacity_bytes,
+            limit_bytes=limit_bytes,
+        )
+
+    @property
+    def active_bytes(self) -> int:
+        """Blocks in use, or waiting for other streams to be done with them."""
+        return self.allocated_bytes + self.awaiting_bytes
+
+    def malloc(
+        self, size_bytes: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL
+    ) -> Block:
+        """Allocate `size_bytes` (above 0) and return the block that serves them.
+
+        Raises:
+            OutOfMemory: not even after everything cached was released.
+        """
+        size = self._rounded.get(size_bytes) or self._round(size_bytes)
+        small = size <= SMALL_BYTES
+        pool = self._pools.get((small, stream, pool_id)) or self._pool(small, stream, pool_id)
+        keys = pool.keys
+        index = bisect_left(keys, size << _ADDRESS_BITS)
+        if self._selective:
+            index = self._select(pool, size, index)
+        if index < len(keys):
+            block = self._blocks[keys.pop(index) & _ADDRESS_MASK]
+        else:
+            block = self._grow(pool, size)
+        if small or self._expandable:
+            splits = block.size_bytes - size >= MIN_BLOCK_BYTES
+        else:
+            splits = block.size_bytes - size > SMALL_BYTES and size < self._oversize
+        if splits:
+            rest = self._split(block, size)
+            insort(keys, rest.size_bytes << _ADDRESS_BITS | rest.address)
+        block.state = _ALLOCATED
+        block.requested_bytes = size_bytes
+        allocated = self.allocated_bytes = self.allocated_bytes + block.size_bytes
+        if allocated > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = allocated
+        if allocated + self.awaiting_bytes > self.peak_active_bytes:
+            self.peak_active_bytes = allocated + self.awaiting_bytes
+        return block
+
+    def free(self, block: Block) -> None:
+        """Free a block; one that other streams used waits for `complete_free` or `synchronize`.
+
+        Raises:
+            ValueError: the block is not allocated.
+        """
+        if block.shared:
+            self.request_free(block)
+            return
+        if block.state != _ALLOCATED:
+            raise ValueError(f"block at {block.address:#x} is not allocated: it was freed before")
+        self.allocated_bytes -= block.size_bytes
+        self._recycle(block)
+
+    def record_stream(self, block: Block, stream: int) -> None:
+        """Note that another stream uses the block, so that its free has to wait."""
+        block.shared |= stream != block.pool.stream
+
+    def request_free(self, block: Block) -> None:
+        """Begin a free that waits for other streams: no longer allocated, still active."""
+        if block.state != _ALLOCATED:
+            raise ValueError(f"block at {block.address:#x} is not allocated: it was freed before")
+        self.allocated_bytes -= block.size_bytes
+        self.awaiting_bytes += block.size_bytes
+        block.state = _AWAITING
+        self._awaiting[block] = None
+
+    def complete_free(self, block: Block) -> None:
+        """End a requested free: the other streams are done with the block."""
+        if block.state != _AWAITING:
+            raise ValueError(f"block at {block.address:#x} has no free that waits")
+        self.awaiting_bytes -= block.size_bytes
+        del self._awaiting[block]
+        block.shared = False
+        self._recycle(block)
+
+    def synchronize(self) -> None:
+        """Complete every requested free."""
+        for block in list(self._awaiting):
+            self.complete_free(block)
+
+    def empty_cache(self) -> None:
+        """Release every wholly free segment, and every wholly free page of expandable ones."""
+        self.synchronize()
+        for pool in sorted(self._pools.values(), key=lambda pool: (pool.small, pool.stream)):
+            if pool.pool_id == DEFAULT_POOL:
+                for block in [self._blocks[key & _ADDRESS_MASK] for key in pool.keys]:
+                    if block.base is not None or block.prev is block.next is None:
+                        self.release(block)
+
+    def release(self, block: Block) -> tuple[int, int]:
+        """Give a free block back to the driver; of an expandable segment, its whole pages.
+
+        Returns:
+            Address and bytes of what was released.
+
+        Raises:
+            ValueError: the block is in use or only part of a segment.
+        """
+        if block.state != _FREE:
+            raise ValueError(f"block at {block.address:#x} is not free")
+        if block.base is not None:
+            return self._unmap(block, block.base)
+        if block.prev or block.next:
+            raise ValueError(f"block at {block.address:#x} is only part of its segment")
+        self._uncache(block)
+        del self._blocks[block.address], self._heads[block.address]
+        self.reserved_bytes -= block.size_bytes
+        return block.address, block.size_bytes
+
+    def block_at(self, address: int) -> Block | None:
+        """Return the block that begins at an address, else the one that holds it, else None."""
+        return self._blocks.get(address) or next(
+            (
+                block
+                for block in self._blocks.values()
+                if block.address < address < block.address + block.size_bytes
+            ),
+            None,
+        )
+
+    def segments(self) -> tuple[SegmentInfo, ...]:
+        """Return every segment with its blocks, by address, as a snapshot would show them."""
+        found = []
+        for head in self._heads.values():
+            run: list[Block] = []
+            for block in _chain(head):
+                if block.state != _UNMAPPED:
+                    run.append(block)
+                if run and (block.state == _UNMAPPED or block.next is None):
+                    found.append(_segment_info(run))
+                    run = []
+        return tuple(sorted(found, key=_by_address))
+
+    def cuda_malloc(self, size_bytes: int) -> int | None:
+        """Answer for `cudaMalloc`: an address, or None when the capacity is used up."""
+        if self.reserved_bytes + size_bytes > self._capacity:
+            return None
+        return self.cuda_reserve(size_bytes)
+
+    def cuda_reserve(self, size_bytes: int) -> int:
+        """Answer for `cuMemAddressReserve`: the address of a range that no memory backs yet."""
+        address = self._next_address
+        self._next_address += size_bytes
+        return address
+
+    def cuda_map(self, address: int, size_bytes: int) -> bool:
+        """Answer for `cuMemCreate` and `cuMemMap`: whether there is memory to back the range."""
+        return self.reserved_bytes + size_bytes <= self._capacity
+
+    def _round(self, size_bytes: int) -> int:
+        size = round_size(size_bytes, self.settings.divisions(size_bytes))
+        self._rounded[size_bytes] = size
+        return size
+
+    def _pool(self, small: bool, stream: int, pool_id: tuple[int, int]) -> _Pool:
+        key = (small, stream, pool_id)
+        if key not in self._pools:
+            self._pools[key] = _Pool(small, stream, pool_id)
+        return self._pools[key]
+
+    def _select(self, pool: _Pool, size: int, index: int) -> int:
+        """Apply the settings to the best fit `pool.keys[index]`; return the index of the choice.
+
+        An expandable block counts with the unmapped room behind it, so a larger block may fit
+        better; an oversize block serves only oversize requests that are not much smaller. Where
+        nothing may be chosen, the index is `len(pool.keys)`.
+        """
+        if self._collects and not pool.small and pool.pool_id == DEFAULT_POOL:
+            self._searches += 1
+        count = len(pool.keys)
+        if not self._expandable:
+            while index < count and self._cached(pool, index).base is not None:
+                index += 1
+        else:
+            while index + 1 < count:
+                block = self._cached(pool, index)
+                if block.base is None or _room(self._cached(pool, index + 1)) >= _room(block):
+                    break
+                index += 1
+        if index < count:
+            found = self._cached(pool, index).size_bytes
+            slack = self.settings.max_non_split_rounding_bytes
+            if found >= self._oversize and (size < self._oversize or found >= size + slack):
+                return count
+        return index
+
+    def _cached(self, pool: _Pool, index: int) -> Block:
+        return self._blocks[pool.keys[index] & _ADDRESS_MASK]
+
+    def _grow(self, pool: _Pool, size: int) -> Block:
+        """Return a new free block that is in no pool, after releasing what must be released."""
+        if self._collects:
+            self._collect_garbage()
+        block = self._new_block(pool, size)
+        if block is None and self._release_oversize(pool, size):
+            block = self._new_block(pool, size)
+        if block is None:
+            self.empty_cache()
+            self.alloc_retries += 1
+            block = self._new_block(pool, size)
+        if block is None:
+            self.ooms += 1
+            limit = min(self._limit, self._capacity)
+            raise OutOfMemory(size, self.allocated_bytes, self.reserved_bytes, limit)
+        return block
+
+    def _new_block(self, pool: _Pool, size: int) -> Block | None:
+        new_bytes = segment_size(size, self.settings.large_segment_bytes)
+        if self.reserved_bytes + new_bytes > self._limit:
+            return None
+        if self._expandable:
+            return self._extend(pool, size)
+        address = self.cuda_malloc(new_bytes)
+        if address is None:
+            return None
+        block = Block(address, new_bytes, pool, None)
+        self._blocks[address] = self._heads[address] = block
+        self._count_reserved(new_bytes)
+        return block
+
+    def _count_reserved(self, new_bytes: int) -> None:
+        self.reserved_bytes += new_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _collect_garbage(self) -> None:
+        """Release unsplit large blocks of at least average age, in searches since their free."""
+        threshold = int(self.settings.garbage_collection_threshold * self._limit)
+        target = self.reserved_bytes - threshold
+        ages = {
+            block: self._searches - block.searches
+            for block in self._free_blocks()
+            if not block.pool.small and block.base is None and block.prev is block.next is None
+        }
+        while target > 0 and ages:
+            average = sum(ages.values()) / len(ages)
+            for block in [block for block, age in ages.items() if age >= average]:
+                del ages[block]
+                target -= self.release(block)[1]
+
+    def _free_blocks(self) -> Iterator[Block]:
+        for pool in self._pools.values():
+            if pool.pool_id == DEFAULT_POOL:
+                for key in pool.keys:
+                    yield self._blocks[key & _ADDRESS_MASK]
+
+    def _release_oversize(self, pool: _Pool, size: int) -> bool:
+        """Release one cached oversize block as large as the request, or the largest ones."""
+        if self._oversize == _UNLIMITED:
+            return False
+        needed = max(size, self._oversize)
+        oversize = pool.keys[bisect_left(pool.keys, self._oversize << _ADDRESS_BITS) :]
+        blocks = [self._blocks[key & _ADDRESS_MASK] for key in oversize]
+        blocks = [block for block in blocks if block.base is None]
+        enough = next((block for block in blocks if block.size_bytes >= needed), None)
+        if enough:
+            self.release(enough)
+            return True
+        while blocks and needed > 0:
+            needed -= self.release(blocks.pop())[1]
+        return needed <= 0
+
+    def _recycle(self, block: Block) -> Block:
+        """Make a block free, merge it with its free neighbours, and cache and return the result."""
+        keys = block.pool.keys
+        after = block.next
+        if after and after.state == _FREE:
+            del keys[bisect_left(keys, after.size_bytes << _ADDRESS_BITS | after.address)]
+            self._absorb(block, after)
+        before = block.prev
+        if before and before.state == _FREE:
+            del keys[bisect_left(keys, before.size_bytes << _ADDRESS_BITS | before.address)]
+            self._absorb(before, block)
+            block = before
+        block.state = _FREE
+        block.requested_bytes = 0
+        block.searches = self._searches
+        insort(keys, block.size_bytes << _ADDRESS_BITS | block.address)
+        return block
+
+    def _absorb(self, block: Block, after: Block) -> None:
+        """Merge a block with the one that follows it; the first keeps its identity."""
+        if after.state != _UNMAPPED:
+            del self._blocks[after.address]
+        block.size_bytes += after.size_bytes
+        block.next = after.next
+        if after.next:
+            after.next.prev = block
+
+    def _split(self, block: Block, size: int) -> Block:
+        """Cut a block after `size` bytes and return the rest, which is in no pool yet."""
+        rest = Block(block.address + size, block.size_bytes - size, block.pool, block.base)
+        rest.prev = block
+        rest.next = block.next
+        if block.next:
+            block.next.prev = rest
+        block.next = rest
+        block.size_bytes = size
+        rest.state = block.state
+        rest.searches = self._searches
+        if block.state != _UNMAPPED:
+            self._blocks[rest.address] = rest
+        return rest
+
+    def _uncache(self, block: Block) -> None:
+        keys = block.pool.keys
+        del keys[bisect_left(keys, block.size_bytes << _ADDRESS_BITS | block.address)]
+
+    def _page_size(self, pool: _Pool) -> int:
+        return SMALL_SEGMENT_BYTES if pool.small else self.settings.large_segment_bytes
+
+    def _reserve_size(self, pool: _Pool) -> int:
+        """Return the address range of an expandable segment: 9/8 of the capacity, in pages."""
+        page = self._page_size(pool)
+        bounded = self._capacity < _UNLIMITED
+        return -(-(self._capacity * 9 // 8 if bounded else _UNBOUNDED_RESERVE) // page) * page
+
+    def _extend(self, pool: _Pool, size: int) -> Block | None:
+        """Map pages at the lowest address with room for `size`, joined to the free block before."""
+        block: Block | None = self._unmapped_room(pool, size)
+        if block and block.state == _UNMAPPED:
+            block = self._map(block, min(block.size_bytes, size))
+        while block and block.size_bytes < size:
+            assert block.next is not None  # _unmapped_room counted it
+            block = self._map(block.next, min(block.next.size_bytes, size - block.size_bytes))
+        if block:
+            self._uncache(block)
+        return block
+
+    def _unmapped_room(self, pool: _Pool, size: int) -> Block:
+        for block in pool.unmapped:
+            first = block.prev if block.prev and block.prev.state == _FREE else block
+            room = 0
+            for following in _chain(first):
+                if following.state not in (_FREE, _UNMAPPED):
+                    break
+                room += following.size_bytes
+            if room >= size:
+                return first
+        reserve = self._reserve_size(pool)
+        base = self.cuda_reserve(reserve)
+        block = Block(base, reserve, pool, base)
+        block.state = _UNMAPPED
+        self._heads[base] = block
+        insort(pool.unmapped, block, key=_by_address)
+        return block
+
+    def _map(self, block: Block, size: int) -> Block | None:
+        """Back the first pages of an unmapped block; return the free block they end up in."""
+        pool = block.pool
+        page = self._page_size(pool)
+        mapped = -(-size // page) * page
+        if not self.cuda_map(block.address, mapped):
+            return None
+        pool.unmapped.remove(block)
+        if mapped < block.size_bytes:
+            insort(pool.unmapped, self._split(block, mapped), key=_by_address)
+        block.state = _FREE
+        self._blocks[block.address] = block
+        self._count_reserved(mapped)
+        return self._recycle(block)
+
+    def _unmap(self, block: Block, base: int) -> tuple[int, int]:
+        """Unmap the whole pages inside a free block of an expandable segment."""
+        pool = block.pool
+        page = self._page_size(pool)
+        first = base + -(-(block.address - base) // page) * page
+        end = block.address + block.size_bytes
+        last = base + (end - base) // page * page
+        if first >= last:
+            return first, 0
+        self._uncache(block)
+        if last < end:
+            rest = self._split(block, last - block.address)
+            insort(pool.keys, rest.size_bytes << _ADDRESS_BITS | rest.address)
+        if block.address < first:
+            rest = self._split(block, first - block.address)
+            insort(pool.keys, block.size_bytes << _ADDRESS_BITS | block.address)
+            block = rest
+        del self._blocks[block.address]
+        block.state = _UNMAPPED
+        self.reserved_bytes -= last - first
+        if block.next and block.next.state == _UNMAPPED:
+            pool.unmapped.remove(block.next)
+            self._absorb(block, block.next)
+        if block.prev and block.prev.state == _UNMAPPED:
+            self._absorb(block.prev, block)
+        else:
+            insort(pool.unmapped, block, key=_by_address)
+        if self._heads[base].next is None and self._heads[base].state == _UNMAPPED:
+            pool.unmapped.remove(self._heads.pop(base))
+        return first, last - first
+
+    def _add_block(
+        self, info: BlockInfo, pool: _Pool, base: int | None, *, after: Block | None
+    ) -> Block:
+        block = Block(info.address, info.size_bytes, pool, base)
+        block.prev = after
+        if after:
+            after.next = block
+        else:
+            self._heads[info.address] = block
+        self._blocks[info.address] = block
+        block.requested_bytes = info.requested_bytes
+        block.state = _STATES.index(info.state)
+        if block.state == _FREE:
+            insort(pool.keys, block.size_bytes << _ADDRESS_BITS | block.address)
+        elif block.state == _ALLOCATED:
+            self.allocated_bytes += block.size_bytes
+        else:
+            self.awaiting_bytes += block.size_bytes
+            self._awaiting[block] = None
+        return block
+
+    def _add_unmapped(self, after: Block, end: int) -> Block:
+        """Append the address range up to `end`, which no memory backs, behind a mapped block."""
+        start = after.address + after.size_bytes
+        block = Block(start, end - start, after.pool, after.base)
+        block.state = _UNMAPPED
+        block.prev = after
+        after.next = block
+        insort(block.pool.unmapped, block, key=_by_address)
+        return block
+
+
+def _chain(block: Block | None) -> Iterator[Block]:
+    """Yield a block and all that follow it in its segment."""
+    while block:
+        yield block
+        block = block.next
+
+
+def _room(block: Block) -> int:
+    """Return the size to which a free block of an expandable segment can grow in place."""
+    after = block.next
+    return block.size_bytes + (after.size_bytes if after and after.state == _UNMAPPED else 0)
+
+
+def _segment_info(run: Sequence[Block]) -> SegmentInfo:
+    pool = run[0].pool
+    return SegmentInfo(
+        address=run[0].address,
+        size_bytes=sum(block.size_bytes for block in run),
+        stream=pool.stream,
+        small=pool.small,
+        pool_id=pool.pool_id,
+        expandable=run[0].base is not None,
+        blocks=tuple(
+            BlockInfo(
+                address=block.address,
+                size_bytes=block.size_bytes,
+                requested_bytes=block.requested_bytes,
+                state=_STATES[block.state],
+            )
+            for block in run
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What the allocator did with a trace, up to its end or to the first request that failed.
+
+    Attributes:
+        peak_allocated_bytes: most bytes of blocks in use, as the allocator rounds them.
+        peak_reserved_bytes: most bytes in segments.
+        peak_event: first event after which most bytes were allocated.
+        alloc_retries: how often everything cached had to be released.
+        oom_event: the event that could not be satisfied; None if all could.
+        allocated_bytes, reserved_bytes: after each event; empty unless a timeline was asked for.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_event: int
+    alloc_retries: int
+    oom_event: int | None
+    allocated_bytes: tuple[int, ...] = ()
+    reserved_bytes: tuple[int, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every request was met without releasing the cache, which would stall the GPU."""
+        return self.oom_event is None and self.alloc_retries == 0
+
+
+def simulate(
+    sizes: Sequence[int],
+    events: Sequence[int],
+    *,
+    settings: AllocatorSettings | None = None,
+    limit_bytes: int | None = None,
+    timeline: bool = False,
+) -> Replay:
+    """Run a trace through an allocator that starts empty; a block of 0 bytes takes no memory.
+
+    Args:
+        sizes: requested bytes of each block.
+        events: `b` allocates block `b`, `~b` frees it, as in `Trace.events`.
+        settings: PyTorch's defaults if None.
+        limit_bytes: most bytes that may be reserved; unlimited if None.
+        timeline: also return allocated and reserved bytes after each event.
+
+    >>> simulate([600, 3 << 20], [0, 1, ~0]).peak_reserved_bytes >> 20
+    22
+    """
+    allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
+    malloc, free = allocator.malloc, allocator.free
+    live: list[Block | None] = [None] * len(sizes)
+    allocated: list[int] = []
+    reserved: list[int] = []
+    peak = peak_event = 0
+    oom_event = None
+    for event, index in enumerate(events):
+        if index >= 0:
+            if sizes[index]:
+                try:
+                    live[index] = malloc(sizes[index])
+                except OutOfMemory:
+                    oom_event = event
+                    break
+                if allocator.allocated_bytes > peak:
+                    peak = allocator.allocated_bytes
+                    peak_event = event
+        else:
+            block = live[~index]
+            if block:
+                free(block)
+        if timeline:
+            allocated.append(allocator.allocated_bytes)
+            reserved.append(allocator.reserved_bytes)
+    return Replay(
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        peak_event=peak_event,
+        alloc_retries=allocator.alloc_retries,
+        oom_event=oom_event,
+        allocated_bytes=tuple(allocated),
+        reserved_bytes=tuple(reserved),
+    )

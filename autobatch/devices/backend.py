@@ -1,0 +1,146 @@
+"""A device type for simulated GPUs, and user code that says "cuda" landing on it.
+
+Where the process has a live CUDA device, fake tensors on `cuda` need no backend and nothing is
+registered. Elsewhere PyTorch's PrivateUse1 slot is claimed once, under the name `virtual_gpu`;
+outside of a simulation it reports itself as unavailable.
+
+Invariant: a process with a real accelerator is never registered in (the registration would make
+the virtual device its current accelerator, for ever).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from autobatch.devices import autocast
+from autobatch.errors import AutobatchError
+from autobatch.gpus import GpuSpec
+from autobatch.patching import patched
+
+__all__ = ["pretend", "virtual_device"]
+
+_NAME = "virtual_gpu"
+_active = False
+
+
+class _Module:
+    """What PyTorch looks up as `torch.virtual_gpu`."""
+
+    _initialized = False
+
+    def is_available(self) -> bool:
+        return _active
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return int(_active)
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+
+class _Hooks(torch._C._acc.PrivateUse1Hooks):
+    def is_available(self) -> bool:
+        return _active
+
+    def has_primary_context(self, device_index: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
+
+
+def virtual_device() -> torch.device:
+    """Return the device that simulated tensors live on, registering it on first use.
+
+    Raises:
+        AutobatchError: another accelerator, or another PrivateUse1 backend, is live here.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch._C._get_privateuse1_backend_name() == _NAME:
+        return torch.device(_NAME, 0)
+    live = torch.accelerator.current_accelerator(check_available=True)
+    if live is not None or torch._C._get_privateuse1_backend_name() != "privateuseone":
+        raise AutobatchError(
+            f"this process uses the accelerator {live}, beside which no GPU can be simulated: "
+            "run the simulation from the command line, `autobatch probe`, or in its own process"
+        )
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(rename=_NAME, backend_module=_Module(), hook=_Hooks())
+    autocast.register(_NAME)
+    return torch.device(_NAME, 0)
+
+
+@contextlib.contextmanager
+def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
+    """Let PyTorch's own Python code, and the user's, take the virtual device for a CUDA GPU."""
+    global _active
+    with contextlib.ExitStack() as patches:
+        for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+            module = importlib.import_module(name)  # torch.optim hides its own submodule
+            types = [*module._foreach_supported_types, FakeTensor]
+            patches.enter_context(patched(module, _foreach_supported_types=types))
+        if device.type == _NAME:
+            patches.enter_context(patched(torch.cuda, **_answers(spec)))
+            patches.enter_context(autocast.mirrored(_NAME))
+            _active = True
+        try:
+            yield
+        finally:
+            _active = False
+
+
+def _answers(spec: GpuSpec) -> dict[str, Callable[..., Any]]:
+    """Return what functions of `torch.cuda` would answer on the simulated GPU."""
+    major, minor = spec.compute_capability
+    properties = SimpleNamespace(
+        name=spec.name, major=major, minor=minor, total_memory=spec.capacity_bytes
+    )
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_name": lambda device=None: spec.name,
+        "get_device_properties": lambda device=None: properties,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "mem_get_info": lambda device=None: (spec.capacity_bytes, spec.capacity_bytes),
+    }

@@ -1,0 +1,256 @@
+"""Fake tensors on the simulated device, fast enough to run whole training windows.
+
+`VirtualMode` is PyTorch's `FakeTensorMode` with three additions: a recorder sees every storage
+that comes to life on the simulated device, calls that repeat with the same shapes are answered
+from a cache of output layouts (a training window repeats nearly all of them), and reads of values
+that do not exist are answered by stand-ins (`standins.py`).
+
+Invariant: a cached answer has the same shapes, strides, dtypes and aliasing as FakeTensorMode's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["Recorder", "VirtualMode"]
+
+
+class Recorder(Protocol):
+    """Sees the storages of the simulated device."""
+
+    def created(self, tensor: Tensor, op: str) -> None:
+        """A storage may have come to life as `tensor`'s; called for new and for old ones."""
+
+
+class StandIns(Protocol):
+    """Answers for values that do not exist."""
+
+    def __call__(
+        self, mode: VirtualMode, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Answer an op, or return NotImplemented."""
+
+    def note_truth(self, func: OpOverload, args: Sequence[Any], output: Any) -> None:
+        """Remember what a truth value stands for."""
+
+
+class _Uncacheable(Exception):
+    """A call whose answer depends on more than the layout of its arguments."""
+
+
+# What to do with one output: ("same", i) is argument i itself, ("view", i, layout) aliases its
+# storage, ("new", layout) owns fresh storage, ("value", v) is a plain Python value.
+_Recipe = tuple[Any, ...]
+
+_META = torch.device("meta")
+_IMMUTABLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+_FORMATS = (torch.memory_format,)
+
+
+class VirtualMode(FakeTensorMode):
+    """Run tensors of `device` without memory; everything else is a fake CPU tensor."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        recorder: Recorder,
+        standins: StandIns,
+        before: Callable[[OpOverload, Sequence[Any]], None],
+        recipes: dict[Any, Any],
+    ):
+        """Prepare a mode.
+
+        Args:
+            device: the simulated device; tensors elsewhere are fake but not recorded.
+            recorder: told of every storage on the device.
+            standins: asked first, for every op.
+            before: called before every op that runs on the device, for hidden allocations.
+            recipes: the cache of output layouts, shared by runs on the same device.
+        """
+        super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # ours is in front of it
+        self.virtual_device = device
+        self._recorder = recorder
+        self._standins = standins
+        self._before = before
+        self._recipes = recipes
+        self._depth = 0
+        self._attributes: dict[str, Any] | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave `__torch_dispatch__` unwrapped: no torch.compile here, and a call less per op."""
+        return False
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Whether `torch.tensor(…, device=…)` must not touch a real device: always."""
+        return True
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer from the cache, from a stand-in, or as FakeTensorMode does; then record."""
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
+            return _META if self.in_kernel_invocation else args[0].fake_device
+        if self._depth:  # a decomposition inside FakeTensorMode: no kernel, no memory
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self._depth += 1
+        try:
+            return self._dispatch(func, types, args, kwargs)
+        finally:
+            self._depth -= 1
+
+    def _dispatch(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        output = self._standins(self, func, args, kwargs)
+        if output is NotImplemented:
+            self._before(func, args)
+            tensors: list[Any] = []
+            try:
+                key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
+                recipe = self._recipes.get(key)
+            except _Uncacheable:
+                output = super().__torch_dispatch__(func, types, args, kwargs)
+            else:
+                if recipe is not None:
+                    output = self._build(recipe, tensors, func)
+                    if recipe[0] == "new":
+                        self._standins.note_truth(func, args, output)
+                    return output
+                output = super().__torch_dispatch__(func, types, args, kwargs)
+                self._remember(key, func, output, tensors)
+        self._created(output, func.name())
+        self._standins.note_truth(func, args, output)
+        return output
+
+    def run(self, func: OpOverload, *args: Any) -> Any:
+        """Run an op from inside a stand-in; its results are recorded."""
+        output = super().__torch_dispatch__(func, (), args, {})
+        self._created(output, func.name())
+        return output
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """Make a tensor on `like`'s device from inside a stand-in."""
+        elem = torch.empty(shape, dtype=dtype, device="meta")
+        return FakeTensor(self, elem, like.device)
+
+    def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
+        """Describe arguments by layout; collect the tensors among them in order."""
+        parts: list[Any] = []
+        for value in values:
+            kind = type(value)
+            if kind is FakeTensor:
+                if value.fake_device is not self.virtual_device and (
+                    value.fake_device != self.virtual_device
+                ):
+                    raise _Uncacheable
+                if value.constant is not None or value.dtype.is_complex:
+                    raise _Uncacheable
+                tensors.append(value)
+                parts.append(
+                    (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
+                )
+            elif kind in (list, tuple):
+                parts.append((kind, self._key(value, tensors)))
+            elif kind in (int, float, bool):
+                parts.append((kind, value))  # 1, 1.0 and True are equal as keys
+            elif isinstance(value, _IMMUTABLE) or isinstance(value, _FORMATS):
+                parts.append(value)
+            else:
+                raise _Uncacheable
+        return tuple(parts)
+
+    def _remember(self, key: Any, func: OpOverload, output: Any, tensors: list[Any]) -> None:
+        try:
+            recipe = self._describe(output, tensors)
+        except _Uncacheable:
+            return
+        if torch.Tag.inplace_view not in func.tags and torch.Tag.data_dependent_output not in (
+            func.tags
+        ):
+            self._recipes[key] = recipe
+
+    def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
+        if isinstance(output, FakeTensor):
+            for index, tensor in enumerate(tensors):
+                if output is tensor:
+                    return ("same", index)
+            if output.fake_device != self.virtual_device or output.constant is not None:
+                raise _Uncacheable
+            if output.layout is not torch.strided or output.dtype.is_complex:
+                raise _Uncacheable
+            layout = (tuple(output.shape), output.stride(), output.storage_offset(), output.dtype)
+            storage = output.untyped_storage()._cdata
+            for index, tensor in enumerate(tensors):
+                if tensor.untyped_storage()._cdata == storage:
+                    return ("view", index, *layout)
+            dense = torch.empty_strided(layout[0], layout[1], dtype=output.dtype, device="meta")
+            if output.storage_offset() or (
+                dense.untyped_storage().nbytes() != output.untyped_storage().nbytes()
+            ):
+                raise _Uncacheable
+            return ("new", *layout)
+        if isinstance(output, (list, tuple)):
+            kind = list if isinstance(output, list) else tuple
+            return ("list", kind, [self._describe(item, tensors) for item in output])
+        if output is None or isinstance(output, (int, float, bool)):
+            return ("value", output)
+        raise _Uncacheable
+
+    def _build(self, recipe: _Recipe, tensors: list[Any], func: OpOverload) -> Any:
+        kind = recipe[0]
+        if kind == "new":
+            _, shape, stride, _, dtype = recipe
+            output = self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
+            self._recorder.created(output, func.name())
+            return output
+        if kind == "same":
+            return tensors[recipe[1]]
+        if kind == "view":
+            _, index, shape, stride, offset, dtype = recipe
+            elem = torch.empty((), dtype=dtype, device=_META)
+            storage = tensors[index].untyped_storage()
+            elem.set_(storage, offset, shape, stride)  # type: ignore[call-overload]
+            return self._wrap(elem)
+        if kind == "list":
+            return recipe[1](self._build(item, tensors, func) for item in recipe[2])
+        return recipe[1]
+
+    def _wrap(self, elem: Tensor) -> FakeTensor:
+        """Do what FakeTensor's constructor does, without its hundred checks."""
+        if self._attributes is None:
+            self._attributes = dict(FakeTensor(self, elem, self.virtual_device).__dict__)
+        output: FakeTensor = Tensor._make_subclass(
+            FakeTensor,
+            elem,
+            False,
+            dispatch_device=True,
+            device_for_backend_keys=self.virtual_device,
+        )
+        output.__dict__.update(self._attributes)
+        return output
+
+    def _created(self, output: Any, op: str) -> None:
+        if isinstance(output, FakeTensor):
+            if output.fake_device == self.virtual_device:
+                self._recorder.created(output, op)
+        elif isinstance(output, (list, tuple)):
+            for item in output:
+                self._created(item, op)

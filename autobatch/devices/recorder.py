@@ -1,0 +1,123 @@
+"""Watch storages of a simulated device live and die, and tell it as a `Trace`.
+
+A storage is allocated when the first tensor on it appears and freed when its last reference goes,
+as with the caching allocator. Invariant: every live block is in exactly one category.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.trace import Block, Category, Mark, Phase, Trace
+
+__all__ = ["StorageRecorder"]
+
+
+class _Block:
+    """A block while it is being recorded; its category is settled at the end."""
+
+    __slots__ = ("category", "op", "outlived_forward", "phase", "size_bytes")
+
+    def __init__(self, size_bytes: int, phase: Phase, op: str, category: Category | None):
+        self.size_bytes = size_bytes
+        self.phase = phase
+        self.op = op
+        self.category = category
+        self.outlived_forward = False
+
+
+class _StorageRef(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference that knows which block its storage was."""
+
+    __slots__ = ("block", "key")
+    block: int
+    key: int
+
+
+class StorageRecorder:
+    """Number storages in order of allocation and log their lives.
+
+    Tensors are identified by their storage, so views and in-place results are no new blocks.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._events: list[int] = []
+        self._marks: list[Mark] = []
+        self._live: dict[int, _StorageRef] = {}
+        self._phase: Phase = "setup"
+        self._pending: Category | None = None
+
+    def created(self, tensor: Tensor, op: str) -> None:
+        """Log an allocation if `tensor`'s storage has not been seen."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        ref = _StorageRef(storage, self._freed)
+        ref.key = key
+        ref.block = len(self._blocks)
+        self._live[key] = ref
+        category = self._pending
+        if category is None and self._phase == "backward" and torch.is_grad_enabled():
+            category = "activations"  # recomputed by activation checkpointing
+        self._blocks.append(_Block(storage.nbytes(), self._phase, op, category))
+        self._events.append(ref.block)
+
+    def _freed(self, ref: _StorageRef) -> None:
+        # the address may have been reused by a storage that was seen before this callback ran
+        if self._live.get(ref.key) is ref:
+            del self._live[ref.key]
+        self._events.append(~ref.block)
+
+    def hidden(self, size_bytes: int, op: str, category: Category = "workspace") -> int:
+        """Log an allocation that no tensor shows; returns its block for `release`."""
+        self._blocks.append(_Block(size_bytes, self._phase, op, category))
+        self._events.append(len(self._blocks) - 1)
+        return len(self._blocks) - 1
+
+    def release(self, block: int) -> None:
+        """Log the end of a hidden block."""
+        self._events.append(~block)
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """Mark the beginning of a phase; blocks alive when backward begins are activations."""
+        if phase == "backward":
+            for ref in self._live.values():
+                self._blocks[ref.block].outlived_forward = True
+        self._phase = phase
+        self._pending = "inputs" if phase == "inputs" else None
+        self._marks.append(Mark(len(self._events), phase, window, micro_batch))
+
+    def tag(self, tensors: Iterable[Any], category: Category) -> None:
+        """Put the storages of tensors into a category for their whole life."""
+        for tensor in tensors:
+            ref = self._live.get(tensor.untyped_storage()._cdata)
+            if ref is not None:
+                self._blocks[ref.block].category = category
+
+    def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
+        """Return what was seen so far."""
+        return Trace(
+            micro_batch=micro_batch,
+            accumulation_steps=accumulation_steps,
+            blocks=tuple(
+                Block(b.size_bytes, b.category or _by_phase(b), b.phase, b.op) for b in self._blocks
+            ),
+            events=tuple(self._events),
+            marks=tuple(self._marks),
+        )
+
+
+def _by_phase(block: _Block) -> Category:
+    """Name what no owner claims: what a forward pass leaves for backward is an activation."""
+    if block.phase == "setup":
+        return "other"
+    if block.phase == "forward" and block.outlived_forward:
+        return "activations"
+    return "temporaries"

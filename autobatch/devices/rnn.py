@@ -1,0 +1,83 @@
+"""Recurrent layers as cuDNN runs them: one op for all layers and steps, not a cell at a time.
+
+The size of cuDNN's training reserve has no published formula. `reserve_bytes` counts what the
+backward pass cannot do without: the activated gates of every step, the cell states of an LSTM,
+and the outputs of every layer but the last. It is an estimate, and reported as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "run_layer"]
+
+aten = torch.ops.aten
+
+LAYERS = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
+"""cuDNN's mode number by the name of PyTorch's function."""
+
+_GATES = (1, 1, 4, 4)  # kept per hidden unit; a GRU keeps its recurrent candidate beside 3 gates
+
+
+def run_layer(name: str, *args: Any) -> Any:
+    """Run `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu` through `_cudnn_rnn`.
+
+    Takes the arguments of the dense or of the packed form of those functions.
+    """
+    mode = LAYERS[name]
+    packed = isinstance(args[3], (list, tuple))
+    if packed:
+        data, batch_sizes, hidden, weights, biases, layers, dropout, train, both = args
+        batch_first, sizes = False, [1] * len(batch_sizes)
+        sizes[0] = hidden[0].size(1) if mode == 2 else hidden.size(1)
+    else:
+        data, hidden, weights, biases, layers, dropout, train, both, batch_first = args
+        sizes = []
+    state, cell = hidden if mode == 2 else (hidden, None)
+    directions = 2 if both else 1
+    stride = len(weights) // (layers * directions)
+    projection = weights[-1].size(0) if stride in (3, 5) else 0
+    hidden_size = cell.size(-1) if cell is not None else state.size(-1)
+    output, last, last_cell, _, _ = aten._cudnn_rnn(
+        data, weights, stride, None, state, cell, mode, hidden_size, projection, layers,
+        batch_first, dropout, train, both, sizes, None,
+    )  # fmt: skip
+    return (output, last, last_cell) if mode == 2 else (output, last)
+
+
+def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Make what `_cudnn_rnn` returns: output, last states, reserve, weight buffer."""
+    (data, weights, _, _, state, cell, kind, hidden_size, projection, layers, batch_first, _,
+     train, both, sizes, _) = args  # fmt: skip
+    directions = 2 if both else 1
+    width = (projection or hidden_size) * directions
+    steps = data.numel() // data.size(-1)
+    cells = hidden_size if kind == 2 else 0
+    per_step = layers * directions * (_GATES[kind] * hidden_size + cells) + (layers - 1) * width
+    reserve = steps * per_step * data.element_size() if train else 0
+    empty = (0,)
+    return (
+        mode.empty((*data.shape[:-1], width), data.dtype, data),
+        mode.empty((*state.shape[:-1], projection or hidden_size), state.dtype, data),
+        mode.empty(tuple(cell.shape) if cell is not None else empty, state.dtype, data),
+        mode.empty((reserve,), torch.uint8, data),
+        mode.empty(empty, data.dtype, data),
+    )
+
+
+def backward_outputs(mode: Any, *args: Any) -> tuple[Any, ...]:
+    """Make what `_cudnn_rnn_backward` returns: gradients of input, states and weights."""
+    data, weights, _, _, state, cell = args[:6]
+    like = [data, state] + ([cell] if cell is not None else [])
+    gradients: list[Any] = [mode.empty(tuple(t.shape), t.dtype, data) for t in like]
+    if cell is None:
+        gradients.append(None)
+    return (*gradients, _gradients(mode, weights))
+
+
+def _gradients(mode: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [mode.empty(tuple(w.shape), w.dtype, w) for w in weights]

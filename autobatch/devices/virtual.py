@@ -1,0 +1,254 @@
+"""A GPU that is not in the machine: the user's own code on fake tensors, in seconds.
+
+Forward and backward run through PyTorch's real autograd engine and optimizers; only kernels and
+memory are missing. Invariant: the user's model, optimizer and random states are as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from autobatch.devices import rnn
+from autobatch.devices.backend import pretend, virtual_device
+from autobatch.devices.base import Run
+from autobatch.devices.calls import CudaCalls
+from autobatch.devices.copies import Copier, eager
+from autobatch.devices.fake import VirtualMode
+from autobatch.devices.kernels import USES_CUBLAS, cublas_workspace_bytes
+from autobatch.devices.recorder import StorageRecorder
+from autobatch.devices.standins import StandIns
+from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.footprint import Evidence
+from autobatch.gpus import GpuSpec
+from autobatch.trace import Phase
+from autobatch.workload import DefaultLoss, Workload, run_windows
+
+__all__ = ["WINDOWS", "VirtualGpu"]
+
+WINDOWS = 2
+"""Traced windows: optimizer state appears in the first, the steady peak in the second."""
+
+_KERNELS = {
+    torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,
+    torch.ops.aten._cudnn_rnn_backward.default: rnn.backward_outputs,
+}
+
+
+class VirtualGpu:
+    """Runs workloads on a simulated GPU."""
+
+    evidence: Evidence = "simulated"
+
+    def __init__(self, spec: GpuSpec):
+        """Simulate the card that `spec` describes."""
+        self.spec = spec
+        self._recipes: dict[Any, Any] = {}
+
+    def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
+        """Run two training windows of `accumulation_steps` micro-batches without a GPU.
+
+        Raises:
+            WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
+        """
+        started = time.perf_counter()
+        device = virtual_device()
+        recorder = StorageRecorder()
+        standins = StandIns(_KERNELS)
+        workspaces = _Workspaces(recorder, self.spec)
+        mode = VirtualMode(device, recorder, standins, workspaces.before, self._recipes)
+        calls = CudaCalls(device, self.spec.compute_capability)
+        original, compiled = eager(workload.model)
+        with (
+            _undisturbed(),
+            pretend(self.spec, device),
+            mode,
+            calls,
+            _user_errors(workload, micro_batch),
+        ):
+            session = _Session(workload, original, device, recorder, workspaces)
+            session.train(micro_batch, accumulation_steps)
+        warnings = list(_upper_bound_warnings(standins))
+        if compiled:
+            warnings.append(
+                "the model is compiled; it was simulated through its eager original, and compiled "
+                "kernels usually need less memory"
+            )
+        return Run(
+            trace=recorder.trace(micro_batch, accumulation_steps),
+            seconds=time.perf_counter() - started,
+            loss=session.loss_kind,
+            optimizer=type(session.optimizer).__name__,
+            warnings=tuple(warnings),
+        )
+
+
+class _Workspaces:
+    """cuBLAS workspaces: taken at the first product of each thread, kept for good."""
+
+    def __init__(self, recorder: StorageRecorder, spec: GpuSpec):
+        self._recorder = recorder
+        self._size_bytes = cublas_workspace_bytes(spec.compute_capability)
+        self._threads: set[bool] = set()
+        self.in_backward = False
+
+    def before(self, func: Any, args: Sequence[Any]) -> None:
+        if func._schema.name in USES_CUBLAS and self.in_backward not in self._threads:
+            self._threads.add(self.in_backward)
+            self._recorder.hidden(self._size_bytes, "cublas workspace")
+
+
+class _Session:
+    """One simulated process: copies on the device, windows run over them, memory categorised."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        device: torch.device,
+        recorder: StorageRecorder,
+        workspaces: _Workspaces,
+    ):
+        self._workload = workload
+        self._device = device
+        self._recorder = recorder
+        self._workspaces = workspaces
+        self._copier = Copier(device, lambda tensor: None)
+        recorder.begin("setup")
+        self._model = self._copier.model(model).train()
+        recorder.tag(self._model.parameters(), "parameters")
+        recorder.tag(self._model.buffers(), "buffers")
+        self.optimizer = self._make_optimizer()
+        self._tag_optimizer_state()
+        self._default_loss = DefaultLoss()
+        self._loss = self._default_loss
+        if workload.loss is not None:
+            self._loss = self._copier.any(workload.loss)
+            if isinstance(self._loss, nn.Module):
+                self._loss = self._copier.model(workload.loss)  # type: ignore[arg-type]
+
+    @property
+    def loss_kind(self) -> str:
+        return "user" if self._workload.loss is not None else self._default_loss.kind or "user"
+
+    def train(self, micro_batch: int, accumulation_steps: int) -> None:
+        run_windows(
+            self._workload,
+            model=self._model,
+            optimizer=self.optimizer,
+            loss=self._loss,
+            batch=lambda: self._batch(micro_batch),
+            device=self._device,
+            accumulation_steps=accumulation_steps,
+            windows=WINDOWS,
+            phases=self,
+        )
+        self._tag()
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """Note a phase, and whose the storages of the last one were."""
+        if phase in ("inputs", "step"):
+            gc.collect(1)  # cyclic garbage would otherwise go at some random moment
+            self._tag()
+        self._workspaces.in_backward = phase == "backward"
+        self._recorder.begin(phase, window, micro_batch)
+
+    def _tag(self) -> None:
+        gradients = (p.grad for p in self._model.parameters() if p.grad is not None)
+        self._recorder.tag(gradients, "gradients")
+        self._tag_optimizer_state()
+
+    def _tag_optimizer_state(self) -> None:
+        tensors = (
+            value
+            for state in self.optimizer.state.values()
+            if isinstance(state, dict)
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        self._recorder.tag(tensors, "optimizer_state")
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        given = self._workload.optimizer
+        if isinstance(given, torch.optim.Optimizer):
+            for state in given.state.values():
+                for value in state.values() if isinstance(state, dict) else ():
+                    if isinstance(value, Tensor) and value.dim():  # step counters stay on the CPU
+                        self._copier.move(value)
+            return self._copier.any(given)  # type: ignore[no-any-return]
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        if not trainable:
+            raise WorkloadError("no parameter requires a gradient: there is nothing to train")
+        optimizer: torch.optim.Optimizer = given(trainable)
+        return optimizer
+
+    def _batch(self, micro_batch: int) -> Any:
+        return tree_map(self._to_device, self._workload.batch(micro_batch))
+
+    def _to_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.device == self._device else leaf.to(self._device)
+        return leaf
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put back random states and the garbage collector's; collect only where we say."""
+    states = torch.get_rng_state(), random.getstate()
+    numpy = _numpy_random()
+    numpy_state = numpy.get_state() if numpy else None
+    collecting = gc.isenabled()
+    frozen_by_user = gc.get_freeze_count()
+    gc.disable()
+    gc.freeze()  # what is alive now is no garbage of ours; leaving it out makes collecting fast
+    try:
+        yield
+    finally:
+        if not frozen_by_user:
+            gc.unfreeze()
+        if collecting:
+            gc.enable()
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.set_state(numpy_state)
+
+
+def _numpy_random() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy.random
+
+
+@contextlib.contextmanager
+def _user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
+    """Turn whatever the user's code raises into one clear line, with its traceback chained."""
+    try:
+        yield
+    except AutobatchError:
+        raise
+    except Exception as error:
+        summary = str(error).strip().splitlines()
+        raise WorkloadError(
+            f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "
+            f"{type(error).__name__}: {summary[0] if summary else ''}"
+        ) from error
+
+
+def _upper_bound_warnings(standins: StandIns) -> Iterator[str]:
+    if standins.upper_bounds:
+        ops = ", ".join(sorted(standins.upper_bounds))
+        yield (
+            f"shapes that depend on values ({ops}) took their upper bound: the real run may need "
+            "less memory"
+        )

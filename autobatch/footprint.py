@@ -1,0 +1,74 @@
+"""Where every byte goes at the peak of a training window.
+
+Invariant: the categories and the rounding sum exactly to `peak_allocated_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Evidence", "Footprint"]
+
+Evidence = Literal["measured", "simulated", "predicted"]
+"""How a figure is known: run on the GPU, executed on the virtual GPU, or computed by the trace model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes by category when most of them are allocated, at one micro-batch on one GPU.
+
+    Attributes:
+        micro_batch: samples in each forward/backward.
+        accumulation_steps: micro-batches between optimizer updates.
+        gpu: catalogue name of the GPU.
+        evidence: how the figures are known.
+        rounding_bytes: what the caching allocator adds by rounding and by blocks it does not split.
+        peak_allocated_bytes: most bytes of live blocks at once; the sum of all categories.
+        peak_reserved_bytes: most bytes held in segments by the caching allocator.
+        context_bytes: CUDA context and kernels, outside the allocator.
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    gpu: str
+    evidence: Evidence
+    parameters_bytes: int
+    buffers_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    temporaries_bytes: int
+    inputs_bytes: int
+    workspace_bytes: int
+    other_bytes: int
+    rounding_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    context_bytes: int
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """What `nvidia-smi` would show at the peak: reserved plus context."""
+        return self.peak_reserved_bytes + self.context_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Reserved beyond the allocated peak: cached blocks and fragmentation."""
+        return self.peak_reserved_bytes - self.peak_allocated_bytes
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """The parts of `peak_allocated_bytes`, by name, in the order reports print them."""
+        return {
+            "parameters": self.parameters_bytes,
+            "buffers": self.buffers_bytes,
+            "gradients": self.gradients_bytes,
+            "optimizer state": self.optimizer_bytes,
+            "activations": self.activations_bytes,
+            "temporaries": self.temporaries_bytes,
+            "inputs": self.inputs_bytes,
+            "workspace": self.workspace_bytes,
+            "other": self.other_bytes,
+            "rounding": self.rounding_bytes,
+        }

@@ -1,0 +1,290 @@
+"""The plan: what to run, and the evidence for it.
+
+Invariant: a plan is immutable, saves as JSON and loads back equal; every other format is
+rendered from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from autobatch.errors import FileError
+from autobatch.files import read_text, write_text
+from autobatch.footprint import Evidence, Footprint
+from autobatch.gpus import GpuSpec
+from autobatch.records import RecordError, decode, dump_json, encode, parse_json
+from autobatch.split import Split
+
+__all__ = ["MemoryPoint", "ModelFacts", "Plan", "Timeline", "TimelineSegment", "Trial"]
+
+SCHEMA_VERSION = 1
+FILE_LIMIT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Two consecutive training windows that really ran, on a GPU or on the virtual one.
+
+    `seconds` is wall time of the whole trial on the machine that ran it.
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    fits: bool
+    oom: bool
+    alloc_retries: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    seconds: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPoint:
+    """One point of the memory curve: peaks at one micro-batch, without the context."""
+
+    micro_batch: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineSegment:
+    """Bytes alive over part of the traced windows, for the memory-over-time chart.
+
+    Attributes:
+        event: index of the trace event at which these figures hold.
+        categories: live requested bytes by category, names as in `Footprint.categories`.
+        allocated_bytes, reserved_bytes: as the caching allocator counts them.
+    """
+
+    event: int
+    categories: Mapping[str, int]
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The traced windows, thinned for drawing; the peak's sample is always kept."""
+
+    samples: tuple[TimelineSegment, ...]
+    marks: tuple[tuple[int, str, int, int], ...]  # (event, phase, window, micro_batch)
+    peak_event: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the report says of the model itself.
+
+    Attributes:
+        name: class name of the module.
+        parameters: number of elements of all parameters; `trainable_parameters` of those with grad.
+        batchnorm_layers: modules whose statistics depend on the micro-batch.
+        optimizer: class name of the optimizer that was probed.
+        loss: how the loss was obtained: "user", "output.loss", "scalar output" or "surrogate sum".
+        autocast: "bf16", "fp16" or None.
+        clip_norm: the gradient norm clipped to, or None.
+    """
+
+    name: str
+    parameters: int
+    trainable_parameters: int
+    batchnorm_layers: int
+    optimizer: str
+    loss: str
+    autocast: str | None
+    clip_norm: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run on each device, and how it is known.
+
+    Attributes:
+        target: the effective batch asked for.
+        split: how the target is divided into micro-batches over ranks and accumulation steps.
+        ceiling: largest micro-batch that fits; None where the search stopped at its upper limit first.
+        ceiling_at_least: largest micro-batch known to fit (the ceiling where that is known).
+        budget_bytes: what the run may reserve: (capacity - context - others) x (1 - headroom).
+        others_bytes: what other processes hold on the GPU; 0 where the GPU is virtual.
+        footprint: bytes by category at the planned micro-batch.
+        ceiling_footprint: the same at the ceiling.
+        curve: memory against micro-batch, for the chart.
+        method: "trace model", "trace model (quadratic)" or "bisection".
+        warnings: what the user should know, one line each.
+    """
+
+    split: Split
+    ceiling: int | None
+    ceiling_at_least: int
+    headroom: float
+    budget_bytes: int
+    gpu: GpuSpec
+    model: ModelFacts
+    footprint: Footprint
+    ceiling_footprint: Footprint
+    trials: tuple[Trial, ...]
+    curve: tuple[MemoryPoint, ...]
+    timeline: Timeline
+    method: str
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    created: str
+    seconds: float
+    others_bytes: int = 0
+
+    @property
+    def target(self) -> int:
+        """The effective batch asked for."""
+        return self.split.target
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward/backward on one GPU; the largest where sizes differ by one."""
+        return self.split.micro_batch
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches between two optimizer updates."""
+        return self.split.accumulation_steps
+
+    @property
+    def world_size(self) -> int:
+        """GPUs that share the effective batch."""
+        return self.split.world_size
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples in one optimizer update, over all ranks and accumulation steps."""
+        return self.split.effective_batch
+
+    @property
+    def executions(self) -> int:
+        """Trials that ran."""
+        return len(self.trials)
+
+    @property
+    def ooms(self) -> int:
+        """Trials that ran out of memory."""
+        return sum(trial.oom for trial in self.trials)
+
+    @property
+    def slack_bytes(self) -> int:
+        """What the planned micro-batch leaves of the budget."""
+        return self.budget_bytes - self.footprint.peak_reserved_bytes
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, whole or not at all, and return the path.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        return write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote; the result equals the plan that was saved.
+
+        Raises:
+            FileError: the file cannot be read, or does not hold a sound plan of this schema.
+        """
+        text = read_text(path, limit_bytes=FILE_LIMIT_BYTES)
+        try:
+            return _from_document(parse_json(text))
+        except RecordError as error:
+            raise FileError(f"{os.fspath(path)!r} is not a plan: {error}") from error
+
+    def to_json(self) -> str:
+        """Render the plan as the JSON text that `save` writes."""
+        header = {"schema_version": SCHEMA_VERSION, "answer": _answer(self)}
+        return dump_json(header | encode(self))
+
+    def report(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the report into `folder` and return the path of its report.html.
+
+        The folder gets report.html, report.md, plan.json, trials.csv, breakdown.csv, curve.csv,
+        timeline.csv and the charts as PNG and SVG.
+
+        Raises:
+            FileError: the folder cannot be written.
+        """
+        from autobatch.report import write_report
+
+        return write_report(self, folder)
+
+    def __str__(self) -> str:
+        """Render the plan as plain text, the answer first."""
+        from autobatch.report.document import summary
+        from autobatch.report.text import render
+
+        return render(summary(self))
+
+    def _repr_html_(self) -> str:
+        """Render the summary as an HTML fragment for notebooks."""
+        from autobatch.report.html import notebook
+
+        return notebook(self)
+
+
+def _answer(plan: Plan) -> dict[str, int | None]:
+    """What readers of the JSON want first; derived, and checked when a plan is loaded."""
+    return {
+        "micro_batch": plan.micro_batch,
+        "accumulation_steps": plan.accumulation_steps,
+        "world_size": plan.world_size,
+        "effective_batch": plan.effective_batch,
+        "ceiling": plan.ceiling,
+    }
+
+
+def _from_document(document: object) -> Plan:
+    if not isinstance(document, dict):
+        raise RecordError("it does not hold a JSON object")
+    version = document.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise RecordError(
+            f"its schema_version is {str(version)[:20]!r}, and this autobatch reads "
+            f"{SCHEMA_VERSION}; make the plan again, or use the autobatch that wrote it"
+        )
+    answer = document.pop("answer", None)
+    plan = decode(Plan, document)
+    _check_sound(plan)
+    if answer != _answer(plan):
+        raise RecordError("its answer does not agree with its split")
+    return plan
+
+
+def _check_sound(plan: Plan) -> None:
+    """Refuse what no tuner writes and no report can render."""
+    windows = plan.split.windows
+    footprints = (plan.footprint, plan.ceiling_footprint)
+    rules = {
+        "split.windows must hold sizes of at least 1, as many for each rank": (
+            bool(windows)
+            and len({len(window) for window in windows}) == 1
+            and all(window and min(window) >= 1 for window in windows)
+        ),
+        "split.windows must sum to split.target": sum(map(sum, windows)) == plan.target,
+        "gpu.capacity_bytes and budget_bytes must be positive": (
+            plan.gpu.capacity_bytes > 0 and plan.budget_bytes > 0
+        ),
+        "headroom must be at least 0 and below 1": 0 <= plan.headroom < 1,
+        "model.autocast must be bf16, fp16 or null": plan.model.autocast in (None, "bf16", "fp16"),
+        "every ceiling must be at least 1": plan.ceiling_at_least >= 1
+        and (plan.ceiling is None or plan.ceiling >= 1),
+        "every micro_batch must be at least 1": all(
+            record.micro_batch >= 1 for record in (*footprints, *plan.trials, *plan.curve)
+        ),
+        "every footprint's categories must sum to its peak_allocated_bytes, above 0": all(
+            sum(footprint.categories.values()) == footprint.peak_allocated_bytes > 0
+            for footprint in footprints
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise RecordError(rule)

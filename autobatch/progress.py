@@ -1,0 +1,32 @@
+"""What long work tells its caller while it runs; the library itself prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Progress", "ProgressCallback", "silent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One step that begins.
+
+    Attributes:
+        step: what is being done, such as "run" or "search", in a few words for people.
+        executions: trials finished so far.
+        expected: trials expected in all, as far as is known now.
+        micro_batch: the size being tried; None where there is none.
+    """
+
+    step: str
+    executions: int
+    expected: int
+    micro_batch: int | None = None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Ignore progress; the default."""

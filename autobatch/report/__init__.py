@@ -1,0 +1,35 @@
+"""The report folder: one plan, rendered for people, spreadsheets and slides.
+
+Invariant: everything in the folder is derived from the plan, so it can be rendered again anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from autobatch.files import prepare_folder, write_text
+from autobatch.plan import Plan
+
+__all__ = ["prepare_folder", "write_report"]
+
+
+def write_report(plan: Plan, folder: str | os.PathLike[str]) -> Path:
+    """Write report.html, report.md, plan.json, the CSV tables and the charts into a folder.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        FileError: the folder or a file in it cannot be written.
+    """
+    from autobatch.report import charts, html, markdown, table
+    from autobatch.report.document import full_report
+
+    target = prepare_folder(folder)
+    drawings = charts.write_charts(plan, prepare_folder(target / "charts"))
+    table.write_csv(plan, target)
+    plan.save(target / "plan.json")
+    document = full_report(plan)
+    write_text(target / "report.md", markdown.render(document))
+    return write_text(target / "report.html", html.page(document, drawings))

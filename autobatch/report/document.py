@@ -1,0 +1,405 @@
+"""The content of every report: sections of paragraphs, lists, tables, code and charts.
+
+Invariant: what is said is decided here and in `advice`; the renderers (text, terminal, Markdown,
+HTML) only lay it out. Every text is printable and on one line, whatever the plan's strings hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autobatch import advice
+from autobatch.advice import count
+from autobatch.footprint import Footprint
+from autobatch.plan import Plan, Trial
+from autobatch.units import format_bytes
+
+__all__ = [
+    "Block",
+    "Bullets",
+    "Chart",
+    "Code",
+    "Document",
+    "Facts",
+    "Paragraph",
+    "Section",
+    "Table",
+    "footprint_summary",
+    "full_report",
+    "summary",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """Running text; `code` stands between backticks."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bullets:
+    """A list of short texts."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and what they are, one a line."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells under column names; `align` has one of "l" and "r" for each column.
+
+    Rows whose index is in `totals` are sums of the rows above.
+    """
+
+    columns: tuple[str, ...]
+    align: str
+    rows: tuple[tuple[str, ...], ...]
+    totals: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Python to paste."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing from `charts`, by name; `caption` says what to see in it."""
+
+    name: str
+    caption: str
+
+
+Block = Paragraph | Bullets | Facts | Table | Code | Chart
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Blocks under a title; an empty title continues the section before."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A title, what it is about, and sections."""
+
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+
+
+def summary(plan: Plan) -> Document:
+    """Return the plan on one screen: the answer, the account, the evidence, the warnings."""
+    return Document(
+        title=advice.effective_batch(plan),
+        subtitle=f"{_printable(plan.model.name)} on {_printable(plan.gpu.name)}",
+        sections=(
+            Section("", (_facts(plan),)),
+            Section(f"Memory at the peak ({plan.footprint.evidence})", (_account(plan.footprint),)),
+            Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
+            *_warnings(plan),
+        ),
+    )
+
+
+def full_report(plan: Plan) -> Document:
+    """Return the whole report: the summary, the charts and what the plan means for training."""
+    head = summary(plan)
+    facts, account, evidence, *warnings = head.sections
+    return Document(
+        title=head.title,
+        subtitle=head.subtitle,
+        sections=(
+            facts,
+            *warnings,
+            Section(
+                "Why this micro-batch",
+                (
+                    Paragraph(_why(plan)),
+                    Chart("memory", "Peak reserved memory against the micro-batch."),
+                ),
+            ),
+            Section(
+                "What the memory is used for",
+                (
+                    Chart("breakdown", "Bytes by category at the peak, against the budget."),
+                    *account.blocks,
+                    Chart("timeline", "Live bytes over the traced training windows."),
+                ),
+            ),
+            Section(
+                "With and without accumulation",
+                (
+                    Paragraph(advice.accumulation_summary(plan)),
+                    *_accumulation_table(plan),
+                    Paragraph("The accumulated gradient equals that of the whole batch where:"),
+                    Bullets(advice.equivalence_conditions(plan)),
+                ),
+            ),
+            Section("The effective batch", (_effective_batch_facts(plan),)),
+            Section("BatchNorm", (Paragraph(advice.batchnorm(plan)),)),
+            Section("Learning rate", (Paragraph(advice.learning_rate(plan)), *_factors(plan))),
+            Section(
+                "The training loop",
+                (
+                    Paragraph(
+                        "Plain PyTorch with this plan's sizes. It expects your `model`, "
+                        "`optimizer`, `dataset`, `epochs` and a `loss_fn(model, batch)` that is a "
+                        "mean over samples. An incomplete last window of an epoch is left out."
+                    ),
+                    Code(advice.training_loop(plan)),
+                ),
+            ),
+            Section(evidence.title, (*evidence.blocks, _provenance(plan))),
+        ),
+    )
+
+
+def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Document:
+    """Return the account of one predicted footprint; the capacity where the GPU is known."""
+    device = footprint.peak_device_bytes
+    pairs = [
+        (
+            "allocator",
+            f"{format_bytes(footprint.peak_allocated_bytes)} allocated, "
+            f"{format_bytes(footprint.peak_reserved_bytes)} reserved at the peak",
+        )
+    ]
+    if capacity_bytes is not None:
+        free = capacity_bytes - device
+        verdict = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} too much"
+        pairs.append(
+            (
+                "capacity",
+                f"{format_bytes(capacity_bytes)}, {_share(device, capacity_bytes)} used: {verdict}",
+            )
+        )
+    return Document(
+        title=f"{format_bytes(device)} on the device at micro-batch {footprint.micro_batch:,}",
+        subtitle=(
+            f"{count(footprint.accumulation_steps, 'accumulation step')} on "
+            f"{_printable(footprint.gpu)}, {footprint.evidence}"
+        ),
+        sections=(
+            Section("", (Facts(tuple(pairs)),)),
+            Section(f"Memory at the peak ({footprint.evidence})", (_account(footprint),)),
+        ),
+    )
+
+
+def _facts(plan: Plan) -> Facts:
+    model, footprint = plan.model, plan.footprint
+    trained = (
+        ""
+        if model.trainable_parameters == model.parameters
+        else f" ({model.trainable_parameters:,} trained)"
+    )
+    settings = [
+        f"{model.parameters:,} parameters{trained}",
+        _printable(model.optimizer),
+        f"{model.autocast} autocast" if model.autocast else "no autocast",
+        *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
+        f"loss: {'your own' if model.loss == 'user' else _printable(model.loss)}",
+    ]
+    return Facts(
+        (
+            ("workload", ", ".join(settings)),
+            ("ceiling", _ceiling(plan)),
+            ("slack", _slack(plan)),
+            ("budget", _budget(plan)),
+            (
+                "peak",
+                f"{format_bytes(footprint.peak_reserved_bytes)} reserved, "
+                f"{_share(footprint.peak_reserved_bytes, plan.budget_bytes)} of the budget; "
+                f"{format_bytes(footprint.peak_device_bytes)} on the device with the context",
+            ),
+        )
+    )
+
+
+def _ceiling(plan: Plan) -> str:
+    evidence = plan.ceiling_footprint.evidence
+    if plan.ceiling is None:
+        return (
+            f"at least micro-batch {plan.ceiling_at_least:,} ({evidence}): "
+            "the search stopped at its upper limit"
+        )
+    return f"micro-batch {plan.ceiling:,} is the largest that fits ({evidence})"
+
+
+def _slack(plan: Plan) -> str:
+    spare = plan.ceiling_at_least - plan.micro_batch
+    if spare == 0:
+        return f"none in samples; {format_bytes(plan.slack_bytes)} of the budget stay free"
+    return (
+        f"{count(spare, 'sample')} below the ceiling; "
+        f"{format_bytes(plan.slack_bytes)} of the budget stay free"
+    )
+
+
+def _budget(plan: Plan) -> str:
+    others = f" - {format_bytes(plan.others_bytes)} others" if plan.others_bytes else ""
+    return (
+        f"({format_bytes(plan.gpu.capacity_bytes)} capacity - "
+        f"{format_bytes(plan.footprint.context_bytes)} context{others}) × "
+        f"(1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
+    )
+
+
+def _why(plan: Plan) -> str:
+    if plan.micro_batch == plan.ceiling_at_least:
+        return f"{_sentence(_ceiling(plan))} The plan uses it."
+    return (
+        f"{_sentence(_ceiling(plan))} The plan takes {plan.micro_batch:,}, because it divides the "
+        f"target of {plan.target:,} over the fewest equal steps; {_slack(plan)}."
+        if plan.split.uniform
+        else f"{_sentence(_ceiling(plan))} No equal size divides the target of {plan.target:,} in "
+        f"few steps, so sizes differ by one and the sum is exact; {_slack(plan)}."
+    )
+
+
+def _account(footprint: Footprint) -> Table:
+    """Every byte on the device at the peak, with subtotals; shares are of the whole."""
+    device = footprint.peak_device_bytes
+    lines = [(name, size) for name, size in footprint.categories.items() if size]
+    totals = [len(lines), len(lines) + 2, len(lines) + 4]
+    lines += [
+        ("= peak allocated", footprint.peak_allocated_bytes),
+        ("cached by the allocator", footprint.cached_bytes),
+        ("= peak reserved", footprint.peak_reserved_bytes),
+        ("CUDA context", footprint.context_bytes),
+        ("= on the device", device),
+    ]
+    return Table(
+        columns=("category", "bytes", "size", "share"),
+        align="lrrr",
+        rows=tuple(
+            (name, f"{size:,}", format_bytes(size), _share(size, device)) for name, size in lines
+        ),
+        totals=frozenset(totals),
+    )
+
+
+def _evidence(plan: Plan) -> str:
+    return (
+        f"{count(plan.executions, 'execution')}, {count(plan.ooms, 'OOM')}, "
+        f"{_printable(plan.method)}, {plan.seconds:.1f} s"
+    )
+
+
+def _trials(trials: Iterable[Trial]) -> Table:
+    return Table(
+        columns=("micro-batch", "steps", "result", "allocated", "reserved", "seconds", "how known"),
+        align="rrlrrrl",
+        rows=tuple(
+            (
+                f"{trial.micro_batch:,}",
+                f"{trial.accumulation_steps:,}",
+                _result(trial),
+                format_bytes(trial.peak_allocated_bytes),
+                format_bytes(trial.peak_reserved_bytes),
+                f"{trial.seconds:.2f}",
+                trial.evidence,
+            )
+            for trial in trials
+        ),
+    )
+
+
+def _result(trial: Trial) -> str:
+    if trial.oom:
+        return "out of memory"
+    if trial.alloc_retries:
+        return f"{count(trial.alloc_retries, 'allocation retry').replace('retrys', 'retries')}"
+    return "fits" if trial.fits else "over the budget"
+
+
+def _warnings(plan: Plan) -> tuple[Section, ...]:
+    if not plan.warnings:
+        return ()
+    return (Section("Warnings", (Bullets(tuple(map(_printable, plan.warnings))),)),)
+
+
+def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
+    if plan.accumulation_steps == 1:
+        return ()
+    samples = advice.samples_per_update(plan)
+    rows = advice.accumulation_rows(plan)
+    planned = advice.window_text(max(plan.split.windows, key=sum))
+    return (
+        Table(
+            columns=("per GPU", f"{planned} (planned)", f"1 × {samples:,} (predicted)", "note"),
+            align="lrrl",
+            rows=tuple(
+                (
+                    row.part,
+                    format_bytes(row.planned_bytes),
+                    "unknown" if row.at_once_bytes is None else format_bytes(row.at_once_bytes),
+                    row.note,
+                )
+                for row in rows
+            ),
+            totals=frozenset({len(rows) - 1}),
+        ),
+    )
+
+
+def _effective_batch_facts(plan: Plan) -> Facts:
+    ranks = [
+        (f"rank {rank}", f"{advice.window_text(window)} = {count(sum(window), 'sample')}")
+        for rank, window in enumerate(plan.split.windows[:8])
+    ]
+    if plan.world_size > len(ranks):
+        ranks.append(
+            ("…", f"{plan.world_size - len(ranks)} more ranks in {_printable('plan.json')}")
+        )
+    return Facts((("effective batch", advice.effective_batch(plan)), *ranks))
+
+
+def _factors(plan: Plan) -> tuple[Table, ...]:
+    factors = advice.learning_rate_factors(plan)
+    if len(factors) < 2:
+        return ()
+    return (
+        Table(
+            columns=("tuned for", f"multiply by, for {plan.effective_batch:,}"),
+            align="rr",
+            rows=tuple((f"{size:,}", f"{factor:.3g}") for size, factor in factors),
+        ),
+    )
+
+
+def _provenance(plan: Plan) -> Facts:
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    sources = tuple(
+        (f"GPU: {_printable(name)}", _printable(source))
+        for name, source in plan.gpu.sources.items()
+    )
+    return Facts(
+        (("created", _printable(plan.created)), ("versions", _printable(versions)), *sources)
+    )
+
+
+def _share(part_bytes: int, whole_bytes: int) -> str:
+    return f"{part_bytes / whole_bytes:.1%}" if whole_bytes else "-"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _printable(text: str) -> str:
+    """Replace control characters, which could steer a terminal, and line breaks by spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -1,0 +1,95 @@
+"""A plan's numbers as data frames and CSV; the only user of pandas.
+
+Invariant: columns of bytes end in `_bytes` and hold whole numbers, one row per observation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from autobatch.files import write_text
+from autobatch.plan import Plan
+from autobatch.records import encode
+
+__all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]
+
+
+def trials(plan: Plan) -> pd.DataFrame:
+    """Return every window that ran, in order."""
+    return pd.DataFrame(
+        [encode(trial) for trial in plan.trials],
+        columns=[
+            "micro_batch",
+            "accumulation_steps",
+            "fits",
+            "oom",
+            "alloc_retries",
+            "peak_allocated_bytes",
+            "peak_reserved_bytes",
+            "seconds",
+            "evidence",
+        ],
+    )
+
+
+def breakdown(plan: Plan) -> pd.DataFrame:
+    """Return the bytes by category at the planned micro-batch and at the ceiling.
+
+    With `cached` and `context`, the bytes of one footprint sum to what the device holds.
+    """
+    rows = [
+        {
+            "at": at,
+            "micro_batch": footprint.micro_batch,
+            "category": category,
+            "size_bytes": size,
+            "evidence": footprint.evidence,
+        }
+        for at, footprint in (("plan", plan.footprint), ("ceiling", plan.ceiling_footprint))
+        for category, size in [
+            *footprint.categories.items(),
+            ("cached", footprint.cached_bytes),
+            ("context", footprint.context_bytes),
+        ]
+    ]
+    return pd.DataFrame(rows)
+
+
+def curve(plan: Plan) -> pd.DataFrame:
+    """Return memory against micro-batch, smallest first, and whether each size fits the budget."""
+    points = sorted(plan.curve, key=lambda point: point.micro_batch)
+    frame = pd.DataFrame(
+        [encode(point) for point in points],
+        columns=["micro_batch", "peak_allocated_bytes", "peak_reserved_bytes", "evidence"],
+    )
+    return frame.assign(fits=frame["peak_reserved_bytes"] <= plan.budget_bytes)
+
+
+def timeline(plan: Plan) -> pd.DataFrame:
+    """Return live bytes by category over the traced windows, one row per sample."""
+    return pd.DataFrame(
+        [
+            {
+                "event": sample.event,
+                **{
+                    f"{name.replace(' ', '_')}_bytes": size
+                    for name, size in sample.categories.items()
+                },
+                "allocated_bytes": sample.allocated_bytes,
+                "reserved_bytes": sample.reserved_bytes,
+            }
+            for sample in plan.timeline.samples
+        ]
+    )
+
+
+def write_csv(plan: Plan, folder: Path) -> None:
+    """Write trials.csv, breakdown.csv, curve.csv and timeline.csv.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    for make in (trials, breakdown, curve, timeline):
+        write_text(folder / f"{make.__name__}.csv", make(plan).to_csv(index=False))

@@ -1,0 +1,105 @@
+"""The ordered allocations and frees of training windows.
+
+Invariant: blocks are numbered in the order of their allocation, sizes are the requested bytes
+(the allocator rounds, the trace does not), and at every instant the categories of the live
+blocks sum to the allocated bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, get_args
+
+__all__ = ["CATEGORIES", "Block", "Category", "Mark", "Phase", "Trace"]
+
+Category = Literal[
+    "parameters",
+    "buffers",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "temporaries",
+    "inputs",
+    "workspace",
+    "other",
+]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+
+Phase = Literal["setup", "inputs", "forward", "backward", "step", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One allocation: its requested bytes, what it is for, and the op and phase that asked for it."""
+
+    size_bytes: int
+    category: Category
+    phase: Phase
+    op: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A phase that begins at index `event` of the trace; windows and micro-batches count from 0."""
+
+    event: int
+    phase: Phase
+    window: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Allocations and frees of consecutive training windows at one micro-batch.
+
+    Attributes:
+        micro_batch: samples in each forward/backward.
+        accumulation_steps: micro-batches in each traced window.
+        blocks: every block, in order of allocation.
+        events: `b` allocates `blocks[b]`; `~b` (negative) frees it.
+        marks: where phases begin, in order.
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    blocks: tuple[Block, ...]
+    events: tuple[int, ...]
+    marks: tuple[Mark, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Requested bytes of each block."""
+        return tuple(block.size_bytes for block in self.blocks)
+
+    def allocated(self) -> list[int]:
+        """Return the requested bytes alive after each event."""
+        return running_bytes(self.sizes, self.events)
+
+    def live_at(self, event: int) -> list[int]:
+        """Return the blocks alive just after `event`, in order of allocation."""
+        live: dict[int, None] = {}
+        for index in self.events[: event + 1]:
+            if index >= 0:
+                live[index] = None
+            else:
+                del live[~index]
+        return list(live)
+
+    def by_category(self, event: int) -> dict[Category, int]:
+        """Return the live bytes of every category just after `event`."""
+        totals: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        for index in self.live_at(event):
+            totals[self.blocks[index].category] += self.blocks[index].size_bytes
+        return totals
+
+    def peak_event(self) -> int:
+        """Return the index of the first event after which most requested bytes are alive."""
+        allocated = self.allocated()
+        return max(range(len(allocated)), key=allocated.__getitem__)
+
+
+def running_bytes(sizes: Sequence[int], events: Sequence[int]) -> list[int]:
+    """Return the live bytes after each event, for blocks of the given sizes."""
+    return list(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in events))

@@ -1,0 +1,210 @@
+"""The training window: what runs between two optimizer updates, on any device.
+
+Invariant: the window here is the loop that users write, with the same lifetimes: the old batch and
+loss live until the new ones replace them, gradients accumulate over the micro-batches, and
+`zero_grad` sets them to None after the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autobatch.errors import UsageError, WorkloadError
+from autobatch.trace import Phase
+
+__all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Phases", "Workload", "run_windows"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+OptimizerSpec = (
+    torch.optim.Optimizer
+    | type[torch.optim.Optimizer]
+    | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+)
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Everything that a training run does with memory.
+
+    Attributes:
+        model: the module to train; on any device, `meta` included; never moved or changed.
+        batch: makes one micro-batch of n samples, any pytree of tensors, on the CPU.
+        loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss`, a scalar output, or
+            as a last resort the sum of the outputs.
+        optimizer: an instance over the model's parameters, a class, or a callable on parameters.
+        evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
+        autocast: "bf16", "fp16" (with a GradScaler) or None.
+        clip_norm: norm that gradients are clipped to before each step, or None.
+        sample_limit: most samples that one micro-batch can have, such as a dataset's length.
+        notes: warnings that belong into the plan.
+    """
+
+    model: nn.Module
+    batch: Callable[[int], Any]
+    loss: Loss | None = None
+    optimizer: OptimizerSpec = torch.optim.AdamW
+    evaluate: Callable[[nn.Module, Any], Any] | None = None
+    autocast: str | None = None
+    clip_norm: float | None = None
+    sample_limit: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for options that no run could have."""
+        if self.autocast is not None and self.autocast not in AUTOCAST_DTYPES:
+            raise UsageError(
+                f"autocast is {self.autocast!r}: use one of {', '.join(AUTOCAST_DTYPES)}, or None"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"clip_norm is {self.clip_norm}: use a positive norm, or None")
+
+
+class Phases(Protocol):
+    """Told where a run is; a device uses it to attribute memory."""
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """A phase begins."""
+
+
+def run_windows(
+    workload: Workload,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Callable[[], Any],
+    device: torch.device,
+    accumulation_steps: int,
+    windows: int,
+    phases: Phases,
+) -> None:
+    """Run consecutive training windows, then the evaluation step if there is one.
+
+    Args:
+        workload: its options; the model, loss and optimizer are the device's own copies.
+        model: the module on the device, in training mode.
+        optimizer: over that module's parameters.
+        loss: gives a scalar tensor for a micro-batch.
+        batch: makes a micro-batch on the device.
+        device: where it runs.
+        accumulation_steps: micro-batches between optimizer updates.
+        windows: how many updates.
+        phases: told where the run is.
+
+    Raises:
+        WorkloadError: the loss is no scalar tensor, or has no gradient.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    dtype = AUTOCAST_DTYPES.get(workload.autocast or "")
+    autocast = (
+        (lambda: torch.autocast(device.type, dtype=dtype))
+        if dtype is not None
+        else contextlib.nullcontext
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    for window in range(windows):
+        for step in range(accumulation_steps):
+            phases.begin("inputs", window, step)
+            inputs = batch()
+            phases.begin("forward", window, step)
+            with autocast():
+                value = _checked(loss(model, inputs))
+            value = scaler.scale(value / accumulation_steps)
+            phases.begin("backward", window, step)
+            value.backward()
+        phases.begin("step", window, accumulation_steps - 1)
+        if workload.clip_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, workload.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    if workload.evaluate is not None:
+        phases.begin("evaluate", windows - 1, accumulation_steps - 1)
+        with _evaluating(model), torch.no_grad(), autocast():
+            workload.evaluate(model, inputs)
+
+
+def _checked(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise WorkloadError(
+            f"the loss is a {type(value).__name__}, not a tensor: return the scalar loss from "
+            "loss(model, batch)"
+        )
+    if value.dim() and value.numel() != 1:
+        raise WorkloadError(
+            f"the loss has shape {tuple(value.shape)}, not one value: reduce it, "
+            "for instance with .mean()"
+        )
+    if not value.requires_grad:
+        raise WorkloadError(
+            "the loss has no gradient: check that parameters require gradients and that the loss "
+            "was not detached or computed under no_grad"
+        )
+    return value
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+class DefaultLoss:
+    """Find a loss in what the model returns, and remember how.
+
+    Attributes:
+        kind: "output.loss", "scalar output" or "surrogate sum"; None before the first call.
+    """
+
+    def __init__(self) -> None:
+        self.kind: str | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Call the model on the batch and return the loss.
+
+        Raises:
+            WorkloadError: the model returns no floating-point tensor.
+        """
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        elif isinstance(batch, (list, tuple)):
+            output = model(*batch)
+        else:
+            output = model(batch)
+        named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(named, Tensor):
+            self.kind = "output.loss"
+            return named
+        if isinstance(output, Tensor) and output.numel() == 1:
+            self.kind = "scalar output"
+            return output
+        # registered pytrees do not cover every output class; a mapping's values do
+        values = list(output.values()) if isinstance(output, Mapping) else output
+        tensors = [
+            leaf
+            for leaf in tree_leaves(values)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        if not tensors:
+            raise WorkloadError(
+                f"the model returns {type(output).__name__} without a floating-point tensor: "
+                "pass loss=lambda model, batch: …"
+            )
+        self.kind = "surrogate sum"
+        total = tensors[0].sum()
+        for tensor in tensors[1:]:
+            total = total + tensor.sum()
+        return total

@@ -1,0 +1,1 @@
+"""Scripts that show what autobatch claims: each prints its figures and can be run again."""

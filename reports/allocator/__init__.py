@@ -1,0 +1,1 @@
+"""Replay of recorded allocator traces: `python -m reports.allocator FOLDER`."""

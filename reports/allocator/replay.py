@@ -1,0 +1,259 @@
+"""Run a recording through the simulated allocator, one event at a time.
+
+Invariant: every allocation is decided by the simulation, from the state that the recording was
+in; where the two differ, the difference is counted and the recorded state is restored, so one
+difference is one count.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autobatch.allocator import (
+    AllocatorSettings,
+    CachingAllocator,
+    SegmentInfo,
+    round_size,
+    segment_size,
+)
+from autobatch.snapshot import MemoryMap, Recording, TraceEvent
+
+__all__ = ["Score", "replay"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How far the simulation agreed with one recording.
+
+    Attributes:
+        events: events that were replayed.
+        blocks, blocks_matched: allocations, and those served by the recorded block.
+        segments, segments_matched: segments (or mapped ranges) that were made, and those that the
+            simulation made for the same allocation in the same size.
+        segments_unused: those, not counted above, that no allocation followed at once.
+        releases, releases_matched: segments (or ranges) given back, and those wholly free in the
+            simulation, too.
+        ooms: recorded requests that failed.
+        reserved_bytes, allocated_bytes: at the end, as (recorded, simulated).
+        first_difference: the first event that differed, in words.
+    """
+
+    events: int
+    blocks: int
+    blocks_matched: int
+    segments: int
+    segments_matched: int
+    segments_unused: int
+    releases: int
+    releases_matched: int
+    ooms: int
+    reserved_bytes: tuple[int, int]
+    allocated_bytes: tuple[int, int]
+    first_difference: str | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything matched, and the final bytes are equal."""
+        return (
+            self.blocks == self.blocks_matched
+            and self.segments == self.segments_matched
+            and self.releases == self.releases_matched
+            and self.reserved_bytes[0] == self.reserved_bytes[1]
+            and self.allocated_bytes[0] == self.allocated_bytes[1]
+        )
+
+
+class _DifferenceError(Exception):
+    """The simulation did something that the recording did not."""
+
+
+class _RecordedDriver(CachingAllocator):
+    """The allocator with the driver's answers taken from a recording."""
+
+    def expect(self, made: Iterable[TraceEvent]) -> None:
+        """Name the segments that were made for the next allocation."""
+        self.expected = deque(made)
+        self.confirmed = 0
+
+    def cuda_malloc(self, size_bytes: int) -> int | None:
+        return self._confirm(size_bytes).address
+
+    def cuda_reserve(self, size_bytes: int) -> int:
+        if not self.expected:
+            raise _DifferenceError("a new segment is made, none was recorded")
+        return self.expected[0].address
+
+    def cuda_map(self, address: int, size_bytes: int) -> bool:
+        event = self._confirm(size_bytes)
+        if event.address != address:
+            raise _DifferenceError(f"pages mapped at {address:#x}, recorded {event.address:#x}")
+        return True
+
+    def _confirm(self, size_bytes: int) -> TraceEvent:
+        if not self.expected:
+            raise _DifferenceError("a new segment is made, none was recorded")
+        event = self.expected.popleft()
+        if event.size_bytes != size_bytes:
+            raise _DifferenceError(f"new segment of {size_bytes} B, recorded {event.size_bytes} B")
+        self.confirmed += 1
+        return event
+
+
+def replay(
+    recording: Recording, final: tuple[SegmentInfo, ...], settings: AllocatorSettings
+) -> Score:
+    """Replay a rewound recording and compare every decision and the final state."""
+    run = _Run(recording, settings)
+    for index, event in enumerate(recording.events):
+        run.step(index + recording.skipped, event)
+    recorded_allocated = sum(
+        block.size_bytes for part in final for block in part.blocks if block.state == "allocated"
+    )
+    return Score(
+        events=len(recording.events),
+        blocks=run.blocks,
+        blocks_matched=run.blocks_matched,
+        segments=run.segments,
+        segments_matched=run.segments_matched,
+        segments_unused=run.segments_unused,
+        releases=run.releases,
+        releases_matched=run.releases_matched,
+        ooms=run.ooms,
+        reserved_bytes=(sum(part.size_bytes for part in final), run.allocator.reserved_bytes),
+        allocated_bytes=(recorded_allocated, run.allocator.allocated_bytes),
+        first_difference=run.first_difference,
+    )
+
+
+class _Run:
+    """A replay in progress: the simulation, the recorded state beside it, and the counts."""
+
+    def __init__(self, recording: Recording, settings: AllocatorSettings) -> None:
+        self.settings = settings
+        self.memory = MemoryMap(recording.start)
+        self.made: list[TraceEvent] = []  # segments recorded since the last allocation
+        self.requested: int | None = None  # address of the latest requested free
+        self.late = False  # since the program's last action, a free that waited has ended
+        self.released = False  # since then, a segment was given back
+        self.blocks = self.blocks_matched = 0
+        self.segments = self.segments_matched = self.segments_unused = 0
+        self.releases = self.releases_matched = 0
+        self.ooms = 0
+        self.first_difference: str | None = None
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the simulation into the recorded state."""
+        self.allocator = _RecordedDriver.from_segments(
+            self.memory.segments(self.settings), self.settings
+        )
+
+    def step(self, index: int, event: TraceEvent) -> None:
+        """Replay one event."""
+        match event.action:
+            case "segment_alloc" | "segment_map":
+                self.segments += 1
+                self.made.append(event)
+                self.memory.apply(event)
+            case "alloc":
+                self.blocks += 1
+                self.allocate(index, event)
+                self.made = []
+                self.late = self.released = False
+            case "free_requested" | "free_completed":
+                self.keep_unused_segments()
+                self.free(event)
+            case "segment_free" | "segment_unmap":
+                self.keep_unused_segments()
+                self.releases += 1
+                self.release(index, event)
+            case "oom":
+                self.ooms += 1
+                self.keep_unused_segments()
+
+    def allocate(self, index: int, event: TraceEvent) -> None:
+        """Let the simulation choose, and compare block and new segments with the recorded ones."""
+        allocator = self.allocator
+        allocator.expect(self.made)
+        reason = None
+        try:
+            block = allocator.malloc(event.size_bytes, event.stream, event.pool_id)
+        except _DifferenceError as error:
+            reason = str(error)
+        else:
+            if allocator.expected:
+                reason = f"block at {block.address:#x}, recorded a new segment"
+            elif block.address != event.address:
+                reason = f"block at {block.address:#x}, recorded {event.address:#x}"
+        if reason is None:
+            self.memory.apply(event, block.size_bytes)
+            self.blocks_matched += 1
+            self.segments_matched += len(self.made)
+            return
+        self.memory.apply(event)
+        self.restore()
+        if self.is_late_retry(event):
+            self.blocks_matched += 1
+            self.segments_matched += 1
+        else:
+            self.segments_matched += allocator.confirmed
+            self.differ(index, event, reason)
+
+    def is_late_retry(self, event: TraceEvent) -> bool:
+        """Whether blocks became free only after this allocation had found none.
+
+        A failed `cudaMalloc` ends all waiting frees and releases segments, but PyTorch does not
+        look at the cached blocks again before it calls `cudaMalloc` once more.
+        """
+        size = round_size(event.size_bytes, self.settings.divisions(event.size_bytes))
+        return (
+            self.late
+            and self.released
+            and [(made.address, made.size_bytes) for made in self.made]
+            == [(event.address, segment_size(size, self.settings.large_segment_bytes))]
+        )
+
+    def free(self, event: TraceEvent) -> None:
+        block = self.allocator.block_at(event.address)
+        assert block is not None  # the recording agrees with itself, and the state was restored
+        if event.action == "free_requested":
+            self.allocator.request_free(block)
+            self.requested = event.address
+            self.late = self.released = False
+        else:
+            if not block.awaits:
+                self.allocator.request_free(block)
+            self.allocator.complete_free(block)
+            self.late |= event.address != self.requested
+        self.memory.apply(event)
+
+    def release(self, index: int, event: TraceEvent) -> None:
+        self.memory.apply(event)
+        self.released = True
+        block = self.allocator.block_at(event.address)
+        try:
+            if block is None:
+                raise ValueError("nothing is there")
+            if self.allocator.release(block) != (event.address, event.size_bytes):
+                raise ValueError("another range was released")
+            self.releases_matched += 1
+        except ValueError as error:
+            self.differ(index, event, str(error))
+            self.restore()
+
+    def keep_unused_segments(self) -> None:
+        """Take over segments that no allocation followed, such as pages mapped before an OOM."""
+        if self.made:
+            self.segments -= len(self.made)
+            self.segments_unused += len(self.made)
+            self.made = []
+            self.restore()
+
+    def differ(self, index: int, event: TraceEvent, reason: str) -> None:
+        if self.first_difference is None:
+            self.first_difference = (
+                f"event {index}, {event.action} of {event.size_bytes} B at {event.address:#x}: "
+                + reason
+            )

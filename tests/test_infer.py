@@ -1,0 +1,346 @@
+"""Inputs come from what a model says about itself; guesses are tried on a fake copy first."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from autobatch.errors import SampleError
+from autobatch.infer import infer
+
+
+class LeNet(nn.Module):
+    """Takes images of one size only, because of the Linear after the flattened features."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * (side // 2) ** 2, 10)
+
+    def forward(self, images):
+        return self.fc(F.max_pool2d(self.convolution(images), 2).flatten(1))
+
+
+class TinyLanguageModel(nn.Module):
+    def __init__(self, positions: int = 32) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(50, 16)
+        self.wpe = nn.Embedding(positions, 16)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, ids, targets=None):
+        return self.head(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
+
+
+class Sequences(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def images_to_classes(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "dtype"),
+    [
+        (nn.Sequential(nn.Linear(20, 5), nn.Linear(5, 2)), (4, 20), torch.float32),
+        (nn.Linear(20, 5, dtype=torch.bfloat16), (4, 20), torch.bfloat16),
+        (images_to_classes(nn.Conv2d(3, 8, 3)), (4, 3, 224, 224), torch.float32),
+        (images_to_classes(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3)), (4, 3, 224, 224), torch.float32),
+        (LeNet(28), (4, 1, 28, 28), torch.float32),
+        (LeNet(32), (4, 1, 32, 32), torch.float32),
+        (LeNet(8), (4, 1, 8, 8), torch.float32),
+        (nn.Conv1d(2, 4, 3), (4, 2, 1024), torch.float32),
+        (nn.Conv3d(2, 4, 3), (4, 2, 16, 112, 112), torch.float32),
+        (Sequences(nn.LSTM(6, 8, batch_first=True)), (4, 128, 6), torch.float32),
+        (Sequences(nn.GRU(6, 8)), (128, 4, 6), torch.float32),
+        (nn.TransformerEncoderLayer(16, 2, batch_first=True), (4, 128, 16), torch.float32),
+        (nn.TransformerEncoderLayer(16, 2), (128, 4, 16), torch.float32),
+        (nn.LayerNorm(9), (4, 9), torch.float32),
+        (TinyLanguageModel(), (4, 32), torch.int64),
+    ],
+)
+def test_a_plain_model_takes_what_its_first_layer_takes(model, shape, dtype):
+    batch = infer(model).batch(4)
+    assert batch.shape == shape and batch.dtype is dtype
+
+
+def test_token_ids_lie_inside_the_vocabulary_and_differ():
+    ids = infer(TinyLanguageModel()).batch(64)
+    assert int(ids.min()) >= 0 and int(ids.max()) < 50 and len(ids.unique()) > 25
+
+
+@settings(deadline=None, max_examples=15)
+@given(features=st.integers(1, 64), n=st.integers(1, 16))
+def test_an_inferred_batch_runs_for_real_at_any_size(features, n):
+    model = nn.Sequential(nn.Linear(features, 3))
+    assert model(infer(model).batch(n)).shape == (n, 3)
+
+
+def test_an_inferred_batch_of_a_billion_samples_costs_nothing_inside_a_fake_mode():
+    inferred = infer(TinyLanguageModel())
+    with FakeTensorMode():
+        batch = inferred.batch(10**9)
+    assert isinstance(batch, FakeTensor) and batch.shape == (10**9, 32)
+
+
+def test_inferring_changes_neither_the_model_nor_the_random_state():
+    model = images_to_classes(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    before = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    infer(model).batch(2)
+    assert torch.equal(torch.get_rng_state(), random_state) and not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) and not isinstance(value, FakeTensor)
+
+
+def test_a_model_on_meta_is_never_materialised():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(10**6, 10**6), nn.Linear(10**6, 10**6))
+    assert infer(model).batch(2).shape == (2, 10**6)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+# torch.compile imports parts of torch that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiled_and_parallel_wrappers_are_looked_through():
+    model = nn.Linear(20, 5)
+    assert infer(torch.compile(model)).batch(2).shape == (2, 20)
+    assert infer(nn.DataParallel(model)).batch(2).shape == (2, 20)
+
+
+def test_a_wrong_size_that_only_mixes_the_samples_is_not_taken():
+    class Mixes(LeNet):
+        def forward(self, images):
+            pooled = F.max_pool2d(self.convolution(images), 2)
+            return self.fc(pooled.view(-1, self.fc.in_features))
+
+    # At 224 pixels every image would silently become 64 samples of 28 pixels.
+    assert infer(Mixes(28)).batch(3).shape == (3, 1, 28, 28)
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, left, right):
+        return super().forward(left) + right
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (TwoInputs(3, 3), "forward takes left, right"),
+        (nn.ReLU(), "no layer tells"),
+        (nn.LazyLinear(3), "lazy"),
+        (nn.Sequential(nn.Linear(4, 8), nn.Linear(9, 2)), "raises RuntimeError"),
+    ],
+)
+def test_a_model_that_tells_nothing_is_an_error_that_shows_the_missing_argument(model, why):
+    with pytest.raises(SampleError, match="sample=") as caught:
+        infer(model)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Trainee(nn.Module):
+    """Looks like a Lightning module."""
+
+    def __init__(self, example) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.example_input_array = example
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def training_step(self, batch, batch_index):
+        x, y = batch
+        return {"loss": F.cross_entropy(self(x), y)}
+
+
+def test_an_example_that_is_a_whole_batch_trains_by_the_training_step():
+    model = Trainee((torch.rand(4, 6), torch.zeros(4, dtype=torch.int64)))
+    inferred = infer(model)
+    assert inferred.loss is not None
+    loss = inferred.loss(model, inferred.batch(9))
+    assert loss.shape == () and loss.requires_grad
+
+
+def test_an_example_that_holds_the_inputs_alone_leaves_the_loss_open():
+    inferred = infer(Trainee(torch.rand(4, 6)))
+    assert inferred.loss is None and "loss=" in inferred.loss_note
+    assert inferred.batch(9).shape == (9, 6)
+
+
+def test_a_model_with_a_config_and_dummy_inputs_is_fed_with_them():
+    model = nn.Linear(6, 3)
+    model.config = SimpleNamespace()
+    model.dummy_inputs = {"input": torch.rand(2, 6)}
+    assert infer(model).batch(5)["input"].shape == (5, 6)
+
+
+def small(model_type: str, auto: str, **config):
+    transformers = pytest.importorskip("transformers")
+    sizes = transformers.AutoConfig.for_model(model_type, **config)
+    with torch.device("meta"):
+        return getattr(transformers, auto).from_config(sizes)
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+
+
+def test_a_causal_language_model_gets_tokens_and_labels_as_long_as_its_positions():
+    model = small("gpt2", "AutoModelForCausalLM", n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    inferred = infer(model)
+    batch = inferred.batch(3)
+    assert {key: tuple(leaf.shape) for key, leaf in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"), (3, 64)
+    )
+    assert bool((batch["attention_mask"] == 1).all())
+    assert "output.loss" in inferred.loss_note
+    assert infer(model, seq=16).batch(3)["labels"].shape == (3, 16)
+
+
+def test_a_sequence_longer_than_a_table_of_positions_is_refused():
+    model = small("gpt2", "AutoModelForCausalLM", n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    with pytest.raises(SampleError, match=r"seq=65 is longer than the 64 positions"):
+        infer(model, seq=65)
+
+
+def test_positions_that_skip_the_padding_index_are_not_used():
+    model = small("roberta", "AutoModelForMaskedLM", max_position_embeddings=66, **TINY)
+    assert infer(model).batch(2)["input_ids"].shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("auto", "labels"),
+    [
+        ("AutoModelForMaskedLM", {"labels": (2, 8)}),
+        ("AutoModelForPreTraining", {"labels": (2, 8), "next_sentence_label": (2,)}),
+        ("AutoModelForSequenceClassification", {"labels": (2,)}),
+        ("AutoModelForTokenClassification", {"labels": (2, 8)}),
+        ("AutoModelForQuestionAnswering", {"start_positions": (2,), "end_positions": (2,)}),
+        ("AutoModelForMultipleChoice", {"labels": (2,)}),
+        ("AutoModel", {}),
+    ],
+)
+def test_every_head_of_an_encoder_gets_its_own_labels(auto, labels):
+    model = small("bert", auto, intermediate_size=16, **TINY)
+    shapes = {key: tuple(leaf.shape) for key, leaf in infer(model, seq=8).batch(2).items()}
+    assert shapes.pop("input_ids") == shapes.pop("attention_mask")
+    assert shapes == labels
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto", "config"),
+    [
+        ("t5", "AutoModelForSeq2SeqLM", {"d_model": 16, "d_ff": 16, "num_layers": 1}),
+        (
+            "vit",
+            "AutoModelForImageClassification",
+            {"hidden_size": 24, "num_hidden_layers": 1, "image_size": 32, "num_labels": 7},
+        ),
+        (
+            "whisper",
+            "AutoModelForSpeechSeq2Seq",
+            {
+                "d_model": 12,
+                "encoder_layers": 1,
+                "decoder_layers": 1,
+                "max_source_positions": 20,
+            },
+        ),
+    ],
+)
+def test_models_of_transformers_give_a_loss_on_their_inferred_batch(model_type, auto, config):
+    model = small(model_type, auto, **config)
+    model = model.to_empty(device="cpu")
+    output = model(**infer(model).batch(2))
+    assert output.loss.shape == () and output.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "classes"),
+    [
+        ("resnet18", {"num_classes": 10}, (3, 224, 224), 10),
+        ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 1}, (1, 64, 64), 1000),
+    ],
+)
+def test_a_timm_model_is_trained_by_cross_entropy_over_its_own_classes(
+    name, options, shape, classes
+):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, **options)
+    inferred = infer(model)
+    images, labels = inferred.batch(2)
+    assert images.shape == (2, *shape) and 0 <= int(labels.max()) < classes
+    assert f"{classes} classes" in inferred.loss_note
+    assert inferred.loss is not None and inferred.loss(model, (images, labels)).requires_grad
+
+
+def test_a_replaced_classifier_decides_the_range_of_the_labels():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+        model.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))
+    assert "3 classes" in infer(model).loss_note
+    model.fc = nn.Identity()
+    assert infer(model).loss is None
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "classes"),
+    [("resnet18", 224, 1000), ("inception_v3", 299, 1000), ("fcn_resnet50", 480, 21)],
+)
+def test_a_torchvision_model_is_trained_with_its_auxiliary_heads(name, side, classes):
+    models = pytest.importorskip("torchvision").models
+    options = {"weights_backbone": None, "aux_loss": True} if "fcn" in name else {}
+    if name == "inception_v3":
+        options = {"init_weights": False}
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None, **options)
+    inferred = infer(model)
+    assert f"{classes} classes" in inferred.loss_note and inferred.loss is not None
+    batch = [leaf.to("meta") for leaf in inferred.batch(2)]
+    assert batch[0].shape == (2, 3, side, side)
+    assert inferred.loss(model, batch).requires_grad
+
+
+def test_a_detection_model_asks_for_a_workload():
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        model = models.get_model("ssdlite320_mobilenet_v3_large", weights_backbone=None)
+    with pytest.raises(SampleError, match="use a Workload"):
+        infer(model)
+
+
+def test_a_lightning_module_trains_by_its_training_step():
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.example_input_array = torch.rand(2, 6)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, batch_index):
+            loss = (self(batch) ** 2).mean()
+            self.log("loss", loss)
+            return loss
+
+    model = Module()
+    inferred = infer(model)
+    assert inferred.loss is not None and inferred.loss(model, inferred.batch(5)).requires_grad

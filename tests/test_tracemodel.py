@@ -1,0 +1,154 @@
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch.trace import CATEGORIES, Block, Mark, Trace
+from autobatch.tracemodel import Misaligned, TraceModel
+
+MARKS = (Mark(0, "forward", 0, 0),)
+
+
+def make_trace(micro_batch, sizes, events=None, **block_fields):
+    fields = {"category": "activations", "phase": "forward", "op": "aten.mm"} | block_fields
+    blocks = tuple(Block(size, fields["category"], fields["phase"], fields["op"]) for size in sizes)
+    events = tuple(range(len(blocks))) if events is None else tuple(events)
+    return Trace(
+        micro_batch=micro_batch, accumulation_steps=1, blocks=blocks, events=events, marks=MARKS
+    )
+
+
+@st.composite
+def polynomial_traces(draw, degree):
+    """Return a function from the micro-batch to a trace with random kinds, frees and sizes."""
+    whole = st.integers(0, 10**9)
+    rows = st.tuples(whole, *[whole if power <= degree else st.just(0) for power in (1, 2)])
+    coefficients = draw(st.lists(rows, min_size=1, max_size=12))
+    kinds = [
+        (
+            draw(st.sampled_from(CATEGORIES)),
+            draw(st.sampled_from(["forward", "backward"])),
+            f"op{i}",
+        )
+        for i in range(len(coefficients))
+    ]
+    events, live = [], []
+    for index in range(len(coefficients)):
+        events.append(index)
+        live.append(index)
+        while live and draw(st.booleans()):
+            events.append(~live.pop(draw(st.integers(0, len(live) - 1))))
+
+    def trace_at(n):
+        sizes = [base + slope * n + bend * n * n for base, slope, bend in coefficients]
+        blocks = tuple(Block(s, *kind) for s, kind in zip(sizes, kinds, strict=True))
+        return Trace(
+            micro_batch=n, accumulation_steps=1, blocks=blocks, events=tuple(events), marks=MARKS
+        )
+
+    return trace_at
+
+
+nodes = st.lists(st.integers(1, 64), min_size=3, max_size=3, unique=True)
+
+
+@given(polynomial_traces(degree=1), nodes, st.integers(1, 5000))
+def test_two_affine_traces_give_every_other_one_exactly(trace_at, nodes, n):
+    model = TraceModel.fit([trace_at(node) for node in nodes[:2]])
+    assert model.degree == 1
+    assert model.trace(n) == trace_at(n)
+    assert model.difference(trace_at(n)) is None
+    assert model.peak_bytes(n) == max(trace_at(n).allocated())
+
+
+@given(polynomial_traces(degree=2), nodes, st.integers(1, 5000))
+def test_three_quadratic_traces_give_every_other_one_exactly(trace_at, nodes, n):
+    model = TraceModel.fit([trace_at(node) for node in nodes])
+    assert model.trace(n) == trace_at(n)
+    bent = any(
+        trace_at(1).sizes[i] + trace_at(3).sizes[i] != 2 * trace_at(2).sizes[i]
+        for i in range(len(trace_at(1).blocks))
+    )
+    assert model.degree == (2 if bent else 1)
+
+
+@given(nodes, st.lists(st.tuples(*[st.integers(0, 10**9)] * 3), min_size=1, max_size=8))
+def test_fitted_traces_are_reproduced_whatever_their_sizes_are(nodes, rows):
+    traces = [make_trace(n, [row[i] for row in rows]) for i, n in enumerate(nodes)]
+    model = TraceModel.fit(traces)
+    assert all(model.difference(trace) is None for trace in traces)
+
+
+def test_a_size_between_bytes_is_rounded_to_the_nearest_one():
+    model = TraceModel.fit([make_trace(1, [0, 0]), make_trace(4, [1, 2])])
+    assert [model.sizes(n) for n in (1, 2, 3, 4)] == [[0, 0], [0, 1], [1, 1], [1, 2]]
+
+
+def test_sizes_that_shrink_with_the_micro_batch_stop_at_zero():
+    model = TraceModel.fit([make_trace(2, [100]), make_trace(3, [60])])
+    assert [model.sizes(n) for n in (1, 4, 5, 100)] == [[140], [20], [0], [0]]
+
+
+def test_a_quadratic_block_shows_as_a_difference_at_a_third_size():
+    traces = [make_trace(n, [512, n * n * 4]) for n in (2, 3, 5)]
+    sentence = TraceModel.fit(traces[:2]).difference(traces[2])
+    assert sentence == ("block 1 (aten.mm, forward) at micro-batch 5: expected 76 bytes, found 100")
+    assert TraceModel.fit(traces).difference(traces[2]) is None
+
+
+def test_the_peak_and_its_slope_count_only_what_is_alive_at_once():
+    events = [0, 1, ~1, 2]
+    model = TraceModel.fit([make_trace(n, [1000, 10 * n, 4 * n], events) for n in (2, 3)])
+    assert model.peak_bytes(50) == 1000 + 10 * 50
+    assert model.bytes_per_sample(2, 50) == 10.0
+
+
+def test_a_trace_without_events_has_no_peak():
+    model = TraceModel.fit([make_trace(2, []), make_trace(3, [])])
+    assert model.peak_bytes(7) == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (make_trace(3, [8, 8], op="aten.bmm"), r"event 0: .*aten\.mm.* against .*aten\.bmm"),
+        (make_trace(3, [8, 8], category="gradients"), r"event 0: .*activations.* against .*grad"),
+        (make_trace(3, [8, 8], phase="step"), r"event 0: .*forward.* against .*step"),
+        (make_trace(3, [8, 8], [0, ~0, 1]), r"event 1: alloc of block 1.* against free of block 0"),
+        (make_trace(3, [8, 8, 8]), r"length: 2 and 3 events"),
+    ],
+)
+def test_traces_that_do_not_align_name_the_first_difference(other, message):
+    first = make_trace(2, [8, 8])
+    with pytest.raises(Misaligned, match=message):
+        TraceModel.fit([first, other])
+    model = TraceModel.fit([first, make_trace(4, [8, 8])])
+    assert "micro-batch 2 and 3 differ" in (model.difference(other) or "")
+
+
+def test_traces_of_different_windows_do_not_align():
+    one = make_trace(2, [8])
+    two = Trace(micro_batch=3, accumulation_steps=2, blocks=one.blocks, events=(0,), marks=MARKS)
+    with pytest.raises(Misaligned, match="accumulation steps: 1 and 2"):
+        TraceModel.fit([one, two])
+    moved = Trace(micro_batch=3, accumulation_steps=1, blocks=one.blocks, events=(0,), marks=())
+    with pytest.raises(Misaligned, match="where their phases begin"):
+        TraceModel.fit([one, moved])
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 2), (1, 2, 3, 4)])
+def test_a_fit_needs_two_or_three_different_micro_batches(sizes):
+    with pytest.raises(ValueError, match="2 or 3 different micro-batches"):
+        TraceModel.fit([make_trace(n, [8]) for n in sizes])
+
+
+def test_a_hundred_thousand_events_take_well_under_a_second():
+    events = [event for index in range(50_000) for event in (index, ~index)]
+    traces = [make_trace(n, [512 + index * n for index in range(50_000)], events) for n in (2, 3)]
+    start = time.perf_counter()
+    model = TraceModel.fit(traces)
+    trace = model.trace(64)
+    assert model.difference(trace) is None
+    assert model.peak_bytes(64) == 512 + 49_999 * 64
+    assert time.perf_counter() - start < 2.0

@@ -161,7 +161,7 @@ def _search(peak_bytes: Callable[[int], int], budget_bytes: int, limit: int) -> 
 
 
 def _checkpoint(ceiling: int, limit: int, probe: Probe) -> int:
-    """Return the size at which to check the model: the ceiling, or one that it was not made from."""
+    """Return where to check the model: at the ceiling, or above, where it was not made from."""
     size = max(ceiling, 1)
     while size > 1 and size in probe.runs and size < limit:
         size += 1

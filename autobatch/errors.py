@@ -4,9 +4,9 @@
     ├── UsageError (ValueError)    exit code 2: the request cannot be understood
     │   ├── UnknownGpuError        the GPU's name is not in the catalogue
     │   ├── NoGpuError             no GPU in the machine and none named
-    │   ├── SampleError            no inputs can be inferred, or the sample has no batch dimension
+    │   ├── SampleError            no inputs inferred, or no batch dimension in the sample
     │   ├── SpecError              a SPEC names no file, module or function
-    │   └── FileError              a plan or snapshot that cannot be read, a folder that cannot be written
+    │   └── FileError              an unreadable file, an unwritable folder
     ├── WorkloadError              exit code 1: the user's own model, loss or optimizer failed
     └── DoesNotFitError            exit code 3: not even micro-batch 1 fits
 

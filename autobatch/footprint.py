@@ -11,7 +11,7 @@ from typing import Literal
 __all__ = ["Evidence", "Footprint"]
 
 Evidence = Literal["measured", "simulated", "predicted"]
-"""How a figure is known: run on the GPU, executed on the virtual GPU, or computed by the trace model."""
+"""How a figure is known: run on a GPU, run on the virtual GPU, or computed by the trace model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -537,9 +537,8 @@ def _transformers_fields(
     if main == "input_ids":
         tokens = (_context(model, text, seq),)
         lead = (CHOICES,) if "ForMultipleChoice" in name else ()
+        # no attention_mask: one without padding is dropped by transformers itself in a real run
         fields["input_ids"] = Field((*lead, *tokens), high=text.vocab_size)
-        if "attention_mask" in accepts:
-            fields["attention_mask"] = Field((*lead, *tokens), low=1, high=2)
     if main == "pixel_values" or contrastive:
         fields["pixel_values"] = Field(_pixels(config, size), _float_dtype(model))
     if main == "input_features":

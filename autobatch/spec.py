@@ -315,7 +315,7 @@ def _rejected(spec: str, options: Options, error: Exception) -> SpecError:
 
 
 def _load_torchvision(name: str, options: Options) -> tuple[nn.Module, Inferred]:
-    models = _import_library("torchvision", "torchvision").models
+    models = _import_library("torchvision", "timm").models
     _refuse_downloads(options)
     if name not in models.list_models():
         raise SpecError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
@@ -338,7 +338,7 @@ def _with_inputs(
 
 
 def _load_transformers(name: str, options: Options) -> tuple[nn.Module, Inferred]:
-    transformers = _import_library("transformers", "transformers")
+    transformers = _import_library("transformers", "hf")
     dtype, seq = _take_dtype(options), _take_size(options, "seq")
     head = options.pop("head", None)
     config = _transformers_config(transformers, name, options)

@@ -32,7 +32,7 @@ Phase = Literal["setup", "inputs", "forward", "backward", "step", "evaluate"]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One allocation: its requested bytes, what it is for, and the op and phase that asked for it."""
+    """One allocation: its requested bytes, what it is for, the op and phase that made it."""
 
     size_bytes: int
     category: Category

@@ -230,7 +230,12 @@ def _workload(
         inferred = infer(model)
         notes = (inferred.note, inferred.loss_note)
         workload = Workload(model=model, batch=inferred.batch, loss=inferred.loss)
-    given = {"loss": loss, "optimizer": optimizer, "autocast": autocast, "clip_norm": clip_norm}
+    given: dict[str, Any] = {
+        "loss": loss,
+        "optimizer": optimizer,
+        "autocast": autocast,
+        "clip_norm": clip_norm,
+    }
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(workload, notes=(*workload.notes, *filter(None, notes)), **changes)
 

@@ -143,8 +143,8 @@ def test_a_library_that_is_not_installed_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     for prefix, extra in (
         ("timm", "timm"),
-        ("torchvision", "torchvision"),
-        ("hf", "transformers"),
+        ("torchvision", "timm"),
+        ("hf", "hf"),
     ):
         assert f'pip install "autobatch-gpu[{extra}]"' in message(f"{prefix}:any")
 

@@ -36,6 +36,8 @@ class CudaCalls(TorchFunctionMode):
             route = partial(self._layer, name)
             self._routes[getattr(torch, name)] = route
             self._routes[getattr(torch._VF, name)] = route
+        self._routes[torch._VF._pack_padded_sequence] = self._pack
+        self._routes[torch._VF._pad_packed_sequence] = self._pad
         if device.type != "cuda":
             self._routes[Tensor.cuda] = self._cuda
             self._routes[Tensor.is_cuda.__get__] = self._is_cuda  # type: ignore[attr-defined]
@@ -84,3 +86,13 @@ class CudaCalls(TorchFunctionMode):
         if self._is_ours(args[0]):
             return rnn.run_layer(name, *args)
         return getattr(torch._VF, name)(*args)
+
+    def _pack(self, data: Tensor, lengths: Tensor, batch_first: bool) -> Any:
+        if not self._is_ours(data):
+            return torch._VF._pack_padded_sequence(data, lengths, batch_first)
+        return rnn.pack(data, batch_first)
+
+    def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, *rest: Any) -> Any:
+        if not self._is_ours(data):
+            return torch._VF._pad_packed_sequence(data, sizes, batch_first, *rest)
+        return rnn.pad(data, sizes, batch_first)

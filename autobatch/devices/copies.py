@@ -6,7 +6,7 @@ Invariant: no weight is read, moved or materialised; parameters that are tied st
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ __all__ = ["Copier", "eager"]
 
 def eager(model: nn.Module) -> tuple[nn.Module, bool]:
     """Return the module below `torch.compile`, and whether any part of it was compiled."""
-    compiled = False
-    while isinstance(model, torch._dynamo.OptimizedModule) if _dynamo_is_loaded() else False:
-        model, compiled = model._orig_mod, True
-    compiled = compiled or any(_is_compiled(module) for module in model.modules())
-    return model, compiled
+    original: Any = model
+    while hasattr(original, "_orig_mod"):
+        original = original._orig_mod
+    compiled = original is not model or any(_is_compiled(m) for m in original.modules())
+    return original, compiled
 
 
 class Copier:
@@ -34,10 +34,9 @@ class Copier:
     the device it was on (`meta` counts as the CPU: the user never said where it would live).
     """
 
-    def __init__(self, device: torch.device, on_device: Callable[[Tensor], Tensor]):
-        """Copy to `device`; `on_device(tensor)` is called once for each moved tensor, in order."""
+    def __init__(self, device: torch.device):
+        """Copy to `device`."""
         self._device = device
-        self._on_device = on_device
         self._memo: dict[int, Any] = {}
         self._originals: list[Any] = []  # keeps ids in the memo from being reused
 
@@ -78,12 +77,11 @@ class Copier:
         if known is None:
             known = self.fake(original, self._device)
             self._remember(original, known)
-            self._on_device(known)
-        return known  # type: ignore[no-any-return]
+        return known
 
     def fake(self, original: Tensor, device: torch.device) -> Tensor:
         """Make a tensor of the same layout, kind and attributes on a device."""
-        if isinstance(original, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(original):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
@@ -131,10 +129,6 @@ class _TensorCopies(TorchFunctionMode):
             )
             self._copier._remember(original, known)
         return known
-
-
-def _dynamo_is_loaded() -> bool:
-    return "_dynamo" in torch.__dict__
 
 
 def _is_compiled(module: nn.Module) -> bool:

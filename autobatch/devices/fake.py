@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Recorder", "VirtualMode"]
 
@@ -49,8 +50,7 @@ class _Uncacheable(Exception):
 _Recipe = tuple[Any, ...]
 
 _META = torch.device("meta")
-_IMMUTABLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
-_FORMATS = (torch.memory_format,)
+_IMMUTABLE = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class VirtualMode(FakeTensorMode):
@@ -62,6 +62,7 @@ class VirtualMode(FakeTensorMode):
         recorder: Recorder,
         standins: StandIns,
         before: Callable[[OpOverload, Sequence[Any]], None],
+        adopt: Callable[[Tensor], Tensor],
         recipes: dict[Any, Any],
     ):
         """Prepare a mode.
@@ -71,6 +72,7 @@ class VirtualMode(FakeTensorMode):
             recorder: told of every storage on the device.
             standins: asked first, for every op.
             before: called before every op that runs on the device, for hidden allocations.
+            adopt: moves a real tensor that meets tensors of the device in an op.
             recipes: the cache of output layouts, shared by runs on the same device.
         """
         super().__init__(allow_non_fake_inputs=True)
@@ -79,6 +81,7 @@ class VirtualMode(FakeTensorMode):
         self._recorder = recorder
         self._standins = standins
         self._before = before
+        self._adopt = adopt
         self._recipes = recipes
         self._depth = 0
         self._attributes: dict[str, Any] | None = None
@@ -127,6 +130,7 @@ class VirtualMode(FakeTensorMode):
                 key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
                 recipe = self._recipes.get(key)
             except _Uncacheable:
+                args, kwargs = self._adopted(args, kwargs)
                 output = super().__torch_dispatch__(func, types, args, kwargs)
             else:
                 if recipe is not None:
@@ -139,6 +143,24 @@ class VirtualMode(FakeTensorMode):
         self._created(output, func.name())
         self._standins.note_truth(func, args, output)
         return output
+
+    def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Move real tensors that user code holds (class weights, say) to where the others are."""
+        leaves = tree_leaves((args, kwargs))
+        if not any(self._is_virtual(leaf) for leaf in leaves):
+            return args, kwargs
+        return tree_map(self._adopt_leaf, (args, kwargs))  # type: ignore[no-any-return]
+
+    def _adopt_leaf(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.dim():
+            return leaf
+        with self:
+            adopted = self._adopt(leaf)
+        self._recorder.created(adopted, "adopted")
+        return adopted
+
+    def _is_virtual(self, value: Any) -> bool:
+        return isinstance(value, FakeTensor) and value.fake_device == self.virtual_device
 
     def run(self, func: OpOverload, *args: Any) -> Any:
         """Run an op from inside a stand-in; its results are recorded."""
@@ -171,7 +193,7 @@ class VirtualMode(FakeTensorMode):
                 parts.append((kind, self._key(value, tensors)))
             elif kind in (int, float, bool):
                 parts.append((kind, value))  # 1, 1.0 and True are equal as keys
-            elif isinstance(value, _IMMUTABLE) or isinstance(value, _FORMATS):
+            elif isinstance(value, _IMMUTABLE):
                 parts.append(value)
             else:
                 raise _Uncacheable

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "run_layer"]
+__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "pack", "pad", "run_layer"]
 
 aten = torch.ops.aten
 
@@ -47,6 +47,23 @@ def run_layer(name: str, *args: Any) -> Any:
         batch_first, dropout, train, both, sizes, None,
     )  # fmt: skip
     return (output, last, last_cell) if mode == 2 else (output, last)
+
+
+def pack(data: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Pack sequences as if all had full length: the upper bound."""
+    steps_first = data.transpose(0, 1) if batch_first else data
+    steps, samples = steps_first.shape[:2]
+    sizes = torch.full((steps,), samples, device="cpu")
+    sizes.known_value = samples  # type: ignore[attr-defined]
+    return steps_first.flatten(0, 1).clone(), sizes
+
+
+def pad(data: Tensor, sizes: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """Undo `pack`."""
+    steps = sizes.numel()
+    padded = data.unflatten(0, (steps, -1)).clone()
+    lengths = torch.full((padded.size(1),), steps, device="cpu")
+    return (padded.transpose(0, 1) if batch_first else padded), lengths
 
 
 def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:

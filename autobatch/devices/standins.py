@@ -1,8 +1,8 @@
 """Answers to reads of values that a tensor without memory does not have.
 
-The rule users can rely on: every unknown number reads as one. A float is 1.0, an integer is 1,
-and a truth value is what the comparison gives for ones (so `isfinite` is true, `isnan` false);
-a truth value of unknown origin is false. GradScaler's overflow flag reads as "none found".
+The rule users can rely on: an unknown float reads as 0.5 (neither x nor 1 - x is zero), an
+unknown integer as 1, and a truth value as what the comparison gives for those (so `isfinite` is
+true, `isnan` false); a truth value of unknown origin is false. GradScaler's overflow flag reads as "none found".
 Shapes that depend on values take their upper bound: every element of a mask counts as chosen.
 
 Invariant: no answer needs the value of any tensor.
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["StandIns"]
 
@@ -81,45 +80,36 @@ class StandIns:
         return NotImplemented
 
     def note_truth(self, func: Any, args: Sequence[Any], output: Any) -> None:
-        """Remember what a truth value would be if every number were one."""
-        if type(output) is not FakeTensor or output.dtype is not torch.bool:
+        """Remember what a truth value would be if every number were its stand-in."""
+        if not isinstance(output, Tensor):
             return
         name = func._opname
-        if name in _COMPARISONS:
-            output.truth = _COMPARISONS[name](_one(args[0]), _one(args[1]))
-        elif name in _CONSTANTS:
-            output.truth = _CONSTANTS[name]
-        elif name in _NEGATIONS:
-            output.truth = not _truth(args[0])
-        elif name in ("logical_or", "bitwise_or"):
-            output.truth = _truth(args[0]) or _truth(args[1])
-        elif name in ("logical_and", "bitwise_and", "mul"):
-            output.truth = _truth(args[0]) and _truth(args[1])
-        elif args and isinstance(args[0], Tensor):
-            output.truth = _truth(args[0])
+        known = vars(args[0]).get("known_value") if name == "select" else None
+        if known is not None:
+            vars(output)["known_value"] = known
+        elif output.dtype is torch.bool:
+            vars(output)["truth"] = _truth_of(name, args)
 
-    def _read(self, mode: Any, tensor: Any) -> bool | int | float | complex:
-        constant = getattr(tensor, "constant", None)
+    def _read(self, mode: Any, tensor: Any) -> bool | int | float:
+        constant = tensor.constant
         if constant is not None:
             return constant.item()  # type: ignore[no-any-return]
         self.reads += 1
-        known = getattr(tensor, "known_value", None)
+        known = vars(tensor).get("known_value")
         if known is not None:
             return known  # type: ignore[no-any-return]
         if tensor.dtype is torch.bool:
             return _truth(tensor)
-        if tensor.dtype.is_floating_point:
-            return 1.0
-        return 1 + 0j if tensor.dtype.is_complex else 1
+        return _number(tensor.dtype)
 
     def _unscale(self, mode: Any, grads: Any, found_inf: Any, inv_scale: Any) -> None:
         found_inf.known_value = 0.0
 
-    def _nonzero(self, mode: Any, tensor: Tensor) -> Tensor:
+    def _nonzero(self, mode: Any, tensor: Tensor) -> Any:
         self.upper_bounds.add("nonzero")
         return mode.empty((tensor.numel(), tensor.dim()), torch.int64, tensor)
 
-    def _masked_select(self, mode: Any, tensor: Tensor, mask: Tensor) -> Tensor:
+    def _masked_select(self, mode: Any, tensor: Tensor, mask: Tensor) -> Any:
         self.upper_bounds.add("masked_select")
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
         return mode.empty((shape.numel(),), tensor.dtype, tensor)
@@ -171,14 +161,14 @@ class StandIns:
 
     def _bincount(
         self, mode: Any, tensor: Tensor, weights: Tensor | None = None, minlength: int = 0
-    ) -> Tensor:
+    ) -> Any:
         self.upper_bounds.add("bincount")
         dtype = torch.int64 if weights is None else weights.dtype
         return mode.empty((max(minlength, tensor.numel()),), dtype, tensor)
 
     def _repeat_interleave(
         self, mode: Any, repeats: Tensor, *, output_size: int | None = None
-    ) -> Tensor:
+    ) -> Any:
         if output_size is None:  # each repeat reads as one
             self.upper_bounds.add("repeat_interleave")
             output_size = repeats.numel()
@@ -212,11 +202,30 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(index is not None and index.dtype in _MASKS for index in indices)
 
 
+def _truth_of(name: str, args: Sequence[Any]) -> bool:
+    """Return what an op with a truth value as its result gives for the stand-ins."""
+    if name in _COMPARISONS:
+        return _COMPARISONS[name](_standin(args[0]), _standin(args[1]))
+    if name in _CONSTANTS:
+        return _CONSTANTS[name]
+    if name in _NEGATIONS:
+        return not _truth(args[0])
+    if name in ("logical_or", "bitwise_or"):
+        return _truth(args[0]) or _truth(args[1])
+    if name in ("logical_and", "bitwise_and", "mul"):
+        return _truth(args[0]) and _truth(args[1])
+    return bool(args) and isinstance(args[0], Tensor) and _truth(args[0])
+
+
 def _truth(value: Any) -> bool:
-    return bool(getattr(value, "truth", False)) if isinstance(value, Tensor) else bool(value)
+    return bool(vars(value).get("truth")) if isinstance(value, Tensor) else bool(value)
 
 
-def _one(value: Any) -> Any:
+def _standin(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return _truth(value) if value.dtype is torch.bool else 1
+    return _truth(value) if value.dtype is torch.bool else _number(value.dtype)
+
+
+def _number(dtype: torch.dtype) -> int | float:
+    return 1 if not (dtype.is_floating_point or dtype.is_complex) else 0.5

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec
 from autobatch.trace import Phase
-from autobatch.workload import DefaultLoss, Workload, run_windows
+from autobatch.workload import DefaultLoss, Loss, Workload, run_windows
 
 __all__ = ["WINDOWS", "VirtualGpu"]
 
@@ -64,7 +64,10 @@ class VirtualGpu:
         recorder = StorageRecorder()
         standins = StandIns(_KERNELS)
         workspaces = _Workspaces(recorder, self.spec)
-        mode = VirtualMode(device, recorder, standins, workspaces.before, self._recipes)
+        copier = Copier(device)
+        mode = VirtualMode(
+            device, recorder, standins, workspaces.before, copier.move, self._recipes
+        )
         calls = CudaCalls(device, self.spec.compute_capability)
         original, compiled = eager(workload.model)
         with (
@@ -74,7 +77,7 @@ class VirtualGpu:
             calls,
             _user_errors(workload, micro_batch),
         ):
-            session = _Session(workload, original, device, recorder, workspaces)
+            session = _Session(workload, original, device, copier, recorder, workspaces)
             session.train(micro_batch, accumulation_steps)
         warnings = list(_upper_bound_warnings(standins))
         if compiled:
@@ -114,6 +117,7 @@ class _Session:
         workload: Workload,
         model: nn.Module,
         device: torch.device,
+        copier: Copier,
         recorder: StorageRecorder,
         workspaces: _Workspaces,
     ):
@@ -121,7 +125,7 @@ class _Session:
         self._device = device
         self._recorder = recorder
         self._workspaces = workspaces
-        self._copier = Copier(device, lambda tensor: None)
+        self._copier = copier
         recorder.begin("setup")
         self._model = self._copier.model(model).train()
         recorder.tag(self._model.parameters(), "parameters")
@@ -129,11 +133,7 @@ class _Session:
         self.optimizer = self._make_optimizer()
         self._tag_optimizer_state()
         self._default_loss = DefaultLoss()
-        self._loss = self._default_loss
-        if workload.loss is not None:
-            self._loss = self._copier.any(workload.loss)
-            if isinstance(self._loss, nn.Module):
-                self._loss = self._copier.model(workload.loss)  # type: ignore[arg-type]
+        self._loss = self._copied_loss()
 
     @property
     def loss_kind(self) -> str:
@@ -176,6 +176,14 @@ class _Session:
         )
         self._recorder.tag(tensors, "optimizer_state")
 
+    def _copied_loss(self) -> Loss:
+        loss = self._workload.loss
+        if loss is None:
+            return self._default_loss
+        if isinstance(loss, nn.Module):
+            return self._copier.model(loss)
+        return self._copier.any(loss)  # type: ignore[no-any-return]
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         given = self._workload.optimizer
         if isinstance(given, torch.optim.Optimizer):
@@ -187,8 +195,8 @@ class _Session:
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         if not trainable:
             raise WorkloadError("no parameter requires a gradient: there is nothing to train")
-        optimizer: torch.optim.Optimizer = given(trainable)
-        return optimizer
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = given
+        return make(trainable)
 
     def _batch(self, micro_batch: int) -> Any:
         return tree_map(self._to_device, self._workload.batch(micro_batch))

@@ -268,7 +268,7 @@ def draw_memory(chart: MemoryChart) -> Figure:
     axes.set(
         xlabel="micro-batch (samples in one forward/backward)",
         ylabel=f"peak memory ({unit})",
-        xlim=(0, max(*sizes, chart.ceiling) * 1.03),
+        xlim=(0, max(*sizes, chart.ceiling) * 1.15),
         ylim=(0, top / scale),
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -312,8 +312,8 @@ def draw_memory(chart: MemoryChart) -> Figure:
 
 def draw_breakdown(chart: BreakdownChart) -> Figure:
     """Draw the stacked bytes of each bar against the budget and the capacity."""
-    height = 2.5 + 0.75 * len(chart.bars)
-    figure, axes = _figure(8.6, height, "Memory at the peak", bottom=1.28 / height)
+    height = 2.2 + 0.75 * len(chart.bars)
+    figure, axes = _figure(8.6, height, "Memory at the peak", bottom=1.05 / height)
     widest = max(chart.capacity_bytes, *(sum(size for _, size in b.parts) for b in chart.bars))
     unit, scale = _unit(widest)
     axes.grid(axis="y", visible=False)
@@ -366,7 +366,7 @@ def draw_breakdown(chart: BreakdownChart) -> Figure:
 
 def draw_timeline(chart: TimelineChart) -> Figure:
     """Draw live bytes stacked by category, reserved above, phases in a ribbon, the peak marked."""
-    figure, axes = _figure(8.6, 5.4, "Memory over the training windows", bottom=0.28, top=0.82)
+    figure, axes = _figure(8.6, 5.4, "Memory over the training windows", bottom=0.245, top=0.82)
     top = max((*chart.reserved_bytes, chart.peak_bytes, 1)) * 1.12
     unit, scale = _unit(top)
     axes.stackplot(
@@ -508,6 +508,7 @@ def _mark_peak(axes: Axes, chart: TimelineChart, scale: int, middle: float) -> N
         ha="right" if left else "left",
         fontsize=9,
         fontweight="bold",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )
 
 
@@ -553,4 +554,4 @@ def _unit(top_bytes: float) -> tuple[str, int]:
 
 def _ink_on(colour: str) -> str:
     red, green, blue = to_rgb(colour)
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from autobatch import advice
 from autobatch.advice import count
+from autobatch.devices.nvml import InstalledGpu
 from autobatch.footprint import Footprint
+from autobatch.gpus import GpuSpec
 from autobatch.plan import Plan, Trial
 from autobatch.units import format_bytes
 
@@ -27,6 +29,7 @@ __all__ = [
     "Table",
     "footprint_summary",
     "full_report",
+    "gpu_list",
     "summary",
 ]
 
@@ -199,6 +202,65 @@ def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Docum
     )
 
 
+def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) -> Document:
+    """Return the known GPUs, and those that are in this machine."""
+    known = tuple(catalogue)
+    here = tuple(
+        (
+            str(gpu.index),
+            _printable(gpu.name),
+            format_bytes(gpu.total_bytes),
+            format_bytes(gpu.used_bytes),
+        )
+        for gpu in installed
+    )
+    in_machine: Block = Paragraph("No NVIDIA GPU or no driver: plans are simulated.")
+    if here:
+        in_machine = Table(("index", "name", "total", "in use"), "llrr", here)
+    return Document(
+        title=f"{len(known)} known GPUs",
+        subtitle="capacity is what CUDA reports; TFLOP/s are dense peaks; - is unknown or absent",
+        sections=(
+            Section(
+                "",
+                (
+                    Table(
+                        columns=(
+                            "name",
+                            "capacity",
+                            "context",
+                            "compute",
+                            "GB/s",
+                            "fp32",
+                            "tf32",
+                            "fp16",
+                            "bf16",
+                        ),
+                        align="lrrrrrrrr",
+                        rows=tuple(map(_gpu_row, known)),
+                    ),
+                ),
+            ),
+            Section("In this machine", (in_machine,)),
+        ),
+    )
+
+
+def _gpu_row(gpu: GpuSpec) -> tuple[str, ...]:
+    bandwidth = gpu.bandwidth_bytes_per_s
+    return (
+        gpu.name,
+        format_bytes(gpu.capacity_bytes),
+        format_bytes(gpu.context_bytes),
+        "{}.{}".format(*gpu.compute_capability),
+        "-" if bandwidth is None else f"{bandwidth / 1e9:,.0f}",
+        *(
+            f"{gpu.flops[precision] / 1e12:,.0f}" if precision in gpu.flops else "-"
+            for precision in ("fp32", "tf32", "fp16", "bf16")
+        ),
+    )
+
+
 def _facts(plan: Plan) -> Facts:
     model, footprint = plan.model, plan.footprint
     trained = (
@@ -211,7 +273,7 @@ def _facts(plan: Plan) -> Facts:
         _printable(model.optimizer),
         f"{model.autocast} autocast" if model.autocast else "no autocast",
         *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
-        f"loss: {'your own' if model.loss == 'user' else _printable(model.loss)}",
+        f"loss: {'a function' if model.loss == 'user' else _printable(model.loss)}",
     ]
     return Facts(
         (

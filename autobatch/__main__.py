@@ -1,0 +1,5 @@
+"""`python -m autobatch`."""
+
+from autobatch.cli import entry
+
+entry()

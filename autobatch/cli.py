@@ -1,0 +1,269 @@
+"""The command line.
+
+Invariant: this is the only place where errors become messages and exit codes. The answer goes to
+stdout, progress and errors to stderr; output paths are proven writable before any work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autobatch._version import __version__
+from autobatch.errors import AutobatchError, WorkloadError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autobatch.footprint import Footprint
+    from autobatch.gpus import GpuSpec
+    from autobatch.workload import OptimizerSpec, Workload
+
+__all__ = ["entry", "main"]
+
+_SPEC_HELP = (
+    "file.py:function or package.module:function (returns a model or a Workload), timm:NAME, "
+    "torchvision:NAME, or hf:TYPE such as hf:gpt2?seq=1024"
+)
+_OPTIMIZERS = {
+    "adadelta": "Adadelta",
+    "adafactor": "Adafactor",
+    "adagrad": "Adagrad",
+    "adam": "Adam",
+    "adamax": "Adamax",
+    "adamw": "AdamW",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "sgd": "SGD",
+    "sgd-momentum": "SGD",
+}
+_BROKEN_PIPE, _INTERRUPTED = 141, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done, 1: the workload failed, 2: usage, 3: nothing fits, 130: interrupted.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except SystemExit as exit_:  # argparse has printed its message
+        return exit_.code if isinstance(exit_.code, int) else 2
+    except AutobatchError as error:
+        if isinstance(error, WorkloadError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"autobatch: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def entry() -> None:
+    """Run the command line of this process; a terminal that lacks a character shows a `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(main())
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from autobatch.files import check_writable, prepare_folder
+    from autobatch.report.document import summary
+    from autobatch.terminal import follow, show
+
+    if arguments.report:
+        prepare_folder(arguments.report)
+    if arguments.json and arguments.json != "-":
+        check_writable(arguments.json)
+    gpu = _gpu(arguments)
+    with follow(sys.stderr) as progress:
+        from autobatch.tuner import tune
+
+        plan = tune(
+            _subject(arguments.spec),
+            target=arguments.target,
+            world_size=arguments.world_size,
+            headroom=arguments.headroom,
+            gpu=gpu,
+            progress=progress,
+            **_options(arguments),
+        )
+    if arguments.json == "-":
+        sys.stdout.write(plan.to_json())
+    else:
+        show(summary(plan), sys.stdout)
+    if arguments.json and arguments.json != "-":
+        plan.save(arguments.json)
+    if arguments.report:
+        _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from autobatch.files import check_writable, write_text
+    from autobatch.report.document import footprint_summary
+    from autobatch.terminal import follow, show
+
+    if arguments.json and arguments.json != "-":
+        check_writable(arguments.json)
+    gpu = _gpu(arguments)
+    with follow(sys.stderr) as progress:
+        from autobatch.tuner import predict
+
+        footprint = predict(
+            _subject(arguments.spec),
+            micro_batch=arguments.micro_batch,
+            accumulation_steps=arguments.accumulation_steps,
+            gpu=gpu,
+            progress=progress,
+            **_options(arguments),
+        )
+    if arguments.json == "-":
+        sys.stdout.write(_footprint_json(footprint))
+        return
+    show(footprint_summary(footprint, gpu.capacity_bytes if gpu else None), sys.stdout)
+    if arguments.json:
+        write_text(arguments.json, _footprint_json(footprint))
+
+
+def _gpus(arguments: argparse.Namespace) -> None:
+    from autobatch.devices.nvml import installed_gpus
+    from autobatch.gpus import CATALOGUE
+    from autobatch.report.document import gpu_list
+    from autobatch.terminal import show
+
+    show(gpu_list(CATALOGUE.values(), installed_gpus()), sys.stdout)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from autobatch.plan import Plan
+
+    plan = Plan.load(arguments.plan)
+    source = Path(arguments.plan)
+    _say_where(plan.report(arguments.out or source.with_name(f"{source.stem}-report")))
+
+
+def _subject(spec: str) -> nn.Module | Workload:
+    """Load a SPEC into what `tune` takes; a library model keeps the inputs its options asked for."""
+    from autobatch.spec import load_spec
+    from autobatch.workload import Workload
+
+    loaded = load_spec(spec)
+    if loaded.workload is not None:
+        return loaded.workload
+    assert loaded.model is not None
+    if loaded.inputs is None:
+        return loaded.model
+    inputs = loaded.inputs
+    notes = tuple(filter(None, (inputs.note, inputs.loss_note)))
+    return Workload(model=loaded.model, batch=inputs.batch, loss=inputs.loss, notes=notes)
+
+
+def _gpu(arguments: argparse.Namespace) -> GpuSpec | None:
+    from autobatch.gpus import find_gpu
+
+    return find_gpu(arguments.gpu) if arguments.gpu is not None else None
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "optimizer": _optimizer(arguments.optimizer),
+        "autocast": arguments.autocast,
+        "clip_norm": arguments.clip_norm,
+    }
+
+
+def _optimizer(name: str | None) -> OptimizerSpec | None:
+    if name is None:
+        return None
+    import torch
+
+    kind: OptimizerSpec = getattr(torch.optim, _OPTIMIZERS[name])
+    return partial(torch.optim.SGD, momentum=0.9) if name == "sgd-momentum" else kind
+
+
+def _footprint_json(footprint: Footprint) -> str:
+    from autobatch.plan import SCHEMA_VERSION
+    from autobatch.records import dump_json, encode
+
+    header = {"schema_version": SCHEMA_VERSION, "peak_device_bytes": footprint.peak_device_bytes}
+    return dump_json(header | encode(footprint))
+
+
+def _say_where(page: Path, *, to_stderr: bool = False) -> None:
+    print(f"report: {page}", file=sys.stderr if to_stderr else sys.stdout)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autobatch",
+        description="Find the micro-batch that fits a GPU, and where every byte of it goes.",
+        epilog="Exit codes: 0 done, 1 the workload failed, 2 usage, 3 nothing fits.",
+    )
+    parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    probe = commands.add_parser(
+        "probe", help="plan micro-batch and accumulation steps for an effective batch"
+    )
+    probe.set_defaults(run=_probe)
+    probe.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    probe.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    probe.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="GPUs that share it (default 1)"
+    )
+    probe.add_argument(
+        "--headroom",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default 0.05)",
+    )
+    _add_workload_options(probe)
+    probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
+
+    predict = commands.add_parser("predict", help="account for the memory of one micro-batch")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    predict.add_argument("--micro-batch", type=int, required=True, metavar="N")
+    predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
+    _add_workload_options(predict)
+
+    gpus = commands.add_parser("gpus", help="list the known GPUs and those in this machine")
+    gpus.set_defaults(run=_gpus)
+
+    report = commands.add_parser("report", help="render a saved plan again, without a GPU")
+    report.set_defaults(run=_report)
+    report.add_argument("plan", metavar="PLAN.JSON")
+    report.add_argument("--out", metavar="DIR", help="folder (default: PLAN-report beside it)")
+    return parser
+
+
+def _add_workload_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; "
+        "default: the GPU in this machine",
+    )
+    parser.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), help="default: adamw")
+    parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")
+    parser.add_argument(
+        "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the answer as JSON; - prints only JSON on stdout"
+    )

@@ -1,0 +1,315 @@
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from autobatch.accounts import replay
+from autobatch.ceiling import Probe, find_ceiling
+from autobatch.devices.base import Run
+from autobatch.gpus import GpuSpec
+from autobatch.progress import silent
+from autobatch.trace import Block, Mark, Trace
+from autobatch.workload import Workload
+
+KIB = 2**10
+MIB = 2**20
+
+WORKLOAD = Workload(model=nn.Linear(1, 1), batch=lambda n: None)
+
+
+@dataclass
+class FakeDevice:
+    """Runs nothing: traces come from a function of the micro-batch, and every run is noted."""
+
+    trace_at: object
+    executed: list[int] = field(default_factory=list)
+    spec: GpuSpec = GpuSpec(name="fake", capacity_bytes=2**40)
+    evidence: str = "simulated"
+
+    def run(self, workload, *, micro_batch, accumulation_steps):
+        self.executed.append(micro_batch)
+        trace = self.trace_at(micro_batch)
+        return Run(trace=trace, seconds=0.0, loss="user", optimizer="SGD", warnings=())
+
+
+def trace_of(micro_batch, sizes, *, events=None, op="aten::mm"):
+    blocks = tuple(Block(size, "activations", "forward", op) for size in sizes)
+    return Trace(
+        micro_batch=micro_batch,
+        accumulation_steps=2,
+        blocks=blocks,
+        events=tuple(range(len(blocks)) if events is None else events),
+        marks=(Mark(0, "forward", 0, 0),),
+    )
+
+
+def polynomial(base, slope, bend=0):
+    """Weights that stay, and one block that grows with the micro-batch."""
+    return lambda n: trace_of(n, [64 * MIB, base + slope * n + bend * n * n])
+
+
+def reserved_bytes(trace):
+    return replay(trace).peak_reserved_bytes
+
+
+def search(trace_at, budget_bytes, limit=2**16):
+    device = FakeDevice(trace_at)
+    probe = Probe(
+        device=device,
+        workload=WORKLOAD,
+        accumulation_steps=2,
+        budget_bytes=budget_bytes,
+        progress=silent,
+    )
+    found = find_ceiling(probe, limit)
+    assert device.executed == [trial.micro_batch for trial in probe.trials] == list(probe.runs)
+    return found, device.executed
+
+
+def test_affine_memory_takes_two_small_sizes_and_the_ceiling():
+    found, executed = search(polynomial(100 * MIB, 10 * MIB), 1164 * MIB)
+    assert executed == [2, 3, 100]
+    assert (found.micro_batch, found.limit_reached, found.reason) == (100, False, None)
+    assert found.model.degree == 1
+
+
+def test_quadratic_memory_is_found_where_the_line_misses_and_takes_one_size_more():
+    trace_at = polynomial(100 * MIB, 10 * MIB, MIB // 8)
+    found, executed = search(trace_at, 1164 * MIB)
+    assert reserved_bytes(trace_at(57)) <= 1164 * MIB < reserved_bytes(trace_at(58))
+    assert executed == [2, 3, 94, 57]  # 94 is what a line through 2 and 3 promises
+    assert found.micro_batch == 57
+    assert found.model.degree == 2
+
+
+def test_memory_that_no_quadratic_follows_is_bisected_by_executions():
+    def trace_at(n):
+        return trace_of(n, [64 * MIB, 2 * MIB * n + n**3 * KIB])
+
+    found, executed = search(trace_at, 1000 * MIB)
+    assert reserved_bytes(trace_at(91)) <= 1000 * MIB < reserved_bytes(trace_at(92))
+    assert found.micro_batch == 91
+    assert found.model is None
+    assert "expected" in found.reason and "found" in found.reason
+    assert executed[:2] == [2, 3]
+    assert {91, 92} <= set(executed)
+    assert len(executed) < 20
+
+
+def test_small_traces_that_differ_in_order_are_bisected_from_what_they_showed():
+    def trace_at(n):
+        sizes = [64 * MIB, 10 * MIB * n]
+        return trace_of(n, sizes, op="aten::mm" if n % 2 else "aten::bmm")
+
+    found, executed = search(trace_at, 1064 * MIB)
+    assert executed == [2, 3, 100, 101]
+    assert found.micro_batch == 100
+    assert "traces at micro-batch 2 and 3 differ at event 0" in found.reason
+
+
+def test_a_large_size_with_another_order_ends_the_model_but_not_the_search():
+    def trace_at(n):
+        extra = [] if n < 50 else [512]
+        return trace_of(n, [64 * MIB, 10 * MIB * n, *extra])
+
+    found, executed = search(trace_at, 1065 * MIB)
+    assert executed == [2, 3, 100, 99]
+    assert found.micro_batch == 99
+    assert "length: 2 and 3 events" in found.reason
+
+
+def test_where_memory_shrinks_again_far_above_the_first_boundary_is_the_answer():
+    # Below 10 MiB a block takes a segment of 20 MiB, from there on one of its own size.
+    def trace_at(n):
+        return trace_of(n, [n * MIB])
+
+    assert [reserved_bytes(trace_at(n)) // MIB for n in (1, 2, 9, 10, 15)] == [2, 20, 20, 10, 16]
+    found, executed = search(trace_at, 16 * MIB)
+    assert found.micro_batch == 1
+    assert executed == [2, 3, 1]
+
+
+def test_a_dent_of_two_sizes_above_the_first_misfit_is_looked_through():
+    # Three blocks: of 6 MiB they share a segment of 20, of 9 they need two, of 10.5 one of 12 each.
+    def trace_at(n):
+        return trace_of(n, [n * 1536 * KIB] * 3)
+
+    budget = 36 * MIB
+    assert [n for n in range(1, 40) if reserved_bytes(trace_at(n)) <= budget] == [1, 2, 3, 4, 7, 8]
+    found, executed = search(trace_at, budget)
+    assert found.micro_batch == 8
+    assert executed == [2, 3, 8]
+
+
+def test_only_one_sample_fits_and_was_executed():
+    found, executed = search(polynomial(100 * MIB, 50 * MIB), 220 * MIB)
+    assert executed == [2, 3, 1]
+    assert (found.micro_batch, found.limit_reached) == (1, False)
+
+
+def test_one_sample_with_an_order_of_its_own_is_believed_and_not_the_model():
+    def trace_at(n):
+        sizes = [64 * MIB, 50 * MIB * n]
+        return trace_of(n, sizes if n > 1 else [*sizes, 200 * MIB])
+
+    found, executed = search(trace_at, 120 * MIB)
+    assert executed == [2, 3, 1]
+    assert found.micro_batch == 0
+
+
+def test_a_ceiling_at_a_size_the_model_was_made_from_is_checked_just_above():
+    two, executed = search(polynomial(100 * MIB, 50 * MIB), 270 * MIB)
+    assert (two.micro_batch, executed) == (2, [2, 3, 4])
+    three, executed = search(polynomial(100 * MIB, 50 * MIB), 320 * MIB)
+    assert (three.micro_batch, executed) == (3, [2, 3, 4])
+
+
+def test_nothing_fits_after_three_sizes():
+    found, executed = search(polynomial(100 * MIB, 50 * MIB), 100 * MIB)
+    assert executed == [2, 3, 1]
+    assert (found.micro_batch, found.limit_reached) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "executed"),
+    [(1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 3, 4]), (500, [2, 3, 500])],
+)
+def test_a_limit_that_fits_is_executed_and_reported_as_reached(limit, executed):
+    found, sizes = search(polynomial(0, KIB), 1024 * MIB, limit)
+    assert sizes == executed
+    assert (found.micro_batch, found.limit_reached) == (limit, True)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_small_limit_at_which_nothing_fits_ends_with_one_sample(limit):
+    found, executed = search(polynomial(100 * MIB, 50 * MIB), 100 * MIB, limit)
+    assert executed == {1: [1], 2: [2, 1], 3: [2, 3, 1]}[limit]
+    assert (found.micro_batch, found.limit_reached) == (0, False)
+
+
+def test_a_limit_of_two_at_which_only_one_fits_executes_both():
+    found, executed = search(polynomial(100 * MIB, 50 * MIB), 220 * MIB, limit=2)
+    assert executed == [2, 1]
+    assert (found.micro_batch, found.limit_reached) == (1, False)
+
+
+def test_progress_counts_what_has_run_before_each_execution():
+    seen = []
+    probe = Probe(
+        device=FakeDevice(polynomial(100 * MIB, 10 * MIB, MIB // 8)),
+        workload=WORKLOAD,
+        accumulation_steps=2,
+        budget_bytes=1164 * MIB,
+        progress=seen.append,
+    )
+    find_ceiling(probe, 2**16)
+    assert [(p.executions, p.expected, p.micro_batch) for p in seen] == [
+        (0, 3, 2),
+        (1, 3, 3),
+        (2, 3, 94),
+        (3, 4, 57),
+    ]
+
+
+def test_a_trial_tells_what_its_size_took_and_whether_that_fits():
+    trace_at = polynomial(100 * MIB, 10 * MIB)
+    probe = Probe(
+        device=FakeDevice(trace_at),
+        workload=WORKLOAD,
+        accumulation_steps=2,
+        budget_bytes=reserved_bytes(trace_at(3)) - 1,
+        progress=silent,
+    )
+    assert [probe.fits(2), probe.fits(3), probe.fits(3)] == [True, False, False]
+    assert [trial.fits for trial in probe.trials] == [True, False]
+    assert [trial.peak_reserved_bytes for trial in probe.trials] == [
+        reserved_bytes(trace_at(2)),
+        reserved_bytes(trace_at(3)),
+    ]
+    assert not any(trial.oom or trial.alloc_retries for trial in probe.trials)
+
+
+def test_a_run_with_other_accumulation_steps_is_a_trial_but_no_evidence_for_the_search():
+    probe = Probe(
+        device=FakeDevice(polynomial(0, MIB)),
+        workload=WORKLOAD,
+        accumulation_steps=2,
+        budget_bytes=2**30,
+        progress=silent,
+    )
+    probe.execute(8, 1)
+    assert probe.runs == {} and [t.accumulation_steps for t in probe.trials] == [1]
+
+
+@st.composite
+def windows(draw, degree):
+    """Return traces of a random window whose blocks grow with the micro-batch at most."""
+    scale = st.sampled_from([1, 512, 3000, 100 * KIB, MIB, 7 * MIB])
+    count = st.integers(0, 9)
+    rows = draw(st.lists(st.tuples(count, scale, count, scale, count), min_size=1, max_size=8))
+    events, live = [], []
+    for index in range(len(rows)):
+        events.append(index)
+        live.append(index)
+        while live and draw(st.integers(0, 2)) == 0:
+            events.append(~live.pop(draw(st.integers(0, len(live) - 1))))
+
+    def trace_at(n):
+        sizes = [
+            base * unit + slope * step * n + (bend * step // 8 * n * n if degree == 2 else 0)
+            for base, unit, slope, step, bend in rows
+        ]
+        return trace_of(n, sizes, events=events)
+
+    return trace_at
+
+
+def assert_boundary(found, trace_at, budget, limit):
+    """What fits, and by brute force: the largest one if memory never shrinks on the way there."""
+    peaks = [reserved_bytes(trace_at(n)) for n in range(1, limit + 1)]
+    fits = [0, *(n for n, peak in enumerate(peaks, 1) if peak <= budget)]
+    assert found.micro_batch in fits
+    assert found.micro_batch + 1 not in fits
+    assert found.limit_reached == (found.micro_batch == limit)
+    if peaks == sorted(peaks):
+        assert found.micro_batch == fits[-1]
+
+
+budgets = st.integers(1, 400).map(lambda n: n * MIB)
+limits = st.integers(1, 60)
+
+
+@given(windows(degree=1), budgets, limits)
+def test_the_ceiling_of_affine_memory_is_that_of_brute_force_in_three_executions(
+    trace_at, budget, limit
+):
+    found, executed = search(trace_at, budget, limit)
+    assert_boundary(found, trace_at, budget, limit)
+    assert len(executed) <= 3
+
+
+@given(windows(degree=2), budgets, limits)
+def test_the_ceiling_of_quadratic_memory_is_that_of_brute_force_in_four_executions(
+    trace_at, budget, limit
+):
+    found, executed = search(trace_at, budget, limit)
+    assert_boundary(found, trace_at, budget, limit)
+    assert len(executed) <= 4
+
+
+@given(windows(degree=2), budgets, limits, st.integers(0, 2**16))
+def test_the_ceiling_is_that_of_brute_force_where_traces_never_align(trace_at, budget, limit, seed):
+    def shuffled(n):
+        trace = trace_at(n)
+        extra = hash((seed, n)) % 3
+        return trace_of(
+            n,
+            [*trace.sizes, *[512] * extra],
+            events=(*trace.events, *range(len(trace.sizes), len(trace.sizes) + extra)),
+        )
+
+    found, executed = search(shuffled, budget, limit)
+    assert_boundary(found, shuffled, budget, limit)
+    assert len(executed) == len(set(executed))

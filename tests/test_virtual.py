@@ -1,0 +1,396 @@
+"""The user's code runs unmodified on a GPU that is not there, and the arithmetic comes out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autobatch.devices.virtual import VirtualGpu
+from autobatch.errors import WorkloadError
+from autobatch.gpus import find_gpu
+from autobatch.sample import batch_builder
+from autobatch.trace import Trace
+from autobatch.workload import Workload
+
+WIDTH = 64
+
+
+def mlp(depth: int = 1) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, WIDTH)]
+    return nn.Sequential(*layers)
+
+
+def run(
+    model: nn.Module, *, gpu: str = "a100-40gb", steps: int = 1, n: int = 8, **options
+) -> Trace:
+    sample = options.pop("sample", torch.zeros(2, WIDTH))
+    workload = Workload(model=model, batch=batch_builder(sample), **options)
+    device = VirtualGpu(find_gpu(gpu))
+    return device.run(workload, micro_batch=n, accumulation_steps=steps).trace
+
+
+def total(trace: Trace, category: str, *, phase: str | None = None) -> int:
+    return sum(
+        b.size_bytes for b in trace.blocks if b.category == category and phase in (None, b.phase)
+    )
+
+
+def ops(trace: Trace) -> set[str]:
+    return {block.op for block in trace.blocks}
+
+
+def nbytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def largest(trace: Trace, category: str) -> int:
+    """Most bytes of a category alive at once."""
+    live = most = 0
+    for event in trace.events:
+        block = trace.blocks[event if event >= 0 else ~event]
+        if block.category == category:
+            live += block.size_bytes if event >= 0 else -block.size_bytes
+            most = max(most, live)
+    return most
+
+
+def test_parameters_gradients_and_adam_state_are_one_one_and_two_times_the_weights():
+    model = mlp()
+    trace = run(model)
+    assert largest(trace, "parameters") == nbytes(model)
+    assert largest(trace, "gradients") == nbytes(model)
+    assert largest(trace, "optimizer_state") == 2 * nbytes(model)
+
+
+def test_tied_weights_are_counted_once():
+    tied = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    tied[1].weight = tied[0].weight
+    assert largest(run(tied), "parameters") == nbytes(tied)
+
+
+def test_frozen_weights_have_no_gradients_and_no_optimizer_state():
+    model = mlp()
+    model[0].requires_grad_(False)
+    trace = run(model)
+    assert largest(trace, "gradients") == nbytes(model[2])
+    assert largest(trace, "optimizer_state") == 2 * nbytes(model[2])
+
+
+def test_gradients_wait_in_memory_only_when_accumulating():
+    def live_gradients_when_forward_ends(trace: Trace) -> int:
+        backward = [mark for mark in trace.marks if mark.phase == "backward"][-1]
+        return trace.by_category(backward.event - 1)["gradients"]
+
+    model = mlp()
+    assert live_gradients_when_forward_ends(run(model, steps=1)) == 0
+    assert live_gradients_when_forward_ends(run(model, steps=2)) == nbytes(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "temporaries"),
+    [
+        (partial(torch.optim.SGD, lr=0.1), 0, 0),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), 1, 0),
+        (torch.optim.AdamW, 2, 1),
+        (partial(torch.optim.AdamW, fused=True), 2, 0),
+        (torch.optim.RMSprop, 1, 1),
+        (torch.optim.Adagrad, 1, 2),
+    ],
+)
+def test_an_optimizer_takes_the_state_and_temporaries_of_its_cuda_default(make, state, temporaries):
+    model = nn.Linear(WIDTH, 1024, bias=False)
+    trace = run(model, optimizer=make)
+    # the fused form keeps its step counter on the GPU
+    assert largest(trace, "optimizer_state") - state * nbytes(model) in (0, 4)
+    steps = [mark.event for mark in trace.marks if mark.phase == "step"]
+    peak = max(trace.by_category(e)["temporaries"] for e in range(steps[-1], len(trace.events)))
+    before = trace.by_category(steps[-1] - 1)["temporaries"]
+    assert round((peak - before) / nbytes(model)) == temporaries
+
+
+def test_bf16_autocast_casts_weights_once_per_micro_batch_and_keeps_gradients_in_fp32():
+    model = mlp(depth=3)
+    trace = run(model, autocast="bf16", steps=2)
+    casts = [b for b in trace.blocks if b.op == "aten::_to_copy" and b.phase == "forward"]
+    weights = [p for p in model.parameters()]
+    # 2 windows of 2 micro-batches: every weight once each, and the input
+    assert len(casts) == 4 * (len(weights) + 1)
+    assert largest(trace, "gradients") == nbytes(model)
+
+
+def test_autocast_follows_cudas_policy():
+    seen: dict[str, torch.dtype] = {}
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        hidden = model(batch)
+        seen["linear"] = hidden.dtype
+        seen["softmax"] = hidden.softmax(-1).dtype
+        seen["sum"] = hidden.sum().dtype
+        seen["layer_norm"] = F.layer_norm(hidden, (WIDTH,)).dtype
+        seen["gelu"] = F.gelu(hidden).dtype
+        seen["bmm"] = torch.bmm(hidden[None], hidden.t()[None]).dtype
+        seen["add"] = (hidden + batch).dtype
+        seen["addcmul"] = torch.addcmul(hidden, hidden, batch).dtype
+        seen["pow"] = hidden.pow(2).dtype
+        return hidden.float().pow(2).mean()
+
+    run(mlp(), loss=loss, autocast="bf16")
+    half, full = torch.bfloat16, torch.float32
+    assert seen == {
+        "linear": half,
+        "softmax": full,
+        "sum": full,
+        "layer_norm": full,
+        "gelu": half,
+        "bmm": half,
+        "add": full,
+        "addcmul": full,
+        "pow": full,
+    }
+
+
+def test_fp16_runs_through_a_grad_scaler_and_clipping():
+    trace = run(mlp(), autocast="fp16", clip_norm=1.0)
+    assert "aten::_foreach_norm.Scalar" in ops(trace)
+    assert largest(trace, "optimizer_state") == 2 * nbytes(mlp())
+
+
+class Blocks(nn.Module):
+    def __init__(self, reentrant: bool | None):
+        super().__init__()
+        self.blocks = nn.ModuleList(mlp() for _ in range(6))
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_keeps_one_block_of_activations(reentrant):
+    sample = torch.zeros(2, WIDTH, requires_grad=reentrant)
+    plain = largest(run(Blocks(None), n=512), "activations")
+    saved = largest(run(Blocks(reentrant), n=512, sample=sample), "activations")
+    assert saved < plain / 2
+
+
+class SaysCuda(nn.Module):
+    """Code that was written for one GPU and says so everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert torch.cuda.is_available()
+        x = x.cuda()
+        assert x.is_cuda
+        noise = torch.randn(x.shape, device="cuda")
+        zeros = torch.zeros(3, device=torch.device("cuda:0"))
+        moved = torch.ones(3).to("cuda", non_blocking=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            hidden = self.linear(x)
+            assert hidden.dtype is torch.bfloat16
+            with torch.autocast("cuda", enabled=False):
+                hidden = self.linear(x.float())
+                assert hidden.dtype is torch.float32
+        torch.cuda.synchronize()
+        return hidden + noise + zeros.sum() + moved.sum()
+
+
+def test_literal_cuda_lands_on_the_virtual_device():
+    run(SaysCuda())
+    if not torch.cuda.is_initialized():
+        assert not torch.accelerator.is_available()
+
+
+def test_values_read_from_the_device_take_the_documented_stand_ins():
+    seen = []
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        value = model(batch).square().mean()
+        if torch.isnan(value) or not torch.isfinite(value) or torch.isinf(batch).any():
+            raise FloatingPointError("stand-ins must not look like a failure")
+        seen.extend([value.item(), int((batch > 0).sum()), bool((batch == batch).all())])
+        return value
+
+    run(mlp(), loss=loss)
+    assert seen[:3] == [0.5, 1, True]
+
+
+def test_shapes_that_depend_on_values_take_their_upper_bound_and_say_so():
+    shapes = []
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        picked = output[output > 0.5]
+        shapes.extend([picked.shape, torch.nonzero(batch).shape, torch.unique(batch).shape])
+        return picked.sum() + output.masked_select(batch > 0).sum()
+
+    workload = Workload(model=mlp(), batch=batch_builder(torch.zeros(2, WIDTH)), loss=loss)
+    ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=4, accumulation_steps=1)
+    assert shapes[:3] == [(4 * WIDTH,), (4 * WIDTH, 2), (4 * WIDTH,)]
+    assert "upper bound" in ran.warnings[0]
+    assert "nonzero" in ran.warnings[0]
+
+
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).unbind(2)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "autocast", "kernel"),
+    [
+        ("a100-40gb", "bf16", "flash"),
+        ("a100-40gb", None, "efficient"),
+        ("h100-80gb", "bf16", "cudnn"),
+        ("t4", "fp16", "efficient"),
+    ],
+)
+def test_attention_takes_the_kernel_of_the_target_gpu(gpu, autocast, kernel):
+    trace = run(Attention(), gpu=gpu, autocast=autocast, sample=torch.zeros(2, 32, WIDTH))
+    assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
+
+
+@pytest.mark.parametrize(("gpu", "megabytes"), [("a100-40gb", 8.125), ("h100-80gb", 32)])
+def test_cublas_keeps_a_workspace_for_forward_and_one_for_backward(gpu, megabytes):
+    trace = run(mlp(), gpu=gpu)
+    sizes = [block.size_bytes for block in trace.blocks if block.category == "workspace"]
+    assert sizes == [int(megabytes * 2**20)] * 2
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options):
+        super().__init__()
+        self.rnn = kind(WIDTH, 32, num_layers=2, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_run_as_one_cudnn_op(kind):
+    trace = run(Recurrent(kind, bidirectional=True), sample=torch.zeros(2, 20, WIDTH))
+    assert "aten::_cudnn_rnn" in ops(trace)
+    assert not any("cell" in op for op in ops(trace))
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(WIDTH, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.full((x.size(0),), x.size(1))
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        assert padded.shape == (x.size(0), x.size(1), 32)
+        return padded
+
+
+def test_packed_sequences_count_as_full_length():
+    assert "aten::_cudnn_rnn" in ops(run(Packed(), sample=torch.zeros(2, 20, WIDTH)))
+
+
+def test_a_loss_may_hold_tensors_of_its_own():
+    weights = torch.rand(WIDTH)
+
+    def closure(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(batch.size(0), dtype=torch.int64, device=batch.device)
+        return F.cross_entropy(model(batch), labels, weight=weights)
+
+    assert largest(run(mlp(), loss=closure), "parameters") == nbytes(mlp())
+
+
+def test_a_compiled_model_is_simulated_through_its_eager_original():
+    model = torch.compile(mlp())
+    workload = Workload(model=model, batch=batch_builder(torch.zeros(2, WIDTH)))
+    ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=4, accumulation_steps=1)
+    assert "eager original" in ran.warnings[0]
+    assert largest(ran.trace, "parameters") == nbytes(mlp())
+
+
+def test_gradients_of_gradients_run():
+    def penalty(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.detach().requires_grad_()
+        value = model(batch).sum()
+        (gradient,) = torch.autograd.grad(value, batch, create_graph=True)
+        return value + gradient.square().sum()
+
+    assert largest(run(mlp(), loss=penalty), "gradients") == nbytes(mlp())
+
+
+def test_the_evaluation_step_runs_without_gradients_in_eval_mode():
+    modes = []
+
+    def evaluate(model: nn.Module, batch: torch.Tensor) -> None:
+        modes.append((model.training, model(batch).requires_grad))
+
+    trace = run(mlp(), evaluate=evaluate)
+    assert modes == [(False, False)]
+    assert trace.marks[-1].phase == "evaluate"
+
+
+def test_inputs_have_a_category_and_follow_the_micro_batch():
+    assert largest(run(mlp(), n=16), "inputs") == 2 * 16 * WIDTH * 4  # the old and the new batch
+
+
+def test_a_model_of_70_billion_parameters_needs_no_memory():
+    with torch.device("meta"):
+        layers = [nn.Linear(32_768, 32_768, bias=False) for _ in range(65)]
+        model = nn.Sequential(*layers)
+    trace = run(model, sample=torch.zeros(1, 32_768), n=2)
+    assert largest(trace, "parameters") == 65 * 2**30 * 4
+
+
+def test_the_same_run_twice_gives_the_same_trace():
+    assert run(Blocks(False)) == run(Blocks(False))
+
+
+def test_an_error_in_the_users_model_keeps_its_traceback():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        raise KeyError("labels")
+
+    with pytest.raises(WorkloadError, match="failed at micro-batch 8: KeyError") as failure:
+        run(mlp(), loss=loss)
+    assert isinstance(failure.value.__cause__, KeyError)
+
+
+def test_an_optimizer_that_already_has_state_is_simulated_and_left_alone():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(2, WIDTH)).sum().backward()
+    optimizer.step()
+    before = {k: v.clone() for k, v in optimizer.state[model[0].weight].items()}
+    trace = run(model, optimizer=optimizer)
+    assert largest(trace, "optimizer_state") == 2 * nbytes(model)
+    after = optimizer.state[model[0].weight]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_nothing_of_the_simulation_stays_behind():
+    set_autocast = torch.set_autocast_enabled
+    is_available = torch.cuda.is_available
+    run(mlp(), autocast="bf16")
+    assert torch.set_autocast_enabled is set_autocast
+    assert torch.cuda.is_available is is_available
+    assert type(torch.empty(1)) is torch.Tensor
+    assert torch.accelerator.is_available() == torch.cuda.is_available()

@@ -20,12 +20,15 @@ __all__ = [
     "accumulation_rows",
     "accumulation_summary",
     "batchnorm",
+    "count",
     "effective_batch",
     "equivalence_conditions",
     "extrapolate_peak",
     "learning_rate",
     "learning_rate_factors",
     "learning_rate_rule",
+    "other_window",
+    "samples_per_update",
     "scale_lr",
     "training_loop",
     "window_text",
@@ -76,14 +79,14 @@ def effective_batch(plan: Plan) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccumulationRow:
-    """One part of the memory with accumulation, and with the whole effective batch at once.
+    """One part of the memory in the planned window, and in the same samples divided otherwise.
 
-    `at_once_bytes` is predicted, and None where the plan does not allow a prediction.
+    `other_bytes` is predicted, and None where the plan does not allow a prediction.
     """
 
     part: str
     planned_bytes: int
-    at_once_bytes: int | None
+    other_bytes: int | None
     note: str
 
 
@@ -111,41 +114,60 @@ def extrapolate_peak(plan: Plan, micro_batch: int) -> int | None:
     return round(high.peak_allocated_bytes + growth * (micro_batch - high.micro_batch))
 
 
+def other_window(plan: Plan) -> tuple[int, int] | None:
+    """Return (steps, micro-batch) to compare the plan with: all at once, or two halves.
+
+    None where a single sample cannot be divided.
+    """
+    samples = samples_per_update(plan)
+    if plan.accumulation_steps > 1:
+        return 1, samples
+    return (2, math.ceil(samples / 2)) if samples > 1 else None
+
+
 def accumulation_rows(plan: Plan) -> tuple[AccumulationRow, ...]:
-    """Compare the planned window with the whole effective batch in one forward/backward."""
+    """Compare the planned window with the one of `other_window`."""
+    other = other_window(plan)
+    if other is None:
+        return ()
     planned = plan.footprint
-    peak = extrapolate_peak(plan, samples_per_update(plan))
     weights = planned.parameters_bytes + planned.buffers_bytes
-    constant = weights + planned.optimizer_bytes + planned.gradients_bytes
+    resident = max(planned.gradients_bytes, plan.ceiling_footprint.gradients_bytes)
+    peak = extrapolate_peak(plan, other[1])
+    rest = None if peak is None else peak - weights - planned.optimizer_bytes - resident
     return (
         AccumulationRow(
             part="weights and buffers",
             planned_bytes=weights,
-            at_once_bytes=weights,
+            other_bytes=weights,
             note="the same: they do not depend on the batch",
         ),
         AccumulationRow(
             part="optimizer state",
             planned_bytes=planned.optimizer_bytes,
-            at_once_bytes=planned.optimizer_bytes,
+            other_bytes=planned.optimizer_bytes,
             note="the same: one update per window either way",
         ),
         AccumulationRow(
-            part="gradients",
+            part="gradients at the peak",
             planned_bytes=planned.gradients_bytes,
-            at_once_bytes=planned.gradients_bytes,
-            note="the same size; with accumulation they stay through every later micro-batch",
+            other_bytes=resident,
+            note="never larger than the weights, but with accumulation they stay for all later "
+            "micro-batches",
         ),
         AccumulationRow(
             part="activations and the rest",
-            planned_bytes=planned.peak_allocated_bytes - constant,
-            at_once_bytes=None if peak is None else peak - constant,
+            planned_bytes=planned.peak_allocated_bytes
+            - weights
+            - planned.optimizer_bytes
+            - planned.gradients_bytes,
+            other_bytes=rest,
             note="different: they grow with the micro-batch, and only one is alive at a time",
         ),
         AccumulationRow(
             part="peak allocated",
             planned_bytes=planned.peak_allocated_bytes,
-            at_once_bytes=peak,
+            other_bytes=peak,
             note="the sum",
         ),
     )
@@ -154,27 +176,32 @@ def accumulation_rows(plan: Plan) -> tuple[AccumulationRow, ...]:
 def accumulation_summary(plan: Plan) -> str:
     """Say in words what accumulation saves on this model and what it costs."""
     samples = samples_per_update(plan)
+    other = other_window(plan)
+    peak = extrapolate_peak(plan, other[1]) if other else None
     if plan.accumulation_steps == 1:
-        return (
+        text = (
             f"This plan needs no accumulation: {count(samples, 'sample')} per GPU fit into one "
             "forward/backward, and gradients are freed before the next one begins."
         )
-    peak = extrapolate_peak(plan, samples)
-    gradients = format_bytes(plan.footprint.gradients_bytes)
-    budget = format_bytes(plan.budget_bytes)
-    if peak is None:
-        at_once = "What they would need at once is unknown: the plan's curve has a single size."
-    else:
-        verdict = "more than" if peak > plan.budget_bytes else "within"
-        at_once = (
-            f"At once they would need about {format_bytes(peak)} (predicted by extending the "
-            f"curve in a straight line), {verdict} the budget of {budget}. That figure keeps the "
-            f"gradients resident; without accumulation up to {gradients} less is needed, because "
-            "they are freed before the next forward pass."
+        if other is None or peak is None:
+            return text
+        return (
+            f"{text} As {other[0]} × {other[1]:,} the peak would be about {format_bytes(peak)} "
+            "allocated (predicted), with the gradients resident."
         )
-    return (
+    text = (
         f"Each GPU runs {count(samples, 'sample')} per update as "
-        f"{window_text(max(plan.split.windows, key=sum))}. {at_once}"
+        f"{window_text(max(plan.split.windows, key=sum))}."
+    )
+    if peak is None:
+        return f"{text} What they would need at once is unknown: the curve has a single size."
+    verdict = "more than" if peak > plan.budget_bytes else "within"
+    return (
+        f"{text} At once they would need about {format_bytes(peak)} (predicted by extending the "
+        f"curve in a straight line), {verdict} the budget of {format_bytes(plan.budget_bytes)}. "
+        "That figure keeps the gradients resident; without accumulation up to "
+        f"{format_bytes(plan.footprint.gradients_bytes)} less is needed, because they are freed "
+        "before the next forward pass."
     )
 
 
@@ -182,7 +209,7 @@ def equivalence_conditions(plan: Plan) -> tuple[str, ...]:
     """List what must hold for the accumulated gradient to equal that of the whole batch."""
     weight = (
         f"1/{plan.accumulation_steps}"
-        if plan.split.uniform
+        if plan.split.uniform and plan.accumulation_steps > 1
         else f"its share of the {plan.effective_batch:,} samples"
     )
     conditions = [

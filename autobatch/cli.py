@@ -155,7 +155,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _subject(spec: str) -> nn.Module | Workload:
-    """Load a SPEC into what `tune` takes; a library model keeps the inputs its options asked for."""
+    """Load a SPEC into what `tune` takes; a library model keeps the inputs its options ask."""
     from autobatch.spec import load_spec
     from autobatch.workload import Workload
 

@@ -108,7 +108,7 @@ class Plan:
     Attributes:
         target: the effective batch asked for.
         split: how the target is divided into micro-batches over ranks and accumulation steps.
-        ceiling: largest micro-batch that fits; None where the search stopped at its upper limit first.
+        ceiling: largest micro-batch that fits; None where the search stopped at its upper limit.
         ceiling_at_least: largest micro-batch known to fit (the ceiling where that is known).
         budget_bytes: what the run may reserve: (capacity - context - others) x (1 - headroom).
         others_bytes: what other processes hold on the GPU; 0 where the GPU is virtual.
@@ -277,8 +277,10 @@ def _check_sound(plan: Plan) -> None:
         "model.autocast must be bf16, fp16 or null": plan.model.autocast in (None, "bf16", "fp16"),
         "every ceiling must be at least 1": plan.ceiling_at_least >= 1
         and (plan.ceiling is None or plan.ceiling >= 1),
-        "every micro_batch must be at least 1": all(
-            record.micro_batch >= 1 for record in (*footprints, *plan.trials, *plan.curve)
+        "every micro_batch must be at least 1": (
+            all(footprint.micro_batch >= 1 for footprint in footprints)
+            and all(trial.micro_batch >= 1 for trial in plan.trials)
+            and all(point.micro_batch >= 1 for point in plan.curve)
         ),
         "every footprint's categories must sum to its peak_allocated_bytes, above 0": all(
             sum(footprint.categories.values()) == footprint.peak_allocated_bytes > 0

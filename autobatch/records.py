@@ -88,7 +88,7 @@ def _decode(kind: Any, value: object, where: str) -> object:
     if kind in _SCALARS:
         return _scalar(kind, value, where)
     if is_dataclass(kind):
-        return _record(cast("type[Any]", kind), value, where)
+        return _record(kind, value, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
@@ -126,7 +126,7 @@ def _tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[object, .
     )
 
 
-def _record(kind: type[Any], value: object, where: str) -> object:
+def _record(kind: Any, value: object, where: str) -> object:
     if not isinstance(value, dict):
         _fail(where, "an object", value)
     required = {field.name: _is_required(field) for field in fields(kind)}
@@ -145,8 +145,8 @@ def _record(kind: type[Any], value: object, where: str) -> object:
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _hints(kind: Any) -> dict[str, Any]:
+    return dict(get_type_hints(kind))
 
 
 def _is_required(field: Any) -> bool:

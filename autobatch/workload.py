@@ -82,7 +82,6 @@ def run_windows(
     optimizer: torch.optim.Optimizer,
     loss: Callable[[nn.Module, Any], Tensor],
     batch: Callable[[], Any],
-    device: torch.device,
     accumulation_steps: int,
     windows: int,
     phases: Phases,
@@ -95,7 +94,6 @@ def run_windows(
         optimizer: over that module's parameters.
         loss: gives a scalar tensor for a micro-batch.
         batch: makes a micro-batch on the device.
-        device: where it runs.
         accumulation_steps: micro-batches between optimizer updates.
         windows: how many updates.
         phases: told where the run is.
@@ -106,11 +104,11 @@ def run_windows(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = AUTOCAST_DTYPES.get(workload.autocast or "")
     autocast = (
-        (lambda: torch.autocast(device.type, dtype=dtype))
+        (lambda: torch.autocast("cuda", dtype=dtype))
         if dtype is not None
         else contextlib.nullcontext
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
     for window in range(windows):
         for step in range(accumulation_steps):
             phases.begin("inputs", window, step)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -203,6 +203,7 @@ def traces(draw):
     )
 
 
+@settings(deadline=None)
 @given(traces())
 def test_a_footprint_sums_exactly_to_the_peak_of_any_trace(trace):
     replayed = replay(trace)
@@ -258,6 +259,7 @@ def repeated(trace, times):
     )
 
 
+@settings(deadline=None)
 @given(traces(), st.sampled_from([1, 50]))
 def test_a_timeline_keeps_the_peak_and_adds_up_at_every_sample(trace, times):
     trace = repeated(trace, times)

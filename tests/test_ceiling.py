@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ from autobatch.workload import Workload
 KIB = 2**10
 MIB = 2**20
 
+CARD = GpuSpec(name="fake", capacity_bytes=2**40)
 WORKLOAD = Workload(model=nn.Linear(1, 1), batch=lambda n: None)
 
 
@@ -25,7 +26,7 @@ class FakeDevice:
 
     trace_at: object
     executed: list[int] = field(default_factory=list)
-    spec: GpuSpec = GpuSpec(name="fake", capacity_bytes=2**40)
+    spec: GpuSpec = CARD
     evidence: str = "simulated"
 
     def run(self, workload, *, micro_batch, accumulation_steps):
@@ -281,6 +282,7 @@ budgets = st.integers(1, 400).map(lambda n: n * MIB)
 limits = st.integers(1, 60)
 
 
+@settings(deadline=None)
 @given(windows(degree=1), budgets, limits)
 def test_the_ceiling_of_affine_memory_is_that_of_brute_force_in_three_executions(
     trace_at, budget, limit
@@ -290,6 +292,7 @@ def test_the_ceiling_of_affine_memory_is_that_of_brute_force_in_three_executions
     assert len(executed) <= 3
 
 
+@settings(deadline=None)
 @given(windows(degree=2), budgets, limits)
 def test_the_ceiling_of_quadratic_memory_is_that_of_brute_force_in_four_executions(
     trace_at, budget, limit
@@ -299,6 +302,7 @@ def test_the_ceiling_of_quadratic_memory_is_that_of_brute_force_in_four_executio
     assert len(executed) <= 4
 
 
+@settings(deadline=None)
 @given(windows(degree=2), budgets, limits, st.integers(0, 2**16))
 def test_the_ceiling_is_that_of_brute_force_where_traces_never_align(trace_at, budget, limit, seed):
     def shuffled(n):

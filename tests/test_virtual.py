@@ -226,7 +226,7 @@ def test_values_read_from_the_device_take_the_documented_stand_ins():
         return value
 
     run(mlp(), loss=loss)
-    assert seen[:3] == [0.5, 1, True]
+    assert seen[:3] == [0.6, 1, True]
 
 
 def test_shapes_that_depend_on_values_take_their_upper_bound_and_say_so():
@@ -373,6 +373,17 @@ def test_an_error_in_the_users_model_keeps_its_traceback():
     assert isinstance(failure.value.__cause__, KeyError)
 
 
+def test_an_error_in_backward_keeps_its_traceback_too():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        output.register_hook(lambda gradient: 1 / 0)
+        return output.sum()
+
+    with pytest.raises(WorkloadError, match="ZeroDivisionError") as failure:
+        run(mlp(), loss=loss)
+    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+
+
 def test_an_optimizer_that_already_has_state_is_simulated_and_left_alone():
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -394,3 +405,83 @@ def test_nothing_of_the_simulation_stays_behind():
     assert torch.cuda.is_available is is_available
     assert type(torch.empty(1)) is torch.Tensor
     assert torch.accelerator.is_available() == torch.cuda.is_available()
+
+
+def test_multi_head_attention_reaches_the_fused_kernel():
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True)
+    trace = run(layer, autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    assert any("_scaled_dot_product_flash_attention" in op for op in ops(trace))
+
+
+class CheckpointedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def noisy(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x + torch.randn(x.shape, device="cuda"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.noisy, x, use_reentrant=False)
+
+
+def test_a_recomputed_forward_pass_takes_the_same_kernels():
+    trace = run(CheckpointedAttention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    flash = [b for b in trace.blocks if "_flash_attention" in b.op and b.phase == "backward"]
+    assert any(block.op == "aten::_scaled_dot_product_flash_attention" for block in flash)
+
+
+def test_modules_in_a_loss_closure_are_neither_moved_nor_changed():
+    teacher = mlp()
+
+    def distil(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        teacher.to(batch.device).eval()
+        return F.mse_loss(model(batch), teacher(batch).detach())
+
+    before = [p.clone() for p in teacher.parameters()]
+    run(mlp(), loss=distil)
+    assert teacher.training
+    assert all(type(p) is nn.Parameter for p in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_a_loss_can_be_logged_in_the_usual_ways():
+    lines = []
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        value = model(batch).mean()
+        lines.append(f"{value.detach():.3f} {value.detach().cpu().numpy()} {value.tolist()}")
+        return value
+
+    run(mlp(), loss=loss)
+    assert lines[0] == "0.600 0.6000000238418579 0.6"
+
+
+def test_an_endless_loop_over_values_ends_in_a_clear_error():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        value = model(batch).mean()
+        while value.item() > 0.1:
+            pass
+        return value
+
+    with pytest.raises(WorkloadError, match="read more than 200,000 values"):
+        run(mlp(), loss=loss)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(WorkloadError, match="none of the model's parameters"):
+        run(mlp(), optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1))
+
+
+def test_an_op_without_a_shape_rule_is_run_on_zeros_on_the_cpu():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(batch.size(0), dtype=torch.int64, device=batch.device)
+        return F.multi_margin_loss(model(batch), labels)
+
+    assert "aten::multi_margin_loss" in ops(run(mlp(), loss=loss))
+
+
+def test_sparse_gradients_are_refused_by_name():
+    model = nn.Embedding(10, WIDTH, sparse=True)
+    with pytest.raises(WorkloadError, match="sparse=False"):
+        run(model, sample=torch.zeros(2, 4, dtype=torch.int64))

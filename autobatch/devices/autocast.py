@@ -144,7 +144,8 @@ def _overload(name: str) -> Any:
 
 
 def _kernel(op: Any, rule: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
-    autocast_keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key("AutocastPrivateUse1"))
+    key: Any = torch._C._parse_dispatch_key("AutocastPrivateUse1")
+    autocast_keys = torch._C.DispatchKeySet(key)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(autocast_keys):

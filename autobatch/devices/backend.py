@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.devices import autocast
+from autobatch.devices.copies import apply_without_swapping
+from autobatch.devices.fallback import run_on_cpu
+from autobatch.devices.guard import VirtualDeviceGuard
 from autobatch.errors import AutobatchError
 from autobatch.gpus import GpuSpec
 from autobatch.patching import patched
@@ -27,6 +33,7 @@ from autobatch.patching import patched
 __all__ = ["pretend", "virtual_device"]
 
 _NAME = "virtual_gpu"
+_KEPT_ELEMENTS = 1024
 _active = False
 
 
@@ -66,6 +73,22 @@ class _Module:
         return [torch.bfloat16, torch.float16, torch.float32]
 
 
+class _Inert:
+    """Stands for streams, events and their contexts: one stream, and nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: None
+
+
 class _Hooks(torch._C._acc.PrivateUse1Hooks):
     def is_available(self) -> bool:
         return _active
@@ -95,7 +118,12 @@ def virtual_device() -> torch.device:
         )
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    _setup_privateuseone_for_python_backend(rename=_NAME, backend_module=_Module(), hook=_Hooks())
+    _setup_privateuseone_for_python_backend(
+        rename=_NAME,
+        backend_module=_Module(),
+        hook=_Hooks(),
+        device_guard=VirtualDeviceGuard(),
+    )
     autocast.register(_NAME)
     return torch.device(_NAME, 0)
 
@@ -105,6 +133,13 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     """Let PyTorch's own Python code, and the user's, take the virtual device for a CUDA GPU."""
     global _active
     with contextlib.ExitStack() as patches:
+        patches.enter_context(patched(nn.Module, _apply=apply_without_swapping))
+        # small tensors on the CPU keep their values, as `lengths[0].item()` needs them
+        patches.enter_context(
+            patched(
+                fake_tensor, CONSTANT_NUMEL_LIMIT=_KEPT_ELEMENTS, run_fallback_kernel=run_on_cpu
+            )
+        )
         for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             module = importlib.import_module(name)  # torch.optim hides its own submodule
             types = [*module._foreach_supported_types, FakeTensor]
@@ -137,6 +172,17 @@ def _answers(spec: GpuSpec) -> dict[str, Callable[..., Any]]:
         "get_device_name": lambda device=None: spec.name,
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "current_stream": lambda device=None: _Inert(),
+        "default_stream": lambda device=None: _Inert(),
+        "Stream": _Inert,
+        "Event": _Inert,
+        "stream": _Inert,
+        "device": _Inert,
+        "memory_stats": lambda device=None: defaultdict(int),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: None,
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,

@@ -1,23 +1,23 @@
 """Calls of user code that a simulated GPU answers in its own way.
 
 Literal "cuda" devices land on the virtual device, tensors there say that they are on CUDA, and
-attention and recurrent layers run as the target GPU would run them.
+reading their values gives stand-ins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from autobatch.devices import rnn
-from autobatch.devices.attention import attend
+from autobatch.devices.standins import standin_of
+from autobatch.patching import patched
 
 __all__ = ["CudaCalls"]
 
@@ -25,21 +25,23 @@ __all__ = ["CudaCalls"]
 class CudaCalls(TorchFunctionMode):
     """Route calls of PyTorch's Python functions while a workload is simulated."""
 
-    def __init__(self, device: torch.device, capability: tuple[int, int]):
+    def __init__(self, device: torch.device):
+        """Route to `device`."""
         super().__init__()
         self._device = device
+        attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
-            F.scaled_dot_product_attention: self._attention
+            # imported by name before its substitute was in place
+            attention: lambda *args, **kwargs: F.scaled_dot_product_attention(*args, **kwargs),
+            Tensor.__deepcopy__: _deepcopy,
+            Tensor.__format__: _format,
+            Tensor.numpy: _numpy,
+            Tensor.tolist: _tolist,
+            Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
-        self._capability = capability
-        for name in rnn.LAYERS:
-            route = partial(self._layer, name)
-            self._routes[getattr(torch, name)] = route
-            self._routes[getattr(torch._VF, name)] = route
-        self._routes[torch._VF._pack_padded_sequence] = self._pack
-        self._routes[torch._VF._pad_packed_sequence] = self._pad
         if device.type != "cuda":
             self._routes[Tensor.cuda] = self._cuda
+            self._routes[torch.device] = self._named_device
             self._routes[Tensor.is_cuda.__get__] = self._is_cuda  # type: ignore[attr-defined]
 
     def __torch_function__(
@@ -74,25 +76,58 @@ class CudaCalls(TorchFunctionMode):
     def _is_cuda(self, tensor: Tensor) -> bool:
         return tensor.device == self._device
 
-    def _is_ours(self, tensor: Any) -> bool:
-        return isinstance(tensor, FakeTensor) and tensor.fake_device == self._device
+    def _named_device(self, *args: Any, **kwargs: Any) -> torch.device:
+        device = torch.device(*args, **kwargs)
+        return self._device if device.type == "cuda" else device
 
-    def _attention(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._is_ours(query):
-            return attend(self._capability, query, *args, **kwargs)
-        return F.scaled_dot_product_attention(query, *args, **kwargs)
+    @contextlib.contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Be in force in the autograd thread too, where checkpointing runs forward passes.
 
-    def _layer(self, name: str, *args: Any) -> Any:
-        if self._is_ours(args[0]):
-            return rnn.run_layer(name, *args)
-        return getattr(torch._VF, name)(*args)
+        PyTorch sets a function mode aside while `Tensor.backward`, which the mode could override,
+        runs; so it is entered again at the last step before the engine.
+        """
+        engine = torch.autograd.graph._engine_run_backward
 
-    def _pack(self, data: Tensor, lengths: Tensor, batch_first: bool) -> Any:
-        if not self._is_ours(data):
-            return torch._VF._pack_padded_sequence(data, lengths, batch_first)
-        return rnn.pack(data, batch_first)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return engine(*args, **kwargs)
 
-    def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, *rest: Any) -> Any:
-        if not self._is_ours(data):
-            return torch._VF._pad_packed_sequence(data, sizes, batch_first, *rest)
-        return rnn.pad(data, sizes, batch_first)
+        with patched(torch.autograd, _engine_run_backward=run):
+            yield
+
+
+def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
+    if not isinstance(tensor, FakeTensor):
+        return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-untyped-call]
+    if id(tensor) not in memo:
+        duplicate = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            duplicate = nn.Parameter(duplicate, tensor.requires_grad)
+        memo[id(tensor)] = duplicate
+    return memo[id(tensor)]
+
+
+def _format(tensor: Tensor, spec: str) -> str:
+    return format(tensor.item(), spec) if not tensor.dim() else object.__format__(tensor, spec)
+
+
+def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(tensor, FakeTensor):
+        return Tensor.numpy(tensor, *args, **kwargs)
+    import numpy
+
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return numpy.array(_tolist(tensor), dtype=dtype).reshape(tuple(tensor.shape))
+
+
+def _tolist(tensor: Tensor) -> Any:
+    if not isinstance(tensor, FakeTensor):
+        return Tensor.tolist(tensor)
+    if tensor.constant is not None:
+        return tensor.constant.tolist()
+    return _filled(tuple(tensor.shape), standin_of(tensor))
+
+
+def _filled(shape: tuple[int, ...], value: Any) -> Any:
+    return [_filled(shape[1:], value) for _ in range(shape[0])] if shape else value

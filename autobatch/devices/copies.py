@@ -5,17 +5,21 @@ Invariant: no weight is read, moved or materialised; parameters that are tied st
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from autobatch.errors import WorkloadError
 
-__all__ = ["Copier", "eager"]
+__all__ = ["Copier", "apply_without_swapping", "eager"]
 
 
 def eager(model: nn.Module) -> tuple[nn.Module, bool]:
@@ -42,6 +46,8 @@ class Copier:
 
     def model(self, model: nn.Module) -> nn.Module:
         """Copy a module; its parameters and buffers move in the order `Module.to` moves them."""
+        if id(model) in self._memo:
+            return self._memo[id(model)]  # type: ignore[no-any-return]
         self._move_state(model)
         duplicate: nn.Module = self.any(model)
         for module in duplicate.modules():
@@ -57,6 +63,12 @@ class Copier:
         Raises:
             WorkloadError: something in it cannot be copied; the cause is chained.
         """
+        if isinstance(value, FunctionType):
+            return self._function(value)
+        if isinstance(value, functools.partial):
+            arguments = [self._held(argument) for argument in value.args]
+            named = {name: self._held(argument) for name, argument in value.keywords.items()}
+            return functools.partial(self.any(value.func), *arguments, **named)
         try:
             with _TensorCopies(self):
                 return copy.deepcopy(value, self._memo)
@@ -66,6 +78,43 @@ class Copier:
                 "remove what cannot be deep-copied from it, or build it in a function and pass "
                 "a Workload"
             ) from error
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        """Copy a function with the modules and tensors in its closure and among its globals."""
+        known: FunctionType | None = self._memo.get(id(function))
+        if known is not None:
+            return known
+        cells = function.__closure__ or ()
+        state = {
+            name: function.__globals__[name]
+            for name in _names(function.__code__)
+            if isinstance(function.__globals__.get(name), (nn.Module, Tensor))
+        }
+        duplicate = FunctionType(
+            function.__code__,
+            {**function.__globals__, **state} if state else function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(CellType() for _ in cells),
+        )
+        duplicate.__kwdefaults__ = function.__kwdefaults__
+        self._remember(function, duplicate)  # before its closure, which may hold the function
+        for name, held in state.items():
+            duplicate.__globals__[name] = self._held(held)
+        for cell, copied in zip(cells, duplicate.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # a cell that is not filled yet
+                copied.cell_contents = self._held(cell.cell_contents)
+        return duplicate
+
+    def _held(self, value: Any) -> Any:
+        """Copy what a function holds if it is a module, a tensor or a function; else keep it."""
+        if isinstance(value, nn.Module):
+            return self.model(value)
+        if isinstance(value, Tensor):
+            return self.move(value) if value.dim() else value
+        if isinstance(value, (FunctionType, functools.partial)):
+            return self.any(value)
+        return value
 
     def remembered(self, original: Tensor) -> Tensor | None:
         """Return what a tensor has become, or None."""
@@ -129,6 +178,39 @@ class _TensorCopies(TorchFunctionMode):
             )
             self._copier._remember(original, known)
         return known
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the global names that a function's code, or code inside of it, may use."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def apply_without_swapping(
+    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """Do what `Module._apply` does to modules of fake tensors; leave real ones where they are.
+
+    A real module that user code moves to the GPU stays put: its tensors are moved when used.
+    """
+    if recurse:
+        for child in module.children():
+            child._apply(change)
+    with torch.no_grad():
+        for name, parameter in _fakes(module._parameters):
+            changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+        for name, buffer in _fakes(module._buffers):
+            module._buffers[name] = change(buffer)
+    return module
+
+
+def _fakes(tensors: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, FakeTensor)]
 
 
 def _is_compiled(module: nn.Module) -> bool:

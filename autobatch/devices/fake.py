@@ -37,8 +37,8 @@ class StandIns(Protocol):
     ) -> Any:
         """Answer an op, or return NotImplemented."""
 
-    def note_truth(self, func: OpOverload, args: Sequence[Any], output: Any) -> None:
-        """Remember what a truth value stands for."""
+    def note(self, func: OpOverload, args: Sequence[Any], output: Any) -> None:
+        """Remember what a result's elements stand for."""
 
 
 class _Uncacheable(Exception):
@@ -82,6 +82,7 @@ class VirtualMode(FakeTensorMode):
         self._standins = standins
         self._before = before
         self._adopt = adopt
+        self.adopted = 0
         self._recipes = recipes
         self._depth = 0
         self._attributes: dict[str, Any] | None = None
@@ -135,13 +136,12 @@ class VirtualMode(FakeTensorMode):
             else:
                 if recipe is not None:
                     output = self._build(recipe, tensors, func)
-                    if recipe[0] == "new":
-                        self._standins.note_truth(func, args, output)
+                    self._standins.note(func, args, output)
                     return output
                 output = super().__torch_dispatch__(func, types, args, kwargs)
                 self._remember(key, func, output, tensors)
         self._created(output, func.name())
-        self._standins.note_truth(func, args, output)
+        self._standins.note(func, args, output)
         return output
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -153,10 +153,11 @@ class VirtualMode(FakeTensorMode):
 
     def _adopt_leaf(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.dim():
-            return leaf
+            return leaf  # numbers may live on the CPU
         with self:
             adopted = self._adopt(leaf)
         self._recorder.created(adopted, "adopted")
+        self.adopted += 1
         return adopted
 
     def _is_virtual(self, value: Any) -> bool:
@@ -249,7 +250,7 @@ class VirtualMode(FakeTensorMode):
             _, index, shape, stride, offset, dtype = recipe
             elem = torch.empty((), dtype=dtype, device=_META)
             storage = tensors[index].untyped_storage()
-            elem.set_(storage, offset, shape, stride)  # type: ignore[call-overload]
+            elem.set_(storage, offset, shape, stride)
             return self._wrap(elem)
         if kind == "list":
             return recipe[1](self._build(item, tensors, func) for item in recipe[2])

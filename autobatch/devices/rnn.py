@@ -7,13 +7,14 @@ and the outputs of every layer but the last. It is an estimate, and reported as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "pack", "pad", "run_layer"]
+__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "layer", "pack", "pad"]
 
 aten = torch.ops.aten
 
@@ -23,12 +24,13 @@ LAYERS = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 _GATES = (1, 1, 4, 4)  # kept per hidden unit; a GRU keeps its recurrent candidate beside 3 gates
 
 
-def run_layer(name: str, *args: Any) -> Any:
-    """Run `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu` through `_cudnn_rnn`.
+def layer(name: str) -> Callable[..., Any]:
+    """Return the cuDNN form of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
+    return functools.partial(_run_layer, LAYERS[name])
 
-    Takes the arguments of the dense or of the packed form of those functions.
-    """
-    mode = LAYERS[name]
+
+def _run_layer(mode: int, *args: Any) -> Any:
+    """Run `_cudnn_rnn` on the arguments of the dense or of the packed form of those functions."""
     packed = isinstance(args[3], (list, tuple))
     if packed:
         data, batch_sizes, hidden, weights, biases, layers, dropout, train, both = args
@@ -49,16 +51,16 @@ def run_layer(name: str, *args: Any) -> Any:
     return (output, last, last_cell) if mode == 2 else (output, last)
 
 
-def pack(data: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+def pack(data: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Pack sequences as if all had full length: the upper bound."""
     steps_first = data.transpose(0, 1) if batch_first else data
     steps, samples = steps_first.shape[:2]
     sizes = torch.full((steps,), samples, device="cpu")
-    sizes.known_value = samples  # type: ignore[attr-defined]
+    vars(sizes)["standin"] = samples
     return steps_first.flatten(0, 1).clone(), sizes
 
 
-def pad(data: Tensor, sizes: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+def pad(data: Tensor, sizes: Tensor, batch_first: bool, *rest: Any) -> tuple[Tensor, Tensor]:
     """Undo `pack`."""
     steps = sizes.numel()
     padded = data.unflatten(0, (steps, -1)).clone()

@@ -1,11 +1,12 @@
 """Answers to reads of values that a tensor without memory does not have.
 
-The rule users can rely on: an unknown float reads as 0.5 (neither x nor 1 - x is zero), an
-unknown integer as 1, and a truth value as what the comparison gives for those (so `isfinite` is
-true, `isnan` false); a truth value of unknown origin is false. GradScaler's overflow flag reads as "none found".
-Shapes that depend on values take their upper bound: every element of a mask counts as chosen.
+The rule users can rely on: every element of a tensor reads as one stand-in value. An unknown float
+is 0.6, an unknown integer 1, an unknown truth value false; comparisons, logic and reductions of
+stand-ins follow from them, so `isfinite` is true, `isnan` false and a count of NaNs 0. GradScaler's
+overflow flag reads as "none found". Shapes that depend on values take their upper bound: every
+element of a mask counts as chosen.
 
-Invariant: no answer needs the value of any tensor.
+Invariant: no answer needs the value of any tensor on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["StandIns"]
+from autobatch.errors import WorkloadError
+
+__all__ = ["StandIns", "standin_of"]
 
 aten = torch.ops.aten
 
@@ -30,6 +33,9 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "ge": operator.ge,
 }
 _NEGATIONS = {"logical_not", "bitwise_not"}
+_KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
+_FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
+_MOST_READS = 200_000
 _MASKS = (torch.bool, torch.uint8)
 _CONSTANTS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
 
@@ -39,13 +45,12 @@ class StandIns:
 
     Attributes:
         upper_bounds: names of the ops whose result took its upper bound.
-        reads: how many values were read from the device.
     """
 
     def __init__(self, kernels: Mapping[Any, Callable[..., Any]]) -> None:
         """Start with further rules for ops whose results only the target GPU's kernels define."""
         self.upper_bounds: set[str] = set()
-        self.reads = 0
+        self._reads = 0
         self._rules: dict[Any, Callable[..., Any]] = {
             aten._local_scalar_dense.default: self._read,
             aten.equal.default: lambda mode, *args: True,
@@ -64,6 +69,9 @@ class StandIns:
             aten._unsafe_index.Tensor: self._index,
             aten._amp_foreach_non_finite_check_and_unscale_.default: self._unscale,
             aten._amp_update_scale_.default: lambda mode, scale, *args: scale,
+            aten.embedding.default: self._embedding,
+            aten._ctc_loss.default: self._ctc_loss,
+            aten._ctc_loss.Tensor: self._ctc_loss,
             **kernels,
         }
 
@@ -73,37 +81,62 @@ class StandIns:
         if rule is not None:
             return rule(mode, *args, **kwargs)
         name = func._opname
-        if name.startswith("_foreach_") and name.endswith("_"):
+        if name.endswith("_") and name.startswith(("_foreach_", "_fused_")):
             for tensor in args[0]:
                 tensor.constant = None
             return None  # in place: no memory, and nothing else to do for hundreds of tensors
         return NotImplemented
 
-    def note_truth(self, func: Any, args: Sequence[Any], output: Any) -> None:
-        """Remember what a truth value would be if every number were its stand-in."""
+    def note(self, func: Any, args: Sequence[Any], output: Any) -> None:
+        """Remember the stand-in of a truth value or an integer that follows from others."""
         if not isinstance(output, Tensor):
             return
-        name = func._opname
-        known = vars(args[0]).get("known_value") if name == "select" else None
-        if known is not None:
-            vars(output)["known_value"] = known
-        elif output.dtype is torch.bool:
-            vars(output)["truth"] = _truth_of(name, args)
+        if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
+            value = _derived(func._opname, args)
+        else:
+            value = _result(func._opname, args, output.dtype)
+        if value is not None:
+            vars(output)["standin"] = value
 
     def _read(self, mode: Any, tensor: Any) -> bool | int | float:
-        constant = tensor.constant
-        if constant is not None:
-            return constant.item()  # type: ignore[no-any-return]
-        self.reads += 1
-        known = vars(tensor).get("known_value")
-        if known is not None:
-            return known  # type: ignore[no-any-return]
-        if tensor.dtype is torch.bool:
-            return _truth(tensor)
-        return _number(tensor.dtype)
+        if tensor.constant is not None:
+            return tensor.constant.item()  # type: ignore[no-any-return]
+        self._reads += 1
+        if self._reads > _MOST_READS:
+            raise WorkloadError(
+                f"the workload read more than {_MOST_READS:,} values from the GPU, which a "
+                "simulation cannot know: a loop that ends by a tensor's value never ends here"
+            )
+        value: bool | int | float = standin_of(tensor)
+        return value
 
     def _unscale(self, mode: Any, grads: Any, found_inf: Any, inv_scale: Any) -> None:
-        found_inf.known_value = 0.0
+        vars(found_inf)["standin"] = 0.0
+
+    def _embedding(
+        self,
+        mode: Any,
+        weight: Tensor,
+        indices: Tensor,
+        padding: int = -1,
+        by_frequency: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        if sparse:
+            raise WorkloadError(
+                "sparse gradients of an embedding cannot be simulated: build it with sparse=False"
+            )
+        return NotImplemented
+
+    def _ctc_loss(
+        self, mode: Any, log_probs: Tensor, targets: Tensor, *lengths: Any
+    ) -> tuple[Any, Any]:
+        steps, samples = log_probs.shape[:2]
+        longest = targets.shape[1] if targets.dim() == 2 else targets.numel() // max(samples, 1)
+        return (
+            mode.empty((samples,), log_probs.dtype, log_probs),
+            mode.empty((samples, steps, 2 * longest + 1), log_probs.dtype, log_probs),
+        )
 
     def _nonzero(self, mode: Any, tensor: Tensor) -> Any:
         self.upper_bounds.add("nonzero")
@@ -202,30 +235,39 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(index is not None and index.dtype in _MASKS for index in indices)
 
 
-def _truth_of(name: str, args: Sequence[Any]) -> bool:
-    """Return what an op with a truth value as its result gives for the stand-ins."""
-    if name in _COMPARISONS:
-        return _COMPARISONS[name](_standin(args[0]), _standin(args[1]))
-    if name in _CONSTANTS:
+def _derived(name: str, args: Sequence[Any]) -> float | None:
+    """Return the stand-in of a float that copies or averages what has a known one."""
+    if name not in _KEEPING or not args or not isinstance(args[0], Tensor):
+        return None
+    known = vars(args[0]).get("standin")
+    return None if known is None else float(known)
+
+
+def _result(name: str, args: Sequence[Any], dtype: torch.dtype) -> bool | int | None:
+    """Return the stand-in of an op's truth value or integer; None where nothing follows."""
+    if dtype is torch.bool and name in _COMPARISONS:
+        return _COMPARISONS[name](standin_of(args[0]), standin_of(args[1]))
+    if dtype is torch.bool and name in _CONSTANTS:
         return _CONSTANTS[name]
-    if name in _NEGATIONS:
-        return not _truth(args[0])
+    if name in _NEGATIONS and dtype is torch.bool:
+        return not standin_of(args[0])
     if name in ("logical_or", "bitwise_or"):
-        return _truth(args[0]) or _truth(args[1])
-    if name in ("logical_and", "bitwise_and", "mul"):
-        return _truth(args[0]) and _truth(args[1])
-    return bool(args) and isinstance(args[0], Tensor) and _truth(args[0])
+        return bool(standin_of(args[0]) or standin_of(args[1]))
+    if name in ("logical_and", "bitwise_and", "mul") and dtype is torch.bool:
+        return bool(standin_of(args[0]) and standin_of(args[1]))
+    if not args or not isinstance(args[0], Tensor) or args[0].dtype.is_floating_point:
+        return None
+    value = standin_of(args[0])  # a view, a copy or a reduction of equal elements
+    return bool(value) if dtype is torch.bool else int(value)
 
 
-def _truth(value: Any) -> bool:
-    return bool(vars(value).get("truth")) if isinstance(value, Tensor) else bool(value)
-
-
-def _standin(value: Any) -> Any:
+def standin_of(value: Any) -> Any:
+    """Return what every element of a tensor reads as; a plain number is itself."""
     if not isinstance(value, Tensor):
         return value
-    return _truth(value) if value.dtype is torch.bool else _number(value.dtype)
-
-
-def _number(dtype: torch.dtype) -> int | float:
-    return 1 if not (dtype.is_floating_point or dtype.is_complex) else 0.5
+    known = vars(value).get("standin")
+    if known is not None:
+        return known
+    if value.dtype is torch.bool:
+        return False
+    return _FLOAT if value.dtype.is_floating_point or value.dtype.is_complex else 1

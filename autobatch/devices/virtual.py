@@ -10,7 +10,7 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from autobatch.devices.base import Run
 from autobatch.devices.calls import CudaCalls
 from autobatch.devices.copies import Copier, eager
 from autobatch.devices.fake import VirtualMode
+from autobatch.devices.guard import lost_error
 from autobatch.devices.kernels import USES_CUBLAS, cublas_workspace_bytes
 from autobatch.devices.recorder import StorageRecorder
 from autobatch.devices.standins import StandIns
+from autobatch.devices.substitutes import cuda_kernels
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec
@@ -41,6 +43,9 @@ _KERNELS = {
     torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,
     torch.ops.aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }
+
+
+_CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
 
 class VirtualGpu:
@@ -68,18 +73,26 @@ class VirtualGpu:
         mode = VirtualMode(
             device, recorder, standins, workspaces.before, copier.move, self._recipes
         )
-        calls = CudaCalls(device, self.spec.compute_capability)
+        calls = CudaCalls(device)
         original, compiled = eager(workload.model)
         with (
             _undisturbed(),
             pretend(self.spec, device),
+            torch.compiler.set_stance("force_eager"),
+            cuda_kernels(device, self.spec.compute_capability),
             mode,
             calls,
+            calls.in_backward(),
             _user_errors(workload, micro_batch),
         ):
             session = _Session(workload, original, device, copier, recorder, workspaces)
             session.train(micro_batch, accumulation_steps)
         warnings = list(_upper_bound_warnings(standins))
+        if mode.adopted:
+            warnings.append(
+                f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
+                "there too; on a real GPU, move them first"
+            )
         if compiled:
             warnings.append(
                 "the model is compiled; it was simulated through its eager original, and compiled "
@@ -146,7 +159,6 @@ class _Session:
             optimizer=self.optimizer,
             loss=self._loss,
             batch=lambda: self._batch(micro_batch),
-            device=self._device,
             accumulation_steps=accumulation_steps,
             windows=WINDOWS,
             phases=self,
@@ -191,12 +203,19 @@ class _Session:
                 for value in state.values() if isinstance(state, dict) else ():
                     if isinstance(value, Tensor) and value.dim():  # step counters stay on the CPU
                         self._copier.move(value)
-            return self._copier.any(given)  # type: ignore[no-any-return]
+            optimizer: torch.optim.Optimizer = self._copier.any(given)
+            ours = set(map(id, self._model.parameters()))
+            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                raise WorkloadError(
+                    f"the {type(given).__name__} holds none of the model's parameters: make it "
+                    "from the parameters of the model that is tuned"
+                )
+            return optimizer
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         if not trainable:
             raise WorkloadError("no parameter requires a gradient: there is nothing to train")
-        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = given
-        return make(trainable)
+        make = self._copier.any(given) if not isinstance(given, type) else given
+        return make(trainable)  # type: ignore[no-any-return]
 
     def _batch(self, micro_batch: int) -> Any:
         return tree_map(self._to_device, self._workload.batch(micro_batch))
@@ -209,8 +228,11 @@ class _Session:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Put back random states and the garbage collector's; collect only where we say."""
+    """Put back random states, torch's switches and the collector's; collect where we say."""
     states = torch.get_rng_state(), random.getstate()
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    flags = {name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS}
+    deterministic = torch.are_deterministic_algorithms_enabled()
     numpy = _numpy_random()
     numpy_state = numpy.get_state() if numpy else None
     collecting = gc.isenabled()
@@ -224,6 +246,11 @@ def _undisturbed() -> Iterator[None]:
             gc.unfreeze()
         if collecting:
             gc.enable()
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        for name, flag in flags.items():
+            setattr(torch.backends.cudnn, name, flag)
+        torch.use_deterministic_algorithms(deterministic)
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         if numpy:
@@ -245,7 +272,10 @@ def _user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
         yield
     except AutobatchError:
         raise
-    except Exception as error:
+    except Exception as caught:
+        error = lost_error(caught)
+        if isinstance(error, AutobatchError):
+            raise error from error.__cause__
         summary = str(error).strip().splitlines()
         raise WorkloadError(
             f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "

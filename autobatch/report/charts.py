@@ -124,7 +124,7 @@ class BreakdownBar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakdownChart:
-    """Bars against what the device has; `limit_bytes` is where the budget ends, context included."""
+    """Bars against the device; `limit_bytes` is where the budget ends, context included."""
 
     bars: tuple[BreakdownBar, ...]
     limit_bytes: int
@@ -254,7 +254,7 @@ def draw_memory(chart: MemoryChart) -> Figure:
         mew=2,
         zorder=4,
     )
-    ceiling = "ceiling" if chart.ceiling_is_exact else "fits at least"
+    ceiling = "ceiling" if chart.ceiling_is_exact else "at least"
     if chart.ceiling == chosen.micro_batch:
         _top_labels(axes, [(chart.ceiling, f"plan = {ceiling} {chart.ceiling:,}", "#332288")])
     else:
@@ -268,12 +268,12 @@ def draw_memory(chart: MemoryChart) -> Figure:
     axes.set(
         xlabel="micro-batch (samples in one forward/backward)",
         ylabel=f"peak memory ({unit})",
-        xlim=(0, max(*sizes, chart.ceiling) * 1.15),
+        xlim=(0, max(*sizes, chart.ceiling) * 1.18),
         ylim=(0, top / scale),
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    known = [evidence for evidence in MARKERS if any(p.evidence == evidence for p in chart.points)]
+    used = {point.evidence for point in chart.points}
     _legend(
         figure,
         [
@@ -291,7 +291,8 @@ def draw_memory(chart: MemoryChart) -> Figure:
                     ls="",
                     label=evidence,
                 )
-                for evidence in known
+                for evidence in MARKERS
+                if evidence in used
             ),
             Line2D(
                 [],
@@ -305,7 +306,7 @@ def draw_memory(chart: MemoryChart) -> Figure:
                 label=f"plan, {format_bytes(chosen.reserved_bytes)} reserved",
             ),
         ],
-        columns=3,
+        columns=4,
     )
     return figure
 
@@ -313,7 +314,7 @@ def draw_memory(chart: MemoryChart) -> Figure:
 def draw_breakdown(chart: BreakdownChart) -> Figure:
     """Draw the stacked bytes of each bar against the budget and the capacity."""
     height = 2.2 + 0.75 * len(chart.bars)
-    figure, axes = _figure(8.6, height, "Memory at the peak", bottom=1.05 / height)
+    figure, axes = _figure(8.6, height, "Memory at the peak", bottom=1.05 / height, left=0.15)
     widest = max(chart.capacity_bytes, *(sum(size for _, size in b.parts) for b in chart.bars))
     unit, scale = _unit(widest)
     axes.grid(axis="y", visible=False)
@@ -369,13 +370,14 @@ def draw_timeline(chart: TimelineChart) -> Figure:
     figure, axes = _figure(8.6, 5.4, "Memory over the training windows", bottom=0.245, top=0.82)
     top = max((*chart.reserved_bytes, chart.peak_bytes, 1)) * 1.12
     unit, scale = _unit(top)
-    axes.stackplot(
-        chart.events,
-        *([size / scale for size in sizes] for _, sizes in chart.series),
-        colors=[COLOURS[name] for name, _ in chart.series],
-        step="post",
-        linewidth=0,
-    )
+    if chart.series:
+        axes.stackplot(
+            chart.events,
+            *([size / scale for size in sizes] for _, sizes in chart.series),
+            colors=[COLOURS[name] for name, _ in chart.series],
+            step="post",
+            linewidth=0,
+        )
     axes.step(
         chart.events, [s / scale for s in chart.allocated_bytes], where="post", color=INK, lw=0.7
     )
@@ -388,7 +390,7 @@ def draw_timeline(chart: TimelineChart) -> Figure:
         ls="--",
     )
     first, last = (chart.events[0], chart.events[-1]) if chart.events else (0, 1)
-    _mark_peak(axes, chart, scale, (first + last) / 2)
+    _mark_peak(axes, chart, scale, first, last)
     axes.set(
         xlabel="allocations and frees, in order",
         ylabel=f"memory ({unit})",
@@ -410,7 +412,7 @@ def draw_timeline(chart: TimelineChart) -> Figure:
                 if name in used
             ),
         ],
-        columns=5,
+        columns=6,
     )
     return figure
 
@@ -467,11 +469,17 @@ def _bar(label: str, footprint: Footprint) -> BreakdownBar:
 
 
 def _figure(
-    width: float, height: float, title: str, *, bottom: float, top: float | None = None
+    width: float,
+    height: float,
+    title: str,
+    *,
+    bottom: float,
+    top: float | None = None,
+    left: float = 0.11,
 ) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), facecolor="white")
     top = 1 - 0.72 / height if top is None else top
-    axes = figure.add_axes((0.11, bottom, 0.86, top - bottom))
+    axes = figure.add_axes((left, bottom, 0.97 - left, top - bottom))
     figure.text(0.02, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold")
     axes.grid(visible=True)
     axes.set_axisbelow(True)
@@ -496,19 +504,23 @@ def _top_labels(axes: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _mark_peak(axes: Axes, chart: TimelineChart, scale: int, middle: float) -> None:
+def _mark_peak(axes: Axes, chart: TimelineChart, scale: int, first: int, last: int) -> None:
+    """Mark the peak and name it in the band above the reserved line, which nothing else uses."""
     peak = chart.peak_bytes / scale
     axes.plot([chart.peak_event], [peak], "v", color=INK, ms=7, clip_on=False, zorder=5)
-    left = chart.peak_event > middle
+    left = chart.peak_event > (first + last) / 2
+    shift = (last - first) * (-0.02 if left else 0.02)
     axes.annotate(
         f"peak {format_bytes(chart.peak_bytes)} allocated",
         (chart.peak_event, peak),
-        xytext=(-8 if left else 8, 5),
-        textcoords="offset points",
+        xytext=(chart.peak_event + shift, 0.955),
+        textcoords=axes.get_xaxis_transform(),
         ha="right" if left else "left",
+        va="center",
         fontsize=9,
         fontweight="bold",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+        arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.8},
     )
 
 
@@ -521,10 +533,18 @@ def _ribbon(figure: Figure, axes: Axes, spans: Sequence[Span]) -> None:
     low, high = axes.get_xlim()
     for span in spans:
         share = (span.end - span.start) / (high - low)
-        ribbon.axvspan(span.start, span.end, color=PHASES.get(span.phase, "#EEEEEE"), lw=0)
+        colour = PHASES.get(span.phase, "#EEEEEE")
+        ribbon.axvspan(span.start, span.end, color=colour, lw=0)
         if share > 0.014 * len(span.phase):
+            middle = (span.start + span.end) / 2
             ribbon.text(
-                (span.start + span.end) / 2, 0.45, span.phase, ha="center", va="center", fontsize=8
+                middle,
+                0.45,
+                span.phase,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=_ink_on(colour),
             )
     for window in sorted({span.window for span in spans}):
         inside = [span for span in spans if span.window == window and span.phase != "setup"]
@@ -543,7 +563,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D | Patch], columns: int) -> 
         bbox_to_anchor=(0.09, 0.005),
         ncols=columns,
         fontsize=8.5,
-        columnspacing=1.6,
+        columnspacing=1.3,
         handlelength=1.6,
     )
 

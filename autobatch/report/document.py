@@ -6,7 +6,7 @@ HTML) only lay it out. Every text is printable and on one line, whatever the pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autobatch import advice
@@ -395,20 +395,26 @@ def _warnings(plan: Plan) -> tuple[Section, ...]:
 
 
 def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
-    if plan.accumulation_steps == 1:
+    other = advice.other_window(plan)
+    if other is None:
         return ()
-    samples = advice.samples_per_update(plan)
     rows = advice.accumulation_rows(plan)
     planned = advice.window_text(max(plan.split.windows, key=sum))
+    steps, micro_batch = other
     return (
         Table(
-            columns=("per GPU", f"{planned} (planned)", f"1 × {samples:,} (predicted)", "note"),
+            columns=(
+                "per GPU",
+                f"{planned if plan.accumulation_steps > 1 else f'1 × {planned}'} (planned)",
+                f"{steps} × {micro_batch:,} (predicted)",
+                "note",
+            ),
             align="lrrl",
             rows=tuple(
                 (
                     row.part,
                     format_bytes(row.planned_bytes),
-                    "unknown" if row.at_once_bytes is None else format_bytes(row.at_once_bytes),
+                    "unknown" if row.other_bytes is None else format_bytes(row.other_bytes),
                     row.note,
                 )
                 for row in rows
@@ -420,14 +426,16 @@ def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
 
 def _effective_batch_facts(plan: Plan) -> Facts:
     ranks = [
-        (f"rank {rank}", f"{advice.window_text(window)} = {count(sum(window), 'sample')}")
-        for rank, window in enumerate(plan.split.windows[:8])
+        (f"rank {rank}", _window(window)) for rank, window in enumerate(plan.split.windows[:8])
     ]
     if plan.world_size > len(ranks):
-        ranks.append(
-            ("…", f"{plan.world_size - len(ranks)} more ranks in {_printable('plan.json')}")
-        )
+        ranks.append(("…", f"{plan.world_size - len(ranks)} more ranks in plan.json"))
     return Facts((("effective batch", advice.effective_batch(plan)), *ranks))
+
+
+def _window(window: Sequence[int]) -> str:
+    total = count(sum(window), "sample")
+    return total if len(window) == 1 else f"{advice.window_text(window)} = {total}"
 
 
 def _factors(plan: Plan) -> tuple[Table, ...]:

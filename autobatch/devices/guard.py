@@ -1,0 +1,44 @@
+"""A device guard that survives errors in backward.
+
+While an error of Python code in the autograd thread unwinds through the engine, a destructor asks
+the guard for its device type with Python's error still set, and a Python function that returns in
+that state ends the process. So the error is set aside first, and `lost_error` gives it back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+__all__ = ["VirtualDeviceGuard", "lost_error"]
+
+_error = tuple(ctypes.py_object() for _ in range(3))
+_slots = tuple(map(ctypes.byref, _error))
+_lost: list[tuple[Any, ...]] = []
+
+
+class VirtualDeviceGuard(torch._C._acc.DeviceGuard):
+    """Tells the autograd engine its device type."""
+
+    def type_(
+        self,
+        take: Any = ctypes.pythonapi.PyErr_Fetch,  # nothing may be looked up before it has run
+        slots: Any = _slots,
+    ) -> Any:
+        """Return the device type; an error that is set is taken and kept."""
+        take(*slots)
+        if _error[0]:
+            _lost.append(tuple(part.value if part else None for part in _error))
+        return torch._C._autograd.DeviceType.PrivateUse1
+
+
+def lost_error(error: Exception) -> Exception:
+    """Return what really went wrong where the engine lost the error that the guard took."""
+    if not (isinstance(error, SystemError) and _lost):
+        return error
+    kind, value, traceback = _lost[-1]
+    _lost.clear()
+    original: Exception = value if isinstance(value, Exception) else kind(value)
+    return original.with_traceback(traceback)

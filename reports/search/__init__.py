@@ -1,0 +1,1 @@
+"""Whether the ceiling that the search predicts is the true one."""

@@ -155,19 +155,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _subject(spec: str) -> nn.Module | Workload:
-    """Load a SPEC into what `tune` takes; a library model keeps the inputs its options ask."""
     from autobatch.spec import load_spec
-    from autobatch.workload import Workload
 
-    loaded = load_spec(spec)
-    if loaded.workload is not None:
-        return loaded.workload
-    assert loaded.model is not None
-    if loaded.inputs is None:
-        return loaded.model
-    inputs = loaded.inputs
-    notes = tuple(filter(None, (inputs.note, inputs.loss_note)))
-    return Workload(model=loaded.model, batch=inputs.batch, loss=inputs.loss, notes=notes)
+    return load_spec(spec).subject
 
 
 def _gpu(arguments: argparse.Namespace) -> GpuSpec | None:

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 
 from autobatch.errors import SampleError
 from autobatch.sample import batch_builder
+from autobatch.workload import Workload
 
 __all__ = ["Inferred", "infer"]
 
@@ -101,6 +102,13 @@ class Inferred:
     loss: Loss | None
     note: str
     loss_note: str
+
+    def workload(self, model: nn.Module) -> Workload:
+        """Return the workload of training `model` on these inputs."""
+        notes = tuple(note for note in (self.note, self.loss_note) if note != SURROGATE)
+        return Workload(
+            model=model, batch=self.batch, loss=self.loss, loss_name="inferred", notes=notes
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,14 @@ class LoadedSpec:
     workload: Workload | None = None
     inputs: Inferred | None = None
 
+    @property
+    def subject(self) -> nn.Module | Workload:
+        """What to hand to `tune`; a library model keeps the inputs that its options ask for."""
+        if self.workload is not None:
+            return self.workload
+        assert self.model is not None
+        return self.model if self.inputs is None else self.inputs.workload(self.model)
+
 
 def load_spec(spec: str) -> LoadedSpec:
     """Build the model or Workload that a SPEC names.

@@ -213,8 +213,6 @@ def _workload(
     clip_norm: float | None,
 ) -> Workload:
     """Complete what the caller gave with what can be inferred; explicit options win."""
-    notes: tuple[str, ...] = ()
-    limit = None
     if isinstance(model, Workload):
         workload = model
         if sample is not None:
@@ -224,12 +222,11 @@ def _workload(
             f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
         )
     elif sample is not None:
-        limit = dataset_length(sample)
-        workload = Workload(model=model, batch=batch_builder(sample), sample_limit=limit)
+        workload = Workload(
+            model=model, batch=batch_builder(sample), sample_limit=dataset_length(sample)
+        )
     else:
-        inferred = infer(model)
-        notes = (inferred.note, inferred.loss_note)
-        workload = Workload(model=model, batch=inferred.batch, loss=inferred.loss)
+        workload = infer(model).workload(model)
     given: dict[str, Any] = {
         "loss": loss,
         "optimizer": optimizer,
@@ -237,7 +234,9 @@ def _workload(
         "clip_norm": clip_norm,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(workload, notes=(*workload.notes, *filter(None, notes)), **changes)
+    if loss is not None:
+        changes["loss_name"] = "user"
+    return replace(workload, **changes)
 
 
 def _require_sensible(headroom: float) -> None:

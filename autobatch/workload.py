@@ -44,6 +44,7 @@ class Workload:
         evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
         autocast: "bf16", "fp16" (with a GradScaler) or None.
         clip_norm: norm that gradients are clipped to before each step, or None.
+        loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
         notes: warnings that belong into the plan.
     """
@@ -55,6 +56,7 @@ class Workload:
     evaluate: Callable[[nn.Module, Any], Any] | None = None
     autocast: str | None = None
     clip_norm: float | None = None
+    loss_name: str = "user"
     sample_limit: int | None = None
     notes: tuple[str, ...] = ()
 

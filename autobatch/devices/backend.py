@@ -172,6 +172,7 @@ def _answers(spec: GpuSpec) -> dict[str, Callable[..., Any]]:
         "get_device_name": lambda device=None: spec.name,
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
+        "is_current_stream_capturing": lambda: False,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "current_stream": lambda device=None: _Inert(),

@@ -150,7 +150,9 @@ class _Session:
 
     @property
     def loss_kind(self) -> str:
-        return "user" if self._workload.loss is not None else self._default_loss.kind or "user"
+        if self._workload.loss is not None:
+            return self._workload.loss_name
+        return self._default_loss.kind or "user"
 
     def train(self, micro_batch: int, accumulation_steps: int) -> None:
         run_windows(

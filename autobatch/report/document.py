@@ -273,7 +273,7 @@ def _facts(plan: Plan) -> Facts:
         _printable(model.optimizer),
         f"{model.autocast} autocast" if model.autocast else "no autocast",
         *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
-        f"loss: {'a function' if model.loss == 'user' else _printable(model.loss)}",
+        f"loss: {'yours' if model.loss == 'user' else _printable(model.loss)}",
     ]
     return Facts(
         (

@@ -1,0 +1,80 @@
+"""Tune one model in this process, and print what it took as one line of JSON.
+
+    python -m reports.speed.child SPEC GPU
+
+`seconds` is that of `autobatch.tune` alone: imports and the construction of the model come before.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+import autobatch
+from autobatch.spec import load_spec
+from reports.search.zoo import build
+
+TARGET = 256
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held.
+
+    `getrusage` is the fallback: on Linux it also counts the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 2**10
+    scale = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def load(spec: str) -> nn.Module:
+    """Build a model on `meta`; its inputs are inferred later, inside of what is timed."""
+    prefix, _, name = spec.partition(":")
+    if prefix == "timm":
+        return build(name)
+    model = load_spec(spec).model
+    if model is None:
+        raise ValueError(f"{spec} names no model")
+    return model
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Tune and print; return the exit code."""
+    spec, gpu = arguments
+    warnings.simplefilter("ignore")
+    model = load(spec)
+    tune = autobatch.tune  # imports the tuner
+    started = time.perf_counter()
+    try:
+        plan = tune(model, target=TARGET, gpu=gpu)
+    except autobatch.AutobatchError as error:
+        outcome = {"error": f"{type(error).__name__}: {error}"}
+    else:
+        outcome = {
+            "ceiling": plan.ceiling,
+            "micro_batch": plan.micro_batch,
+            "executions": plan.executions,
+            "method": plan.method,
+        }
+    seconds = time.perf_counter() - started
+    measured = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    print(json.dumps(measured | outcome))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from autobatch.accounts import replay
 from autobatch.allocator import Replay, simulate
 from autobatch.devices.base import Device, Run
+from autobatch.errors import WorkloadError
 from autobatch.plan import Trial
 from autobatch.progress import Progress, ProgressCallback
 from autobatch.search import CeilingSearch
@@ -131,7 +132,6 @@ def _by_model(probe: Probe, limit: int, model: TraceModel) -> Ceiling:
         search = _search_model(model, probe, limit)
         size = _checkpoint(search.ceiling, limit, probe)
         if size == 1:  # one sample may be allocated in an order of its own
-            probe.fits(1)
             return _small_ceiling(probe, model)
         difference = model.difference(probe.trace(size))
         if difference is None:
@@ -169,6 +169,10 @@ def _checkpoint(ceiling: int, limit: int, probe: Probe) -> int:
 
 
 def _small_ceiling(probe: Probe, model: TraceModel) -> Ceiling:
+    try:
+        probe.fits(1)
+    except WorkloadError as error:  # BatchNorm refuses one value per channel, say
+        return Ceiling(micro_batch=0, limit_reached=False, model=model, reason=str(error))
     fitting = [size for size in probe.runs if probe.fits(size)]
     return Ceiling(micro_batch=max(fitting, default=0), limit_reached=False, model=model)
 

@@ -83,7 +83,7 @@ def tune(
     """
     started = time.perf_counter()
     _require_sensible(headroom)
-    split(target, ceiling=max(target, 1), world_size=world_size)  # refuses what cannot be split
+    split(target, ceiling=_LARGEST, world_size=world_size)  # refuses what cannot be split
     device = _device(gpu)
     workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
     budget_bytes = int((device.spec.capacity_bytes - device.spec.context_bytes) * (1 - headroom))
@@ -98,7 +98,7 @@ def tune(
     )
     found = find_ceiling(probe, limit)
     if not found.micro_batch:
-        raise DoesNotFitError(_what_is_missing(probe, device.spec, workload))
+        raise DoesNotFitError(_what_is_missing(probe, found, device.spec, workload))
     planned = split(target, ceiling=found.micro_batch, world_size=world_size)
     trace, is_new = _planned_trace(probe, found, planned)
     ceiling_trace = _trace_at(probe, found, found.micro_batch)
@@ -310,9 +310,10 @@ def _warnings(workload: Workload, run: Run, found: Ceiling, limit: int) -> Itera
         yield f"sizes were executed one by one, because {found.reason}"
 
 
-def _what_is_missing(probe: Probe, spec: GpuSpec, workload: Workload) -> str:
-    """Say by how much one sample misses the budget, and what would help."""
-    needed = probe.replays[1].peak_reserved_bytes
+def _what_is_missing(probe: Probe, found: Ceiling, spec: GpuSpec, workload: Workload) -> str:
+    """Say by how much the smallest size misses the budget, and what would help."""
+    smallest = min(probe.replays)
+    needed = probe.replays[smallest].peak_reserved_bytes
     short = needed - probe.budget_bytes
     large_enough = sorted(
         (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes
@@ -327,7 +328,8 @@ def _what_is_missing(probe: Probe, spec: GpuSpec, workload: Workload) -> str:
     else:
         ideas.append("sharding over several GPUs")
     return (
-        f"not even micro-batch 1 fits on {spec.name}: it needs {format_bytes(needed)} reserved, "
-        f"the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
+        f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
+        f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
         f"({short:,} bytes) short; try {', '.join(ideas)}"
+        + (f" (a smaller size does not run: {found.reason})" if found.reason else "")
     )

@@ -66,6 +66,11 @@ class Workload:
             raise UsageError(
                 f"autocast is {self.autocast!r}: use one of {', '.join(AUTOCAST_DTYPES)}, or None"
             )
+        if not callable(self.optimizer) and not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"optimizer is {self.optimizer!r}: use an instance, a class such as "
+                "torch.optim.AdamW, or a callable on parameters"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"clip_norm is {self.clip_norm}: use a positive norm, or None")
 

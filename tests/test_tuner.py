@@ -237,7 +237,6 @@ def test_a_target_that_is_no_positive_whole_number_is_a_usage_error(target):
     assert repr(target) in one_line(caught)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="max(target, 1) comes before the check")
 @pytest.mark.parametrize("target", ["256", None])
 def test_a_target_that_is_no_number_is_a_usage_error(target):
     with pytest.raises(UsageError, match="target effective batch is") as caught:
@@ -359,7 +358,6 @@ def test_a_model_that_does_not_fit_says_how_much_is_short_and_what_would_help():
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.xfail(strict=True, raises=WorkloadError, reason="1 is tried and BatchNorm refuses it")
 def test_a_model_that_cannot_run_one_sample_and_does_not_fit_two_does_not_fit():
     model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.Linear(128, 10))
     with pytest.raises(DoesNotFitError, match="micro-batch 2"):

@@ -79,6 +79,23 @@ class Copier:
                 "a Workload"
             ) from error
 
+    def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Copy an optimizer with its state; its parameters and their state move to the device."""
+        for group in given.param_groups:
+            for parameter in group["params"]:
+                self.move(parameter)
+        for state in given.state.values():
+            for value in state.values() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor) and value.dim():  # step counters stay on the CPU
+                    self.move(value)
+        # deep-copying the optimizer itself would drop attributes that its class adds; a scheduler
+        # replaces `step` by a function that holds the original
+        attributes = {name: value for name, value in vars(given).items() if name != "step"}
+        duplicate: torch.optim.Optimizer = type(given).__new__(type(given))
+        self._remember(given, duplicate)
+        vars(duplicate).update(self.any(attributes))
+        return duplicate
+
     def _function(self, function: FunctionType) -> FunctionType:
         """Copy a function with the modules and tensors in its closure and among its globals."""
         known: FunctionType | None = self._memo.get(id(function))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "ge": operator.ge,
 }
 _NEGATIONS = {"logical_not", "bitwise_not"}
+_FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero_"), lambda args: 0),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda args: 1),
+    **dict.fromkeys(("full", "full_like", "fill_"), lambda args: standin_of(args[1])),
+    "new_full": lambda args: standin_of(args[2]),
+}
 _KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
 _MOST_READS = 200_000
@@ -91,6 +97,8 @@ class StandIns:
         """Remember the stand-in of a truth value or an integer that follows from others."""
         if not isinstance(output, Tensor):
             return
+        if args and output is args[0]:  # written in place: what was known is so no longer
+            vars(output).pop("standin", None)
         if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
             value = _derived(func._opname, args)
         else:
@@ -255,6 +263,8 @@ def _result(name: str, args: Sequence[Any], dtype: torch.dtype) -> bool | int | 
         return bool(standin_of(args[0]) or standin_of(args[1]))
     if name in ("logical_and", "bitwise_and", "mul") and dtype is torch.bool:
         return bool(standin_of(args[0]) and standin_of(args[1]))
+    if name in _FILLING:
+        return cast("bool | int | None", _FILLING[name](args))
     if not args or not isinstance(args[0], Tensor) or args[0].dtype.is_floating_point:
         return None
     value = standin_of(args[0])  # a view, a copy or a reduction of equal elements

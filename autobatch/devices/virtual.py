@@ -143,10 +143,10 @@ class _Session:
         self._model = self._copier.model(model).train()
         recorder.tag(self._model.parameters(), "parameters")
         recorder.tag(self._model.buffers(), "buffers")
-        self.optimizer = self._make_optimizer()
-        self._tag_optimizer_state()
         self._default_loss = DefaultLoss()
         self._loss = self._copied_loss()
+        self.optimizer = self._make_optimizer()
+        self._tag_optimizer_state()
 
     @property
     def loss_kind(self) -> str:
@@ -201,17 +201,14 @@ class _Session:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         given = self._workload.optimizer
         if isinstance(given, torch.optim.Optimizer):
-            for state in given.state.values():
-                for value in state.values() if isinstance(state, dict) else ():
-                    if isinstance(value, Tensor) and value.dim():  # step counters stay on the CPU
-                        self._copier.move(value)
-            optimizer: torch.optim.Optimizer = self._copier.any(given)
-            ours = set(map(id, self._model.parameters()))
-            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            optimizer = self._copier.optimizer(given)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            if not set(map(id, held)) & set(map(id, self._model.parameters())):
                 raise WorkloadError(
                     f"the {type(given).__name__} holds none of the model's parameters: make it "
                     "from the parameters of the model that is tuned"
                 )
+            self._recorder.tag(held, "parameters")  # a loss may have some of its own
             return optimizer
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         if not trainable:

@@ -434,7 +434,7 @@ CASES = (
         name="speech",
         what="convolutions, transformer, CTC loss",
         build=speech,
-        gpus=("rtx-4090", "h200"),
+        gpus=("v100-16gb", "rtx-4090"),
     ),
     Case(
         name="checkpointed",

@@ -51,34 +51,40 @@ def measure(spec: str, gpu: str) -> Figures:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         return figures | {"error": last[0]}
-    return figures | json.loads(done.stdout.splitlines()[-1])
+    measured: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures | measured
 
 
 def measure_start() -> Figures:
-    """Time imports and the shortest command, as medians over fresh processes."""
-    torch_alone, with_autobatch, with_tune = (
-        _median_seconds("-c", code)
-        for code in (
-            "import torch",
-            "import torch, autobatch",
-            "import torch, autobatch; autobatch.tune",
-        )
-    )
+    """Time what comes on top of `import torch`, and the shortest command: medians of processes.
+
+    Imports are timed by the interpreter itself (`-X importtime`), after torch has been imported.
+    """
+    package, tuner, command = zip(*(_start_once() for _ in range(REPEATS)), strict=True)
     return {
-        "import_torch_seconds": torch_alone,
-        "import_seconds": round(with_autobatch - torch_alone, 3),
-        "import_tune_seconds": round(with_tune - torch_alone, 3),
-        "help_seconds": _median_seconds("-m", "autobatch", "--help"),
+        "import_seconds": round(median(package), 4),
+        "import_tune_seconds": round(median(tuner), 4),
+        "help_seconds": round(median(command), 3),
     }
 
 
-def _median_seconds(*arguments: str) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    return round(median(seconds), 3)
+def _start_once() -> tuple[float, float, float]:
+    code = "import torch, autobatch, autobatch.tuner"
+    done = _run_python("-X", "importtime", "-c", code)
+    cumulative = {
+        name.strip(): int(microseconds) / 1e6
+        for _, microseconds, name in (
+            line.split("|") for line in done.stderr.splitlines()[1:] if line.count("|") == 2
+        )
+    }
+    started = time.perf_counter()
+    _run_python("-m", "autobatch", "--help")
+    command = time.perf_counter() - started
+    return cumulative["autobatch"], cumulative["autobatch.tuner"], command
+
+
+def _run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
 
 
 def summarise(rows: Sequence[Figures]) -> Figures:
@@ -169,16 +175,18 @@ def _read_log(log: Path | None) -> dict[tuple[str, str], Figures]:
 def _print_summary(summary: Figures, missed: Sequence[str], failed: Sequence[str]) -> None:
     print("\n| figure | measured | target |\n|-|-|-|")
     for name, value in summary.items():
-        target = TARGETS.get(name)
-        shown = [
-            "" if figure is None else format_bytes(figure) if "bytes" in name else f"{figure:.2f} s"
-            for figure in (value, target)
-        ]
-        print(f"| {name.rsplit('_', 1)[0].replace('_', ' ')} | {' | '.join(shown)} |")
+        label = name.rsplit("_", 1)[0].replace("_", " ")
+        print(f"| {label} | {_shown(name, value)} | {_shown(name, TARGETS.get(name))} |")
     for name in missed:
         print(f"missed: {name}")
     for spec in failed:
         print(f"no plan: {spec}")
+
+
+def _shown(name: str, figure: float | None) -> str:
+    if figure is None:
+        return ""
+    return format_bytes(int(figure)) if name.endswith("_bytes") else f"{figure:.2f} s"
 
 
 def _document(summary: Figures, rows: Sequence[Figures], options: argparse.Namespace) -> Figures:

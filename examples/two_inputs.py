@@ -1,4 +1,4 @@
-"""A model of your own with two inputs and your own loss, described by a Workload.
+"""A model of your own with two inputs and a loss of your own, described by a Workload.
 
 Run it with `python examples/two_inputs.py`, or hand the same function to the command line:
 
@@ -7,50 +7,53 @@ Run it with `python examples/two_inputs.py`, or hand the same function to the co
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autobatch
 
-WORDS, VOCABULARY = 64, 20_000
+WORDS, VOCABULARY, ANSWERS = 32, 20_000, 1_000
 Batch = dict[str, Tensor]
 
 
-class Matcher(nn.Module):
-    """Embeds pictures and captions into one space."""
+class AnswerQuestions(nn.Module):
+    """Looks at a picture, reads a question, and picks one of a thousand answers."""
 
     def __init__(self, width: int = 256):
         super().__init__()
-        self.picture = nn.Sequential(
-            nn.Conv2d(3, 64, 7, stride=4, padding=3), nn.ReLU(),
-            nn.Conv2d(64, width, 3, stride=2, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+        sizes = (3, 64, 128, width)
+        steps = [
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(32, b), nn.ReLU())
+            for a, b in pairwise(sizes)
+        ]
+        self.eyes = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.words = nn.Embedding(VOCABULARY, width)
-        self.caption = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.reader = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.answer = nn.Linear(width, ANSWERS)
 
-    def forward(self, pictures: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        output, _ = self.caption(self.words(captions))
-        return F.normalize(self.picture(pictures), dim=-1), F.normalize(output[:, -1], dim=-1)
+    def forward(self, pictures: Tensor, questions: Tensor) -> Tensor:
+        states, _ = self.reader(self.words(questions))
+        return self.answer(self.eyes(pictures) * states[:, -1])
 
 
 def batch(n: int) -> Batch:
     return {
         "pictures": torch.randn(n, 3, 224, 224),
-        "captions": torch.randint(VOCABULARY, (n, WORDS)),
+        "questions": torch.randint(VOCABULARY, (n, WORDS)),
+        "votes": torch.rand(n, ANSWERS),
     }
 
 
-def contrastive_loss(model: nn.Module, inputs: Batch) -> Tensor:
-    pictures, captions = model(**inputs)
-    scores = pictures @ captions.T / 0.07
-    matches = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, matches) + F.cross_entropy(scores.T, matches)) / 2
+def loss(model: nn.Module, inputs: Batch) -> Tensor:
+    scores = model(inputs["pictures"], inputs["questions"])
+    return F.binary_cross_entropy_with_logits(scores, inputs["votes"])
 
 
 def build() -> autobatch.Workload:
-    return autobatch.Workload(model=Matcher(), batch=batch, loss=contrastive_loss, autocast="fp16")
+    return autobatch.Workload(model=AnswerQuestions(), batch=batch, loss=loss, autocast="fp16")
 
 
 if __name__ == "__main__":

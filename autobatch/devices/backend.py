@@ -26,6 +26,7 @@ from autobatch.devices import autocast
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
 from autobatch.devices.guard import VirtualDeviceGuard
+from autobatch.devices.standins import KEPT_ELEMENTS
 from autobatch.errors import AutobatchError
 from autobatch.gpus import GpuSpec
 from autobatch.patching import patched
@@ -33,7 +34,6 @@ from autobatch.patching import patched
 __all__ = ["pretend", "virtual_device"]
 
 _NAME = "virtual_gpu"
-_KEPT_ELEMENTS = 1024
 _active = False
 
 
@@ -134,11 +134,8 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     global _active
     with contextlib.ExitStack() as patches:
         patches.enter_context(patched(nn.Module, _apply=apply_without_swapping))
-        # small tensors on the CPU keep their values, as `lengths[0].item()` needs them
         patches.enter_context(
-            patched(
-                fake_tensor, CONSTANT_NUMEL_LIMIT=_KEPT_ELEMENTS, run_fallback_kernel=run_on_cpu
-            )
+            patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KEPT_ELEMENTS, run_fallback_kernel=run_on_cpu)
         )
         for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             module = importlib.import_module(name)  # torch.optim hides its own submodule

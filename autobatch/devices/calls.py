@@ -22,6 +22,9 @@ from autobatch.patching import patched
 __all__ = ["CudaCalls"]
 
 
+_NAMES = (str, torch.device)
+
+
 class CudaCalls(TorchFunctionMode):
     """Route calls of PyTorch's Python functions while a workload is simulated."""
 
@@ -56,7 +59,10 @@ class CudaCalls(TorchFunctionMode):
         if route is not None:
             return route(*args, **(kwargs or {}))
         if self._device.type != "cuda":
-            args = [self._landed(arg) for arg in args]
+            for arg in args:  # most calls name no device, and there are a great many calls
+                if type(arg) in _NAMES:
+                    args = [self._landed(arg) for arg in args]
+                    break
             if kwargs:
                 kwargs = {name: self._landed(value) for name, value in kwargs.items()}
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -10,12 +10,14 @@ Invariant: a cached answer has the same shapes, strides, dtypes and aliasing as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_impls import op_implementations_checks
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -49,6 +51,10 @@ class _Uncacheable(Exception):
 # storage, ("new", layout) owns fresh storage, ("value", v) is a plain Python value.
 _Recipe = tuple[Any, ...]
 
+# ops that change a tensor's layout, or whose result depends on values
+_CHANGING = frozenset(
+    (torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+)
 _META = torch.device("meta")
 _IMMUTABLE = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -112,7 +118,8 @@ class VirtualMode(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self._depth += 1
         try:
-            return self._dispatch(func, types, args, kwargs)
+            with torch._C.DisableTorchFunction():  # what happens in here is no call of the user's
+                return self._dispatch(func, types, args, kwargs)
         finally:
             self._depth -= 1
 
@@ -130,6 +137,8 @@ class VirtualMode(FakeTensorMode):
             try:
                 key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
                 recipe = self._recipes.get(key)
+                if recipe is None and _runs_on_meta(func):
+                    recipe = self._recipes[key] = self._work_out(func, args, kwargs)
             except _Uncacheable:
                 args, kwargs = self._adopted(args, kwargs)
                 output = super().__torch_dispatch__(func, types, args, kwargs)
@@ -174,6 +183,17 @@ class VirtualMode(FakeTensorMode):
         elem = torch.empty(shape, dtype=dtype, device="meta")
         return FakeTensor(self, elem, like.device)
 
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Make a tensor of the same layout from inside a stand-in."""
+        elem = torch.empty_like(_alias(tensor, 0, tensor.shape, tensor.stride()))
+        return FakeTensor(self, elem, tensor.device)
+
+    def constant(self, value: Tensor) -> Tensor:
+        """Make a fake of a small CPU tensor that keeps its value until something is written."""
+        output = FakeTensor(self, torch.empty_like(value, device=_META), value.device, value)
+        self.fake_tensor_converter.add_constant_storage_mapping(output)
+        return output
+
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
         """Describe arguments by layout; collect the tensors among them in order."""
         parts: list[Any] = []
@@ -200,22 +220,35 @@ class VirtualMode(FakeTensorMode):
                 raise _Uncacheable
         return tuple(parts)
 
+    def _work_out(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> _Recipe:
+        """Run an op on plain meta tensors over the arguments' storages, and describe the result."""
+        metas: list[Any] = []
+        plain = _with_metas(args, metas)
+        named = dict(zip(kwargs, _with_metas(kwargs.values(), metas), strict=True))
+        try:
+            output = func(*plain, **named)
+        except NotImplementedError:  # no meta kernel: FakeTensorMode knows what to do instead
+            raise _Uncacheable from None
+        return self._describe(output, metas)
+
     def _remember(self, key: Any, func: OpOverload, output: Any, tensors: list[Any]) -> None:
         try:
             recipe = self._describe(output, tensors)
         except _Uncacheable:
             return
-        if torch.Tag.inplace_view not in func.tags and torch.Tag.data_dependent_output not in (
-            func.tags
-        ):
+        if not _CHANGING.intersection(func.tags):
             self._recipes[key] = recipe
 
     def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
-        if isinstance(output, FakeTensor):
+        if isinstance(output, Tensor):
             for index, tensor in enumerate(tensors):
                 if output is tensor:
                     return ("same", index)
-            if output.fake_device != self.virtual_device or output.constant is not None:
+            if isinstance(output, FakeTensor) and (
+                output.fake_device != self.virtual_device or output.constant is not None
+            ):
                 raise _Uncacheable
             if output.layout is not torch.strided or output.dtype.is_complex:
                 raise _Uncacheable
@@ -248,10 +281,7 @@ class VirtualMode(FakeTensorMode):
             return tensors[recipe[1]]
         if kind == "view":
             _, index, shape, stride, offset, dtype = recipe
-            elem = torch.empty((), dtype=dtype, device=_META)
-            storage = tensors[index].untyped_storage()
-            elem.set_(storage, offset, shape, stride)
-            return self._wrap(elem)
+            return self._wrap(_alias(tensors[index], offset, shape, stride, dtype))
         if kind == "list":
             return recipe[1](self._build(item, tensors, func) for item in recipe[2])
         return recipe[1]
@@ -277,3 +307,37 @@ class VirtualMode(FakeTensorMode):
         elif isinstance(output, (list, tuple)):
             for item in output:
                 self._created(item, op)
+
+
+def _alias(
+    tensor: Tensor, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Make a meta tensor of another layout over the storage of a tensor."""
+    elem = torch.empty((), dtype=dtype or tensor.dtype, device=_META)
+    return elem.set_(tensor.untyped_storage(), offset, shape, stride)
+
+
+def _with_metas(values: Iterable[Any], metas: list[Any]) -> list[Any]:
+    """Replace tensors by meta tensors over the same storages, and collect those in order."""
+    replaced: list[Any] = []
+    for value in values:
+        if type(value) is FakeTensor:
+            metas.append(_alias(value, value.storage_offset(), value.shape, value.stride()))
+            replaced.append(metas[-1])
+        elif type(value) in (list, tuple):
+            replaced.append(_with_metas(value, metas))
+        else:
+            replaced.append(value)
+    return replaced
+
+
+@functools.cache
+def _runs_on_meta(func: OpOverload) -> bool:
+    """Whether FakeTensorMode has no rule of its own for an op, and its meta kernel says it all."""
+    return (
+        func.namespace == "aten"
+        and not _CHANGING.intersection(func.tags)
+        and not func._can_decompose()
+        and all(argument.name != "device" for argument in func._schema.arguments)
+        and not any(applies(func) for applies, _ in op_implementations_checks)
+    )

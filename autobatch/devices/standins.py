@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autobatch.errors import WorkloadError
 
-__all__ = ["StandIns", "standin_of"]
+__all__ = ["KEPT_ELEMENTS", "StandIns", "standin_of"]
 
 aten = torch.ops.aten
 
@@ -41,6 +41,9 @@ _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
 }
 _KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
+KEPT_ELEMENTS = 1024
+"""Tensors on the CPU up to this size keep their values, as `lengths[0].item()` needs them."""
+
 _MOST_READS = 200_000
 _MASKS = (torch.bool, torch.uint8)
 _CONSTANTS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
@@ -75,6 +78,7 @@ class StandIns:
             aten._unsafe_index.Tensor: self._index,
             aten._amp_foreach_non_finite_check_and_unscale_.default: self._unscale,
             aten._amp_update_scale_.default: lambda mode, scale, *args: scale,
+            aten.lift_fresh.default: self._lift,
             aten.embedding.default: self._embedding,
             aten._ctc_loss.default: self._ctc_loss,
             aten._ctc_loss.Tensor: self._ctc_loss,
@@ -117,6 +121,11 @@ class StandIns:
             )
         value: bool | int | float = standin_of(tensor)
         return value
+
+    def _lift(self, mode: Any, value: Tensor) -> Any:
+        is_small = value.device.type == "cpu" and value.numel() <= KEPT_ELEMENTS
+        is_plain = type(value) is Tensor and value.layout is torch.strided
+        return mode.constant(value) if is_small and is_plain else NotImplemented
 
     def _unscale(self, mode: Any, grads: Any, found_inf: Any, inv_scale: Any) -> None:
         vars(found_inf)["standin"] = 0.0

@@ -10,14 +10,14 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autobatch.devices import rnn
+from autobatch.devices import norms, rnn
 from autobatch.devices.backend import pretend, virtual_device
 from autobatch.devices.base import Run
 from autobatch.devices.calls import CudaCalls
@@ -39,7 +39,9 @@ __all__ = ["WINDOWS", "VirtualGpu"]
 WINDOWS = 2
 """Traced windows: optimizer state appears in the first, the steady peak in the second."""
 
-_KERNELS = {
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: norms.batch_norm,
+    torch.ops.aten.native_batch_norm_backward.default: norms.batch_norm_backward,
     torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,
     torch.ops.aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }

@@ -2,8 +2,9 @@
 
 Two small traces give a trace model; the allocator simulation over it gives a ceiling; an execution
 at that ceiling confirms the model, or corrects it. Where traces do not align, sizes are executed
-one by one. Invariant: a ceiling that is returned was executed and fits, unless the search stopped
-at its limit; the next size was executed or predicted by a model that had just been confirmed.
+one by one. Invariant: a ceiling that is returned was executed and fits (or the window that will
+run was, where that needs no accumulation); the next size was executed, or predicted not to fit by
+a model that had just been confirmed.
 """
 
 from __future__ import annotations
@@ -102,27 +103,37 @@ class Ceiling:
         limit_reached: the search stopped at its limit, and the true ceiling may be higher.
         model: reproduces the executed traces; None where they do not align.
         reason: why there is no model; None where there is one.
+        whole: the executed window without accumulation, where that is what will run.
     """
 
     micro_batch: int
     limit_reached: bool
     model: TraceModel | None
     reason: str | None = None
+    whole: Trace | None = None
 
 
-def find_ceiling(probe: Probe, limit: int) -> Ceiling:
-    """Find the largest micro-batch in [1, limit] whose windows stay within the budget."""
+def find_ceiling(probe: Probe, limit: int, wanted: int | None = None) -> Ceiling:
+    """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
+
+    Args:
+        probe: executes the workload with its accumulation steps.
+        limit: largest size to consider.
+        wanted: samples of one update on one GPU. Where the ceiling allows them all at once, a
+            window of one such micro-batch is executed in place of one at the ceiling: it is what
+            will run, and its beginning checks the model as well.
+    """
     first, second = (min(size, limit) for size in _SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible")
     try:
         model = TraceModel.fit([probe.trace(first), probe.trace(second)])
-        return _by_model(probe, limit, model)
+        return _by_model(probe, limit, wanted, model)
     except Misaligned as error:
         return _by_execution(probe, limit, reason=str(error))
 
 
-def _by_model(probe: Probe, limit: int, model: TraceModel) -> Ceiling:
+def _by_model(probe: Probe, limit: int, wanted: int | None, model: TraceModel) -> Ceiling:
     """Follow the model to a ceiling, and refit it once where an execution disagrees.
 
     Raises:
@@ -130,6 +141,15 @@ def _by_model(probe: Probe, limit: int, model: TraceModel) -> Ceiling:
     """
     while True:
         search = _search_model(model, probe, limit)
+        if wanted is not None and max(_SMALL) < wanted <= search.ceiling:
+            whole, wanted = probe.execute(wanted, 1).trace, None
+            if model.foretells_start_of(whole) and probe.trials[-1].fits:
+                return Ceiling(
+                    micro_batch=search.ceiling,
+                    limit_reached=search.limit_reached,
+                    model=model,
+                    whole=whole,
+                )
         size = _checkpoint(search.ceiling, limit, probe)
         if size == 1:  # one sample may be allocated in an order of its own
             return _small_ceiling(probe, model)

@@ -126,6 +126,27 @@ class TraceModel:
                 )
         return None
 
+    def foretells_start_of(self, trace: Trace) -> bool:
+        """Return whether a trace begins as the model says, up to the end of its first micro-batch.
+
+        That part does not depend on the accumulation steps, and every op's law of size is in it.
+        """
+        end = next(
+            (mark.event for mark in self.template.marks if mark.phase in ("inputs", "step")
+             and (mark.window, mark.micro_batch) != (0, 0)),
+            len(self.template.events),
+        )  # fmt: skip
+        if self.template.events[:end] != trace.events[:end]:
+            return False
+        sizes = self.sizes(trace.micro_batch)
+        started = sum(event >= 0 for event in self.template.events[:end])
+        return all(
+            (block.op, block.phase, size) == (other.op, other.phase, other.size_bytes)
+            for block, size, other in zip(
+                self.template.blocks[:started], sizes, trace.blocks, strict=False
+            )
+        )
+
     def peak_bytes(self, micro_batch: int) -> int:
         """Return the most requested bytes alive at once, before the allocator rounds them."""
         return max(running_bytes(self.sizes(micro_batch), self.template.events), default=0)

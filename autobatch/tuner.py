@@ -96,7 +96,7 @@ def tune(
         budget_bytes=budget_bytes,
         progress=progress,
     )
-    found = find_ceiling(probe, limit)
+    found = find_ceiling(probe, limit, per_rank if probe.accumulation_steps > 1 else None)
     if not found.micro_batch:
         raise DoesNotFitError(_what_is_missing(probe, found, device.spec, workload))
     planned = split(target, ceiling=found.micro_batch, world_size=world_size)
@@ -249,6 +249,8 @@ def _planned_trace(probe: Probe, found: Ceiling, planned: Split) -> tuple[Trace,
     steps = min(planned.accumulation_steps, 2)
     size = planned.micro_batch
     if steps != probe.accumulation_steps:  # without accumulation no gradient waits in memory
+        if found.whole is not None:
+            return found.whole, True
         return probe.execute(size, steps).trace, True
     return _trace_at(probe, found, size), size in probe.runs
 
@@ -303,6 +305,11 @@ def _warnings(workload: Workload, run: Run, found: Ceiling, limit: int) -> Itera
         yield (
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
+        )
+    if found.model is not None and found.model.degree == 2:
+        yield (
+            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
+            "with accumulation, each sample is compared with those of its micro-batch only"
         )
     if found.limit_reached:
         yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"

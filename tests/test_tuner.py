@@ -95,7 +95,29 @@ def test_a_target_below_the_ceiling_runs_the_window_without_accumulation_too():
     assert plan.footprint.accumulation_steps == 1
     assert plan.footprint.evidence == "simulated"
     assert plan.trials[-1].accumulation_steps == 1
-    assert plan.executions == 4
+    assert plan.executions == 3
+
+
+def test_a_quadratic_loss_is_noticed_without_accumulation_too():
+    def contrastive(model, batch):
+        hidden = model(batch[0])
+        labels = torch.arange(hidden.size(0), device=hidden.device)
+        return F.cross_entropy(hidden @ hidden.t(), labels)
+
+    plan = tune(target=64, loss=contrastive)
+    assert plan.method == "trace model (quadratic)"
+    assert "square of the micro-batch" in plan.warnings[0]
+    direct = autobatch.predict(
+        perceptron(),
+        micro_batch=plan.ceiling + 1,
+        accumulation_steps=2,
+        sample=SAMPLE,
+        loss=contrastive,
+        gpu=SMALL_CARD,
+    )
+    assert (
+        direct.peak_reserved_bytes > plan.budget_bytes >= plan.ceiling_footprint.peak_reserved_bytes
+    )
 
 
 def test_a_target_of_one_sample_per_gpu_searches_the_window_without_accumulation():

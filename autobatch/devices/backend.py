@@ -133,6 +133,8 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     """Let PyTorch's own Python code, and the user's, take the virtual device for a CUDA GPU."""
     global _active
     with contextlib.ExitStack() as patches:
+        # values that do not exist lie in no distribution's support
+        patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=apply_without_swapping))
         patches.enter_context(
             patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KEPT_ELEMENTS, run_fallback_kernel=run_on_cpu)

@@ -429,7 +429,7 @@ CASES = (
         build=clip,
         gpus=("rtx-4060", "rtx-3090"),
     ),
-    Case(name="mlp", what="wide autoencoder, RMSprop", build=mlp, gpus=("v100-16gb", "16.5GiB")),
+    Case(name="mlp", what="wide autoencoder, RMSprop", build=mlp, gpus=("15.5GiB", "v100-16gb")),
     Case(
         name="speech",
         what="convolutions, transformer, CTC loss",

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autobatch import process
 from autobatch._version import __version__
 from autobatch.errors import AutobatchError, WorkloadError
 
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Run the command line of this process; a terminal that lacks a character shows a `?`."""
+    process.claim()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main())

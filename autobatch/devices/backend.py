@@ -4,8 +4,8 @@ Where the process has a live CUDA device, fake tensors on `cuda` need no backend
 registered. Elsewhere PyTorch's PrivateUse1 slot is claimed once, under the name `virtual_gpu`;
 outside of a simulation it reports itself as unavailable.
 
-Invariant: a process with a real accelerator is never registered in (the registration would make
-the virtual device its current accelerator, for ever).
+Invariant: a process of the user's that has a real accelerator is never registered in (the
+registration would make the virtual device its current accelerator, for ever).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autobatch import process
 from autobatch.devices import autocast
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
@@ -111,10 +112,12 @@ def virtual_device() -> torch.device:
     if torch._C._get_privateuse1_backend_name() == _NAME:
         return torch.device(_NAME, 0)
     live = torch.accelerator.current_accelerator(check_available=True)
-    if live is not None or torch._C._get_privateuse1_backend_name() != "privateuseone":
+    if (
+        live is not None and not process.is_ours()
+    ) or torch._C._get_privateuse1_backend_name() != "privateuseone":
         raise AutobatchError(
-            f"this process uses the accelerator {live}, beside which no GPU can be simulated: "
-            "run the simulation from the command line, `autobatch probe`, or in its own process"
+            f"this process has the accelerator {live}, which a simulation would take the place "
+            "of: use the command line, `autobatch probe your_file.py:function --gpu NAME`"
         )
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 

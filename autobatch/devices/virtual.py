@@ -231,6 +231,7 @@ class _Session:
 def _undisturbed() -> Iterator[None]:
     """Put back random states, torch's switches and the collector's; collect where we say."""
     states = torch.get_rng_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     flags = {name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS}
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -253,6 +254,8 @@ def _undisturbed() -> Iterator[None]:
             setattr(torch.backends.cudnn, name, flag)
         torch.use_deterministic_algorithms(deterministic)
         torch.set_rng_state(states[0])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
         random.setstate(states[1])
         if numpy:
             numpy.set_state(numpy_state)

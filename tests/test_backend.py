@@ -1,0 +1,56 @@
+"""Registering a device for simulated tensors disturbs no process that has a real accelerator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autobatch import process
+from autobatch.devices import backend
+from autobatch.errors import AutobatchError
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    def refuse(**options):
+        raise AssertionError("registered")
+
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "privateuseone")
+    monkeypatch.setattr(
+        "torch.utils.backend_registration._setup_privateuseone_for_python_backend", refuse
+    )
+
+
+def test_a_process_with_a_live_cuda_device_uses_that_device_type(unregistered, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend.virtual_device() == torch.device("cuda", 1)
+
+
+def test_a_users_process_with_another_accelerator_is_left_alone(unregistered, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    with pytest.raises(AutobatchError, match="accelerator mps.*command line"):
+        backend.virtual_device()
+
+
+def test_the_command_lines_own_process_registers_there(unregistered, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    monkeypatch.setattr(process, "_ours", True)
+    with pytest.raises(AssertionError, match="registered"):
+        backend.virtual_device()
+
+
+def test_another_backend_in_the_same_slot_is_left_alone(unregistered, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "npu")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cpu")
+    )
+    with pytest.raises(AutobatchError, match="command line"):
+        backend.virtual_device()

@@ -32,7 +32,7 @@ def test_a_users_process_with_another_accelerator_is_left_alone(unregistered, mo
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
     )
-    with pytest.raises(AutobatchError, match="accelerator mps.*command line"):
+    with pytest.raises(AutobatchError, match=r"accelerator mps.*command line"):
         backend.virtual_device()
 
 

@@ -109,15 +109,14 @@ def virtual_device() -> torch.device:
     """
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    if torch._C._get_privateuse1_backend_name() == _NAME:
+    slot = torch._C._get_privateuse1_backend_name()
+    if slot == _NAME:
         return torch.device(_NAME, 0)
     live = torch.accelerator.current_accelerator(check_available=True)
-    if (
-        live is not None and not process.is_ours()
-    ) or torch._C._get_privateuse1_backend_name() != "privateuseone":
+    if slot != "privateuseone" or (live is not None and not process.is_ours()):
         raise AutobatchError(
-            f"this process has the accelerator {live}, which a simulation would take the place "
-            "of: use the command line, `autobatch probe your_file.py:function --gpu NAME`"
+            f"this process has the accelerator {live or slot}, which a simulation would take the "
+            "place of: use the command line, `autobatch probe your_file.py:function --gpu NAME`"
         )
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 

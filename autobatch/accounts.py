@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from autobatch.allocator import Replay, simulate
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
+from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
 from autobatch.tracemodel import TraceModel
 

@@ -10,14 +10,13 @@ step-checked against recordings by `python -m reports.allocator`. Only the drive
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal
 
-from autobatch.errors import UsageError
+from autobatch.allocconf import LARGE_SEGMENT_BYTES, AllocatorSettings
 from autobatch.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -26,25 +25,20 @@ if TYPE_CHECKING:
     from autobatch.snapshot import Snapshot
 
 __all__ = [
-    "AllocatorSettings",
     "Block",
     "BlockInfo",
     "BlockState",
     "CachingAllocator",
     "OutOfMemory",
-    "Replay",
     "SegmentInfo",
     "round_size",
     "segment_size",
-    "simulate",
 ]
 
 MIN_BLOCK_BYTES: Final = 512
 SMALL_BYTES: Final = MIB
 SMALL_SEGMENT_BYTES: Final = 2 * MIB
 MIN_LARGE_BYTES: Final = 10 * MIB
-LARGE_SEGMENT_BYTES: Final = 20 * MIB
-SIZE_CLASSES: Final = tuple(1 << power for power in range(16))  # MiB
 
 DEFAULT_POOL: Final = (0, 0)
 
@@ -57,127 +51,6 @@ _UNBOUNDED_RESERVE: Final = 1 << 42
 _FIRST_ADDRESS: Final = 1 << 40
 _ADDRESS_BITS: Final = 64
 _ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocatorSettings:
-    """What `PYTORCH_CUDA_ALLOC_CONF` changes in the allocator; the defaults are PyTorch's.
-
-    Attributes:
-        max_split_size_bytes: blocks of this size or more are never split; None for no such limit.
-        max_non_split_rounding_bytes: by how much such a block may exceed the request it serves.
-        large_segment_bytes: the segment made for requests between 1 and 10 MiB.
-        roundup_power2_divisions: steps between two powers of two to which sizes are rounded up;
-            one number for all sizes, or one by size class (1, 2, 4, ... 32768 MiB). 0 for none.
-        garbage_collection_threshold: share of the limit above which unused segments are released
-            before a new one is made; 0 for never.
-        expandable_segments: one growing segment per stream and pool.
-        unknown: keys of the parsed text that do not bear on this allocator.
-    """
-
-    max_split_size_bytes: int | None = None
-    max_non_split_rounding_bytes: int = LARGE_SEGMENT_BYTES
-    large_segment_bytes: int = LARGE_SEGMENT_BYTES
-    roundup_power2_divisions: int | Mapping[int, int] = 0
-    garbage_collection_threshold: float = 0.0
-    expandable_segments: bool = False
-    unknown: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read the text of `PYTORCH_CUDA_ALLOC_CONF`.
-
-        Raises:
-            UsageError: a value that PyTorch would refuse, too.
-
-        >>> AllocatorSettings.parse("max_split_size_mb:128").max_split_size_bytes
-        134217728
-        """
-        values: dict[str, str] = {}
-        for item in re.split(r",(?![^\[]*\])", re.sub(r"\s", "", text)):
-            key, colon, value = item.partition(":")
-            if item and not (key and colon and value):
-                raise UsageError(f"allocator setting {item!r} is not of the form key:value")
-            if item:
-                values[key] = value
-        large = _megabytes(values, "large_segment_size_mb", 10)
-        minimum = (large or LARGE_SEGMENT_BYTES) // MIB
-        rounding = _megabytes(values, "max_non_split_rounding_mb", minimum)
-        return cls(
-            max_split_size_bytes=_megabytes(values, "max_split_size_mb", minimum),
-            max_non_split_rounding_bytes=rounding or LARGE_SEGMENT_BYTES,
-            large_segment_bytes=large or LARGE_SEGMENT_BYTES,
-            roundup_power2_divisions=_parse_divisions(values.pop("roundup_power2_divisions", "1")),
-            garbage_collection_threshold=_parse_threshold(values),
-            expandable_segments=_parse_flag(values, "expandable_segments"),
-            unknown=tuple(values),
-        )
-
-    def divisions(self, size_bytes: int) -> int:
-        """Return the roundup divisions that apply to a request of `size_bytes`."""
-        if isinstance(self.roundup_power2_divisions, int):
-            return self.roundup_power2_divisions
-        power = min(max(size_bytes.bit_length() - MIB.bit_length(), 0), len(SIZE_CLASSES) - 1)
-        return self.roundup_power2_divisions.get(SIZE_CLASSES[power], 0)
-
-
-def _refuse(key: str, value: str, expected: str) -> UsageError:
-    return UsageError(f"allocator setting {key}:{value} cannot be used: give {expected}")
-
-
-def _megabytes(values: dict[str, str], key: str, minimum: int) -> int | None:
-    value = values.pop(key, None)
-    if value is None:
-        return None
-    if not (value.isdecimal() and int(value) >= minimum):
-        raise _refuse(key, value, f"a whole number of MiB, at least {minimum}")
-    return int(value) * MIB
-
-
-def _parse_threshold(values: dict[str, str]) -> float:
-    value = values.pop("garbage_collection_threshold", None)
-    if value is None:
-        return 0.0
-    if not (re.fullmatch(r"\d*\.?\d+", value) and 0 < float(value) < 1):
-        raise _refuse("garbage_collection_threshold", value, "a number between 0 and 1")
-    return float(value)
-
-
-def _parse_flag(values: dict[str, str], key: str) -> bool:
-    value = values.pop(key, "False")
-    if value not in ("True", "False"):
-        raise _refuse(key, value, "True or False")
-    return value == "True"
-
-
-def _parse_divisions(value: str) -> int | dict[int, int]:
-    """Parse `4`, or `[64:8,256:4,>:1]`: classes in MiB; the first also covers all smaller ones."""
-    expected = "a power of two, or a list such as [64:8,256:4,>:1] of powers of two"
-    refusal = _refuse("roundup_power2_divisions", value, expected)
-    if not value.startswith("["):
-        if not _is_power_of_two(value):
-            raise refusal
-        return 0 if int(value) == 1 else int(value)
-    table = dict.fromkeys(SIZE_CLASSES, 0)
-    last = 0
-    for item in value.strip("[]").split(","):
-        size_class, _, divisions = item.partition(":")
-        if not (divisions == "0" or _is_power_of_two(divisions)):
-            raise refusal
-        if size_class == ">":
-            table.update({mib: int(divisions) for mib in SIZE_CLASSES if mib > last})
-        elif _is_power_of_two(size_class):
-            mib = min(int(size_class), SIZE_CLASSES[-1])
-            covered = [mib] if last else [smaller for smaller in SIZE_CLASSES if smaller <= mib]
-            table.update(dict.fromkeys(covered, int(divisions)))
-            last = mib
-        else:
-            raise refusal
-    return table
-
-
-def _is_power_of_two(text: str) -> bool:
-    return text.isdecimal() and int(text).bit_count() == 1
 
 
 def round_size(size_bytes: int, divisions: int = 0) -> int:
@@ -868,87 +741,4 @@ def _segment_info(run: Sequence[Block]) -> SegmentInfo:
             )
             for block in run
         ),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
-    """What the allocator did with a trace, up to its end or to the first request that failed.
-
-    Attributes:
-        peak_allocated_bytes: most bytes of blocks in use, as the allocator rounds them.
-        peak_reserved_bytes: most bytes in segments.
-        peak_event: first event after which most bytes were allocated.
-        alloc_retries: how often everything cached had to be released.
-        oom_event: the event that could not be satisfied; None if all could.
-        allocated_bytes, reserved_bytes: after each event; empty unless a timeline was asked for.
-    """
-
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_event: int
-    alloc_retries: int
-    oom_event: int | None
-    allocated_bytes: tuple[int, ...] = ()
-    reserved_bytes: tuple[int, ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        """Whether every request was met without releasing the cache, which would stall the GPU."""
-        return self.oom_event is None and self.alloc_retries == 0
-
-
-def simulate(
-    sizes: Sequence[int],
-    events: Sequence[int],
-    *,
-    settings: AllocatorSettings | None = None,
-    limit_bytes: int | None = None,
-    timeline: bool = False,
-) -> Replay:
-    """Run a trace through an allocator that starts empty; a block of 0 bytes takes no memory.
-
-    Args:
-        sizes: requested bytes of each block.
-        events: `b` allocates block `b`, `~b` frees it, as in `Trace.events`.
-        settings: PyTorch's defaults if None.
-        limit_bytes: most bytes that may be reserved; unlimited if None.
-        timeline: also return allocated and reserved bytes after each event.
-
-    >>> simulate([600, 3 << 20], [0, 1, ~0]).peak_reserved_bytes >> 20
-    22
-    """
-    allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
-    malloc, free = allocator.malloc, allocator.free
-    live: list[Block | None] = [None] * len(sizes)
-    allocated: list[int] = []
-    reserved: list[int] = []
-    peak = peak_event = 0
-    oom_event = None
-    for event, index in enumerate(events):
-        if index >= 0:
-            if sizes[index]:
-                try:
-                    live[index] = malloc(sizes[index])
-                except OutOfMemory:
-                    oom_event = event
-                    break
-                if allocator.allocated_bytes > peak:
-                    peak = allocator.allocated_bytes
-                    peak_event = event
-        else:
-            block = live[~index]
-            if block:
-                free(block)
-        if timeline:
-            allocated.append(allocator.allocated_bytes)
-            reserved.append(allocator.reserved_bytes)
-    return Replay(
-        peak_allocated_bytes=peak,
-        peak_reserved_bytes=allocator.peak_reserved_bytes,
-        peak_event=peak_event,
-        alloc_retries=allocator.alloc_retries,
-        oom_event=oom_event,
-        allocated_bytes=tuple(allocated),
-        reserved_bytes=tuple(reserved),
     )

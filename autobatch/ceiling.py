@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autobatch.accounts import replay
-from autobatch.allocator import Replay, simulate
 from autobatch.devices.base import Device, Run
 from autobatch.errors import WorkloadError
 from autobatch.plan import Trial
 from autobatch.progress import Progress, ProgressCallback
+from autobatch.replay import Replay, simulate
 from autobatch.search import CeilingSearch
 from autobatch.trace import Trace
 from autobatch.tracemodel import Misaligned, TraceModel

@@ -17,15 +17,14 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 from autobatch.allocator import (
     DEFAULT_POOL,
-    SIZE_CLASSES,
     SMALL_BYTES,
     SMALL_SEGMENT_BYTES,
-    AllocatorSettings,
     BlockInfo,
     BlockState,
     SegmentInfo,
     round_size,
 )
+from autobatch.allocconf import SIZE_CLASSES, AllocatorSettings
 from autobatch.errors import FileError, UsageError
 
 __all__ = ["Action", "MemoryMap", "Recording", "Snapshot", "TraceEvent", "load_snapshot", "rewind"]

@@ -13,9 +13,9 @@ from autobatch.accounts import (
     replay,
     timeline_of,
 )
-from autobatch.allocator import simulate
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import GpuSpec
+from autobatch.replay import simulate
 from autobatch.trace import CATEGORIES, Block, Mark, Trace
 from autobatch.tracemodel import TraceModel
 from autobatch.workload import Workload

@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.allocator import (
-    AllocatorSettings,
-    Block,
-    CachingAllocator,
-    OutOfMemory,
-    round_size,
-    segment_size,
-    simulate,
-)
+from autobatch.allocator import Block, CachingAllocator, OutOfMemory, round_size, segment_size
+from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import UsageError
+from autobatch.replay import simulate
 from autobatch.units import GIB, KIB, MIB
 
 

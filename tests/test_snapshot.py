@@ -12,13 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autobatch.allocator import (
-    AllocatorSettings,
-    Block,
-    CachingAllocator,
-    OutOfMemory,
-    SegmentInfo,
-)
+from autobatch.allocator import Block, CachingAllocator, OutOfMemory, SegmentInfo
+from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import FileError
 from autobatch.snapshot import Snapshot, TraceEvent, load_snapshot, rewind
 from autobatch.units import MIB

@@ -11,13 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autobatch.allocator import (
-    AllocatorSettings,
-    CachingAllocator,
-    SegmentInfo,
-    round_size,
-    segment_size,
-)
+from autobatch.allocator import CachingAllocator, SegmentInfo, round_size, segment_size
+from autobatch.allocconf import AllocatorSettings
 from autobatch.snapshot import MemoryMap, Recording, TraceEvent
 
 __all__ = ["Score", "replay"]

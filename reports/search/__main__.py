@@ -134,12 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in wrong:
         print(row)
     if options.json:
-        options.json.write_text(json.dumps(_document(rows, arguments), indent=2) + "\n")
+        options.json.write_text(json.dumps(_document(rows, options), indent=2) + "\n")
     return 1 if wrong else 0
 
 
-def _document(rows: Sequence[Row | Failure], arguments: Sequence[str] | None) -> dict[str, object]:
-    given = sys.argv[1:] if arguments is None else arguments
+def _document(rows: Sequence[Row | Failure], options: argparse.Namespace) -> dict[str, object]:
+    given = options.names if options.random is None else _random_arguments(options)
     return {
         "evidence": "simulated",
         "command": " ".join(("python -m reports.search", *given)),
@@ -147,6 +147,10 @@ def _document(rows: Sequence[Row | Failure], arguments: Sequence[str] | None) ->
         "date": datetime.now(timezone.utc).date().isoformat(),
         "rows": [asdict(row) | {"passes": row.passes} for row in rows],
     }
+
+
+def _random_arguments(options: argparse.Namespace) -> list[str]:
+    return ["--random", str(options.random), "--seed", str(options.seed)]
 
 
 if __name__ == "__main__":

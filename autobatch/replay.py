@@ -1,0 +1,97 @@
+"""A trace run through the caching allocator: does it fit, and what does it reserve.
+
+Invariant: the same trace and settings always give the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autobatch.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.allocconf import AllocatorSettings
+
+__all__ = ["Replay", "simulate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What the allocator did with a trace, up to its end or to the first request that failed.
+
+    Attributes:
+        peak_allocated_bytes: most bytes of blocks in use, as the allocator rounds them.
+        peak_reserved_bytes: most bytes in segments.
+        peak_event: first event after which most bytes were allocated.
+        alloc_retries: how often everything cached had to be released.
+        oom_event: the event that could not be satisfied; None if all could.
+        allocated_bytes, reserved_bytes: after each event; empty unless a timeline was asked for.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_event: int
+    alloc_retries: int
+    oom_event: int | None
+    allocated_bytes: tuple[int, ...] = ()
+    reserved_bytes: tuple[int, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every request was met without releasing the cache, which would stall the GPU."""
+        return self.oom_event is None and self.alloc_retries == 0
+
+
+def simulate(
+    sizes: Sequence[int],
+    events: Sequence[int],
+    *,
+    settings: AllocatorSettings | None = None,
+    limit_bytes: int | None = None,
+    timeline: bool = False,
+) -> Replay:
+    """Run a trace through an allocator that starts empty; a block of 0 bytes takes no memory.
+
+    Args:
+        sizes: requested bytes of each block.
+        events: `b` allocates block `b`, `~b` frees it, as in `Trace.events`.
+        settings: PyTorch's defaults if None.
+        limit_bytes: most bytes that may be reserved; unlimited if None.
+        timeline: also return allocated and reserved bytes after each event.
+
+    >>> simulate([600, 3 << 20], [0, 1, ~0]).peak_reserved_bytes >> 20
+    22
+    """
+    allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
+    malloc, free = allocator.malloc, allocator.free
+    live: list[Block | None] = [None] * len(sizes)
+    allocated: list[int] = []
+    reserved: list[int] = []
+    peak = peak_event = 0
+    oom_event = None
+    for event, index in enumerate(events):
+        if index >= 0:
+            if sizes[index]:
+                try:
+                    live[index] = malloc(sizes[index])
+                except OutOfMemory:
+                    oom_event = event
+                    break
+                if allocator.allocated_bytes > peak:
+                    peak = allocator.allocated_bytes
+                    peak_event = event
+        else:
+            block = live[~index]
+            if block:
+                free(block)
+        if timeline:
+            allocated.append(allocator.allocated_bytes)
+            reserved.append(allocator.reserved_bytes)
+    return Replay(
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        peak_event=peak_event,
+        alloc_retries=allocator.alloc_retries,
+        oom_event=oom_event,
+        allocated_bytes=tuple(allocated),
+        reserved_bytes=tuple(reserved),
+    )

@@ -6,19 +6,18 @@ highest instant of every stretch that it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
-from autobatch.tracemodel import TraceModel
 
 __all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of"]
 
 _SAMPLES = 400
-_CURVE_POINTS = 9
+_CURVE_POINTS = 7
 
 _NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
 
@@ -56,21 +55,22 @@ def footprint_of(trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidenc
     )
 
 
-def memory_point(model: TraceModel, micro_batch: int) -> MemoryPoint:
-    """Predict the peaks at a micro-batch."""
-    replayed = simulate(model.sizes(micro_batch), model.template.events)
+def memory_point(micro_batch: int, replayed: Replay, evidence: Evidence) -> MemoryPoint:
+    """Return the peaks at a micro-batch as a point of the curve."""
     return MemoryPoint(
         micro_batch=micro_batch,
         peak_allocated_bytes=replayed.peak_allocated_bytes,
         peak_reserved_bytes=replayed.peak_reserved_bytes,
-        evidence="predicted",
+        evidence=evidence,
     )
 
 
-def curve_sizes(ceiling: int) -> list[int]:
-    """Return micro-batches from 1 to a little beyond the ceiling, evenly spaced."""
+def curve_sizes(ceiling: int, known: Collection[int] = ()) -> list[int]:
+    """Return evenly spaced micro-batches from 1 to beyond the ceiling, away from known ones."""
     last = ceiling + max(1, ceiling // 8)
-    return sorted({max(1, round(last * i / (_CURVE_POINTS - 1))) for i in range(_CURVE_POINTS)})
+    step = last / (_CURVE_POINTS - 1)
+    sizes = sorted({max(1, round(step * i)) for i in range(_CURVE_POINTS)})
+    return [size for size in sizes if all(abs(size - other) > step / 2 for other in known)]
 
 
 def timeline_of(trace: Trace) -> Timeline:

@@ -9,7 +9,7 @@ a model that had just been confirmed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autobatch.accounts import replay
@@ -55,7 +55,7 @@ class Probe:
             self.execute(micro_batch, self.accumulation_steps)
         return self.runs[micro_batch].trace
 
-    def execute(self, micro_batch: int, accumulation_steps: int) -> Run:
+    def execute(self, micro_batch: int, accumulation_steps: int) -> tuple[Run, Replay]:
         """Run two windows and log the trial; runs of the probed window are remembered."""
         done = len(self.trials)
         self.progress(
@@ -86,7 +86,7 @@ class Probe:
         if accumulation_steps == self.accumulation_steps:
             self.runs[micro_batch] = run
             self.replays[micro_batch] = replayed
-        return run
+        return run, replayed
 
     def fits(self, micro_batch: int) -> bool:
         """Execute a size and tell whether it stays within the budget."""
@@ -104,13 +104,15 @@ class Ceiling:
         model: reproduces the executed traces; None where they do not align.
         reason: why there is no model; None where there is one.
         whole: the executed window without accumulation, where that is what will run.
+        predicted: what the model foretold at the sizes that the search looked at.
     """
 
     micro_batch: int
     limit_reached: bool
     model: TraceModel | None
     reason: str | None = None
-    whole: Trace | None = None
+    whole: tuple[Trace, Replay] | None = None
+    predicted: Mapping[int, Replay] = field(default_factory=dict)
 
 
 def find_ceiling(probe: Probe, limit: int, wanted: int | None = None) -> Ceiling:
@@ -140,15 +142,17 @@ def _by_model(probe: Probe, limit: int, wanted: int | None, model: TraceModel) -
         Misaligned: the executions follow no quadratic in the micro-batch.
     """
     while True:
-        search = _search_model(model, probe, limit)
+        search, predicted = _search_model(model, probe, limit)
         if wanted is not None and max(_SMALL) < wanted <= search.ceiling:
-            whole, wanted = probe.execute(wanted, 1).trace, None
-            if model.foretells_start_of(whole) and probe.trials[-1].fits:
+            run, replayed = probe.execute(wanted, 1)
+            wanted = None
+            if model.foretells_start_of(run.trace) and probe.trials[-1].fits:
                 return Ceiling(
                     micro_batch=search.ceiling,
                     limit_reached=search.limit_reached,
                     model=model,
-                    whole=whole,
+                    whole=(run.trace, replayed),
+                    predicted=predicted,
                 )
         size = _checkpoint(search.ceiling, limit, probe)
         if size == 1:  # one sample may be allocated in an order of its own
@@ -156,28 +160,29 @@ def _by_model(probe: Probe, limit: int, wanted: int | None, model: TraceModel) -
         difference = model.difference(probe.trace(size))
         if difference is None:
             return Ceiling(
-                micro_batch=search.ceiling, limit_reached=search.limit_reached, model=model
+                micro_batch=search.ceiling,
+                limit_reached=search.limit_reached,
+                model=model,
+                predicted=predicted,
             )
         if len(model.nodes) == 3:
             raise Misaligned(difference)
         model = TraceModel.fit([probe.trace(n) for n in (*model.nodes, size)])
 
 
-def _search_model(model: TraceModel, probe: Probe, limit: int) -> CeilingSearch:
-    events = model.template.events
-
-    def peak_bytes(size: int) -> int:
-        return simulate(model.sizes(size), events).peak_reserved_bytes
-
-    return _search(peak_bytes, probe.budget_bytes, limit)
-
-
-def _search(peak_bytes: Callable[[int], int], budget_bytes: int, limit: int) -> CeilingSearch:
-    search = CeilingSearch(limit=limit, budget_bytes=budget_bytes, look_above=2)
-    while (size := search.ask()) is not None:
-        peak = peak_bytes(size)
-        search.tell(size, fits=peak <= budget_bytes, peak_bytes=peak)
-    return search
+def _search_model(
+    model: TraceModel, probe: Probe, limit: int
+) -> tuple[CeilingSearch, dict[int, Replay]]:
+    search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes, look_above=2)
+    for size in model.nodes:
+        peak = probe.replays[size].peak_reserved_bytes
+        search.tell(size, fits=peak <= probe.budget_bytes, peak_bytes=peak)
+    predicted = {}
+    while (asked := search.ask()) is not None:
+        predicted[asked] = simulate(model.sizes(asked), model.template.events)
+        peak = predicted[asked].peak_reserved_bytes
+        search.tell(asked, fits=peak <= probe.budget_bytes, peak_bytes=peak)
+    return search, predicted
 
 
 def _checkpoint(ceiling: int, limit: int, probe: Probe) -> int:

@@ -32,6 +32,7 @@ from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu
 from autobatch.infer import infer
 from autobatch.plan import MemoryPoint, ModelFacts, Plan
 from autobatch.progress import ProgressCallback, silent
+from autobatch.replay import simulate
 from autobatch.sample import batch_builder, dataset_length
 from autobatch.split import Split, split
 from autobatch.trace import Trace
@@ -100,8 +101,8 @@ def tune(
     if not found.micro_batch:
         raise DoesNotFitError(_what_is_missing(probe, found, device.spec, workload))
     planned = split(target, ceiling=found.micro_batch, world_size=world_size)
-    trace, is_new = _planned_trace(probe, found, planned)
-    ceiling_trace = _trace_at(probe, found, found.micro_batch)
+    trace, footprint = _planned(probe, found, planned)
+    _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(iter(probe.runs.values()))
     return Plan(
         split=planned,
@@ -111,15 +112,8 @@ def tune(
         budget_bytes=budget_bytes,
         gpu=device.spec,
         model=_facts(workload, run),
-        footprint=footprint_of(
-            trace, replay(trace), device.spec, device.evidence if is_new else "predicted"
-        ),
-        ceiling_footprint=footprint_of(
-            ceiling_trace,
-            replay(ceiling_trace),
-            device.spec,
-            device.evidence if found.micro_batch in probe.runs else "predicted",
-        ),
+        footprint=footprint,
+        ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
         curve=_curve(probe, found),
         timeline=timeline_of(trace),
@@ -240,41 +234,42 @@ def _workload(
 
 
 def _require_sensible(headroom: float) -> None:
-    if not 0 <= headroom < 1:
-        raise UsageError(f"headroom is {headroom}: use a share of at least 0 and below 1")
+    if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+        raise UsageError(f"headroom is {headroom!r}: use a share of at least 0 and below 1")
 
 
-def _planned_trace(probe: Probe, found: Ceiling, planned: Split) -> tuple[Trace, bool]:
-    """Return the trace of the window that will run, and whether it was executed."""
-    steps = min(planned.accumulation_steps, 2)
-    size = planned.micro_batch
-    if steps != probe.accumulation_steps:  # without accumulation no gradient waits in memory
-        if found.whole is not None:
-            return found.whole, True
-        return probe.execute(size, steps).trace, True
-    return _trace_at(probe, found, size), size in probe.runs
+def _planned(probe: Probe, found: Ceiling, planned: Split) -> tuple[Trace, Footprint]:
+    """Return the trace of the window that will run, and its account."""
+    steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
+    if steps == probe.accumulation_steps:
+        return _at(probe, found, size)
+    if found.whole is not None:
+        trace, replayed = found.whole
+    else:  # without accumulation no gradient waits in memory, so this is a window of its own
+        run, replayed = probe.execute(size, steps)
+        trace = run.trace
+    return trace, footprint_of(trace, replayed, probe.device.spec, probe.device.evidence)
 
 
-def _trace_at(probe: Probe, found: Ceiling, size: int) -> Trace:
+def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
+    """Return the trace of the probed window at a size, and its account."""
+    spec = probe.device.spec
     if size in probe.runs or found.model is None:
-        return probe.trace(size)
-    return found.model.trace(size)
+        trace = probe.trace(size)
+        return trace, footprint_of(trace, probe.replays[size], spec, probe.device.evidence)
+    trace = found.model.trace(size)
+    replayed = found.predicted.get(size) or replay(trace)
+    return trace, footprint_of(trace, replayed, spec, "predicted")
 
 
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
-    points = {
-        size: MemoryPoint(
-            micro_batch=size,
-            peak_allocated_bytes=replayed.peak_allocated_bytes,
-            peak_reserved_bytes=replayed.peak_reserved_bytes,
-            evidence=probe.device.evidence,
-        )
-        for size, replayed in probe.replays.items()
-    }
+    points = {size: memory_point(size, r, "predicted") for size, r in found.predicted.items()}
+    for size, replayed in probe.replays.items():
+        points[size] = memory_point(size, replayed, probe.device.evidence)
     if found.model is not None:
-        for size in curve_sizes(found.micro_batch):
-            if size not in points:
-                points[size] = memory_point(found.model, size)
+        for size in curve_sizes(found.micro_batch, known=points):
+            replayed = simulate(found.model.sizes(size), found.model.template.events)
+            points[size] = memory_point(size, replayed, "predicted")
     return tuple(points[size] for size in sorted(points))
 
 

@@ -71,8 +71,11 @@ class Workload:
                 f"optimizer is {self.optimizer!r}: use an instance, a class such as "
                 "torch.optim.AdamW, or a callable on parameters"
             )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(f"clip_norm is {self.clip_norm}: use a positive norm, or None")
+        if self.loss is not None and not callable(self.loss):
+            raise UsageError(f"loss is {self.loss!r}: use a function loss(model, batch), or None")
+        norm: Any = self.clip_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+            raise UsageError(f"clip_norm is {norm!r}: use a positive norm, or None")
 
 
 class Phases(Protocol):

@@ -311,7 +311,12 @@ def test_a_curve_runs_from_one_to_a_little_beyond_the_ceiling(ceiling):
     assert sizes[0] == 1
     assert ceiling < sizes[-1] <= ceiling + max(1, ceiling // 8)
     assert sizes == sorted(set(sizes))
-    assert len(sizes) <= 9
+    assert len(sizes) <= 7
+
+
+def test_a_curve_leaves_out_what_is_known_already():
+    assert curve_sizes(80) == [1, 15, 30, 45, 60, 75, 90]
+    assert curve_sizes(80, known=[2, 3, 80]) == [15, 30, 45, 60, 90]
 
 
 def test_a_predicted_point_is_what_the_size_takes_when_executed():
@@ -320,8 +325,8 @@ def test_a_predicted_point_is_what_the_size_takes_when_executed():
         n: VirtualGpu(GPU).run(workload, micro_batch=n, accumulation_steps=2).trace
         for n in (2, 3, 9)
     }
-    point = memory_point(TraceModel.fit([traces[2], traces[3]]), 9)
+    model = TraceModel.fit([traces[2], traces[3]])
+    point = memory_point(9, replay(model.trace(9)), "predicted")
     replayed = replay(traces[9])
-    assert point.evidence == "predicted"
     assert point.peak_allocated_bytes == replayed.peak_allocated_bytes
     assert point.peak_reserved_bytes == replayed.peak_reserved_bytes

@@ -386,6 +386,16 @@ def test_a_model_that_cannot_run_one_sample_and_does_not_fit_two_does_not_fit():
         tune(model, gpu=GpuSpec(name="tiny-card", capacity_bytes=3 * MIB))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("clip_norm", "a"), ("clip_norm", 0), ("loss", 3), ("optimizer", "adam"), ("headroom", "x")],
+)
+def test_an_option_of_the_wrong_kind_is_a_usage_error(option, value):
+    with pytest.raises(UsageError, match=f"{option} is {value!r}") as caught:
+        tune(**{option: value})
+    one_line(caught)
+
+
 @pytest.mark.parametrize("headroom", [-0.01, 1, 1.0, 7, float("nan")])
 def test_headroom_outside_of_zero_to_one_is_a_usage_error(headroom):
     with pytest.raises(UsageError, match="headroom is") as caught:

@@ -112,7 +112,8 @@ def attend(
 
 
 def _cudnn_version() -> int:
-    return torch.backends.cudnn.version() or _ASSUMED_CUDNN
+    bindings = getattr(torch._C, "_cudnn", None)  # torch.backends.cudnn asks for the GPU's driver
+    return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+
+# two seconds of imports that FakeTensorMode would make in the middle of the first answer
+import torch._dynamo.config
+import torch._functorch.config
+import torch.fx.experimental.symbolic_shapes
+import torch.nested._internal.nested_tensor
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_impls import op_implementations_checks

@@ -11,6 +11,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,6 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,
     torch.ops.aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }
-
 
 _CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
@@ -136,18 +136,20 @@ class _Session:
         recorder: StorageRecorder,
         workspaces: _Workspaces,
     ):
-        self._workload = workload
         self._device = device
         self._recorder = recorder
         self._workspaces = workspaces
         self._copier = copier
         recorder.begin("setup")
         self._model = self._copier.model(model).train()
+        self._workload = replace(workload, evaluate=self._copier.any(workload.evaluate))
         recorder.tag(self._model.parameters(), "parameters")
         recorder.tag(self._model.buffers(), "buffers")
         self._default_loss = DefaultLoss()
         self._loss = self._copied_loss()
         self.optimizer = self._make_optimizer()
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        recorder.tag(trained, "parameters")  # a loss may have some of its own
         self._tag_optimizer_state()
 
     @property
@@ -210,7 +212,6 @@ class _Session:
                     f"the {type(given).__name__} holds none of the model's parameters: make it "
                     "from the parameters of the model that is tuned"
                 )
-            self._recorder.tag(held, "parameters")  # a loss may have some of its own
             return optimizer
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         if not trainable:

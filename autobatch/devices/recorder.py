@@ -75,15 +75,10 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str, category: Category = "workspace") -> int:
-        """Log an allocation that no tensor shows; returns its block for `release`."""
-        self._blocks.append(_Block(size_bytes, self._phase, op, category))
-        self._events.append(len(self._blocks) - 1)
-        return len(self._blocks) - 1
-
-    def release(self, block: int) -> None:
-        """Log the end of a hidden block."""
-        self._events.append(~block)
+    def hidden(self, size_bytes: int, op: str) -> None:
+        """Log an allocation that no tensor shows, and that a library keeps for good."""
+        self._events.append(len(self._blocks))
+        self._blocks.append(_Block(size_bytes, self._phase, op, "workspace"))
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase; blocks alive when backward begins are activations."""

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -23,20 +19,49 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from autobatch.dataset import dataset_length, draw
 from autobatch.errors import SampleError
 
-__all__ = ["BatchDims", "batch_builder", "dataset_length"]
+__all__ = ["BatchDims", "Prepared", "batch_builder", "dataset_length", "prepare"]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
 Path: TypeAlias = tuple[str, ...]
 T = TypeVar("T")
 
-ITEMS_SEEN = 64
-SECONDS_LOOKING = 5.0
-# Even, because mixup wants pairs, and seldom the size of anything that is not the batch.
-ITEMS_COLLATED = 6
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a sample gives to a workload.
+
+    Attributes:
+        build: makes a batch of any number of samples, as `batch_builder` describes.
+        limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
+        notes: which items of a data set the batches repeat, where its items differ in size.
+    """
+
+    build: Callable[[int], Any]
+    limit: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
+    """Look through a sample once, and return all that a workload needs of it.
+
+    Takes the arguments of `batch_builder`.
+
+    Raises:
+        SampleError: as from `batch_builder`.
+
+    >>> prepare(torch.utils.data.TensorDataset(torch.zeros(10, 3))).limit
+    10
+    """
+    drawn = draw(sample)
+    return Prepared(
+        build=_builder(drawn.batch, batch_dims),
+        limit=drawn.limit,
+        notes=(drawn.note,) if drawn.note else (),
+    )
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
@@ -49,8 +74,8 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
     Args:
         sample: one batch (a tensor or any nesting of dicts, sequences, dataclasses, registered
             pytree nodes and plain objects that hold tensors), or a `Dataset` or `DataLoader`, of
-            which the item with most bytes among some evenly spaced ones is collated. A loader's
-            workers are not started, and the global random state is left as it was.
+            which the largest items are collated (all are looked at if that takes no more than
+            seconds). A loader's workers are not started, and the random state is as before.
         batch_dims: where the batch dimension is not the first: one dimension for all tensors,
             or a mapping from a tensor's dotted path, or either end of it ("src", "inputs.src",
             0), to its batch dimension; `None` keeps that tensor as it is.
@@ -61,7 +86,7 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
 
     Raises:
         SampleError: no tensor has a batch dimension, the batch is empty, `batch_dims` does not
-            match, or the data set has no item that can be collated.
+            match, an item of the data set cannot be read, or its items cannot be collated.
 
     >>> build = batch_builder({"x": torch.tensor([[1, 2], [3, 4]]), "scale": 0.5})
     >>> build(3)
@@ -69,7 +94,11 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
             [3, 4],
             [1, 2]]), 'scale': 0.5}
     """
-    example = _map(_on_cpu, _draw(sample))
+    return prepare(sample, batch_dims=batch_dims).build
+
+
+def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
+    example = _map(_on_cpu, batch)
     leaves = {path: leaf for path, leaf in _leaves(example) if isinstance(leaf, Tensor)}
     dims, size = _locate_batch(leaves, batch_dims)
 
@@ -84,26 +113,6 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
         return _map(resize, example)
 
     return build
-
-
-def dataset_length(sample: Any) -> int | None:
-    """Return how many samples an epoch of a data set or loader has; None for anything else.
-
-    >>> dataset_length(DataLoader(torch.utils.data.TensorDataset(torch.zeros(10, 3))))
-    10
-    """
-    if isinstance(sample, DataLoader):
-        if sample.batch_sampler is None or isinstance(sample.dataset, IterableDataset):
-            return None
-        return _length(sample.sampler)
-    return _length(sample) if _is_dataset(sample) else None
-
-
-def _length(sized: Any) -> int | None:
-    try:
-        return len(sized)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _locate_batch(
@@ -213,94 +222,6 @@ def _memory_format(leaf: Tensor) -> torch.memory_format:
     last = formats.get(leaf.dim(), torch.contiguous_format)
     plain = leaf.is_contiguous() or not leaf.is_contiguous(memory_format=last)
     return torch.contiguous_format if plain else last
-
-
-def _draw(sample: Any) -> Any:
-    """Return one batch: the sample itself, or one made from a data set or loader."""
-    if isinstance(sample, DataLoader):
-        collate = sample.collate_fn
-        batched = sample.batch_sampler is not None or sample.batch_size is not None
-        return _collated(sample.dataset, collate, batched=batched)
-    if _is_dataset(sample):
-        return _collated(sample, default_collate, batched=True)
-    if isinstance(sample, Iterator):
-        raise SampleError(
-            f"a {type(sample).__name__} would lose a batch by being read: pass the DataLoader "
-            "itself, or one batch"
-        )
-    if not _is_structure(sample) and hasattr(sample, "__iter__"):
-        with _random_state_kept():
-            return next(iter(sample))
-    return sample
-
-
-def _is_dataset(sample: Any) -> bool:
-    """Say whether a sample is a data set, in PyTorch's sense or by having a length and items."""
-    if isinstance(sample, Dataset):
-        return True
-    has_items = hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
-    return has_items and not _is_structure(sample)
-
-
-def _is_structure(sample: Any) -> bool:
-    """Say whether a sample is a container of tensors, whose items are parts and not samples."""
-    known = isinstance(sample, (Tensor, Mapping, Sequence)) or type(sample) in SUPPORTED_NODES
-    return known or dataclasses.is_dataclass(sample)
-
-
-def _collated(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Any:
-    """Collate copies of the largest of some items, or take that item where it is a batch."""
-    with _random_state_kept():
-        try:
-            item = max(_some_items(dataset), key=_size_bytes, default=None)
-            if item is None:
-                raise SampleError("the data set is empty: pass one batch, or a data set with items")
-            return collate([item] * ITEMS_COLLATED if batched else item)
-        except SampleError:
-            raise
-        except Exception as error:
-            raise SampleError(
-                f"no batch can be made from the data set ({type(error).__name__}: {error}): pass "
-                "a DataLoader with the collate_fn that it needs, or one batch"
-            ) from error
-
-
-def _some_items(dataset: Any) -> Iterator[Any]:
-    """Yield evenly spaced items until enough were seen or enough time has passed."""
-    if isinstance(dataset, IterableDataset):
-        items: Iterable[Any] = islice(dataset, ITEMS_SEEN)
-    else:
-        length = len(dataset)
-        count = min(length, ITEMS_SEEN)
-        items = (dataset[i * (length - 1) // max(count - 1, 1)] for i in range(count))
-    started = time.monotonic()
-    for item in items:
-        yield item
-        if time.monotonic() - started > SECONDS_LOOKING:
-            return
-
-
-def _size_bytes(item: Any) -> int:
-    """Return the bytes of an item's tensors and arrays, and the lengths of its lists and texts."""
-    return sum(
-        len(leaf) if isinstance(leaf, (str, bytes, list, tuple)) else getattr(leaf, "nbytes", 0)
-        for _, leaf in _leaves(item)
-    )
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the global generators of torch, Python and NumPy as they were."""
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
 
 
 def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autobatch.errors import SampleError
-from autobatch.sample import batch_builder, dataset_length
+from autobatch.sample import batch_builder, prepare
 
 Pair = namedtuple("Pair", "image label")
 
@@ -222,20 +222,35 @@ def test_drawing_from_a_data_set_leaves_the_random_state_as_it_was():
     assert (torch.rand(1), random.random()) == expected
 
 
-def test_items_that_cannot_be_collated_are_an_error_that_names_the_loader():
-    class Objects(Noisy):
-        def __getitem__(self, index: int) -> Any:
-            return object()
+def test_a_sample_is_looked_through_once_for_all_that_a_workload_needs():
+    class Counted(Noisy):
+        read = 0
 
-    with pytest.raises(SampleError, match="pass a DataLoader with the collate_fn"):
-        batch_builder(Objects())
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
+            Counted.read += 1
+            return super().__getitem__(index)
+
+    prepared = prepare(DataLoader(Counted(), batch_size=4, collate_fn=pad))
+    assert Counted.read == prepared.limit == 10
+    assert prepared.build(3)["rows"].shape == (3, 10)
+    assert len(prepared.notes) == 1 and "dataset[9]" in prepared.notes[0]
 
 
-def test_the_length_of_a_data_set_limits_the_micro_batch():
-    assert dataset_length(Noisy()) == 10
-    assert dataset_length(DataLoader(Noisy(), batch_size=4, sampler=[1, 2, 3])) == 3
-    assert dataset_length(DataLoader(Stream())) is None
-    assert dataset_length(torch.zeros(4)) is None
+def test_one_batch_has_no_limit_and_no_notes():
+    prepared = prepare((torch.zeros(7, 2), torch.zeros(2)), batch_dims={0: 1})
+    assert prepared.build(5)[0].shape == (7, 5)
+    assert prepared.limit is None and prepared.notes == ()
+
+
+def test_rows_of_a_batch_padded_to_several_items_are_all_as_long():
+    items = [(torch.ones(2), torch.ones(9)), (torch.ones(8), torch.ones(4))]
+
+    def pad_both(items: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        columns = zip(*items, strict=True)
+        return tuple(torch.nn.utils.rnn.pad_sequence(c, batch_first=True) for c in columns)
+
+    source, target = batch_builder(DataLoader(items, collate_fn=pad_both))(5)
+    assert source.shape == (5, 8) and target.shape == (5, 9)
 
 
 def test_outputs_and_encodings_of_transformers_keep_their_types():

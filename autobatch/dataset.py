@@ -1,0 +1,445 @@
+"""The largest batch that a data set or loader can give, found by looking through its items.
+
+Invariant: a PyTorch loader's iterators, workers and samplers are not touched; the global random
+state, and what the data set's own attributes name, are afterwards as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+
+from autobatch.errors import SampleError
+
+__all__ = ["Drawn", "dataset_length", "draw"]
+
+Path: TypeAlias = tuple[str, ...]
+Shape: TypeAlias = tuple[int, ...]
+
+SECONDS_LOOKING = 10.0
+# Where every item so far has one size, the others are unlikely to be worth waiting for.
+SECONDS_ALIKE = 2.0
+# Streams may have no end.
+ITEMS_STREAMED = 4096
+# Even, because mixup wants pairs, and seldom the size of anything that is not the batch.
+ITEMS_COLLATED = 6
+# Items may be mappings with keys of their own, of which there is no end either.
+EXTENTS_COMPARED = 32
+
+_NUMBERS = frozenset({int, float, bool, complex, type(None)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """One batch, and where it comes from.
+
+    Attributes:
+        batch: of the sample itself, or of the largest items of a data set.
+        note: which items these are, in one sentence; None where all that were seen are alike.
+        limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
+    """
+
+    batch: Any
+    note: str | None = None
+    limit: int | None = None
+
+
+def draw(sample: Any) -> Drawn:
+    """Return one batch: the sample itself, or the largest that a data set or loader can give.
+
+    All items are looked at within SECONDS_LOOKING, otherwise evenly spread ones; of a stream, the
+    first. The item with most bytes is collated with those that are longer in some dimension,
+    because a collate function pads each field to its own longest; with copies of itself where
+    there are none, or the collate function does not pad. Of a data set that gives whole batches,
+    the one with most bytes per row is taken.
+
+    Raises:
+        SampleError: an item cannot be read, or the items cannot be collated.
+
+    >>> class Texts(Dataset):
+    ...     def __len__(self): return 9
+    ...     def __getitem__(self, index): return torch.zeros(index % 7)
+    >>> drawn = draw(Texts())
+    >>> drawn.batch.shape[1], drawn.limit
+    (6, 9)
+    >>> drawn.note
+    "the probe's batches repeat dataset[6], the largest of all 9 items (6)"
+    """
+    if isinstance(sample, DataLoader):
+        dataset = sample.dataset
+        batched = sample.batch_sampler is not None or sample.batch_size is not None
+        if not batched and isinstance(sample.sampler, BatchSampler):
+            dataset = _ReadByLists(dataset)
+        batch, note = _worst(dataset, sample.collate_fn, batched=batched)
+    elif _is_dataset(sample):
+        batch, note = _worst(sample, default_collate, batched=True)
+    elif isinstance(sample, Iterator):
+        raise SampleError(
+            f"a {type(sample).__name__} would lose a batch by being read: pass the DataLoader "
+            "itself, or one batch"
+        )
+    elif not _is_structure(sample) and hasattr(sample, "__iter__"):
+        batch, note = _worst(sample, lambda batch: batch, batched=False)
+    else:
+        batch, note = sample, None
+    return Drawn(batch=batch, note=note, limit=dataset_length(sample))
+
+
+def dataset_length(sample: Any) -> int | None:
+    """Return how many samples an epoch of a data set or loader has; None for anything else.
+
+    >>> dataset_length(DataLoader(torch.utils.data.TensorDataset(torch.zeros(10, 3))))
+    10
+    """
+    if isinstance(sample, DataLoader):
+        if sample.batch_sampler is None or isinstance(sample.dataset, IterableDataset):
+            return None
+        return _length(sample.sampler)
+    return _length(sample) if _is_dataset(sample) else None
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _is_dataset(sample: Any) -> bool:
+    """Say whether a sample is a data set, in PyTorch's sense or by having a length and items."""
+    if isinstance(sample, Dataset):
+        return True
+    has_items = hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
+    return has_items and not _is_structure(sample)
+
+
+def _is_structure(sample: Any) -> bool:
+    """Say whether a sample is a container of tensors, whose items are parts and not samples."""
+    known = isinstance(sample, (Tensor, Mapping, Sequence)) or type(sample) in SUPPORTED_NODES
+    return known or dataclasses.is_dataclass(sample)
+
+
+class _ReadByLists(Dataset[Any]):
+    """Batches of one item each, of a data set that a BatchSampler indexes with lists."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[[index] * ITEMS_COLLATED]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """An item, its bytes (of a whole batch, per row), and the shape of each of its leaves."""
+
+    name: str
+    value: Any
+    size: int
+    shapes: Mapping[Path, Shape]
+
+    def extent(self, path: Path, dim: int) -> int:
+        shape = self.shapes.get(path, ())
+        return shape[dim] if dim < len(shape) else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What looking found: the largest item, and those that are longer in a dimension of a leaf.
+
+    `alike` says that all items seen have one size, `extent` how many they are.
+    """
+
+    largest: _Item
+    longer: tuple[tuple[Path, _Item], ...]
+    alike: bool
+    complete: bool
+    extent: str
+
+
+def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> tuple[Any, str | None]:
+    """Return a batch of the largest items, and a note where the items differ."""
+    with _random_state_kept(), _attributes_kept(dataset):
+        try:
+            look = _look(dataset, batched=batched)
+            batch, used = _collated(look, collate, batched=batched)
+        except SampleError:
+            raise
+        except Exception as error:
+            raise SampleError(
+                f"no batch can be made from the data set ({_brief(error)}): pass "
+                "a DataLoader with the collate_fn that it needs, or one batch"
+            ) from error
+    return batch, None if look.alike else _note(look, used, batched=batched)
+
+
+def _look(dataset: Any, *, batched: bool) -> _Look:
+    """Read items until there are no more, or enough time has passed."""
+    is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    length = None if is_stream else _length(dataset)
+    items = _stream_items(dataset, batched) if length is None else _map_items(dataset, length)
+    largest: _Item | None = None
+    longest: dict[tuple[Path, int], _Item] = {}
+    first: _Item | None = None
+    alike, seen, seconds = True, 0, 0.0
+    started = time.monotonic()
+    for name, value in items:
+        item = _measured(name, value, batched=batched)
+        seen += 1
+        first = first or item
+        largest = item if largest is None or item.size > largest.size else largest
+        alike = alike and item.size == first.size
+        if batched:
+            alike = alike and item.shapes == first.shapes
+            _keep_longest(longest, item)
+        seconds = time.monotonic() - started
+        if seconds > (SECONDS_ALIKE if alike else SECONDS_LOOKING):
+            complete = seen == length
+            break
+    else:
+        complete = length is not None or seen < ITEMS_STREAMED
+    if largest is None:
+        raise SampleError("the data set is empty: pass one batch, or a data set with items")
+    things = "items" if batched else "batches"
+    if complete:
+        extent = f"of all {seen:,} {things}"
+    elif length is None:
+        extent = f"of the first {seen:,} {things}"
+    else:
+        extent = f"of {seen:,} of the {length:,} {things}, looked at in {seconds:.1f} s"
+    return _Look(
+        largest=largest,
+        longer=tuple(_longer(largest, longest)),
+        alike=alike,
+        complete=complete,
+        extent=extent,
+    )
+
+
+def _map_items(dataset: Any, length: int) -> Iterator[tuple[str, Any]]:
+    for index in _refining(length):
+        name = f"dataset[{index}]"
+        try:
+            value = dataset[index]
+        except Exception as error:
+            raise _unreadable(name, error) from error
+        yield name, value
+
+
+def _refining(length: int) -> Iterator[int]:
+    """Yield every index once: both ends, then passes that each halve the distance between them.
+
+    A pass goes upwards, which suits files that are read in order.
+    """
+    last = length - 1
+    yield from (0, last)[:length]
+    stride = 1 << last.bit_length()
+    while stride > 1:
+        stride //= 2
+        yield from range(stride, last, 2 * stride)
+
+
+def _stream_items(stream: Iterable[Any], batched: bool) -> Iterator[tuple[str, Any]]:
+    thing, count = "item" if batched else "batch", 0
+    try:
+        for count, value in enumerate(islice(stream, ITEMS_STREAMED), start=1):
+            yield f"{thing} {count} of the stream", value
+    except Exception as error:
+        raise _unreadable(f"{thing} {count + 1} of the stream", error) from error
+
+
+def _unreadable(name: str, error: Exception) -> SampleError:
+    return SampleError(
+        f"{name} cannot be read ({_brief(error)}): repair it or leave it out, or pass one batch"
+    )
+
+
+def _brief(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _measured(name: str, value: Any, *, batched: bool) -> _Item:
+    leaves = list(_sized_leaves(value))
+    shapes = {path: shape for path, shape, _ in leaves}
+    size = sum(size for _, _, size in leaves)
+    if not batched:
+        # Per row: a micro-batch of any size is made of its rows, however many it has.
+        rows = Counter(shape[0] for shape in shapes.values() if shape).most_common(1)
+        size //= max(rows[0][0], 1) if rows else 1
+    return _Item(name=name, value=value, size=size, shapes=shapes)
+
+
+def _sized_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Shape, int]]:
+    """Yield path, shape and size of an item's tensors, arrays, images, texts and lists.
+
+    The size is that of the bytes; of a text or a list of numbers, its length.
+    """
+    if isinstance(node, (str, bytes)):
+        yield path, (len(node),), len(node)
+    elif isinstance(node, (list, tuple)):
+        # One glance at the types: a text has hundreds of tokens, and a data set many texts.
+        if _NUMBERS.issuperset(map(type, node)):
+            yield path, (len(node),), len(node)
+        elif isinstance(node, list) and path:
+            inner = sum(size for part in node for _, _, size in _sized_leaves(part))
+            yield path, (len(node),), len(node) + inner
+        else:
+            names = getattr(node, "_fields", range(len(node)))
+            for key, part in zip(names, node, strict=True):
+                yield from _sized_leaves(part, (*path, str(key)))
+    elif isinstance(node, Mapping):
+        for key in node:
+            yield from _sized_leaves(node[key], (*path, str(key)))
+    elif isinstance(node, Tensor):  # sparse ones have no nbytes
+        yield path, tuple(node.shape), node.numel() * node.element_size()
+    elif hasattr(node, "nbytes"):
+        yield path, tuple(getattr(node, "shape", ())), int(node.nbytes)
+    elif hasattr(node, "getbands"):  # a PIL image
+        yield path, (node.height, node.width), node.height * node.width * len(node.getbands())
+    else:
+        attributes = getattr(node, "__dict__", {})
+        is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
+        if is_record:
+            attributes = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        if is_record or any(isinstance(value, Tensor) for value in attributes.values()):
+            for key, part in attributes.items():
+                yield from _sized_leaves(part, (*path, key))
+
+
+def _keep_longest(longest: dict[tuple[Path, int], _Item], item: _Item) -> None:
+    """Note the item for every dimension of a leaf that is longer than in all before."""
+    for path, shape in item.shapes.items():
+        for dim, extent in enumerate(shape):
+            known = longest.get((path, dim))
+            if known is None:
+                if len(longest) < EXTENTS_COMPARED:
+                    longest[path, dim] = item
+            elif extent > known.extent(path, dim):
+                longest[path, dim] = item
+
+
+def _longer(
+    largest: _Item, longest: Mapping[tuple[Path, int], _Item]
+) -> Iterator[tuple[Path, _Item]]:
+    """Yield the items that a batch needs beside the largest, to be as long in every dimension."""
+    chosen = [largest]
+    for (path, dim), item in longest.items():
+        if all(item.extent(path, dim) > known.extent(path, dim) for known in chosen):
+            chosen.append(item)
+            yield path, item
+
+
+def _collated(
+    look: _Look, collate: Callable[[Any], Any], *, batched: bool
+) -> tuple[Any, tuple[tuple[Path, _Item], ...]]:
+    """Return a batch, and the items in it beside the largest."""
+    if not batched:
+        return collate(look.largest.value), ()
+    if look.longer:
+        items = [look.largest.value, *(item.value for _, item in look.longer)]
+        count = max(ITEMS_COLLATED, len(items) + len(items) % 2)
+        # What stacks and does not pad cannot take items of different lengths.
+        with suppress(Exception):
+            return collate([items[i % len(items)] for i in range(count)]), look.longer
+    return collate([look.largest.value] * ITEMS_COLLATED), ()
+
+
+def _note(look: _Look, used: Sequence[tuple[Path, _Item]], *, batched: bool) -> str:
+    """Say in one sentence which items a probe's batches are made of."""
+    rows, largest = ("", "largest") if batched else ("the rows of ", "largest per row")
+    note = f"the probe's batches repeat {rows}{look.largest.name}, the {largest} {look.extent}"
+    shown = [_described(path, shape) for path, shape in look.largest.shapes.items() if shape]
+    if shown:
+        note += f" ({_listed(shown)})"
+    if used:
+        others = [f"{item.name} ({_described(path, item.shapes[path])})" for path, item in used]
+        note += f", padded to what is longer in {_listed(others)}"
+    if not look.complete:
+        note += "; if you know a larger one, pass a batch of it as sample="
+    return note
+
+
+def _described(path: Path, shape: Shape) -> str:
+    name = ".".join(path)
+    extents = "×".join(f"{extent:,}" for extent in shape)
+    return f"{f'[{name}]' if name.isdigit() else name} {extents}".strip()
+
+
+def _listed(words: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the global generators of torch, Python and NumPy as they were."""
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _attributes_kept(dataset: Any) -> Iterator[None]:
+    """Take back what reading sets on a data set and those that it wraps.
+
+    A file that is opened with the first item must not be inherited by forked workers, and a
+    generator of the data set's own must give the run what it would have given.
+    """
+    before = [(vars(owner), dict(vars(owner))) for owner in _owners(dataset)]
+    for attributes, kept in before:
+        attributes.update({k: copy.deepcopy(v) for k, v in kept.items() if _is_generator(v)})
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
+            attributes.update(kept)
+
+
+def _owners(dataset: Any) -> list[Any]:
+    """Return a data set and those that it wraps, as Subset and ConcatDataset do."""
+    found: dict[int, Any] = {}
+    waiting = [dataset]
+    while waiting:
+        owner = waiting.pop()
+        if id(owner) in found or not hasattr(owner, "__dict__"):
+            continue
+        found[id(owner)] = owner
+        for value in vars(owner).values():
+            if isinstance(value, Dataset):
+                waiting.append(value)
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Dataset):
+                waiting.extend(value)
+    return list(found.values())
+
+
+def _is_generator(value: Any) -> bool:
+    # NumPy's two kinds, by the attribute that each has.
+    numpys = hasattr(value, "bit_generator") or hasattr(value, "_bit_generator")
+    return isinstance(value, (torch.Generator, random.Random)) or numpys

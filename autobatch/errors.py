@@ -8,6 +8,7 @@
     │   ├── SpecError              a SPEC names no file, module or function
     │   └── FileError              an unreadable file, an unwritable folder
     ├── WorkloadError              exit code 1: the user's own model, loss or optimizer failed
+    ├── ProbeDiedError             exit code 1: the process of the probe crashed or hung
     └── DoesNotFitError            exit code 3: not even micro-batch 1 fits
 
 Messages say what happened, the numbers, and what to try, in one line.
@@ -20,6 +21,7 @@ __all__ = [
     "DoesNotFitError",
     "FileError",
     "NoGpuError",
+    "ProbeDiedError",
     "SampleError",
     "SpecError",
     "UnknownGpuError",
@@ -62,6 +64,10 @@ class FileError(UsageError):
 
 class WorkloadError(AutobatchError):
     """The user's model, loss or optimizer failed; the cause is chained with its traceback."""
+
+
+class ProbeDiedError(AutobatchError):
+    """The process of the probe crashed, ended early or hung; its log is kept."""
 
 
 class DoesNotFitError(AutobatchError):

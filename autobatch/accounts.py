@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from autobatch.allocator import CachingAllocator
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
@@ -22,17 +23,22 @@ _CURVE_POINTS = 7
 _NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
 
 
-def replay(trace: Trace) -> Replay:
-    """Run a trace through an allocator without a limit.
+def replay(trace: Trace, allocator: CachingAllocator | None = None) -> Replay:
+    """Run a trace through an allocator without a limit; an empty one if None.
 
     A run stays within a budget without a retry exactly if its unlimited peak does: the limit only
     ever acts on a request that would exceed it.
     """
-    return simulate(trace.sizes, trace.events)
+    return simulate(trace.sizes, trace.events, allocator=allocator, streams=trace.streams)
 
 
-def footprint_of(trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidence) -> Footprint:
-    """Account for every byte allocated at the peak of a trace."""
+def footprint_of(
+    trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidence, held_bytes: int = 0
+) -> Footprint:
+    """Account for every byte allocated at the peak of a trace.
+
+    `held_bytes` were allocated before the trace began: tensors of the user's own.
+    """
     totals = trace.by_category(replayed.peak_event)
     return Footprint(
         micro_batch=trace.micro_batch,
@@ -47,8 +53,8 @@ def footprint_of(trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidenc
         temporaries_bytes=totals["temporaries"],
         inputs_bytes=totals["inputs"],
         workspace_bytes=totals["workspace"],
-        other_bytes=totals["other"],
-        rounding_bytes=replayed.peak_allocated_bytes - sum(totals.values()),
+        other_bytes=totals["other"] + held_bytes,
+        rounding_bytes=replayed.peak_allocated_bytes - sum(totals.values()) - held_bytes,
         peak_allocated_bytes=replayed.peak_allocated_bytes,
         peak_reserved_bytes=replayed.peak_reserved_bytes,
         context_bytes=gpu.context_bytes,
@@ -73,9 +79,11 @@ def curve_sizes(ceiling: int, known: Collection[int] = ()) -> list[int]:
     return [size for size in sizes if all(abs(size - other) > step / 2 for other in known)]
 
 
-def timeline_of(trace: Trace) -> Timeline:
+def timeline_of(trace: Trace, allocator: CachingAllocator | None = None) -> Timeline:
     """Thin the traced windows to a few hundred instants for drawing."""
-    replayed = simulate(trace.sizes, trace.events, timeline=True)
+    replayed = simulate(
+        trace.sizes, trace.events, allocator=allocator, streams=trace.streams, timeline=True
+    )
     kept = set(_highest_of_each_stretch(replayed.allocated_bytes)) | {replayed.peak_event}
     live: dict[Category, int] = {block.category: 0 for block in trace.blocks}
     samples = []

@@ -5,6 +5,7 @@ Source: `c10/core/AllocatorConfig.cpp`. Invariant: the defaults are PyTorch's.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ class AllocatorSettings:
             expandable_segments=_parse_flag(values, "expandable_segments"),
             unknown=tuple(values),
         )
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """Read the settings that a process started now would get.
+
+        Raises:
+            UsageError: a value that PyTorch would refuse, too.
+        """
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        return cls.parse(next((os.environ[n] for n in names if os.environ.get(n)), ""))
 
     def divisions(self, size_bytes: int) -> int:
         """Return the roundup divisions that apply to a request of `size_bytes`."""

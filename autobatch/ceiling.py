@@ -2,24 +2,23 @@
 
 Two small traces give a trace model; the allocator simulation over it gives a ceiling; an execution
 at that ceiling confirms the model, or corrects it. Where traces do not align, sizes are executed
-one by one. Invariant: a ceiling that is returned was executed and fits (or the window that will
-run was, where that needs no accumulation); the next size was executed, or predicted not to fit by
-a model that had just been confirmed.
+one by one. Invariant: a ceiling that is returned was executed and fits (or, on a simulated GPU, the
+window that will run was, where that needs no accumulation); the next size was executed, or
+predicted not to fit by a model that had just been confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from autobatch.accounts import replay
+from autobatch.budget import budget_bytes
 from autobatch.devices.base import Device, Run
 from autobatch.errors import WorkloadError
 from autobatch.plan import Trial
 from autobatch.progress import Progress, ProgressCallback
 from autobatch.replay import Replay, simulate
 from autobatch.search import CeilingSearch
-from autobatch.trace import Trace
 from autobatch.tracemodel import Misaligned, TraceModel
 from autobatch.workload import Workload
 
@@ -30,68 +29,91 @@ _SMALL = (2, 3)
 
 _EXPECTED = 3
 
+_EXECUTIONS = 6
+"""So often may an execution correct the model, before sizes are bisected."""
+
+_ACTIONS = {"simulated": "simulating two training windows", "measured": "running windows"}
+
 
 @dataclass(slots=True)
 class Probe:
     """Executes a workload at sizes, and keeps the evidence.
 
     Attributes:
+        headroom: share of the usable memory that stays free.
         trials: every execution, in order.
-        runs: what each execution gave, by micro-batch.
+        runs: what each execution of the probed window gave, by micro-batch.
     """
 
     device: Device
     workload: Workload
     accumulation_steps: int
-    budget_bytes: int
     progress: ProgressCallback
+    headroom: float = 0.0
     trials: list[Trial] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
-    replays: dict[int, Replay] = field(default_factory=dict)
 
-    def trace(self, micro_batch: int) -> Trace:
-        """Execute a size, once, and return its trace."""
+    @property
+    def budget_bytes(self) -> int:
+        """What the windows may reserve; on a real GPU it falls while its context grows."""
+        return budget_bytes(self.device.usable_bytes, self.headroom)
+
+    def run(self, micro_batch: int) -> Run:
+        """Execute a size, once."""
         if micro_batch not in self.runs:
             self.execute(micro_batch, self.accumulation_steps)
-        return self.runs[micro_batch].trace
+        return self.runs[micro_batch]
 
-    def execute(self, micro_batch: int, accumulation_steps: int) -> tuple[Run, Replay]:
+    def execute(self, micro_batch: int, accumulation_steps: int) -> Run:
         """Run two windows and log the trial; runs of the probed window are remembered."""
-        done = len(self.trials)
-        self.progress(
-            Progress(
-                step="simulating two training windows",
-                executions=done,
-                expected=max(_EXPECTED, done + 1),
-                micro_batch=micro_batch,
-            )
+        evidence = self.device.evidence
+        begin = Progress(
+            step=f"{_ACTIONS[evidence]} of {accumulation_steps} accumulation step"
+            + "s" * (accumulation_steps > 1),
+            executions=len(self.trials),
+            expected=max(_EXPECTED, len(self.trials) + 1),
+            micro_batch=micro_batch,
         )
+        self.progress(begin)
         run = self.device.run(
             self.workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps
         )
-        replayed = replay(run.trace)
-        self.trials.append(
-            Trial(
-                micro_batch=micro_batch,
-                accumulation_steps=accumulation_steps,
-                fits=replayed.peak_reserved_bytes <= self.budget_bytes,
-                oom=False,
-                alloc_retries=replayed.alloc_retries,
-                peak_allocated_bytes=replayed.peak_allocated_bytes,
-                peak_reserved_bytes=replayed.peak_reserved_bytes,
-                seconds=run.seconds,
-                evidence=self.device.evidence,
-            )
+        trial = Trial(
+            micro_batch=micro_batch,
+            accumulation_steps=accumulation_steps,
+            fits=run.fits(self.budget_bytes),
+            oom=run.shortage is not None,
+            alloc_retries=run.replay.alloc_retries,
+            peak_allocated_bytes=run.replay.peak_allocated_bytes,
+            peak_reserved_bytes=run.replay.peak_reserved_bytes,
+            seconds=run.seconds,
+            evidence=evidence,
+            window_seconds=run.window_seconds,
         )
+        self.trials.append(trial)
         if accumulation_steps == self.accumulation_steps:
             self.runs[micro_batch] = run
-            self.replays[micro_batch] = replayed
-        return run, replayed
+        self.progress(replace(begin, executions=len(self.trials), trial=trial))
+        return run
 
     def fits(self, micro_batch: int) -> bool:
-        """Execute a size and tell whether it stays within the budget."""
-        self.trace(micro_batch)
-        return self.replays[micro_batch].peak_reserved_bytes <= self.budget_bytes
+        """Execute a size, once, and tell whether it stays within the budget."""
+        return self.run(micro_batch).fits(self.budget_bytes)
+
+    def peak_bytes(self, micro_batch: int) -> int | None:
+        """Return what an executed size reserved; None where it ran out of memory on the way."""
+        run = self.runs[micro_batch]
+        return None if run.shortage is not None else run.replay.peak_reserved_bytes
+
+    def predict(self, model: TraceModel, micro_batch: int) -> Replay:
+        """Return what the allocator would do with the model's trace at a size."""
+        template = model.template
+        return simulate(
+            model.sizes(micro_batch),
+            template.events,
+            allocator=self.device.allocator(),
+            streams=template.streams,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +133,18 @@ class Ceiling:
     limit_reached: bool
     model: TraceModel | None
     reason: str | None = None
-    whole: tuple[Trace, Replay] | None = None
+    whole: Run | None = None
     predicted: Mapping[int, Replay] = field(default_factory=dict)
 
 
-def find_ceiling(probe: Probe, limit: int, wanted: int | None = None) -> Ceiling:
+def find_ceiling(
+    probe: Probe,
+    limit: int,
+    wanted: int | None = None,
+    *,
+    prove: bool = False,
+    guess: Callable[[], int | None] = lambda: None,
+) -> Ceiling:
     """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
 
     Args:
@@ -124,73 +153,127 @@ def find_ceiling(probe: Probe, limit: int, wanted: int | None = None) -> Ceiling
         wanted: samples of one update on one GPU. Where the ceiling allows them all at once, a
             window of one such micro-batch is executed in place of one at the ceiling: it is what
             will run, and its beginning checks the model as well.
+        prove: execute the size above the ceiling too, which must not fit.
+        guess: a ceiling to try first where sizes have to be executed one by one.
     """
     first, second = (min(size, limit) for size in _SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible")
     try:
-        model = TraceModel.fit([probe.trace(first), probe.trace(second)])
-        return _by_model(probe, limit, wanted, model)
+        for size in (first, second):
+            if (shortage := probe.run(size).shortage) is not None:
+                raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
+        return _by_model(probe, limit, wanted, prove)
     except Misaligned as error:
-        return _by_execution(probe, limit, reason=str(error))
+        return _by_execution(probe, limit, reason=str(error), guess=guess)
 
 
-def _by_model(probe: Probe, limit: int, wanted: int | None, model: TraceModel) -> Ceiling:
-    """Follow the model to a ceiling, and refit it once where an execution disagrees.
+def _by_model(probe: Probe, limit: int, wanted: int | None, prove: bool) -> Ceiling:
+    """Follow the model to a ceiling that was executed, corrected by each execution on the way.
 
     Raises:
         Misaligned: the executions follow no quadratic in the micro-batch.
     """
-    while True:
-        search, predicted = _search_model(model, probe, limit)
-        if wanted is not None and max(_SMALL) < wanted <= search.ceiling:
-            run, replayed = probe.execute(wanted, 1)
+    model = _fit(probe, [n for n in probe.runs if n <= max(_SMALL)])
+    search, predicted = _search_model(model, probe, limit)
+    confirmed = False
+    for _ in range(_EXECUTIONS):
+        ceiling = search.ceiling
+        if wanted is not None and max(_SMALL) < wanted <= ceiling:
+            whole = probe.execute(wanted, 1)
             wanted = None
-            if model.foretells_start_of(run.trace) and probe.trials[-1].fits:
-                return Ceiling(
-                    micro_batch=search.ceiling,
-                    limit_reached=search.limit_reached,
-                    model=model,
-                    whole=(run.trace, replayed),
-                    predicted=predicted,
-                )
-        size = _checkpoint(search.ceiling, limit, probe)
+            if model.foretells_start_of(whole.trace) and probe.trials[-1].fits:
+                return _modelled(search, model, predicted, whole)
+        size = _next_check(ceiling, limit, probe, confirmed)
         if size == 1:  # one sample may be allocated in an order of its own
             return _small_ceiling(probe, model)
-        difference = model.difference(probe.trace(size))
-        if difference is None:
-            return Ceiling(
-                micro_batch=search.ceiling,
-                limit_reached=search.limit_reached,
-                model=model,
-                predicted=predicted,
-            )
-        if len(model.nodes) == 3:
-            raise Misaligned(difference)
-        model = TraceModel.fit([probe.trace(n) for n in (*model.nodes, size)])
+        if size is None and prove and ceiling < limit and ceiling + 1 not in probe.runs:
+            size = ceiling + 1
+            if not probe.fits(size):
+                return _modelled(search, model, predicted)
+        if size is None:
+            return _modelled(search, model, predicted)
+        if (shortage := probe.run(size).shortage) is not None:
+            raise Misaligned(f"micro-batch {size} ran out of memory ({shortage})")
+        corrected = _corrected(model, probe, size)
+        confirmed = corrected is model
+        if not confirmed:
+            model = corrected
+            search, predicted = _search_model(model, probe, limit)
+    raise Misaligned("memory kept departing from what smaller sizes foretold")
+
+
+def _modelled(
+    search: CeilingSearch,
+    model: TraceModel,
+    predicted: Mapping[int, Replay],
+    whole: Run | None = None,
+) -> Ceiling:
+    return Ceiling(
+        micro_batch=search.ceiling,
+        limit_reached=search.limit_reached,
+        model=model,
+        whole=whole,
+        predicted=predicted,
+    )
+
+
+def _fit(probe: Probe, sizes: Sequence[int]) -> TraceModel:
+    traces = [probe.run(size).trace for size in sizes]
+    return TraceModel.fit(traces, scratch_may_vary=probe.device.evidence == "measured")
+
+
+def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
+    """Return the model if an execution is as it foretold, else one that knows of it.
+
+    Raises:
+        Misaligned: there is none.
+    """
+    if probe.device.evidence == "measured":
+        complete = sorted(n for n, run in probe.runs.items() if run.shortage is None)
+        return _fit(probe, [complete[0], *complete[-2:]])  # nearest to where it is asked
+    difference = model.difference(probe.run(size).trace)
+    if difference is None:
+        return model
+    if len(model.nodes) == 3:
+        raise Misaligned(difference)
+    return _fit(probe, [*model.nodes, size])
 
 
 def _search_model(
     model: TraceModel, probe: Probe, limit: int
 ) -> tuple[CeilingSearch, dict[int, Replay]]:
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes, look_above=2)
-    for size in model.nodes:
-        peak = probe.replays[size].peak_reserved_bytes
-        search.tell(size, fits=peak <= probe.budget_bytes, peak_bytes=peak)
+    for size in probe.runs:
+        search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
     predicted = {}
+    unforeseen = _unforeseen_bytes(model, probe)
     while (asked := search.ask()) is not None:
-        predicted[asked] = simulate(model.sizes(asked), model.template.events)
-        peak = predicted[asked].peak_reserved_bytes
+        foretold = probe.predict(model, asked)
+        peak = foretold.peak_reserved_bytes + unforeseen
+        predicted[asked] = replace(foretold, peak_reserved_bytes=peak)
         search.tell(asked, fits=peak <= probe.budget_bytes, peak_bytes=peak)
     return search, predicted
 
 
-def _checkpoint(ceiling: int, limit: int, probe: Probe) -> int:
-    """Return where to check the model: at the ceiling, or above, where it was not made from."""
+def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
+    """Return what the allocator of a real GPU reserved beyond the simulated one."""
+    if probe.device.evidence != "measured":
+        return 0
+    largest = model.nodes[-1]
+    measured = probe.run(largest).replay.peak_reserved_bytes
+    return measured - probe.predict(model, largest).peak_reserved_bytes
+
+
+def _next_check(ceiling: int, limit: int, probe: Probe, confirmed: bool) -> int | None:
+    """Return the size to execute next, or None where the ceiling stands."""
     size = max(ceiling, 1)
-    while size > 1 and size in probe.runs and size < limit:
-        size += 1
-    return size
+    if probe.device.evidence == "measured":
+        return None if size in probe.runs else size
+    if confirmed:
+        return None
+    # a model made from the ceiling is checked above it, where a simulation cannot run out
+    return next((n for n in range(size, limit + 1) if n not in probe.runs), None)
 
 
 def _small_ceiling(probe: Probe, model: TraceModel) -> Ceiling:
@@ -202,18 +285,25 @@ def _small_ceiling(probe: Probe, model: TraceModel) -> Ceiling:
     return Ceiling(micro_batch=max(fitting, default=0), limit_reached=False, model=model)
 
 
-def _by_execution(probe: Probe, limit: int, reason: str) -> Ceiling:
+def _by_execution(
+    probe: Probe,
+    limit: int,
+    reason: str,
+    guess: Callable[[], int | None] = lambda: None,
+) -> Ceiling:
     """Bisect with executions, guided by the peaks that they show."""
-
-    def peak_bytes(size: int) -> int:
-        probe.trace(size)
-        return probe.replays[size].peak_reserved_bytes
-
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes)
+
+    def told(size: int) -> None:
+        search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
+
     for size in tuple(probe.runs):
-        search.tell(size, fits=probe.fits(size), peak_bytes=peak_bytes(size))
+        told(size)
+    first = guess()
+    if first is not None and search.ceiling < first <= limit and search.ask() is not None:
+        told(first)
     while (asked := search.ask()) is not None:
-        search.tell(asked, fits=probe.fits(asked), peak_bytes=peak_bytes(asked))
+        told(asked)
     return Ceiling(
         micro_batch=search.ceiling,
         limit_reached=search.limit_reached,

@@ -28,7 +28,8 @@ FILE_LIMIT_BYTES = 64 * 2**20
 class Trial:
     """Two consecutive training windows that really ran, on a GPU or on the virtual one.
 
-    `seconds` is wall time of the whole trial on the machine that ran it.
+    `seconds` is wall time of the whole trial on the machine that ran it, `window_seconds` the
+    median time of a window after warm-up on the GPU; None where it was simulated.
     """
 
     micro_batch: int
@@ -40,6 +41,7 @@ class Trial:
     peak_reserved_bytes: int
     seconds: float
     evidence: Evidence
+    window_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,8 @@ class Plan:
         ceiling_at_least: largest micro-batch known to fit (the ceiling where that is known).
         budget_bytes: what the run may reserve: (capacity - context - others) x (1 - headroom).
         others_bytes: what other processes hold on the GPU; 0 where the GPU is virtual.
+        allowed_bytes: what `set_per_process_memory_fraction` lets the process reserve; None where
+            it sets no limit.
         footprint: bytes by category at the planned micro-batch.
         ceiling_footprint: the same at the ceiling.
         curve: memory against micro-batch, for the chart.
@@ -137,6 +141,7 @@ class Plan:
     created: str
     seconds: float
     others_bytes: int = 0
+    allowed_bytes: int | None = None
 
     @property
     def target(self) -> int:
@@ -172,6 +177,12 @@ class Plan:
     def ooms(self) -> int:
         """Trials that ran out of memory."""
         return sum(trial.oom for trial in self.trials)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the size above the ceiling ran, and did not fit."""
+        above = self.ceiling_at_least + 1
+        return any(trial.micro_batch == above and not trial.fits for trial in self.trials)
 
     @property
     def slack_bytes(self) -> int:

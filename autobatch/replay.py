@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autobatch.allocator import Block, CachingAllocator, OutOfMemory
-from autobatch.allocconf import AllocatorSettings
 
 __all__ = ["Replay", "simulate"]
 
@@ -45,34 +44,34 @@ def simulate(
     sizes: Sequence[int],
     events: Sequence[int],
     *,
-    settings: AllocatorSettings | None = None,
-    limit_bytes: int | None = None,
+    allocator: CachingAllocator | None = None,
+    streams: Sequence[int] | None = None,
     timeline: bool = False,
 ) -> Replay:
-    """Run a trace through an allocator that starts empty; a block of 0 bytes takes no memory.
+    """Run a trace through an allocator; a block of 0 bytes takes no memory.
 
     Args:
         sizes: requested bytes of each block.
         events: `b` allocates block `b`, `~b` frees it, as in `Trace.events`.
-        settings: PyTorch's defaults if None.
-        limit_bytes: most bytes that may be reserved; unlimited if None.
+        allocator: where to run it; a new one with PyTorch's defaults and no limit if None.
+        streams: stream of each block; all on one if None.
         timeline: also return allocated and reserved bytes after each event.
 
     >>> simulate([600, 3 << 20], [0, 1, ~0]).peak_reserved_bytes >> 20
     22
     """
-    allocator = CachingAllocator(settings, limit_bytes=limit_bytes)
+    allocator = allocator or CachingAllocator()
     malloc, free = allocator.malloc, allocator.free
     live: list[Block | None] = [None] * len(sizes)
     allocated: list[int] = []
     reserved: list[int] = []
-    peak = peak_event = 0
+    peak, peak_event = allocator.allocated_bytes, 0
     oom_event = None
     for event, index in enumerate(events):
         if index >= 0:
             if sizes[index]:
                 try:
-                    live[index] = malloc(sizes[index])
+                    live[index] = malloc(sizes[index], streams[index] if streams else 0)
                 except OutOfMemory:
                     oom_event = event
                     break

@@ -27,7 +27,16 @@ from autobatch.allocator import (
 from autobatch.allocconf import SIZE_CLASSES, AllocatorSettings
 from autobatch.errors import FileError, UsageError
 
-__all__ = ["Action", "MemoryMap", "Recording", "Snapshot", "TraceEvent", "load_snapshot", "rewind"]
+__all__ = [
+    "Action",
+    "MemoryMap",
+    "Recording",
+    "Snapshot",
+    "TraceEvent",
+    "load_snapshot",
+    "read_snapshot",
+    "rewind",
+]
 
 Action = Literal[
     "alloc",
@@ -87,7 +96,7 @@ def load_snapshot(path: str | Path) -> Snapshot:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(f"{path} is not a snapshot that can be loaded: {reason}") from None
     try:
-        return _parse(content)
+        return read_snapshot(content)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise FileError(
@@ -96,7 +105,12 @@ def load_snapshot(path: str | Path) -> Snapshot:
         ) from None
 
 
-def _parse(content: object) -> Snapshot:
+def read_snapshot(content: object) -> Snapshot:
+    """Read what `torch.cuda.memory._snapshot()` returned.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not have the form of a snapshot.
+    """
     top = _typed(content, dict, "the file")
     segments: dict[int, list[SegmentInfo]] = {}
     for record in _typed(top["segments"], list, "segments"):

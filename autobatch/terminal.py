@@ -23,6 +23,8 @@ from autobatch.report.document import (
     Table,
 )
 
+from autobatch.units import format_bytes
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -73,6 +75,10 @@ def follow(stream: TextIO) -> Iterator[ProgressCallback]:
 
 
 def _progress_line(progress: Progress) -> str:
+    if (trial := progress.trial) is not None:
+        verdict = "ran out of memory" if trial.oom else "fits" if trial.fits else "does not fit"
+        reserved = format_bytes(trial.peak_reserved_bytes)
+        return f"  micro-batch {trial.micro_batch:,} {verdict}: {reserved} reserved"
     size = "" if progress.micro_batch is None else f", micro-batch {progress.micro_batch:,}"
     return f"{progress.executions + 1} of about {progress.expected}: {progress.step}{size}"
 

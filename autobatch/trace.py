@@ -32,12 +32,17 @@ Phase = Literal["setup", "inputs", "forward", "backward", "step", "evaluate"]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One allocation: its requested bytes, what it is for, the op and phase that made it."""
+    """One allocation: its requested bytes, what it is for, the op and phase that made it.
+
+    `op` is empty where a real GPU's allocations were not traced to their ops; streams count from
+    0, the one that the run begins on.
+    """
 
     size_bytes: int
     category: Category
     phase: Phase
     op: str
+    stream: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,12 @@ class Trace:
     def sizes(self) -> tuple[int, ...]:
         """Requested bytes of each block."""
         return tuple(block.size_bytes for block in self.blocks)
+
+    @property
+    def streams(self) -> tuple[int, ...] | None:
+        """Stream of each block; None where all are on the first."""
+        streams = tuple(block.stream for block in self.blocks)
+        return streams if any(streams) else None
 
     def allocated(self) -> list[int]:
         """Return the requested bytes alive after each event."""

@@ -7,15 +7,17 @@ in integers. Two traces give sizes affine in the micro-batch, three give quadrat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from autobatch.trace import Block, Trace, running_bytes
 
-__all__ = ["Misaligned", "TraceModel"]
+__all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
-_identity = attrgetter("category", "phase", "op")
+SCRATCH_EVENTS = 8
+"""Scratch memory comes and goes within so many events: a kernel takes a few buffers at once."""
+
+_identity = attrgetter("category", "phase", "op", "stream")
 
 
 class Misaligned(ValueError):
@@ -27,24 +29,31 @@ class TraceModel:
     """Sizes of every block as a polynomial in the micro-batch; make one with `fit`.
 
     Newton's divided differences over a common denominator: with nodes n0 < n1 < n2,
-    size(n) = base + (slope * (n - n0) + bend * (n - n0) * (n - n1)) / denominator.
+    size(n) = (base + slope * (n - n0) + bend * (n - n0) * (n - n1)) / denominator.
 
     Attributes:
-        template: the trace at the smallest fitted micro-batch.
+        template: the trace at the largest fitted micro-batch.
         nodes: the fitted micro-batches, ascending.
-        slopes, bends: coefficients of each block, times the denominator.
-        denominator: positive; 1 for traces at neighbouring micro-batches.
+        bases, slopes, bends: coefficients of each block, times the denominator.
+        denominator: positive.
     """
 
     template: Trace
     nodes: tuple[int, ...]
+    bases: tuple[int, ...]
     slopes: tuple[int, ...]
     bends: tuple[int, ...]
     denominator: int
 
     @classmethod
-    def fit(cls, traces: Sequence[Trace]) -> TraceModel:
+    def fit(cls, traces: Sequence[Trace], *, scratch_may_vary: bool = False) -> TraceModel:
         """Align two or three traces at different micro-batches and fit every block's size.
+
+        Args:
+            traces: of the same workload.
+            scratch_may_vary: kernels of a real GPU choose their scratch memory by the shape. It is
+                then no part of the alignment, follows the line through the two largest sizes, and
+                grows with the micro-batch where it was seen at the largest only.
 
         Raises:
             Misaligned: the traces differ in anything but the sizes of their blocks.
@@ -54,29 +63,35 @@ class TraceModel:
         nodes = tuple(trace.micro_batch for trace in ordered)
         if len(nodes) not in (2, 3) or len(set(nodes)) != len(nodes):
             raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
-        for first, second in pairwise(ordered):
-            if reason := _misalignment(first, second):
+        last = ordered[-1]
+        counterparts: list[Sequence[int | None]] = []
+        for trace in ordered[:-1]:
+            if scratch_may_vary:
+                counterparts.append(_aligned_without_scratch(trace, last))
+            elif reason := _misalignment(trace, last):
                 raise Misaligned(reason)
-        sizes = [trace.sizes for trace in ordered]
-        if len(nodes) == 2:
-            return cls(
-                template=ordered[0],
-                nodes=nodes,
-                slopes=tuple(s1 - s0 for s0, s1 in zip(*sizes, strict=True)),
-                bends=(0,) * len(sizes[0]),
-                denominator=nodes[1] - nodes[0],
-            )
-        n0, n1, n2 = nodes
-        bends = [
-            (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1) for s0, s1, s2 in zip(*sizes, strict=True)
-        ]
-        rise = (n2 - n1) * (n2 - n0)
+            else:
+                counterparts.append(range(len(last.blocks)))
+        scratch = scratch_blocks(last) if scratch_may_vary else frozenset()
+        law = _Law(nodes)
+        terms = []
+        for index, block in enumerate(last.blocks):
+            found = [
+                None if (other := mapping[index]) is None else trace.blocks[other].size_bytes
+                for trace, mapping in zip(ordered, counterparts, strict=False)
+            ]
+            if index in scratch:
+                terms.append(law.scratch(found, block.size_bytes))
+            else:
+                terms.append(law.polynomial([*found, block.size_bytes]))  # type: ignore[list-item]
+        bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
         return cls(
-            template=ordered[0],
+            template=last,
             nodes=nodes,
-            slopes=tuple((s1 - s0) * rise for s0, s1, _ in zip(*sizes, strict=True)),
-            bends=tuple(bends),
-            denominator=(n1 - n0) * rise,
+            bases=bases,
+            slopes=slopes,
+            bends=bends,
+            denominator=law.denominator,
         )
 
     @property
@@ -91,18 +106,14 @@ class TraceModel:
         denominator = self.denominator
         half = denominator // 2
         return [
-            max(0, block.size_bytes + (slope * step + bend * bend_step + half) // denominator)
-            for block, slope, bend in zip(
-                self.template.blocks, self.slopes, self.bends, strict=True
-            )
+            max(0, (base + slope * step + bend * bend_step + half) // denominator)
+            for base, slope, bend in zip(self.bases, self.slopes, self.bends, strict=True)
         ]
 
     def trace(self, micro_batch: int) -> Trace:
         """Return the whole trace at a micro-batch, executed or not."""
         blocks = tuple(
-            block
-            if block.size_bytes == size
-            else Block(size, block.category, block.phase, block.op)
+            block if block.size_bytes == size else replace(block, size_bytes=size)
             for block, size in zip(self.template.blocks, self.sizes(micro_batch), strict=True)
         )
         return Trace(
@@ -154,6 +165,139 @@ class TraceModel:
     def bytes_per_sample(self, first: int, second: int) -> float:
         """Return the slope of the peak between two micro-batches, in bytes per sample."""
         return (self.peak_bytes(second) - self.peak_bytes(first)) / (second - first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """Coefficients, times a common denominator, of one block's size."""
+
+    nodes: tuple[int, ...]
+
+    @property
+    def denominator(self) -> int:
+        if len(self.nodes) == 2:
+            return self.nodes[1] - self.nodes[0]
+        n0, n1, n2 = self.nodes
+        return (n1 - n0) * (n2 - n1) * (n2 - n0)
+
+    def polynomial(self, sizes: Sequence[int]) -> tuple[int, int, int]:
+        """Go through the sizes at all nodes."""
+        base = sizes[0] * self.denominator
+        if len(self.nodes) == 2:
+            return base, sizes[1] - sizes[0], 0
+        (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
+        bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
+        return base, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
+
+    def scratch(self, smaller: Sequence[int | None], last: int) -> tuple[int, int, int]:
+        """Go through the last size: with the one before it, or in proportion to the micro-batch."""
+        before = smaller[-1]
+        if before is None:
+            slope = last * self.denominator // self.nodes[-1]
+        else:
+            rise = max(0, last - before)
+            slope = rise * self.denominator // (self.nodes[-1] - self.nodes[-2])
+        return last * self.denominator - slope * (self.nodes[-1] - self.nodes[0]), slope, 0
+
+
+def scratch_blocks(trace: Trace) -> frozenset[int]:
+    """Return the blocks that come and go within a few events, as a kernel's scratch memory does."""
+    found: set[int] = set()
+    events = trace.events
+    start = 0
+    while start < len(events):
+        end = _end_of_scratch(events, start)
+        found.update(event for event in events[start:end] if event >= 0)
+        start = max(end, start + 1)
+    return frozenset(found)
+
+
+def _end_of_scratch(events: Sequence[int], start: int) -> int:
+    """Return where the blocks that begin at `start` are all gone again; `start` if not soon."""
+    alive: set[int] = set()
+    for place in range(start, min(start + SCRATCH_EVENTS, len(events))):
+        event = events[place]
+        if event >= 0:
+            alive.add(event)
+        elif ~event in alive:
+            alive.remove(~event)
+        else:
+            return start
+        if not alive:
+            return place + 1
+    return start
+
+
+def _aligned_without_scratch(first: Trace, second: Trace) -> list[int | None]:
+    """Return, for each block of `second`, its counterpart in `first`; scratch may have none.
+
+    Raises:
+        Misaligned: the rest differs in anything but sizes.
+    """
+    if first.accumulation_steps != second.accumulation_steps:
+        raise Misaligned(str(_misalignment(first, second)))
+    ours, theirs = _Skeleton(first), _Skeleton(second)
+    pairs = zip(ours.blocks, theirs.blocks, strict=False)
+    if ours.events != theirs.events or not all(
+        _same_identity(first.blocks[a], second.blocks[b]) for a, b in pairs
+    ):
+        reason = _misalignment(ours.trace, theirs.trace)
+        raise Misaligned(f"{reason}, scratch memory left out")
+    mapping: list[int | None] = [None] * len(second.blocks)
+    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
+        mapping[b] = a
+    for place, group in theirs.scratch.items():
+        others = ours.scratch.get(place, [])
+        same = len(others) == len(group) and all(
+            _same_identity(first.blocks[a], second.blocks[b])
+            for a, b in zip(others, group, strict=True)
+        )
+        for a, b in zip(others, group, strict=False):
+            mapping[b] = a if same else None
+    return mapping
+
+
+class _Skeleton:
+    """A trace without its scratch.
+
+    Attributes:
+        events: numbered anew.
+        blocks: their indices in the whole trace.
+        scratch: what was left out, by how many of the events came before it.
+    """
+
+    def __init__(self, trace: Trace):
+        left_out = scratch_blocks(trace)
+        self.events: list[int] = []
+        self.blocks: list[int] = []
+        self.scratch: dict[int, list[int]] = {}
+        places = [0]
+        number: dict[int, int] = {}
+        for event in trace.events:
+            block = event if event >= 0 else ~event
+            if block in left_out:
+                if event >= 0:
+                    self.scratch.setdefault(len(self.events), []).append(block)
+            elif event >= 0:
+                number[block] = len(self.blocks)
+                self.events.append(len(self.blocks))
+                self.blocks.append(block)
+            else:
+                self.events.append(~number[block])
+            places.append(len(self.events))
+        self._whole, self._places = trace, places
+
+    @property
+    def trace(self) -> Trace:
+        """The same as a trace, to tell differences."""
+        whole = self._whole
+        return Trace(
+            micro_batch=whole.micro_batch,
+            accumulation_steps=whole.accumulation_steps,
+            blocks=tuple(whole.blocks[block] for block in self.blocks),
+            events=tuple(self.events),
+            marks=tuple(replace(m, event=self._places[m.event]) for m in whole.marks),
+        )
 
 
 def _misalignment(first: Trace, second: Trace) -> str | None:

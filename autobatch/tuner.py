@@ -8,41 +8,51 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autobatch import _version
+from autobatch import cache as plan_cache
 from autobatch.accounts import (
     curve_sizes,
     footprint_of,
     memory_point,
-    replay,
     timeline_of,
 )
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Device, Run
+from autobatch.devices.card import Card
+from autobatch.devices.cuda import CudaGpu, describe
+from autobatch.devices.nvml import driver_version
+from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.errors import DoesNotFitError, NoGpuError, UsageError
+from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
 from autobatch.footprint import Footprint
 from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu
 from autobatch.infer import infer
+from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan
 from autobatch.progress import ProgressCallback, silent
-from autobatch.replay import simulate
-from autobatch.sample import batch_builder, dataset_length
+from autobatch.sample import prepare
 from autobatch.split import Split, split
 from autobatch.trace import Trace
-from autobatch.units import format_bytes
+from autobatch.units import GIB, MIB, format_bytes
 from autobatch.workload import Loss, OptimizerSpec, Workload
 
 __all__ = ["predict", "tune"]
 
 _LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
+
+_NEIGHBOURS_GREW_BYTES = 64 * MIB
+_NEIGHBOURS_LEFT_BYTES = GIB
+"""A cached plan holds while other processes take no more than then, and not much less."""
 
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -59,6 +69,10 @@ def tune(
     headroom: float = 0.05,
     autocast: str | None = None,
     clip_norm: float | None = None,
+    prove: bool = False,
+    isolate: bool = False,
+    time_limit: float | None = None,
+    cache: bool | Literal["confirm"] = True,
     progress: ProgressCallback = silent,
 ) -> Plan:
     """Find the micro-batch that fits and the accumulation steps that make the target exactly.
@@ -70,63 +84,207 @@ def tune(
         loss: `loss(model, batch)` gives a scalar; None takes the output's `.loss`, a scalar
             output, or the sum of the outputs with a warning.
         optimizer: an instance, a class, or a callable on parameters; AdamW if None.
-        gpu: a catalogue name, a size such as "24GiB", or a GpuSpec; None is the GPU here.
+        gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; None
+            measures on the GPU in this machine.
         world_size: GPUs that share the effective batch.
         headroom: share of the usable memory to leave free, in [0, 1).
         autocast: "bf16", "fp16" or None.
         clip_norm: norm that gradients are clipped to, or None.
+        prove: also run the size above the ceiling, and show that it does not fit.
+        isolate: probe in a child process, which a fatal CUDA error, a crash or a hang ends in
+            place of this one. Everything passed has to be picklable.
+        time_limit: seconds that one trial may take before the child is ended; with `isolate`.
+        cache: answer from the plans of earlier calls where nothing has changed; "confirm" runs the
+            planned window once before.
         progress: told of each step.
 
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
         WorkloadError: the model, loss or optimizer failed.
         DoesNotFitError: not even micro-batch 1 fits.
+        ProbeDiedError: the child process died or took too long.
     """
-    started = time.perf_counter()
     _require_sensible(headroom)
     split(target, ceiling=_LARGEST, world_size=world_size)  # refuses what cannot be split
+    if time_limit is not None and not isolate:
+        raise UsageError("time_limit ends a child process: pass isolate=True with it")
+    request = _Request(
+        target=target,
+        world_size=world_size,
+        headroom=headroom,
+        prove=prove,
+        cache=cache,
+    )
+    parts = (model, sample, loss, optimizer, gpu, autocast, clip_norm)
+    if isolate:
+        return apart(_tuned, request, *parts, progress=progress, time_limit=time_limit)
+    return _tuned(request, *parts, progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What is asked about a workload on a device."""
+
+    target: int
+    world_size: int
+    headroom: float
+    prove: bool
+    cache: bool | Literal["confirm"]
+
+    @property
+    def samples_per_rank(self) -> int:
+        return -(-self.target // self.world_size)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Of the probed window: from the second micro-batch on all are alike."""
+        return 1 if self.samples_per_rank == 1 else 2
+
+
+def _tuned(
+    request: _Request,
+    model: nn.Module | Workload,
+    sample: Any,
+    loss: Loss | None,
+    optimizer: OptimizerSpec | None,
+    gpu: str | GpuSpec | None,
+    autocast: str | None,
+    clip_norm: float | None,
+    *,
+    progress: ProgressCallback,
+) -> Plan:
+    started = time.perf_counter()
     device = _device(gpu)
     workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
-    budget_bytes = int((device.spec.capacity_bytes - device.spec.context_bytes) * (1 - headroom))
-    per_rank = -(-target // world_size)
-    limit = workload.sample_limit or max(_LARGEST, per_rank)
     probe = Probe(
         device=device,
         workload=workload,
-        accumulation_steps=1 if per_rank == 1 else 2,
-        budget_bytes=budget_bytes,
+        accumulation_steps=request.accumulation_steps,
+        headroom=request.headroom,
         progress=progress,
     )
-    found = find_ceiling(probe, limit, per_rank if probe.accumulation_steps > 1 else None)
+    key = _key(request, workload, device) if request.cache else None
+    if key is not None and (known := _known(key, request, probe)) is not None:
+        return replace(known, seconds=time.perf_counter() - started)
+    with device.hosting(workload):
+        plan = _probed(request, probe)
+    # what is known only when the user's state is back
+    remarks = tuple(remark for remark in device.remarks() if remark not in plan.warnings)
+    plan = replace(plan, warnings=(*plan.warnings, *remarks), seconds=time.perf_counter() - started)
+    if key is not None:
+        plan_cache.store(key, plan)
+    return plan
+
+
+def _probed(request: _Request, probe: Probe) -> Plan:
+    """Search, and put the answer together."""
+    device, workload = probe.device, probe.workload
+    limit = _limit(workload, device, request.samples_per_rank)
+    is_measured = device.evidence == "measured"
+    one_go = request.samples_per_rank if probe.accumulation_steps > 1 else None
+    found = find_ceiling(
+        probe,
+        limit,
+        None if is_measured else one_go,
+        prove=request.prove,
+        guess=partial(_simulated_ceiling, probe, limit) if is_measured else lambda: None,
+    )
     if not found.micro_batch:
         raise DoesNotFitError(_what_is_missing(probe, found, device.spec, workload))
-    planned = split(target, ceiling=found.micro_batch, world_size=world_size)
-    trace, footprint = _planned(probe, found, planned)
+    planned, window, footprint = _planned(request, probe, found)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
-    run = next(iter(probe.runs.values()))
+    run = next(run for run in probe.runs.values() if run.shortage is None)
     return Plan(
         split=planned,
         ceiling=None if found.limit_reached else found.micro_batch,
         ceiling_at_least=found.micro_batch,
-        headroom=headroom,
-        budget_bytes=budget_bytes,
+        headroom=request.headroom,
+        budget_bytes=probe.budget_bytes,
+        others_bytes=device.others_bytes,
+        allowed_bytes=device.allowed_bytes,
         gpu=device.spec,
         model=_facts(workload, run),
         footprint=footprint,
         ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
         curve=_curve(probe, found),
-        timeline=timeline_of(trace),
+        timeline=timeline_of(window, device.allocator()),
         method=_method(found),
-        warnings=tuple(_warnings(workload, run, found, limit)),
+        warnings=tuple(_warnings(probe, run, found, limit)),
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )
+
+
+def _key(request: _Request, workload: Workload, device: Device) -> str:
+    """Name everything that a plan depends on; what a GPU's neighbours hold is looked at later."""
+    spec = device.spec
+    if device.evidence == "measured":
+        spec = replace(spec, context_bytes=0)
+    return plan_cache.plan_key(
+        workload,
+        spec,
+        {
+            "target": request.target,
+            "world_size": request.world_size,
+            "headroom": request.headroom,
+            "prove": request.prove,
+            "evidence": device.evidence,
+            "allowed_bytes": device.allowed_bytes,
+            "driver": driver_version() if device.evidence == "measured" else None,
+        },
+    )
+
+
+def _known(key: str, request: _Request, probe: Probe) -> Plan | None:
+    """Return the plan of an earlier call that still holds."""
+    plan = plan_cache.find(key)
+    if plan is None:
+        return None
+    grown = probe.device.others_bytes - plan.others_bytes
+    if not -_NEIGHBOURS_LEFT_BYTES <= grown <= _NEIGHBOURS_GREW_BYTES:
+        return None
+    if request.cache == "confirm":
+        with probe.device.hosting(probe.workload):
+            probe.execute(plan.micro_batch, min(plan.accumulation_steps, 2))
+        if not probe.trials[-1].fits:
+            return None
+        plan = replace(plan, trials=(*plan.trials, *probe.trials))
+    note = f"answered from the plan of {plan.created}, as nothing has changed since; cache=False or"
+    return replace(plan, warnings=(*plan.warnings, f"{note} --no-cache probes again"))
+
+
+def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
+    """Return the largest micro-batch to consider."""
+    limit = workload.sample_limit or max(_LARGEST, samples_per_rank)
+    free = free_host_bytes() if device.evidence == "measured" else None
+    if free is None:
+        return limit
+    leaves = tree_leaves(workload.batch(2))
+    sample_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) / 2
+    return min(limit, max(2, int(free / 4 / max(sample_bytes, 1))))
+
+
+def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
+    """Return what the simulation takes for the ceiling of a card whose traces do not align."""
+    spec = probe.device.spec
+    outside = max(spec.capacity_bytes - probe.device.usable_bytes, 0)
+    simulated = Probe(
+        device=VirtualGpu(replace(spec, context_bytes=outside)),
+        workload=probe.workload,
+        accumulation_steps=probe.accumulation_steps,
+        headroom=probe.headroom,
+        progress=silent,
+    )
+    try:
+        return find_ceiling(simulated, limit).micro_batch or None
+    except AutobatchError:  # it is a first guess only
+        return None
 
 
 def predict(
@@ -144,7 +302,7 @@ def predict(
 ) -> Footprint:
     """Account for the memory of two training windows at one micro-batch, whether or not they fit.
 
-    Takes the arguments of `tune`. From the second micro-batch of a window on all are alike, so
+    Always simulated; `gpu=None` simulates the card in this machine. Takes the arguments of `tune`. From the second micro-batch of a window on all are alike, so
     two of them are executed for any number of accumulation steps above one.
 
     Raises:
@@ -154,17 +312,16 @@ def predict(
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
-    device = _device(gpu)
+    device = VirtualGpu(_card_here()) if gpu is None else _device(gpu)
     workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
     probe = Probe(
         device=device,
         workload=workload,
         accumulation_steps=min(accumulation_steps, 2),
-        budget_bytes=device.spec.capacity_bytes,
         progress=progress,
     )
-    trace = probe.trace(micro_batch)
-    footprint = footprint_of(trace, probe.replays[micro_batch], device.spec, device.evidence)
+    run = probe.run(micro_batch)
+    footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence)
     return replace(footprint, accumulation_steps=accumulation_steps)
 
 
@@ -175,27 +332,23 @@ def _device(gpu: str | GpuSpec | None) -> Device:
         return VirtualGpu(find_gpu(gpu))
     if gpu is not None:
         raise UsageError(f"gpu is {gpu!r}: use a name such as 'a100-40gb', a size or a GpuSpec")
-    if torch.cuda.is_available():
-        return VirtualGpu(_card_here())
-    raise NoGpuError(
-        "there is no CUDA GPU in this machine: name the one to simulate, such as "
-        'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
-    )
+    _require_cuda()
+    return CudaGpu(Card())
 
 
 def _card_here() -> GpuSpec:
     """Describe the current CUDA device as the catalogue would."""
+    _require_cuda()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    try:
-        known = find_gpu(properties.name)
-    except UsageError:
-        known = find_gpu(f"{properties.total_memory // 2**30}GiB")
-    return replace(
-        known,
-        name=properties.name,
-        capacity_bytes=properties.total_memory,
-        compute_capability=(properties.major, properties.minor),
-    )
+    return describe(properties.name, properties.total_memory, (properties.major, properties.minor))
+
+
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise NoGpuError(
+            "there is no CUDA GPU in this machine: name the one to simulate, such as "
+            'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
+        )
 
 
 def _workload(
@@ -210,14 +363,24 @@ def _workload(
     if isinstance(model, Workload):
         workload = model
         if sample is not None:
-            workload = replace(workload, batch=batch_builder(sample))
+            given_sample = prepare(sample)
+            workload = replace(
+                workload,
+                batch=given_sample.build,
+                sample_limit=given_sample.limit,
+                notes=(*workload.notes, *given_sample.notes),
+            )
     elif not isinstance(model, nn.Module):
         raise UsageError(
             f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
         )
     elif sample is not None:
+        prepared = prepare(sample)
         workload = Workload(
-            model=model, batch=batch_builder(sample), sample_limit=dataset_length(sample)
+            model=model,
+            batch=prepared.build,
+            sample_limit=prepared.limit,
+            notes=prepared.notes,
         )
     else:
         workload = infer(model).workload(model)
@@ -238,38 +401,57 @@ def _require_sensible(headroom: float) -> None:
         raise UsageError(f"headroom is {headroom!r}: use a share of at least 0 and below 1")
 
 
-def _planned(probe: Probe, found: Ceiling, planned: Split) -> tuple[Trace, Footprint]:
-    """Return the trace of the window that will run, and its account."""
-    steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
-    if steps == probe.accumulation_steps:
-        return _at(probe, found, size)
-    if found.whole is not None:
-        trace, replayed = found.whole
-    else:  # without accumulation no gradient waits in memory, so this is a window of its own
-        run, replayed = probe.execute(size, steps)
-        trace = run.trace
-    return trace, footprint_of(trace, replayed, probe.device.spec, probe.device.evidence)
+def _planned(request: _Request, probe: Probe, found: Ceiling) -> tuple[Split, Trace, Footprint]:
+    """Return the split, the trace of the window that will run, and its account.
+
+    On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
+    next smaller split is tried.
+    """
+    ceiling = found.micro_batch
+    while True:
+        planned = split(request.target, ceiling=ceiling, world_size=request.world_size)
+        steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
+        if probe.device.evidence != "measured" and steps == probe.accumulation_steps:
+            return planned, *_at(probe, found, size)
+        if found.whole is not None:
+            run = found.whole
+        elif steps == probe.accumulation_steps:
+            run = probe.run(size)
+        else:  # without accumulation no gradient waits in memory, so this is a window of its own
+            run = probe.execute(size, steps)
+        if run.fits(probe.budget_bytes) or probe.device.evidence != "measured":
+            return planned, run.trace, _footprint(probe, run)
+        ceiling = size - 1
+        if not ceiling:
+            raise DoesNotFitError(_what_is_missing(probe, found, probe.device.spec, probe.workload))
+
+
+def _footprint(probe: Probe, run: Run) -> Footprint:
+    """Account for an execution."""
+    device = probe.device
+    held_bytes = device.allocator().allocated_bytes
+    return footprint_of(run.trace, run.replay, device.spec, device.evidence, held_bytes)
 
 
 def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
     """Return the trace of the probed window at a size, and its account."""
-    spec = probe.device.spec
     if size in probe.runs or found.model is None:
-        trace = probe.trace(size)
-        return trace, footprint_of(trace, probe.replays[size], spec, probe.device.evidence)
+        run = probe.run(size)
+        return run.trace, _footprint(probe, run)
     trace = found.model.trace(size)
-    replayed = found.predicted.get(size) or replay(trace)
-    return trace, footprint_of(trace, replayed, spec, "predicted")
+    replayed = found.predicted.get(size) or probe.predict(found.model, size)
+    held_bytes = probe.device.allocator().allocated_bytes
+    return trace, footprint_of(trace, replayed, probe.device.spec, "predicted", held_bytes)
 
 
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
     points = {size: memory_point(size, r, "predicted") for size, r in found.predicted.items()}
-    for size, replayed in probe.replays.items():
-        points[size] = memory_point(size, replayed, probe.device.evidence)
+    for size, run in probe.runs.items():
+        if run.shortage is None:
+            points[size] = memory_point(size, run.replay, probe.device.evidence)
     if found.model is not None:
         for size in curve_sizes(found.micro_batch, known=points):
-            replayed = simulate(found.model.sizes(size), found.model.template.events)
-            points[size] = memory_point(size, replayed, "predicted")
+            points[size] = memory_point(size, probe.predict(found.model, size), "predicted")
     return tuple(points[size] for size in sorted(points))
 
 
@@ -293,9 +475,17 @@ def _facts(workload: Workload, run: Run) -> ModelFacts:
     )
 
 
-def _warnings(workload: Workload, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
-    yield from workload.notes
-    yield from run.warnings
+def _warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
+    yield from probe.workload.notes
+    yield from dict.fromkeys(warning for each in probe.runs.values() for warning in each.warnings)
+    yield from probe.device.remarks()
+    for trial in probe.trials:
+        if not trial.fits and trial.micro_batch < found.micro_batch:
+            yield (
+                f"memory is not monotone here: micro-batch {trial.micro_batch:,} does not fit "
+                f"({format_bytes(trial.peak_reserved_bytes)} reserved), though "
+                f"{found.micro_batch:,} does"
+            )
     if run.loss == "surrogate sum":
         yield (
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
@@ -314,8 +504,15 @@ def _warnings(workload: Workload, run: Run, found: Ceiling, limit: int) -> Itera
 
 def _what_is_missing(probe: Probe, found: Ceiling, spec: GpuSpec, workload: Workload) -> str:
     """Say by how much the smallest size misses the budget, and what would help."""
-    smallest = min(probe.replays)
-    needed = probe.replays[smallest].peak_reserved_bytes
+    smallest = min(probe.runs)
+    needed = probe.runs[smallest].replay.peak_reserved_bytes
+    if probe.runs[smallest].shortage is not None:
+        return (
+            f"not even micro-batch {smallest} fits on {spec.name}: it ran out of memory at "
+            f"{format_bytes(needed)} reserved ({probe.runs[smallest].shortage}); the budget is "
+            f"{format_bytes(probe.budget_bytes)}; try activation checkpointing, an optimizer with "
+            "less state, or a larger GPU (--gpu simulates one)"
+        )
     short = needed - probe.budget_bytes
     large_enough = sorted(
         (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes

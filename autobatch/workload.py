@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autobatch.errors import UsageError, WorkloadError
+from autobatch.patching import patched
 from autobatch.trace import Phase
 
-__all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Phases", "Workload", "run_windows"]
+__all__ = [
+    "AUTOCAST_DTYPES",
+    "Loss",
+    "OptimizerSpec",
+    "Phases",
+    "Window",
+    "Workload",
+    "run_windows",
+]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerSpec = (
@@ -27,6 +36,8 @@ OptimizerSpec = (
     | type[torch.optim.Optimizer]
     | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 )
+
+Window = Callable[[nn.Module, torch.optim.Optimizer, Iterator[Any]], None]
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +52,9 @@ class Workload:
         loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss`, a scalar output, or
             as a last resort the sum of the outputs.
         optimizer: an instance over the model's parameters, a class, or a callable on parameters.
+        window: `window(model, optimizer, batches)` runs one training window of your own over the
+            micro-batches that it is given, up to the optimizer's step and `zero_grad`; None runs
+            the usual one. With it, `loss`, `autocast` and `clip_norm` are its own affair.
         evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
         autocast: "bf16", "fp16" (with a GradScaler) or None.
         clip_norm: norm that gradients are clipped to before each step, or None.
@@ -53,6 +67,7 @@ class Workload:
     batch: Callable[[int], Any]
     loss: Loss | None = None
     optimizer: OptimizerSpec = torch.optim.AdamW
+    window: Window | None = None
     evaluate: Callable[[nn.Module, Any], Any] | None = None
     autocast: str | None = None
     clip_norm: float | None = None
@@ -73,6 +88,11 @@ class Workload:
             )
         if self.loss is not None and not callable(self.loss):
             raise UsageError(f"loss is {self.loss!r}: use a function loss(model, batch), or None")
+        if self.window is not None and (self.loss or self.autocast or self.clip_norm):
+            raise UsageError(
+                "a window function computes its own loss, casts and clips: leave out loss, "
+                "autocast and clip_norm, or the window"
+            )
         norm: Any = self.clip_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise UsageError(f"clip_norm is {norm!r}: use a positive norm, or None")
@@ -109,22 +129,41 @@ def run_windows(
         phases: told where the run is.
 
     Raises:
-        WorkloadError: the loss is no scalar tensor, or has no gradient.
+        WorkloadError: the loss is no scalar tensor, or has no gradient; a window function left
+            micro-batches out.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run = _usual_windows if workload.window is None else _own_windows
+    inputs = run(workload, model, optimizer, loss, batch, accumulation_steps, windows, phases)
+    if workload.evaluate is not None:
+        phases.begin("evaluate", windows - 1, accumulation_steps - 1)
+        with _evaluating(model), torch.no_grad(), _autocast(workload):
+            workload.evaluate(model, inputs)
+
+
+def _autocast(workload: Workload) -> contextlib.AbstractContextManager[Any]:
     dtype = AUTOCAST_DTYPES.get(workload.autocast or "")
-    autocast = (
-        (lambda: torch.autocast("cuda", dtype=dtype))
-        if dtype is not None
-        else contextlib.nullcontext
-    )
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cuda", dtype=dtype)
+
+
+def _usual_windows(
+    workload: Workload,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    batch: Callable[[], Any],
+    accumulation_steps: int,
+    windows: int,
+    phases: Phases,
+) -> Any:
+    """Run the loop that users write, and return the last micro-batch."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler("cuda", enabled=workload.autocast == "fp16")
     for window in range(windows):
         for step in range(accumulation_steps):
             phases.begin("inputs", window, step)
             inputs = batch()
             phases.begin("forward", window, step)
-            with autocast():
+            with _autocast(workload):
                 value = _checked(loss(model, inputs))
             value = scaler.scale(value / accumulation_steps)
             phases.begin("backward", window, step)
@@ -136,10 +175,54 @@ def run_windows(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    if workload.evaluate is not None:
-        phases.begin("evaluate", windows - 1, accumulation_steps - 1)
-        with _evaluating(model), torch.no_grad(), autocast():
-            workload.evaluate(model, inputs)
+    return inputs
+
+
+def _own_windows(
+    workload: Workload,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    batch: Callable[[], Any],
+    accumulation_steps: int,
+    windows: int,
+    phases: Phases,
+) -> Any:
+    """Run the user's window function, told apart into phases by what it calls."""
+    assert workload.window is not None
+    drawn: list[Any] = [None]
+    taken = 0
+
+    def batches(window: int) -> Iterator[Any]:
+        nonlocal taken
+        for step in range(accumulation_steps):
+            phases.begin("inputs", window, step)
+            drawn[0] = batch()
+            phases.begin("forward", window, step)
+            taken += 1
+            yield drawn[0]
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        phases.begin("backward", *divmod(taken - 1, accumulation_steps))
+        original(*args, **kwargs)
+
+    def step(*_: Any) -> None:
+        phases.begin("step", *divmod(taken - 1, accumulation_steps))
+
+    original = torch.autograd.backward
+    hook = optimizer.register_step_pre_hook(step)
+    try:
+        with patched(torch.autograd, backward=backward):
+            for window in range(windows):
+                workload.window(model, optimizer, batches(window))
+                if taken != (window + 1) * accumulation_steps:
+                    raise WorkloadError(
+                        f"the window function took {taken - window * accumulation_steps} of "
+                        f"{accumulation_steps} micro-batches: it has to run over all it is given"
+                    )
+    finally:
+        hook.remove()
+    return drawn[0]
 
 
 def _checked(value: Any) -> Tensor:

@@ -13,6 +13,7 @@ from autobatch.accounts import (
     replay,
     timeline_of,
 )
+from autobatch.allocator import CachingAllocator
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import GpuSpec
 from autobatch.replay import simulate
@@ -241,8 +242,10 @@ def test_rounding_is_what_blocks_take_beyond_their_request():
 
 def test_replay_without_a_limit_fits_a_budget_exactly_if_its_peak_does(trace):
     peak = replay(trace).peak_reserved_bytes
-    assert simulate(trace.sizes, trace.events, limit_bytes=peak).fits
-    assert not simulate(trace.sizes, trace.events, limit_bytes=peak - 1).fits
+    assert simulate(trace.sizes, trace.events, allocator=CachingAllocator(limit_bytes=peak)).fits
+    assert not simulate(
+        trace.sizes, trace.events, allocator=CachingAllocator(limit_bytes=peak - 1)
+    ).fits
 
 
 def repeated(trace, times):

@@ -393,6 +393,10 @@ def test_malformed_settings_are_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def limited(limit):
+    return CachingAllocator(limit_bytes=limit)
+
+
 def test_simulate_reports_peaks_and_where_they_are() -> None:
     replay = simulate([MIB, 3 * MIB, 100], [0, 1, ~1, 2, ~0], timeline=True)
     assert (replay.peak_allocated_bytes, replay.peak_event) == (4 * MIB, 1)
@@ -403,14 +407,14 @@ def test_simulate_reports_peaks_and_where_they_are() -> None:
 
 
 def test_simulate_stops_at_the_request_that_fails() -> None:
-    replay = simulate([MIB, 30 * MIB], [0, 1], limit_bytes=20 * MIB, timeline=True)
+    replay = simulate([MIB, 30 * MIB], [0, 1], allocator=limited(20 * MIB), timeline=True)
     assert replay.oom_event == 1
     assert not replay.fits
     assert len(replay.allocated_bytes) == 1
 
 
 def test_a_trace_that_needs_a_retry_does_not_fit() -> None:
-    replay = simulate([20 * MIB, 30 * MIB], [0, ~0, 1], limit_bytes=40 * MIB)
+    replay = simulate([20 * MIB, 30 * MIB], [0, ~0, 1], allocator=limited(40 * MIB))
     assert (replay.oom_event, replay.alloc_retries, replay.fits) == (None, 1, False)
 
 
@@ -419,7 +423,7 @@ def test_blocks_without_bytes_take_no_memory() -> None:
 
 
 def test_an_empty_trace_fits_in_nothing() -> None:
-    assert simulate([], [], limit_bytes=0).fits
+    assert simulate([], [], allocator=limited(0)).fits
 
 
 @dataclass
@@ -530,12 +534,15 @@ def test_after_everything_is_freed_each_segment_is_one_free_block(
 def test_simulate_agrees_with_calls_by_hand_and_is_deterministic(
     trace: Trace, settings: AllocatorSettings, limit: int | None
 ) -> None:
-    replay = simulate(trace.sizes, trace.events, settings=settings, limit_bytes=limit)
-    assert replay == simulate(trace.sizes, trace.events, settings=settings, limit_bytes=limit)
+    def simulated():
+        allocator = CachingAllocator(settings, limit_bytes=limit)
+        return simulate(trace.sizes, trace.events, allocator=allocator, streams=trace.streams)
+
+    replay = simulated()
+    assert replay == simulated()
     if replay.oom_event is None:
         allocator = CachingAllocator(settings, limit_bytes=limit)
-        one_stream = Trace(sizes=trace.sizes, streams=[0] * len(trace.sizes), events=trace.events)
-        run(one_stream, allocator)
+        run(trace, allocator)
         assert allocator.peak_allocated_bytes == replay.peak_allocated_bytes
         assert allocator.peak_reserved_bytes == replay.peak_reserved_bytes
         assert allocator.alloc_retries == replay.alloc_retries

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch.accounts import replay
+from autobatch.allocator import CachingAllocator
 from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.base import Run
 from autobatch.gpus import GpuSpec
@@ -25,6 +26,7 @@ class FakeDevice:
     """Runs nothing: traces come from a function of the micro-batch, and every run is noted."""
 
     trace_at: object
+    usable_bytes: int = 2**40
     executed: list[int] = field(default_factory=list)
     spec: GpuSpec = CARD
     evidence: str = "simulated"
@@ -32,7 +34,17 @@ class FakeDevice:
     def run(self, workload, *, micro_batch, accumulation_steps):
         self.executed.append(micro_batch)
         trace = self.trace_at(micro_batch)
-        return Run(trace=trace, seconds=0.0, loss="user", optimizer="SGD", warnings=())
+        return Run(
+            trace=trace,
+            replay=replay(trace),
+            seconds=0.0,
+            loss="user",
+            optimizer="SGD",
+            warnings=(),
+        )
+
+    def allocator(self):
+        return CachingAllocator()
 
 
 def trace_of(micro_batch, sizes, *, events=None, op="aten::mm"):
@@ -56,14 +68,8 @@ def reserved_bytes(trace):
 
 
 def search(trace_at, budget_bytes, limit=2**16):
-    device = FakeDevice(trace_at)
-    probe = Probe(
-        device=device,
-        workload=WORKLOAD,
-        accumulation_steps=2,
-        budget_bytes=budget_bytes,
-        progress=silent,
-    )
+    device = FakeDevice(trace_at, budget_bytes)
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
     found = find_ceiling(probe, limit)
     assert device.executed == [trial.micro_batch for trial in probe.trials] == list(probe.runs)
     return found, device.executed
@@ -199,28 +205,29 @@ def test_a_limit_of_two_at_which_only_one_fits_executes_both():
 def test_progress_counts_what_has_run_before_each_execution():
     seen = []
     probe = Probe(
-        device=FakeDevice(polynomial(100 * MIB, 10 * MIB, MIB // 8)),
+        device=FakeDevice(polynomial(100 * MIB, 10 * MIB, MIB // 8), 1164 * MIB),
         workload=WORKLOAD,
         accumulation_steps=2,
-        budget_bytes=1164 * MIB,
         progress=seen.append,
     )
     find_ceiling(probe, 2**16)
-    assert [(p.executions, p.expected, p.micro_batch) for p in seen] == [
+    begins = [p for p in seen if p.trial is None]
+    assert [(p.executions, p.expected, p.micro_batch) for p in begins] == [
         (0, 3, 2),
         (1, 3, 3),
         (2, 3, 94),
         (3, 4, 57),
     ]
+    ends = [(p.executions, p.trial) for p in seen if p.trial is not None]
+    assert ends == list(enumerate(probe.trials, 1))
 
 
 def test_a_trial_tells_what_its_size_took_and_whether_that_fits():
     trace_at = polynomial(100 * MIB, 10 * MIB)
     probe = Probe(
-        device=FakeDevice(trace_at),
+        device=FakeDevice(trace_at, reserved_bytes(trace_at(3)) - 1),
         workload=WORKLOAD,
         accumulation_steps=2,
-        budget_bytes=reserved_bytes(trace_at(3)) - 1,
         progress=silent,
     )
     assert [probe.fits(2), probe.fits(3), probe.fits(3)] == [True, False, False]
@@ -237,7 +244,6 @@ def test_a_run_with_other_accumulation_steps_is_a_trial_but_no_evidence_for_the_
         device=FakeDevice(polynomial(0, MIB)),
         workload=WORKLOAD,
         accumulation_steps=2,
-        budget_bytes=2**30,
         progress=silent,
     )
     probe.execute(8, 1)

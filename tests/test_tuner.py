@@ -208,8 +208,10 @@ def test_a_workload_keeps_its_own_options_where_none_is_given():
 def test_progress_names_every_execution_in_order():
     seen = []
     plan = tune(target=64, progress=seen.append)
-    assert [step.micro_batch for step in seen] == [trial.micro_batch for trial in plan.trials]
-    assert [step.executions for step in seen] == list(range(plan.executions))
+    begins = [step for step in seen if step.trial is None]
+    assert [step.micro_batch for step in begins] == [trial.micro_batch for trial in plan.trials]
+    assert [step.executions for step in begins] == list(range(plan.executions))
+    assert [step.trial for step in seen if step.trial is not None] == list(plan.trials)
 
 
 @settings(max_examples=12, deadline=None)
@@ -638,9 +640,9 @@ def test_predict_leaves_a_meta_model_on_meta():
 
 def test_the_public_names_are_these():
     assert sorted(autobatch.__all__) == sorted(
-        "AutobatchError DoesNotFitError FileError Footprint GpuSpec NoGpuError Plan Progress"
-        " SampleError SpecError UnknownGpuError UsageError Workload WorkloadError __version__"
-        " batch_builder find_gpu predict tune".split()
+        "AutobatchError DoesNotFitError FileError Footprint GpuSpec NoGpuError Plan ProbeDiedError"
+        " Progress SampleError SpecError UnknownGpuError UsageError Workload WorkloadError"
+        " __version__ batch_builder find_gpu predict tune".split()
     )
     assert all(getattr(autobatch, name) is not None for name in autobatch.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tuen'"):

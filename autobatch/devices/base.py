@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from autobatch.allocator import CachingAllocator
 from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec
+from autobatch.replay import Replay
 from autobatch.trace import Trace
 from autobatch.workload import Workload
 
-__all__ = ["Device", "Run"]
+__all__ = ["WINDOWS", "Device", "Run"]
+
+WINDOWS = 2
+"""Traced windows: optimizer state appears in the first, the steady peak in the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Two training windows that ran.
+    """Two training windows that ran, or that ran out of memory on the way.
 
     Attributes:
-        trace: every allocation and free of them.
-        seconds: wall time they took on the machine that ran them.
+        trace: every allocation and free of them; incomplete where there was a shortage.
+        replay: what the allocator, real or simulated, did with the trace.
+        seconds: wall time of the whole run on the machine that ran it.
+        window_seconds: median time of a window after warm-up; None where nothing was computed.
+        shortage: which request failed for lack of memory, in one line; None where none did.
         loss: how the loss was obtained: "user", "output.loss", "scalar output", "surrogate sum".
         optimizer: class name of the optimizer.
         warnings: what the user should know about this run.
     """
 
     trace: Trace
+    replay: Replay
     seconds: float
+    window_seconds: float | None = None
+    shortage: str | None = None
     loss: str
     optimizer: str
     warnings: tuple[str, ...]
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Return whether the windows ran through without a retry and within a budget."""
+        fitted = self.shortage is None and self.replay.fits
+        return fitted and self.replay.peak_reserved_bytes <= budget_bytes
 
 
 class Device(Protocol):
     """A GPU, in the machine or simulated."""
 
-    spec: GpuSpec
     evidence: Evidence
+
+    @property
+    def spec(self) -> GpuSpec:
+        """The card; its context is the largest seen by now."""
+        ...
+
+    @property
+    def others_bytes(self) -> int:
+        """What other processes hold on it."""
+        ...
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a run may reserve, before any headroom."""
+        ...
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        """What `set_per_process_memory_fraction` lets the process reserve; None for no limit."""
+        ...
+
+    def allocator(self) -> CachingAllocator:
+        """Return a simulated allocator in the state in which runs begin."""
+        ...
+
+    def hosting(self, workload: Workload) -> AbstractContextManager[None]:
+        """Make room for runs of a workload, and put everything back afterwards."""
+        ...
 
     def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
         """Run two training windows.
@@ -44,4 +88,8 @@ class Device(Protocol):
         Raises:
             WorkloadError: the user's model, loss or optimizer failed.
         """
+        ...
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the user should know about the card itself, by now."""
         ...

@@ -1,6 +1,7 @@
-"""Copies of the user's objects on a simulated device, made without touching the originals.
+"""Copies of the user's objects on a device, made without touching the originals.
 
-Invariant: no weight is read, moved or materialised; parameters that are tied stay tied.
+Invariant: parameters that are tied stay tied; unless told otherwise, no weight is read, moved or
+materialised.
 """
 
 from __future__ import annotations
@@ -19,28 +20,49 @@ from torch.overrides import TorchFunctionMode
 
 from autobatch.errors import WorkloadError
 
-__all__ = ["Copier", "apply_without_swapping", "eager"]
+__all__ = ["Copier", "apply_without_swapping", "blank", "is_data_parallel", "unwrapped"]
 
 
-def eager(model: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module below `torch.compile`, and whether any part of it was compiled."""
+def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """Return the module below `torch.compile` and DDP, and whether any part of it was compiled."""
     original: Any = model
-    while hasattr(original, "_orig_mod"):
-        original = original._orig_mod
-    compiled = original is not model or any(_is_compiled(m) for m in original.modules())
-    return original, compiled
+    compiled = False
+    while True:
+        if hasattr(original, "_orig_mod"):
+            original, compiled = original._orig_mod, True
+        elif is_data_parallel(original):
+            original = original.module
+        else:
+            return original, compiled or any(_is_compiled(m) for m in original.modules())
+
+
+def is_data_parallel(model: nn.Module) -> bool:
+    """Return whether a module is a DistributedDataParallel wrapper."""
+    return hasattr(model, "gradient_as_bucket_view") and isinstance(model.module, nn.Module)
+
+
+def blank(original: Tensor, device: torch.device) -> Tensor:
+    """Make memory of a tensor's layout on a device, with nothing in it."""
+    return torch.empty_strided(
+        original.size(), original.stride(), dtype=original.dtype, device=device
+    )
 
 
 class Copier:
     """Deep copies that share one memory of what has become what.
 
-    A parameter or buffer becomes a fake tensor on the device, any other tensor a fake tensor on
-    the device it was on (`meta` counts as the CPU: the user never said where it would live).
+    A parameter or buffer becomes a tensor on the device, any other tensor one on the device it
+    was on (`meta` counts as the CPU: the user never said where it would live).
     """
 
-    def __init__(self, device: torch.device):
-        """Copy to `device`."""
+    def __init__(
+        self,
+        device: torch.device,
+        make: Callable[[Tensor, torch.device], Tensor] = blank,
+    ):
+        """Copy to `device`; `make` gives the memory of one copied tensor, with values or not."""
         self._device = device
+        self._make = make
         self._memo: dict[int, Any] = {}
         self._originals: list[Any] = []  # keeps ids in the memo from being reused
 
@@ -74,7 +96,7 @@ class Copier:
                 return copy.deepcopy(value, self._memo)
         except Exception as error:
             raise WorkloadError(
-                f"{type(value).__name__} cannot be copied for the simulation ({error}): "
+                f"{type(value).__name__} cannot be copied for the probe ({error}): "
                 "remove what cannot be deep-copied from it, or build it in a function and pass "
                 "a Workload"
             ) from error
@@ -141,19 +163,17 @@ class Copier:
         """Return the tensor's counterpart on the device, making it on first sight."""
         known = self._memo.get(id(original))
         if known is None:
-            known = self.fake(original, self._device)
+            known = self.like(original, self._device)
             self._remember(original, known)
         return known
 
-    def fake(self, original: Tensor, device: torch.device) -> Tensor:
+    def like(self, original: Tensor, device: torch.device) -> Tensor:
         """Make a tensor of the same layout, kind and attributes on a device."""
         if nn.parameter.is_lazy(original):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
-        data: Tensor = torch.empty_strided(
-            original.size(), original.stride(), dtype=original.dtype, device=device
-        )
+        data = self._make(original, device)
         if isinstance(original, nn.Parameter):
             data = nn.Parameter(data, requires_grad=original.requires_grad)
         elif original.is_leaf and original.requires_grad:
@@ -175,7 +195,7 @@ class Copier:
 
 
 class _TensorCopies(TorchFunctionMode):
-    """Let deepcopy turn tensors into fakes instead of cloning their memory."""
+    """Let deepcopy turn tensors into the copier's instead of cloning their memory."""
 
     def __init__(self, copier: Copier):
         super().__init__()
@@ -190,7 +210,7 @@ class _TensorCopies(TorchFunctionMode):
         known = self._copier.remembered(original)
         if known is None:
             device = original.device
-            known = self._copier.fake(
+            known = self._copier.like(
                 original, torch.device("cpu") if device.type == "meta" else device
             )
             self._copier._remember(original, known)

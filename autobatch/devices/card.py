@@ -1,0 +1,148 @@
+"""The CUDA device of this machine, as far as a probe needs it.
+
+Invariant: every call of PyTorch's CUDA memory functions is here, so that a rehearsal on the CPU can
+stand in for a card; nothing is set but what has a way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from autobatch.budget import CardReading
+from autobatch.devices import nvml
+from autobatch.errors import UsageError
+from autobatch.snapshot import Snapshot, read_snapshot
+
+__all__ = ["Card", "Clock", "Stats"]
+
+MAX_EVENTS = 2_000_000
+"""Allocator events that are kept, about 150 B each on the host; a window has some ten thousand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """The allocator's counters; names as in `torch.cuda.memory_stats`, all pools together.
+
+    `events` counts allocations and requested frees since the process began.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    alloc_retries: int
+    events: int
+
+
+class Clock:
+    """Seconds between two points of the GPU's own time."""
+
+    def __init__(self) -> None:
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._end = torch.cuda.Event(enable_timing=True)
+        self._start.record()
+
+    def seconds(self) -> float:
+        """Wait for the GPU, and return the seconds since the clock was made."""
+        self._end.record()
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1000
+
+
+class Card:
+    """One CUDA device."""
+
+    clock = Clock
+
+    def __init__(self, index: int | None = None):
+        """Open a device, the current one if no index is given; this makes its CUDA context.
+
+        Raises:
+            UsageError: the allocator is one whose segments nobody can see.
+        """
+        torch.cuda.init()
+        self.index = torch.cuda.current_device() if index is None else index
+        self.device = torch.device("cuda", self.index)
+        properties = torch.cuda.get_device_properties(self.index)
+        self.name: str = properties.name
+        self.capability = (properties.major, properties.minor)
+        self._uuid = str(getattr(properties, "uuid", ""))
+        self._pci_bus_id = "{:08x}:{:02x}:{:02x}.0".format(
+            *(getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device"))
+        )
+        if torch.cuda.get_allocator_backend() != "native":
+            raise UsageError(
+                f"the CUDA allocator is {torch.cuda.get_allocator_backend()!r}, which shows no "
+                "segments: probe with PyTorch's native one (unset backend: in "
+                "PYTORCH_CUDA_ALLOC_CONF)"
+            )
+
+    def selected(self) -> contextlib.AbstractContextManager[None]:
+        """Make this the current device for the length of a block."""
+        return torch.cuda.device(self.index)
+
+    def reading(self) -> CardReading:
+        """Look at the card: what is free on it, and whose the rest is."""
+        torch.cuda.synchronize(self.index)
+        free, total = torch.cuda.mem_get_info(self.index)
+        fraction = torch.cuda.get_per_process_memory_fraction(self.index)
+        occupancy = nvml.occupancy(self._uuid, self._pci_bus_id, os.getpid())
+        return CardReading(
+            capacity_bytes=total,
+            free_bytes=free,
+            reserved_bytes=torch.cuda.memory_reserved(self.index),
+            allowed_bytes=int(fraction * total) if fraction < 1 else None,
+            own_bytes=occupancy.own_bytes if occupancy else None,
+        )
+
+    def stats(self) -> Stats:
+        """Read the allocator's counters."""
+        stats = torch.cuda.memory_stats_as_nested_dict(self.index)
+        calls = stats["allocation"]["all"]
+        return Stats(
+            allocated_bytes=stats["allocated_bytes"]["all"]["current"],
+            reserved_bytes=stats["reserved_bytes"]["all"]["current"],
+            peak_allocated_bytes=stats["allocated_bytes"]["all"]["peak"],
+            peak_reserved_bytes=stats["reserved_bytes"]["all"]["peak"],
+            alloc_retries=stats["num_alloc_retries"],
+            events=calls["allocated"] + calls["freed"],
+        )
+
+    def reset_peaks(self) -> None:
+        """Let the peaks begin at what is allocated and reserved now."""
+        torch.cuda.reset_peak_memory_stats(self.index)
+
+    def empty_cache(self) -> None:
+        """Give every wholly free segment back to the driver."""
+        torch.cuda.synchronize(self.index)
+        torch.cuda.empty_cache()
+
+    def touch(self, size_bytes: int) -> None:
+        """Hold memory for an instant, so that the peaks have seen it."""
+        torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether PyTorch's memory history is on."""
+        return bool(torch._C._cuda_isHistoryEnabled())
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record every allocator event, without stacks; `snapshot` shows them until the end."""
+        torch.cuda.memory._record_memory_history(
+            "all", context=None, stacks="python", max_entries=MAX_EVENTS, device=self.index
+        )
+        try:
+            yield
+        finally:
+            torch.cuda.memory._record_memory_history(None, device=self.index)
+
+    def snapshot(self) -> Snapshot:
+        """Return the allocator's state, and its events since recording began."""
+        torch.cuda.synchronize(self.index)
+        return read_snapshot(torch.cuda.memory._snapshot(self.index))

@@ -1,0 +1,279 @@
+"""The GPU in the machine: windows that really run, measured by its own allocator.
+
+Copies of the user's objects run; what the user has on the card waits in host memory meanwhile.
+Invariant: after `hosting`, the model, its gradients, the optimizer's state, random states and the
+allocator's peaks are as before, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from autobatch.allocator import CachingAllocator
+from autobatch.allocconf import AllocatorSettings
+from autobatch.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
+from autobatch.devices.base import WINDOWS, Run
+from autobatch.devices.card import Card, Stats
+from autobatch.devices.copies import Copier, unwrapped
+from autobatch.devices.history import HistoryRecorder
+from autobatch.devices.oom import Shortage, attempt, let_go
+from autobatch.devices.session import Copies, Session, user_errors
+from autobatch.devices.shelter import Shelter, uninterrupted
+from autobatch.devices.undisturbed import undisturbed
+from autobatch.errors import UnknownGpuError, UsageError
+from autobatch.footprint import Evidence
+from autobatch.gpus import GpuSpec, find_gpu
+from autobatch.replay import Replay
+from autobatch.snapshot import Snapshot
+from autobatch.units import format_bytes
+from autobatch.workload import Workload
+
+__all__ = ["CudaGpu", "describe"]
+
+TIMED_WINDOWS = 3
+TIMED_SECONDS = 4.0
+"""Windows are timed until there are so many, or until so much time has gone by."""
+
+
+def describe(name: str, capacity_bytes: int, capability: tuple[int, int]) -> GpuSpec:
+    """Return a card as the catalogue would have it, with what the driver says of it."""
+    try:
+        known = find_gpu(name)
+    except UnknownGpuError:
+        known = find_gpu("24GiB")  # what a card of any size is assumed to be
+    return replace(
+        known,
+        name=name,
+        capacity_bytes=capacity_bytes,
+        context_bytes=min(known.context_bytes, capacity_bytes // 8),
+        compute_capability=capability,
+        sources={**known.sources, "capacity_bytes": "cudaMemGetInfo"},
+    )
+
+
+class CudaGpu:
+    """Runs workloads on a real GPU."""
+
+    evidence: Evidence = "measured"
+
+    def __init__(self, card: Card, *, labelled: bool = False):
+        """Measure on `card`; `labelled` finds the op of every allocation, for reports."""
+        self._card = card
+        self._labelled = labelled
+        self._readings = [card.reading()]
+        self._known = describe(card.name, self._readings[0].capacity_bytes, card.capability)
+        self._start: Snapshot | None = None
+        self._shelter = Shelter(card.device)
+        self._remarks: list[str] = []
+        self._spilled_bytes = 0
+
+    @property
+    def _held(self) -> Holdings:
+        return holdings(*self._readings, typical_context_bytes=self._known.context_bytes)
+
+    @property
+    def spec(self) -> GpuSpec:
+        """The card; its context is the largest seen by now, as kernels load while windows run."""
+        return replace(self._known, context_bytes=self._held.context_bytes)
+
+    @property
+    def others_bytes(self) -> int:
+        """What other processes hold on it."""
+        return self._held.others_bytes
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        """What `set_per_process_memory_fraction` lets this process reserve, if it was called."""
+        return self._readings[0].allowed_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a run may reserve, before any headroom."""
+        return usable_bytes(self._readings[0], self._held)
+
+    def allocator(self) -> CachingAllocator:
+        """Return a simulated allocator in the state in which runs begin."""
+        if self._start is None:
+            return CachingAllocator(AllocatorSettings.of_environment())
+        return CachingAllocator.from_snapshot(self._start, self._card.index)
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what the user should know about the card: its neighbours, spilling, limits."""
+        card = sentences(
+            self._readings[0],
+            self._readings[-1],
+            typical_context_bytes=self._known.context_bytes,
+            spilled=self._spilled_bytes,
+        )
+        return (*card, *self._remarks)
+
+    @contextlib.contextmanager
+    def hosting(self, workload: Workload) -> Iterator[None]:
+        """Let everything of the workload that is on the card wait in host memory meanwhile.
+
+        Raises:
+            UsageError: PyTorch's memory history is being recorded already.
+            WorkloadError: the host has no room for it.
+        """
+        if self._card.is_recording:
+            raise UsageError(
+                "PyTorch's memory history is being recorded, and a probe records its own: end it "
+                "with torch.cuda.memory._record_memory_history(None), or pass isolate=True"
+            )
+        gc.collect()  # garbage of the user's own may hold the card's memory
+        with undisturbed(), self._card.selected():
+            before = self._card.stats()
+            try:
+                self._note(workload)
+                self._shelter.take_in()
+                gc.collect()
+                self._card.empty_cache()
+                self._readings = [self._card.reading()]
+                self._start = self._card.snapshot()
+                yield
+            finally:
+                with uninterrupted():
+                    gc.collect()
+                    self._card.empty_cache()
+                    self._shelter.restore()
+                    self._put_back_peaks(before)
+
+    def _note(self, workload: Workload) -> None:
+        """Let a copier that copies nothing show what a run will copy."""
+        original, _ = unwrapped(workload.model)
+        copier = Copier(torch.device("meta"), self._shelter.note)
+        Copies.make(workload, original, copier, lambda model: model)
+
+    def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
+        """Run two training windows, and a few more for the time they take.
+
+        Raises:
+            WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
+        """
+        started = time.perf_counter()
+        card = self._card
+        recorder = HistoryRecorder(card, labelled=self._labelled)
+        before = card.stats()
+        card.reset_peaks()
+        with undisturbed(), card.selected(), recorder.recording():
+            try:
+                with user_errors(workload, micro_batch):
+                    done = attempt(
+                        lambda: self._windows(recorder, workload, micro_batch, accumulation_steps)
+                    )
+            except BaseException as error:
+                let_go(error)
+                raise
+        after = card.stats()
+        gc.collect()
+        spilled = spilled_bytes(self._readings[0], after.peak_reserved_bytes)
+        self._spilled_bytes = max(self._spilled_bytes, spilled)
+        self._readings.append(card.reading())
+        card.empty_cache()
+        shortage = done if isinstance(done, Shortage) else None
+        facts = _Facts() if isinstance(done, Shortage) else done
+        if (left := card.stats().allocated_bytes - before.allocated_bytes) > 0:
+            facts.warnings.append(
+                f"{format_bytes(left)} were still allocated after a run at micro-batch "
+                f"{micro_batch}: something outside the model keeps tensors of past micro-batches"
+            )
+        peak = facts.peak or after
+        trace = recorder.trace(micro_batch, accumulation_steps)
+        return Run(
+            trace=trace,
+            replay=Replay(
+                peak_allocated_bytes=peak.peak_allocated_bytes,
+                peak_reserved_bytes=peak.peak_reserved_bytes,
+                peak_event=trace.peak_event() if trace.events else 0,
+                alloc_retries=after.alloc_retries - before.alloc_retries,
+                oom_event=len(trace.events) if shortage is not None else None,
+            ),
+            seconds=time.perf_counter() - started,
+            window_seconds=facts.window_seconds,
+            shortage=shortage,
+            loss=facts.loss,
+            optimizer=facts.optimizer,
+            warnings=tuple(facts.warnings),
+        )
+
+    def _windows(
+        self,
+        recorder: HistoryRecorder,
+        workload: Workload,
+        micro_batch: int,
+        accumulation_steps: int,
+    ) -> _Facts:
+        original, compiled = unwrapped(workload.model)
+        copier = Copier(self._card.device, self._shelter.copy_of)
+        wrap = _recompiled(workload.model) if compiled else _as_it_is
+        session = Session(workload, original, self._card.device, copier, recorder, wrap)
+        session.train(micro_batch, accumulation_steps, windows=WINDOWS)
+        recorder.stop()
+        facts = _Facts(peak=self._card.stats())
+        seconds: list[float] = []
+        while len(seconds) < TIMED_WINDOWS and sum(seconds) < TIMED_SECONDS:
+            clock = self._card.clock()
+            session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
+            seconds.append(clock.seconds())
+        facts.window_seconds = median(seconds)
+        facts.loss, facts.optimizer = session.loss_kind, type(session.optimizer).__name__
+        return facts
+
+    def _put_back_peaks(self, before: Stats) -> None:
+        """Let the allocator's peaks read as before; PyTorch can only reset them, or reach them."""
+        card = self._card
+        if card.stats().peak_reserved_bytes == before.peak_reserved_bytes:
+            return
+        card.reset_peaks()
+        missing = before.peak_allocated_bytes - card.stats().allocated_bytes
+        if missing > 0:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                card.touch(missing)
+            card.empty_cache()
+        now = card.stats()
+        for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
+            was, read = getattr(before, name), getattr(now, name)
+            if was != read:
+                self._remarks.append(
+                    f"the allocator's {name.replace('_', ' ')} were {was:,} before the probe and "
+                    f"read {read:,} now, which PyTorch cannot set: isolate=True leaves them alone"
+                )
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What windows that ran through tell."""
+
+    peak: Stats | None = None
+    window_seconds: float | None = None
+    loss: str = "user"
+    optimizer: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _recompiled(original: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """Return what compiles a copy as the original was."""
+
+    def compiled(copied: nn.Module) -> nn.Module:
+        inner: Any = original
+        while not hasattr(inner, "_orig_mod") and hasattr(inner, "module"):
+            inner = inner.module
+        if hasattr(inner, "dynamo_ctx"):
+            return inner.dynamo_ctx(copied)  # type: ignore[no-any-return]
+        copied.compile()
+        return copied
+
+    return compiled

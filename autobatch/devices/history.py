@@ -1,0 +1,188 @@
+"""The trace of a real GPU, from PyTorch's memory history.
+
+The history has addresses and sizes; phases and owners are known here by counting: the allocator
+counts its allocations and frees, so the counter at the beginning of a phase is that phase's place
+among the recorded events. Invariant: every block is in exactly one category; events are in the
+order in which the allocator was called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autobatch.devices.card import Card
+from autobatch.errors import AutobatchError
+from autobatch.snapshot import TraceEvent
+from autobatch.trace import Block, Category, Mark, Phase, Trace
+
+__all__ = ["HistoryRecorder"]
+
+_Counts = Callable[[], int]
+
+
+class HistoryRecorder:
+    """Told where a run is and whose the memory is; reads what happened when asked for a trace."""
+
+    def __init__(self, card: Card, *, labelled: bool = False):
+        """Record `card`; `labelled` finds the op of every allocation, at some cost in time."""
+        self._card = card
+        self._labelled = labelled
+        self._first = 0
+        self._marks: list[Mark] = []
+        self._tags: list[tuple[int, int, Category]] = []
+        self._labels: list[tuple[int, str]] = []
+        self._events: Sequence[TraceEvent] = ()
+        self._is_on = False
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record until the end of the block, or until `stop`."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._card.recording())
+            self._first = self._card.stats().events
+            self._is_on = True
+            if self._labelled:
+                stack.enter_context(_OpLabels(self._count, self._labels))
+            try:
+                yield
+            finally:
+                self.stop()
+
+    def stop(self) -> None:
+        """Read what has been recorded; what happens from now on is not part of the trace."""
+        if self._is_on:
+            self._is_on = False
+            count = self._count()
+            trace = self._card.snapshot().traces.get(self._card.index, ())
+            self._events = [e for e in trace if e.action in ("alloc", "free_requested")][:count]
+            if len(self._events) < count:
+                raise AutobatchError(
+                    f"two training windows have {count:,} allocator events, more than the "
+                    f"{len(self._events):,} that are kept: use fewer accumulation steps"
+                )
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """Mark the beginning of a phase."""
+        if self._is_on:
+            self._marks.append(Mark(self._count(), phase, window, micro_batch))
+
+    def tag(self, tensors: Iterable[Any], category: Category) -> None:
+        """Put the blocks that hold tensors now into a category for their whole life."""
+        if not self._is_on:
+            return
+        count = self._count()
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.device == self._card.device:
+                self._tags.append((count, tensor.untyped_storage().data_ptr(), category))
+
+    def _count(self) -> int:
+        return self._card.stats().events - self._first
+
+    def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
+        """Return what was recorded."""
+        events: list[int] = []
+        starts: list[TraceEvent] = []
+        lives: list[tuple[int, int]] = []  # of each block: events at which it lives, half-open
+        places = [0]  # of each recorded event: how many of ours came before it
+        live: dict[int, int] = {}
+        for event in self._events:
+            if event.action == "alloc":
+                live[event.address] = len(starts)
+                events.append(len(starts))
+                lives.append((len(places) - 1, len(self._events) + 1))
+                starts.append(event)
+            elif (index := live.pop(event.address, None)) is not None:
+                events.append(~index)
+                lives[index] = (lives[index][0], len(places) - 1)
+            places.append(len(events))
+        phases = self._phases(lives)
+        categories = self._categories(starts, lives, phases)
+        streams = {e.stream: number for number, e in reversed(list(enumerate(starts)))}
+        order = {stream: place for place, stream in enumerate(sorted(streams, key=streams.get))}  # type: ignore[arg-type]
+        return Trace(
+            micro_batch=micro_batch,
+            accumulation_steps=accumulation_steps,
+            blocks=tuple(
+                Block(e.size_bytes, category, phase, self._op(lives[i][0]), order[e.stream])
+                for i, (e, category, phase) in enumerate(
+                    zip(starts, categories, phases, strict=True)
+                )
+            ),
+            events=tuple(events),
+            marks=tuple(
+                Mark(places[min(m.event, len(places) - 1)], m.phase, m.window, m.micro_batch)
+                for m in self._marks
+            ),
+        )
+
+    def _phases(self, lives: Sequence[tuple[int, int]]) -> list[Phase]:
+        begins = [mark.event for mark in self._marks]
+        last: Phase = "setup"
+        return [
+            self._marks[place - 1].phase if (place := bisect_right(begins, start)) else last
+            for start, _ in lives
+        ]
+
+    def _categories(
+        self,
+        starts: Sequence[TraceEvent],
+        lives: Sequence[tuple[int, int]],
+        phases: Sequence[Phase],
+    ) -> list[Category]:
+        """Name owners by address and time; what no tensor owns is known by its life."""
+        at_address: dict[int, list[int]] = {}
+        for index, event in enumerate(starts):
+            at_address.setdefault(event.address, []).append(index)
+        owned: dict[int, Category] = {}
+        for count, address, category in self._tags:
+            for index in at_address.get(address, ()):
+                if lives[index][0] < count <= lives[index][1]:
+                    owned[index] = category
+        backwards = [mark.event for mark in self._marks if mark.phase == "backward"]
+        end = len(self._events)
+        return [
+            owned.get(index) or _by_life(life, phase, backwards, end)
+            for index, (life, phase) in enumerate(zip(lives, phases, strict=True))
+        ]
+
+    def _op(self, event: int) -> str:
+        place = bisect_right(self._labels, (event, "\uffff"))
+        return self._labels[place - 1][1] if place else ""
+
+
+def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end: int) -> Category:
+    start, freed = life
+    if phase == "setup":
+        return "other"
+    if freed > end:
+        return "workspace"  # a library keeps it, and no tensor shows it
+    if phase == "inputs":
+        return "inputs"
+    next_backward = bisect_right(backwards, start)
+    if phase == "forward" and next_backward < len(backwards) and backwards[next_backward] < freed:
+        return "activations"
+    return "temporaries"
+
+
+class _OpLabels(TorchDispatchMode):
+    """Note which op runs from which event on."""
+
+    def __init__(self, count: _Counts, labels: list[tuple[int, str]]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count = count
+        self._labels = labels
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        self._labels.append((self._count(), func._schema.name))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._labels.append((self._count(), ""))

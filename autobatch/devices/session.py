@@ -1,0 +1,239 @@
+"""One training process on a device: copies of the user's objects, windows run over them.
+
+Invariant: the user's own model, loss and optimizer are read, never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from autobatch.devices.copies import Copier, is_data_parallel
+from autobatch.devices.guard import lost_error
+from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.trace import Category, Phase
+from autobatch.workload import DefaultLoss, Loss, Workload, run_windows
+
+__all__ = ["Copies", "Recorder", "Session", "user_errors"]
+
+_BUCKET_BYTES = 25 * 2**20
+"""Default `bucket_cap_mb` of DistributedDataParallel."""
+
+
+class Recorder(Protocol):
+    """Told where a run is and whose the memory is."""
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """A phase begins."""
+
+    def tag(self, tensors: Iterable[Any], category: Category) -> None:
+        """The storages of these tensors belong to a category for their whole life."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """What runs in place of the user's objects."""
+
+    model: nn.Module
+    loss: Loss
+    workload: Workload
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def make(
+        cls,
+        workload: Workload,
+        model: nn.Module,
+        copier: Copier,
+        before_optimizer: Callable[[nn.Module], nn.Module],
+    ) -> Copies:
+        """Copy a workload's objects, of which `model` is the module to train.
+
+        Args:
+            workload: what the user wants to run.
+            model: its module, without wrappers of compilers and data parallelism.
+            copier: makes the copies.
+            before_optimizer: given the copied module, returns what will run in its place.
+
+        Raises:
+            WorkloadError: something cannot be copied, or there is nothing to train.
+        """
+        copied = before_optimizer(copier.model(model).train())
+        run = replace(
+            workload,
+            evaluate=copier.any(workload.evaluate),
+            window=copier.any(workload.window),
+        )
+        return cls(
+            model=copied,
+            workload=run,
+            loss=_copied_loss(workload.loss, copier),
+            optimizer=_copied_optimizer(workload.optimizer, copied, copier),
+        )
+
+
+def _copied_loss(loss: Loss | None, copier: Copier) -> Loss:
+    if loss is None:
+        return DefaultLoss()
+    if isinstance(loss, nn.Module):
+        return copier.model(loss)
+    return copier.any(loss)  # type: ignore[no-any-return]
+
+
+def _copied_optimizer(given: Any, model: nn.Module, copier: Copier) -> torch.optim.Optimizer:
+    if isinstance(given, torch.optim.Optimizer):
+        optimizer = copier.optimizer(given)
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not set(map(id, held)) & set(map(id, model.parameters())):
+            raise WorkloadError(
+                f"the {type(given).__name__} holds none of the model's parameters: make it "
+                "from the parameters of the model that is tuned"
+            )
+        return optimizer
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise WorkloadError("no parameter requires a gradient: there is nothing to train")
+    make = copier.any(given) if not isinstance(given, type) else given
+    return make(trainable)  # type: ignore[no-any-return]
+
+
+class Session:
+    """Runs windows and tells a recorder whose memory is whose."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        device: torch.device,
+        copier: Copier,
+        recorder: Recorder,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ):
+        """Set up on `device`; `wrap` makes what will run from the copied module."""
+        self._device = device
+        self._recorder = recorder
+        recorder.begin("setup")
+
+        def tagged(copied: nn.Module) -> nn.Module:
+            recorder.tag(copied.parameters(), "parameters")
+            recorder.tag(copied.buffers(), "buffers")
+            return wrap(copied)
+
+        self._copies = Copies.make(workload, model, copier, tagged)
+        self._buckets = _gradient_buckets(workload.model, self._copies.model)
+        recorder.tag(self._buckets, "gradients")
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        recorder.tag(trained, "parameters")  # a loss may have some of its own
+        self._tag_optimizer_state()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that runs."""
+        return self._copies.optimizer
+
+    @property
+    def loss_kind(self) -> str:
+        """How the loss is obtained, as a plan names it."""
+        workload, loss = self._copies.workload, self._copies.loss
+        if workload.window is not None:
+            return "window function"
+        if workload.loss is not None:
+            return workload.loss_name
+        return (loss.kind if isinstance(loss, DefaultLoss) else None) or "user"
+
+    def train(
+        self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True
+    ) -> None:
+        """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
+        workload = self._copies.workload
+        run_windows(
+            workload if evaluate else replace(workload, evaluate=None),
+            model=self._copies.model,
+            optimizer=self.optimizer,
+            loss=self._copies.loss,
+            batch=lambda: self._batch(micro_batch),
+            accumulation_steps=accumulation_steps,
+            windows=windows,
+            phases=self,
+        )
+        self._tag()
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        """Note a phase, and whose the storages of the last one were."""
+        if phase in ("inputs", "step"):
+            gc.collect(1)  # cyclic garbage would otherwise go at some random moment
+            self._tag()
+        self._recorder.begin(phase, window, micro_batch)
+
+    def _tag(self) -> None:
+        parameters = self._copies.model.parameters()
+        self._recorder.tag((p.grad for p in parameters if p.grad is not None), "gradients")
+        self._tag_optimizer_state()
+
+    def _tag_optimizer_state(self) -> None:
+        tensors = (
+            value
+            for state in self.optimizer.state.values()
+            if isinstance(state, dict)
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        self._recorder.tag(tensors, "optimizer_state")
+
+    def _batch(self, micro_batch: int) -> Any:
+        return tree_map(self._to_device, self._copies.workload.batch(micro_batch))
+
+    def _to_device(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.device == self._device else leaf.to(self._device)
+        return leaf
+
+
+def _gradient_buckets(wrapper: nn.Module, model: nn.Module) -> list[Tensor]:
+    """Return the buffers in which DistributedDataParallel averages gradients, if it wraps a model.
+
+    With `gradient_as_bucket_view` the gradients live in the buckets, and nothing comes on top.
+    """
+    if not is_data_parallel(wrapper) or wrapper.gradient_as_bucket_view:
+        return []
+    buckets: list[Tensor] = []
+    waiting: dict[torch.dtype, list[nn.Parameter]] = {}
+
+    def fill(parameters: list[nn.Parameter]) -> None:
+        first = parameters[0]
+        elements = sum(p.numel() for p in parameters)
+        buckets.append(torch.zeros(elements, dtype=first.dtype, device=first.device))
+
+    for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
+        group = waiting.setdefault(parameter.dtype, [])
+        group.append(parameter)
+        if sum(p.nbytes for p in group) >= _BUCKET_BYTES:
+            fill(waiting.pop(parameter.dtype))
+    for group in waiting.values():
+        fill(group)
+    return buckets
+
+
+@contextlib.contextmanager
+def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
+    """Turn whatever the user's code raises into one clear line, with its traceback chained."""
+    try:
+        yield
+    except AutobatchError:
+        raise
+    except Exception as caught:
+        error = lost_error(caught)
+        if isinstance(error, AutobatchError):
+            raise error from error.__cause__
+        summary = str(error).strip().splitlines()
+        raise WorkloadError(
+            f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "
+            f"{type(error).__name__}: {summary[0] if summary else ''}"
+        ) from error

@@ -1,0 +1,145 @@
+"""The user's own state waits in host memory while the card is needed.
+
+Storages are emptied and filled again in place, so that every tensor, view and alias on them stays
+the object that it was. Invariant: after `restore`, every byte is as it was when it was taken in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.devices.copies import blank
+from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.units import format_bytes
+
+__all__ = ["Shelter", "free_host_bytes", "uninterrupted"]
+
+
+class Shelter:
+    """Host copies of storages that were on a card."""
+
+    def __init__(self, device: torch.device):
+        """Take in what lives on `device`."""
+        self._device = device
+        self._noted: dict[int, torch.UntypedStorage] = {}
+        self._kept: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that wait in host memory."""
+        return sum(host.nbytes for _, host in self._kept.values())
+
+    def note(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Remember to take a tensor in, with its gradient; return an empty stand-in of its layout.
+
+        Has the form of `Copier`'s `make`: what a copier reaches is what has to make room.
+        """
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is not None and part.device == self._device:
+                storage = part.untyped_storage()
+                if storage.nbytes() and storage.resizable():
+                    self._noted[storage._cdata] = storage
+        return blank(tensor, device)
+
+    def take_in(self) -> None:
+        """Move everything noted to the host, and free its memory on the card.
+
+        Raises:
+            WorkloadError: the host has not enough memory for it.
+        """
+        needed = sum(storage.nbytes() for storage in self._noted.values())
+        free = free_host_bytes()
+        if free is not None and needed > free:
+            raise WorkloadError(
+                f"the model, its gradients and the optimizer's state take {format_bytes(needed)} "
+                f"on the GPU and would have to wait in host memory, where {format_bytes(free)} "
+                "are free: tune before moving them to the GPU, or on the command line"
+            )
+        for key, storage in self._noted.items():
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            host.copy_(self._bytes(storage))
+            self._kept[key] = (storage, host)
+            storage.resize_(0)
+        self._noted.clear()
+
+    def copy_of(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Make a tensor of the same layout and values on a device; `meta` has random values.
+
+        Has the form of `Copier`'s `make`.
+        """
+        with torch.no_grad():
+            if tensor.is_meta:
+                made = blank(tensor, device)
+                # small and positive: a variance, a probability and a weight can all be that
+                return made.uniform_(0, 0.04) if made.is_floating_point() else made.zero_()
+            source = self._readable(tensor.detach())
+            if 0 in source.stride():  # expanded: its layout cannot be written to
+                return source.contiguous().to(device, copy=True)
+            return blank(source, device).copy_(source)
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        kept = self._kept.get(tensor.untyped_storage()._cdata)
+        if kept is None:
+            return tensor
+        host = torch.empty(0, dtype=tensor.dtype)
+        offset, size, stride = tensor.storage_offset(), tensor.size(), tensor.stride()
+        return host.set_(kept[1].untyped_storage(), offset, size, stride)
+
+    def restore(self) -> None:
+        """Put everything back where it was.
+
+        Raises:
+            AutobatchError: the card no longer has room; what could not go back stays on the host,
+                and calling again goes on.
+        """
+        for key, (storage, host) in list(self._kept.items()):
+            try:
+                storage.resize_(host.nbytes)
+            except torch.OutOfMemoryError as error:
+                raise AutobatchError(
+                    f"{format_bytes(self.bytes_held)} of the model's own state cannot return to "
+                    f"the GPU, because something else has taken its place ({error}); free memory "
+                    "there, or load the model again"
+                ) from None
+            self._bytes(storage).copy_(host)
+            del self._kept[key]
+
+    def _bytes(self, storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+
+
+def free_host_bytes() -> int | None:
+    """Return what the host has free, caches included; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block is done: half a restore would lose weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    before: Any = signal.signal(signal.SIGINT, lambda *call: waiting.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])

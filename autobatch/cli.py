@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from autobatch.footprint import Footprint
     from autobatch.gpus import GpuSpec
+    from autobatch.plan import Plan
+    from autobatch.progress import ProgressCallback
     from autobatch.workload import OptimizerSpec, Workload
 
 __all__ = ["entry", "main"]
@@ -91,16 +93,18 @@ def _probe(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json)
     gpu = _gpu(arguments)
     with follow(sys.stderr) as progress:
-        from autobatch.tuner import tune
-
-        plan = tune(
-            _subject(arguments.spec),
-            target=arguments.target,
-            world_size=arguments.world_size,
-            headroom=arguments.headroom,
-            gpu=gpu,
-            progress=progress,
-            **_options(arguments),
+        plan = _plan(
+            arguments,
+            {
+                "target": arguments.target,
+                "world_size": arguments.world_size,
+                "headroom": arguments.headroom,
+                "prove": arguments.prove,
+                "cache": "confirm" if arguments.confirm else not arguments.no_cache,
+                "gpu": gpu,
+                **_options(arguments),
+            },
+            progress,
         )
     if arguments.json == "-":
         sys.stdout.write(plan.to_json())
@@ -110,6 +114,27 @@ def _probe(arguments: argparse.Namespace) -> None:
         plan.save(arguments.json)
     if arguments.report:
         _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
+
+
+def _plan(
+    arguments: argparse.Namespace, options: dict[str, Any], progress: ProgressCallback
+) -> Plan:
+    """Tune here where the GPU is simulated, in a child process where it is real."""
+    if options["gpu"] is not None or arguments.no_isolate:
+        return _tune_spec(arguments.spec, options, progress=progress)
+    from autobatch.isolation import apart
+
+    return apart(
+        _tune_spec, arguments.spec, options, progress=progress, time_limit=arguments.time_limit
+    )
+
+
+def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Plan:
+    from autobatch.tuner import require_cuda, tune
+
+    if options["gpu"] is None:
+        require_cuda()  # before a model is built that nothing can run
+    return tune(_subject(spec), progress=progress, **options)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -225,6 +250,25 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the usable memory to leave free (default 0.05)",
     )
     _add_workload_options(probe)
+    probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
+    probe.add_argument(
+        "--no-cache", action="store_true", help="probe again where nothing has changed"
+    )
+    probe.add_argument(
+        "--confirm", action="store_true", help="run a plan from the cache once before answering"
+    )
+    probe.add_argument(
+        "--no-isolate",
+        action="store_true",
+        help="probe the GPU in this machine in this process, not in a child of it",
+    )
+    probe.add_argument(
+        "--time-limit",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="seconds that one trial may take on the GPU in this machine (default 900)",
+    )
     probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
 
     predict = commands.add_parser("predict", help="account for the memory of one micro-batch")

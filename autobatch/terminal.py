@@ -22,7 +22,6 @@ from autobatch.report.document import (
     Paragraph,
     Table,
 )
-
 from autobatch.units import format_bytes
 
 if TYPE_CHECKING:

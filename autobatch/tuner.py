@@ -45,7 +45,7 @@ from autobatch.trace import Trace
 from autobatch.units import GIB, MIB, format_bytes
 from autobatch.workload import Loss, OptimizerSpec, Workload
 
-__all__ = ["predict", "tune"]
+__all__ = ["predict", "require_cuda", "tune"]
 
 _LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
@@ -302,8 +302,9 @@ def predict(
 ) -> Footprint:
     """Account for the memory of two training windows at one micro-batch, whether or not they fit.
 
-    Always simulated; `gpu=None` simulates the card in this machine. Takes the arguments of `tune`. From the second micro-batch of a window on all are alike, so
-    two of them are executed for any number of accumulation steps above one.
+    Always simulated; `gpu=None` simulates the card in this machine. Takes the arguments of `tune`.
+    From the second micro-batch of a window on all are alike, so two of them are executed for any
+    number of accumulation steps above one.
 
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
@@ -332,18 +333,19 @@ def _device(gpu: str | GpuSpec | None) -> Device:
         return VirtualGpu(find_gpu(gpu))
     if gpu is not None:
         raise UsageError(f"gpu is {gpu!r}: use a name such as 'a100-40gb', a size or a GpuSpec")
-    _require_cuda()
+    require_cuda()
     return CudaGpu(Card())
 
 
 def _card_here() -> GpuSpec:
     """Describe the current CUDA device as the catalogue would."""
-    _require_cuda()
+    require_cuda()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return describe(properties.name, properties.total_memory, (properties.major, properties.minor))
 
 
-def _require_cuda() -> None:
+def require_cuda() -> None:
+    """Raise NoGpuError where there is no CUDA device."""
     if not torch.cuda.is_available():
         raise NoGpuError(
             "there is no CUDA GPU in this machine: name the one to simulate, such as "

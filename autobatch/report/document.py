@@ -298,7 +298,8 @@ def _ceiling(plan: Plan) -> str:
             f"at least micro-batch {plan.ceiling_at_least:,} ({evidence}): "
             "the search stopped at its upper limit"
         )
-    return f"micro-batch {plan.ceiling:,} is the largest that fits ({evidence})"
+    proof = f"; {plan.ceiling + 1:,} was run and does not" if plan.proven else ""
+    return f"micro-batch {plan.ceiling:,} is the largest that fits ({evidence}{proof})"
 
 
 def _slack(plan: Plan) -> str:
@@ -313,11 +314,14 @@ def _slack(plan: Plan) -> str:
 
 def _budget(plan: Plan) -> str:
     others = f" - {format_bytes(plan.others_bytes)} others" if plan.others_bytes else ""
-    return (
+    usable = (
         f"({format_bytes(plan.gpu.capacity_bytes)} capacity - "
-        f"{format_bytes(plan.footprint.context_bytes)} context{others}) × "
-        f"(1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
+        f"{format_bytes(plan.gpu.context_bytes)} context{others})"
     )
+    left = plan.gpu.capacity_bytes - plan.gpu.context_bytes - plan.others_bytes
+    if plan.allowed_bytes is not None and plan.allowed_bytes < left:
+        usable = f"{format_bytes(plan.allowed_bytes)} allowed to the process"
+    return f"{usable} × (1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
 
 
 def _why(plan: Plan) -> str:
@@ -361,10 +365,15 @@ def _evidence(plan: Plan) -> str:
     )
 
 
-def _trials(trials: Iterable[Trial]) -> Table:
+def _trials(trials: Sequence[Trial]) -> Table:
+    timed = any(trial.window_seconds is not None for trial in trials)
     return Table(
-        columns=("micro-batch", "steps", "result", "allocated", "reserved", "seconds", "how known"),
-        align="rrlrrrl",
+        columns=(
+            *("micro-batch", "steps", "result", "allocated", "reserved", "seconds"),
+            *(("samples/s",) if timed else ()),
+            "how known",
+        ),
+        align="rrlrrr" + "r" * timed + "l",
         rows=tuple(
             (
                 f"{trial.micro_batch:,}",
@@ -373,11 +382,18 @@ def _trials(trials: Iterable[Trial]) -> Table:
                 format_bytes(trial.peak_allocated_bytes),
                 format_bytes(trial.peak_reserved_bytes),
                 f"{trial.seconds:.2f}",
+                *((_throughput(trial),) if timed else ()),
                 trial.evidence,
             )
             for trial in trials
         ),
     )
+
+
+def _throughput(trial: Trial) -> str:
+    if trial.window_seconds is None:
+        return "-"
+    return f"{trial.micro_batch * trial.accumulation_steps / trial.window_seconds:,.1f}"
 
 
 def _result(trial: Trial) -> str:

@@ -17,6 +17,8 @@ __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 SCRATCH_EVENTS = 8
 """Scratch memory comes and goes within so many events: a kernel takes a few buffers at once."""
 
+_NOTABLE_BEND = 0.01
+
 _identity = attrgetter("category", "phase", "op", "stream")
 
 
@@ -96,8 +98,15 @@ class TraceModel:
 
     @property
     def degree(self) -> int:
-        """2 if any block's size is quadratic in the micro-batch, else 1."""
-        return 2 if any(self.bends) else 1
+        """2 if quadratic terms matter at the largest fitted size, else 1.
+
+        Blocks that are padded to some multiple bend a little without growing with the square.
+        """
+        if not any(self.bends):
+            return 1
+        first, second, last = self.nodes
+        bent = sum(map(abs, self.bends)) * (last - first) * (last - second) / self.denominator
+        return 2 if bent > _NOTABLE_BEND * sum(self.template.sizes) else 1
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block, to the nearest byte and never negative."""

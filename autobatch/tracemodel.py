@@ -55,7 +55,8 @@ class TraceModel:
             traces: of the same workload.
             scratch_may_vary: kernels of a real GPU choose their scratch memory by the shape. It is
                 then no part of the alignment, follows the line through the two largest sizes, and
-                grows with the micro-batch where it was seen at the largest only.
+                grows with the micro-batch where it was seen at the largest only. Workspaces that
+                a library keeps for good may come at one size only, and stay as they are.
 
         Raises:
             Misaligned: the traces differ in anything but the sizes of their blocks.
@@ -83,7 +84,8 @@ class TraceModel:
                 for trace, mapping in zip(ordered, counterparts, strict=False)
             ]
             if index in scratch:
-                terms.append(law.scratch(found, block.size_bytes))
+                grows = block.category != "workspace"
+                terms.append(law.scratch(found, block.size_bytes, grows=grows))
             else:
                 terms.append(law.polynomial([*found, block.size_bytes]))  # type: ignore[list-item]
         bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
@@ -198,10 +200,14 @@ class _Law:
         bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
         return base, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
 
-    def scratch(self, smaller: Sequence[int | None], last: int) -> tuple[int, int, int]:
+    def scratch(
+        self, smaller: Sequence[int | None], last: int, *, grows: bool
+    ) -> tuple[int, int, int]:
         """Go through the last size: with the one before it, or in proportion to the micro-batch."""
         before = smaller[-1]
-        if before is None:
+        if not grows:
+            slope = 0
+        elif before is None:
             slope = last * self.denominator // self.nodes[-1]
         else:
             rise = max(0, last - before)
@@ -210,8 +216,11 @@ class _Law:
 
 
 def scratch_blocks(trace: Trace) -> frozenset[int]:
-    """Return the blocks that come and go within a few events, as a kernel's scratch memory does."""
-    found: set[int] = set()
+    """Return the blocks that come and go within a few events, as a kernel's scratch memory does.
+
+    Workspaces count too: the first to need one takes it for all.
+    """
+    found = {i for i, block in enumerate(trace.blocks) if block.category == "workspace"}
     events = trace.events
     start = 0
     while start < len(events):

@@ -20,7 +20,7 @@ from autobatch.snapshot import Snapshot, read_snapshot
 
 __all__ = ["Card", "Clock", "Stats"]
 
-MAX_EVENTS = 2_000_000
+MAX_EVENTS = 1_000_000
 """Allocator events that are kept, about 150 B each on the host; a window has some ten thousand."""
 
 
@@ -118,8 +118,14 @@ class Card:
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def empty_cache(self) -> None:
-        """Give every wholly free segment back to the driver."""
+        """Give every wholly free segment back to the driver, and the workspaces of libraries.
+
+        cuBLAS and cuFFT take theirs from the allocator and keep them; they take them again when
+        they need them, so that every run begins as a new process does.
+        """
         torch.cuda.synchronize(self.index)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.backends.cuda.cufft_plan_cache[self.index].clear()
         torch.cuda.empty_cache()
 
     def touch(self, size_bytes: int) -> None:

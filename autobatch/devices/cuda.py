@@ -26,7 +26,7 @@ from autobatch.devices.card import Card, Stats
 from autobatch.devices.copies import Copier, unwrapped
 from autobatch.devices.history import HistoryRecorder
 from autobatch.devices.oom import Shortage, attempt, let_go
-from autobatch.devices.session import Copies, Session, user_errors
+from autobatch.devices.session import Session, user_errors
 from autobatch.devices.shelter import Shelter, uninterrupted
 from autobatch.devices.undisturbed import undisturbed
 from autobatch.errors import UnknownGpuError, UsageError
@@ -151,7 +151,11 @@ class CudaGpu:
         """Let a copier that copies nothing show what a run will copy."""
         original, _ = unwrapped(workload.model)
         copier = Copier(torch.device("meta"), self._shelter.note)
-        Copies.make(workload, original, copier, lambda model: model)
+        copier.model(original)
+        for part in (workload.loss, workload.evaluate, workload.window):
+            copier.any(part)
+        if isinstance(workload.optimizer, torch.optim.Optimizer):
+            copier.optimizer(workload.optimizer)
 
     def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
         """Run two training windows, and a few more for the time they take.
@@ -179,6 +183,7 @@ class CudaGpu:
         self._spilled_bytes = max(self._spilled_bytes, spilled)
         self._readings.append(card.reading())
         card.empty_cache()
+        self._start = card.snapshot()  # with what libraries have taken for good
         shortage = done if isinstance(done, Shortage) else None
         facts = _Facts() if isinstance(done, Shortage) else done
         if (left := card.stats().allocated_bytes - before.allocated_bytes) > 0:

@@ -39,7 +39,7 @@ class Shelter:
         return sum(host.nbytes for _, host in self._kept.values())
 
     def note(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Remember to take a tensor in, with its gradient; return an empty stand-in of its layout.
+        """Remember to take a tensor in, with its gradient; return a stand-in without memory.
 
         Has the form of `Copier`'s `make`: what a copier reaches is what has to make room.
         """
@@ -48,7 +48,7 @@ class Shelter:
                 storage = part.untyped_storage()
                 if storage.nbytes() and storage.resizable():
                     self._noted[storage._cdata] = storage
-        return blank(tensor, device)
+        return blank(tensor, torch.device("meta"))
 
     def take_in(self) -> None:
         """Move everything noted to the host, and free its memory on the card.

@@ -101,9 +101,9 @@ class Probe:
         return self.run(micro_batch).fits(self.budget_bytes)
 
     def peak_bytes(self, micro_batch: int) -> int | None:
-        """Return what an executed size reserved; None where it ran out of memory on the way."""
+        """Return what an executed size reserved; None where the limit had a hand in it."""
         run = self.runs[micro_batch]
-        return None if run.shortage is not None else run.replay.peak_reserved_bytes
+        return run.replay.peak_reserved_bytes if run.is_free else None
 
     def predict(self, model: TraceModel, micro_batch: int) -> Replay:
         """Return what the allocator would do with the model's trace at a size."""
@@ -261,7 +261,9 @@ def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
     if probe.device.evidence != "measured":
         return 0
     largest = model.nodes[-1]
-    measured = probe.run(largest).replay.peak_reserved_bytes
+    measured = probe.peak_bytes(largest)
+    if measured is None:
+        return 0
     return measured - probe.predict(model, largest).peak_reserved_bytes
 
 

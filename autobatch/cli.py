@@ -120,7 +120,9 @@ def _plan(
     arguments: argparse.Namespace, options: dict[str, Any], progress: ProgressCallback
 ) -> Plan:
     """Tune here where the GPU is simulated, in a child process where it is real."""
-    if options["gpu"] is not None or arguments.no_isolate:
+    from autobatch.gpus import is_device
+
+    if not is_device(options["gpu"]) or arguments.no_isolate:
         return _tune_spec(arguments.spec, options, progress=progress)
     from autobatch.isolation import apart
 
@@ -130,10 +132,8 @@ def _plan(
 
 
 def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Plan:
-    from autobatch.tuner import require_cuda, tune
+    from autobatch.tuner import tune
 
-    if options["gpu"] is None:
-        require_cuda()  # before a model is built that nothing can run
     return tune(_subject(spec), progress=progress, **options)
 
 
@@ -159,7 +159,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     if arguments.json == "-":
         sys.stdout.write(_footprint_json(footprint))
         return
-    show(footprint_summary(footprint, gpu.capacity_bytes if gpu else None), sys.stdout)
+    capacity_bytes = None if gpu is None or isinstance(gpu, str) else gpu.capacity_bytes
+    show(footprint_summary(footprint, capacity_bytes), sys.stdout)
     if arguments.json:
         write_text(arguments.json, _footprint_json(footprint))
 
@@ -187,10 +188,12 @@ def _subject(spec: str) -> nn.Module | Workload:
     return load_spec(spec).subject
 
 
-def _gpu(arguments: argparse.Namespace) -> GpuSpec | None:
-    from autobatch.gpus import find_gpu
+def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:
+    """Return the card to simulate, or the device of this machine that is named."""
+    from autobatch.gpus import find_gpu, is_device
 
-    return find_gpu(arguments.gpu) if arguments.gpu is not None else None
+    named: str | None = arguments.gpu
+    return named if named is None or is_device(named) else find_gpu(named)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -292,8 +295,8 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         metavar="NAME",
-        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; "
-        "default: the GPU in this machine",
+        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; a device "
+        "such as cuda:1, by default the current one, is measured",
     )
     parser.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), help="default: adamw")
     parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.units import GIB, MIB, format_bytes, parse_bytes
 
-__all__ = ["CATALOGUE", "GpuSpec", "find_gpu"]
+__all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "is_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,15 @@ def find_gpu(name: str) -> GpuSpec:
         f"GPU {name!r} is not in the catalogue: {hint}`autobatch gpus` lists the known ones, "
         "and any capacity works instead of a name, such as --gpu 24GiB"
     )
+
+
+def is_device(gpu: object) -> bool:
+    """Return whether a GPU is meant that is in this machine: None, "cuda", "cuda:1", a device.
+
+    >>> is_device("cuda:1"), is_device("a100-40gb")
+    (True, False)
+    """
+    return gpu is None or re.fullmatch(r"cuda(:\d+)?", str(gpu)) is not None
 
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|rtx|\bsxm\d?\b|\bhbm\d?e?\b|\bgpu\b")

@@ -17,8 +17,6 @@ __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 SCRATCH_EVENTS = 8
 """Scratch memory comes and goes within so many events: a kernel takes a few buffers at once."""
 
-_NOTABLE_BEND = 0.01
-
 _identity = attrgetter("category", "phase", "op", "stream")
 
 
@@ -67,27 +65,20 @@ class TraceModel:
         if len(nodes) not in (2, 3) or len(set(nodes)) != len(nodes):
             raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
         last = ordered[-1]
-        counterparts: list[Sequence[int | None]] = []
+        columns: list[Sequence[int]] = []
         for trace in ordered[:-1]:
             if scratch_may_vary:
-                counterparts.append(_aligned_without_scratch(trace, last))
+                columns.append(_sizes_aligned_without_scratch(trace, last))
             elif reason := _misalignment(trace, last):
                 raise Misaligned(reason)
             else:
-                counterparts.append(range(len(last.blocks)))
-        scratch = scratch_blocks(last) if scratch_may_vary else frozenset()
-        law = _Law(nodes)
-        terms = []
-        for index, block in enumerate(last.blocks):
-            found = [
-                None if (other := mapping[index]) is None else trace.blocks[other].size_bytes
-                for trace, mapping in zip(ordered, counterparts, strict=False)
-            ]
-            if index in scratch:
-                grows = block.category != "workspace"
-                terms.append(law.scratch(found, block.size_bytes, grows=grows))
-            else:
-                terms.append(law.polynomial([*found, block.size_bytes]))  # type: ignore[list-item]
+                columns.append(trace.sizes)
+        rows = list(zip(*columns, last.sizes, strict=True))
+        law = _Law.over(nodes)
+        terms = [law.polynomial(row) for row in rows]
+        for index in scratch_blocks(last) if scratch_may_vary else ():
+            grows = last.blocks[index].category != "workspace"
+            terms[index] = law.scratch(*rows[index][-2:], grows=grows)
         bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
         return cls(
             template=last,
@@ -100,15 +91,20 @@ class TraceModel:
 
     @property
     def degree(self) -> int:
-        """2 if quadratic terms matter at the largest fitted size, else 1.
+        """2 if any block's size is quadratic in the micro-batch, else 1."""
+        return 2 if any(self.bends) else 1
 
-        Blocks that are padded to some multiple bend a little without growing with the square.
+    @property
+    def bent_share(self) -> float:
+        """The share of all bytes at the largest fitted size that quadratic terms make up.
+
+        Kernels that pad to some multiple bend their blocks a little; that is no square law.
         """
         if not any(self.bends):
-            return 1
+            return 0.0
         first, second, last = self.nodes
         bent = sum(map(abs, self.bends)) * (last - first) * (last - second) / self.denominator
-        return 2 if bent > _NOTABLE_BEND * sum(self.template.sizes) else 1
+        return bent / max(sum(self.template.sizes), 1)
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block, to the nearest byte and never negative."""
@@ -178,36 +174,37 @@ class TraceModel:
         return (self.peak_bytes(second) - self.peak_bytes(first)) / (second - first)
 
 
+_ABSENT = -1
+"""Stands for the size of a block that a trace does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Law:
     """Coefficients, times a common denominator, of one block's size."""
 
     nodes: tuple[int, ...]
+    denominator: int
 
-    @property
-    def denominator(self) -> int:
-        if len(self.nodes) == 2:
-            return self.nodes[1] - self.nodes[0]
-        n0, n1, n2 = self.nodes
-        return (n1 - n0) * (n2 - n1) * (n2 - n0)
+    @classmethod
+    def over(cls, nodes: tuple[int, ...]) -> _Law:
+        if len(nodes) == 2:
+            return cls(nodes, nodes[1] - nodes[0])
+        n0, n1, n2 = nodes
+        return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0))
 
     def polynomial(self, sizes: Sequence[int]) -> tuple[int, int, int]:
         """Go through the sizes at all nodes."""
-        base = sizes[0] * self.denominator
-        if len(self.nodes) == 2:
-            return base, sizes[1] - sizes[0], 0
+        if len(sizes) == 2:
+            return sizes[0] * self.denominator, sizes[1] - sizes[0], 0
         (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
         bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
-        return base, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
+        return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
 
-    def scratch(
-        self, smaller: Sequence[int | None], last: int, *, grows: bool
-    ) -> tuple[int, int, int]:
-        """Go through the last size: with the one before it, or in proportion to the micro-batch."""
-        before = smaller[-1]
+    def scratch(self, before: int, last: int, *, grows: bool) -> tuple[int, int, int]:
+        """Go through the two largest sizes; from one alone, in proportion to the micro-batch."""
         if not grows:
             slope = 0
-        elif before is None:
+        elif before == _ABSENT:
             slope = last * self.denominator // self.nodes[-1]
         else:
             rise = max(0, last - before)
@@ -246,33 +243,33 @@ def _end_of_scratch(events: Sequence[int], start: int) -> int:
     return start
 
 
-def _aligned_without_scratch(first: Trace, second: Trace) -> list[int | None]:
-    """Return, for each block of `second`, its counterpart in `first`; scratch may have none.
+def _sizes_aligned_without_scratch(first: Trace, second: Trace) -> list[int]:
+    """Return, for each block of `second`, the size of its counterpart in `first`.
 
     Raises:
-        Misaligned: the rest differs in anything but sizes.
+        Misaligned: what is no scratch differs in anything but sizes.
     """
     if first.accumulation_steps != second.accumulation_steps:
         raise Misaligned(str(_misalignment(first, second)))
     ours, theirs = _Skeleton(first), _Skeleton(second)
-    pairs = zip(ours.blocks, theirs.blocks, strict=False)
-    if ours.events != theirs.events or not all(
-        _same_identity(first.blocks[a], second.blocks[b]) for a, b in pairs
-    ):
+    if ours.events != theirs.events or not _same_blocks(first, ours.blocks, second, theirs.blocks):
         reason = _misalignment(ours.trace, theirs.trace)
         raise Misaligned(f"{reason}, scratch memory left out")
-    mapping: list[int | None] = [None] * len(second.blocks)
-    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
-        mapping[b] = a
+    sizes = [_ABSENT] * len(second.blocks)
+    pairs = list(zip(ours.blocks, theirs.blocks, strict=True))
     for place, group in theirs.scratch.items():
         others = ours.scratch.get(place, [])
-        same = len(others) == len(group) and all(
-            _same_identity(first.blocks[a], second.blocks[b])
-            for a, b in zip(others, group, strict=True)
-        )
-        for a, b in zip(others, group, strict=False):
-            mapping[b] = a if same else None
-    return mapping
+        if _same_blocks(first, others, second, group):
+            pairs += zip(others, group, strict=True)
+    for a, b in pairs:
+        sizes[b] = first.blocks[a].size_bytes
+    return sizes
+
+
+def _same_blocks(first: Trace, ours: Sequence[int], second: Trace, theirs: Sequence[int]) -> bool:
+    return len(ours) == len(theirs) and all(
+        _same_identity(first.blocks[a], second.blocks[b]) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 class _Skeleton:

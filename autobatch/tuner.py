@@ -34,7 +34,7 @@ from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
 from autobatch.footprint import Footprint
-from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu
+from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu, is_device
 from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan
@@ -45,7 +45,9 @@ from autobatch.trace import Trace
 from autobatch.units import GIB, MIB, format_bytes
 from autobatch.workload import Loss, OptimizerSpec, Workload
 
-__all__ = ["predict", "require_cuda", "tune"]
+__all__ = ["predict", "tune"]
+
+Gpu = str | GpuSpec | torch.device | None
 
 _LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
@@ -53,6 +55,9 @@ _LARGEST = 2**16
 _NEIGHBOURS_GREW_BYTES = 64 * MIB
 _NEIGHBOURS_LEFT_BYTES = GIB
 """A cached plan holds while other processes take no more than then, and not much less."""
+
+_NOTABLE_BEND = 1e-3
+"""Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
 
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -64,7 +69,7 @@ def tune(
     sample: Any = None,
     loss: Loss | None = None,
     optimizer: OptimizerSpec | None = None,
-    gpu: str | GpuSpec | None = None,
+    gpu: Gpu = None,
     world_size: int = 1,
     headroom: float = 0.05,
     autocast: str | None = None,
@@ -84,8 +89,8 @@ def tune(
         loss: `loss(model, batch)` gives a scalar; None takes the output's `.loss`, a scalar
             output, or the sum of the outputs with a warning.
         optimizer: an instance, a class, or a callable on parameters; AdamW if None.
-        gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; None
-            measures on the GPU in this machine.
+        gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; a device
+            such as "cuda:1" is measured, and so is the current one if None.
         world_size: GPUs that share the effective batch.
         headroom: share of the usable memory to leave free, in [0, 1).
         autocast: "bf16", "fp16" or None.
@@ -147,7 +152,7 @@ def _tuned(
     sample: Any,
     loss: Loss | None,
     optimizer: OptimizerSpec | None,
-    gpu: str | GpuSpec | None,
+    gpu: Gpu,
     autocast: str | None,
     clip_norm: float | None,
     *,
@@ -295,16 +300,16 @@ def predict(
     sample: Any = None,
     loss: Loss | None = None,
     optimizer: OptimizerSpec | None = None,
-    gpu: str | GpuSpec | None = None,
+    gpu: Gpu = None,
     autocast: str | None = None,
     clip_norm: float | None = None,
     progress: ProgressCallback = silent,
 ) -> Footprint:
     """Account for the memory of two training windows at one micro-batch, whether or not they fit.
 
-    Always simulated; `gpu=None` simulates the card in this machine. Takes the arguments of `tune`.
-    From the second micro-batch of a window on all are alike, so two of them are executed for any
-    number of accumulation steps above one.
+    Always simulated; a device of this machine stands for a card like it. Takes the arguments of
+    `tune`. From the second micro-batch of a window on all are alike, so two of them are executed
+    for any number of accumulation steps above one.
 
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
@@ -313,7 +318,7 @@ def predict(
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
-    device = VirtualGpu(_card_here()) if gpu is None else _device(gpu)
+    device = VirtualGpu(_described(gpu))
     workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
     probe = Probe(
         device=device,
@@ -326,31 +331,44 @@ def predict(
     return replace(footprint, accumulation_steps=accumulation_steps)
 
 
-def _device(gpu: str | GpuSpec | None) -> Device:
+def _device(gpu: Gpu) -> Device:
+    if is_device(gpu):
+        return CudaGpu(Card(_cuda_index(gpu)))
+    return VirtualGpu(_described(gpu))
+
+
+def _described(gpu: Gpu) -> GpuSpec:
+    """Return the card to simulate; one in this machine is described as the catalogue would."""
     if isinstance(gpu, GpuSpec):
-        return VirtualGpu(gpu)
+        return gpu
+    if is_device(gpu):
+        properties = torch.cuda.get_device_properties(_cuda_index(gpu))
+        capability = properties.major, properties.minor
+        return describe(properties.name, properties.total_memory, capability)
     if isinstance(gpu, str):
-        return VirtualGpu(find_gpu(gpu))
-    if gpu is not None:
-        raise UsageError(f"gpu is {gpu!r}: use a name such as 'a100-40gb', a size or a GpuSpec")
-    require_cuda()
-    return CudaGpu(Card())
+        return find_gpu(gpu)
+    raise UsageError(
+        f"gpu is {gpu!r}: use a name such as 'a100-40gb', a size, a GpuSpec, or a device such as "
+        "'cuda:0'"
+    )
 
 
-def _card_here() -> GpuSpec:
-    """Describe the current CUDA device as the catalogue would."""
-    require_cuda()
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return describe(properties.name, properties.total_memory, (properties.major, properties.minor))
+def _cuda_index(gpu: Gpu) -> int:
+    """Return the index of a CUDA device of this machine.
 
-
-def require_cuda() -> None:
-    """Raise NoGpuError where there is no CUDA device."""
-    if not torch.cuda.is_available():
+    Raises:
+        NoGpuError: there is none, or none of that index.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise NoGpuError(
             "there is no CUDA GPU in this machine: name the one to simulate, such as "
             'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
         )
+    index = None if gpu is None else torch.device(str(gpu)).index
+    if index is not None and index >= count:
+        raise NoGpuError(f"there is no {gpu} in this machine: it has {count}, from cuda:0 on")
+    return torch.cuda.current_device() if index is None else index
 
 
 def _workload(
@@ -449,7 +467,7 @@ def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
     points = {size: memory_point(size, r, "predicted") for size, r in found.predicted.items()}
     for size, run in probe.runs.items():
-        if run.shortage is None:
+        if run.is_free:
             points[size] = memory_point(size, run.replay, probe.device.evidence)
     if found.model is not None:
         for size in curve_sizes(found.micro_batch, known=points):
@@ -460,7 +478,11 @@ def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
 def _method(found: Ceiling) -> str:
     if found.model is None:
         return "bisection"
-    return "trace model (quadratic)" if found.model.degree == 2 else "trace model"
+    return "trace model (quadratic)" if _is_quadratic(found) else "trace model"
+
+
+def _is_quadratic(found: Ceiling) -> bool:
+    return found.model is not None and found.model.bent_share > _NOTABLE_BEND
 
 
 def _facts(workload: Workload, run: Run) -> ModelFacts:
@@ -493,7 +515,7 @@ def _warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[st
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
         )
-    if found.model is not None and found.model.degree == 2:
+    if _is_quadratic(found):
         yield (
             "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
             "with accumulation, each sample is compared with those of its micro-batch only"

@@ -157,7 +157,9 @@ def _usual_windows(
 ) -> Any:
     """Run the loop that users write, and return the last micro-batch."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler("cuda", enabled=workload.autocast == "fp16")
+    # from its usual 2**16 on, a scaler skips the first steps of many runs, and with them the
+    # optimizer's state
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0, enabled=workload.autocast == "fp16")
     for window in range(windows):
         for step in range(accumulation_steps):
             phases.begin("inputs", window, step)

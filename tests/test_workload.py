@@ -93,6 +93,16 @@ def test_a_window_that_leaves_micro_batches_out_is_refused(kind):
         run(kind, workload(window=lazy))
 
 
+def test_an_optimizer_that_never_steps_is_reported():
+    def stuck(model, optimizer, batches):
+        for batch in batches:
+            model(batch).sum().backward()
+        optimizer.zero_grad()
+
+    warnings = " ".join(run("rehearsed", workload(window=stuck)).warnings)
+    assert "AdamW never made a step" in warnings
+
+
 @pytest.mark.parametrize(
     "extra", [{"autocast": "bf16"}, {"clip_norm": 1.0}, {"loss": lambda model, batch: None}]
 )

@@ -43,10 +43,14 @@ class Run:
     optimizer: str
     warnings: tuple[str, ...]
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the windows ran through without ever meeting the limit of the memory."""
+        return self.shortage is None and self.replay.fits
+
     def fits(self, budget_bytes: int) -> bool:
         """Return whether the windows ran through without a retry and within a budget."""
-        fitted = self.shortage is None and self.replay.fits
-        return fitted and self.replay.peak_reserved_bytes <= budget_bytes
+        return self.is_free and self.replay.peak_reserved_bytes <= budget_bytes
 
 
 class Device(Protocol):

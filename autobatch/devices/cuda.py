@@ -223,7 +223,7 @@ class CudaGpu:
         session = Session(workload, original, self._card.device, copier, recorder, wrap)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
-        facts = _Facts(peak=self._card.stats())
+        facts = _Facts(peak=self._card.stats(), warnings=session.warnings)
         seconds: list[float] = []
         while len(seconds) < TIMED_WINDOWS and sum(seconds) < TIMED_SECONDS:
             clock = self._card.clock()

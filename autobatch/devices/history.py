@@ -39,25 +39,32 @@ class HistoryRecorder:
         self._labels: list[tuple[int, str]] = []
         self._events: Sequence[TraceEvent] = ()
         self._is_on = False
+        self._switches = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record until the end of the block, or until `stop`."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._card.recording())
+        with self._switches:
+            self._switches.enter_context(self._card.recording())
             self._first = self._card.stats().events
             self._is_on = True
             if self._labelled:
-                stack.enter_context(_OpLabels(self._count, self._labels))
+                self._switches.enter_context(_OpLabels(self._count, self._labels))
             try:
                 yield
             finally:
                 self.stop()
 
     def stop(self) -> None:
-        """Read what has been recorded; what happens from now on is not part of the trace."""
-        if self._is_on:
-            self._is_on = False
+        """Read what has been recorded, and record no more.
+
+        Raises:
+            AutobatchError: more happened than is kept.
+        """
+        if not self._is_on:
+            return
+        self._is_on = False
+        with self._switches:
             count = self._count()
             trace = self._card.snapshot().traces.get(self._card.index, ())
             self._events = [e for e in trace if e.action in ("alloc", "free_requested")][:count]

@@ -129,6 +129,8 @@ class Session:
         self._copies = Copies.make(workload, model, copier, tagged)
         self._buckets = _gradient_buckets(workload.model, self._copies.model)
         recorder.tag(self._buckets, "gradients")
+        self._steps = 0
+        self.optimizer.register_step_post_hook(self._count_step)
         trained = (p for group in self.optimizer.param_groups for p in group["params"])
         recorder.tag(trained, "parameters")  # a loss may have some of its own
         self._tag_optimizer_state()
@@ -147,6 +149,19 @@ class Session:
         if workload.loss is not None:
             return workload.loss_name
         return (loss.kind if isinstance(loss, DefaultLoss) else None) or "user"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What windows that ran through leave to say."""
+        if self._steps:
+            return []
+        return [
+            f"{type(self.optimizer).__name__} never made a step (in fp16, gradients that are not "
+            "finite skip it): its state may be missing from the account"
+        ]
+
+    def _count_step(self, *_: Any) -> None:
+        self._steps += 1
 
     def train(
         self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autobatch.accounts import replay
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import GpuSpec
@@ -75,7 +74,7 @@ def check(name: str, what: str, workload: Workload, gpu: GpuSpec) -> Row:
         device=VirtualGpu(gpu),
         workload=workload,
         accumulation_steps=STEPS,
-        budget_bytes=int((gpu.capacity_bytes - gpu.context_bytes) * (1 - HEADROOM)),
+        headroom=HEADROOM,
         progress=silent,
     )
     started = time.perf_counter()
@@ -105,7 +104,7 @@ def _reserved_bytes(workload: Workload, gpu: GpuSpec, micro_batch: int) -> int:
     if micro_batch == 0:
         return 0
     run = VirtualGpu(gpu).run(workload, micro_batch=micro_batch, accumulation_steps=STEPS)
-    return replay(run.trace).peak_reserved_bytes
+    return run.replay.peak_reserved_bytes
 
 
 def _method(found: Ceiling) -> str:

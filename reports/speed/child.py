@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     tune = autobatch.tune  # imports the tuner
     started, cpu_started = time.perf_counter(), time.process_time()
     try:
-        plan = tune(model, target=TARGET, gpu=gpu)
+        plan = tune(model, target=TARGET, gpu=gpu, cache=False)
     except autobatch.AutobatchError as error:
         outcome: dict[str, object] = {"error": f"{type(error).__name__}: {error}"}
     else:

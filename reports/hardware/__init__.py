@@ -1,0 +1,1 @@
+"""What a real GPU does, beside what autobatch foretells."""

@@ -1,0 +1,179 @@
+"""Two traces of the same windows, allocation by allocation: what both have, and what only one has.
+
+Invariant: inside each phase of each micro-batch, as many allocations as possible are paired, in
+order, and a pair has one rounded size. Allocations of no bytes are left out, as no allocator sees
+them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autobatch.allocator import round_size
+from autobatch.trace import Phase, Trace
+from autobatch.tracemodel import scratch_blocks
+
+_TOP = 15
+
+Moment = tuple[int, int, Phase]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Indices of blocks: pairs of (real, virtual), and those without a partner."""
+
+    pairs: tuple[tuple[int, int], ...]
+    only_real: tuple[int, ...]
+    only_virtual: tuple[int, ...]
+
+
+def align(real: Trace, virtual: Trace) -> Alignment:
+    """Pair the allocations of two traces."""
+    ours, theirs = _by_moment(real), _by_moment(virtual)
+    pairs: list[tuple[int, int]] = []
+    for moment, blocks in ours.items():
+        others = theirs.get(moment, [])
+        found = longest_common(_rounded(real, blocks), _rounded(virtual, others))
+        pairs += [(blocks[i], others[j]) for i, j in found]
+    paired_ours, paired_theirs = ({pair[side] for pair in pairs} for side in (0, 1))
+    return Alignment(
+        pairs=tuple(pairs),
+        only_real=tuple(b for blocks in ours.values() for b in blocks if b not in paired_ours),
+        only_virtual=tuple(
+            b for blocks in theirs.values() for b in blocks if b not in paired_theirs
+        ),
+    )
+
+
+def summary(real: Trace, virtual: Trace) -> dict[str, Any]:
+    """Return the alignment as a record: counts, bytes at the peaks, and the ops concerned."""
+    aligned = align(real, virtual)
+    at_peak, at_virtual_peak = (_live_at_peak(trace) for trace in (real, virtual))
+    scratch = scratch_blocks(real)
+    ends, virtual_ends = _ends(real), _ends(virtual)
+    moved = [pair for pair in aligned.pairs if ends[pair[0]] != virtual_ends[pair[1]]]
+    return {
+        "matched": len(aligned.pairs),
+        "only_real": len(aligned.only_real),
+        "only_virtual": len(aligned.only_virtual),
+        "only_real_scratch": sum(block in scratch for block in aligned.only_real),
+        "only_real_bytes_at_peak": _bytes(real, at_peak & set(aligned.only_real)),
+        "only_virtual_bytes_at_peak": _bytes(virtual, at_virtual_peak & set(aligned.only_virtual)),
+        "freed_elsewhere": len(moved),
+        "freed_elsewhere_bytes": _bytes(real, (pair[0] for pair in moved)),
+        "peak_bytes": _bytes(real, at_peak),
+        "virtual_peak_bytes": _bytes(virtual, at_virtual_peak),
+        "only_real_ops": _by_op(real, aligned.only_real, at_peak),
+        "only_virtual_ops": _by_op(virtual, aligned.only_virtual, at_virtual_peak),
+        "freed_elsewhere_ops": _by_op(real, [pair[0] for pair in moved], at_peak),
+    }
+
+
+def longest_common(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+    """Return index pairs of a longest common subsequence.
+
+    One row of the usual table at a time: a row's entry is the largest candidate up to there.
+
+    >>> longest_common([1, 2, 3, 4], [2, 9, 4])
+    [(1, 0), (3, 2)]
+    """
+    start = 0
+    while start < min(len(first), len(second)) and first[start] == second[start]:
+        start += 1
+    end = 0
+    while end < min(len(first), len(second)) - start and first[-1 - end] == second[-1 - end]:
+        end += 1
+    ours = np.asarray(first[start : len(first) - end], dtype=np.int64)
+    theirs = np.asarray(second[start : len(second) - end], dtype=np.int64)
+    table = np.zeros((len(ours) + 1, len(theirs) + 1), dtype=np.int32)
+    for i, value in enumerate(ours):
+        candidates = np.maximum(table[i, 1:], table[i, :-1] + (theirs == value))
+        table[i + 1, 1:] = np.maximum.accumulate(candidates)
+    middle: list[tuple[int, int]] = []
+    i, j = len(ours), len(theirs)
+    while i and j:
+        if table[i, j] == table[i - 1, j]:
+            i -= 1
+        elif table[i, j] == table[i, j - 1]:
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            middle.append((start + i, start + j))
+    tail = [(len(first) - k, len(second) - k) for k in range(end, 0, -1)]
+    return [(k, k) for k in range(start)] + middle[::-1] + tail
+
+
+def _by_moment(trace: Trace) -> dict[Moment, list[int]]:
+    """Group the blocks by window, micro-batch and phase, each in order of allocation."""
+    groups: dict[Moment, list[int]] = {}
+    moments = _Moments(trace)
+    for place, event in enumerate(trace.events):
+        if event >= 0 and trace.blocks[event].size_bytes:
+            groups.setdefault(moments.at(place), []).append(event)
+    return groups
+
+
+class _Moments:
+    """Tells where in the windows an event is."""
+
+    def __init__(self, trace: Trace):
+        self._begins = [mark.event for mark in trace.marks]
+        self._marks = trace.marks
+
+    def at(self, event: int) -> Moment:
+        place = bisect_right(self._begins, event)
+        if not place:
+            return (0, 0, "setup")
+        mark = self._marks[place - 1]
+        return (mark.window, mark.micro_batch, mark.phase)
+
+
+def _ends(trace: Trace) -> dict[int, Moment | None]:
+    """Return the moment in which each block is freed; None where it never is."""
+    moments = _Moments(trace)
+    ends: dict[int, Moment | None] = dict.fromkeys(range(len(trace.blocks)))
+    for place, event in enumerate(trace.events):
+        if event < 0:
+            ends[~event] = moments.at(place)
+    return ends
+
+
+def _live_at_peak(trace: Trace) -> set[int]:
+    return set(trace.live_at(trace.peak_event())) if trace.events else set()
+
+
+def _rounded(trace: Trace, blocks: Sequence[int]) -> list[int]:
+    return [round_size(trace.blocks[block].size_bytes) for block in blocks]
+
+
+def _bytes(trace: Trace, blocks: Iterable[int]) -> int:
+    return sum(trace.blocks[block].size_bytes for block in blocks)
+
+
+def _by_op(trace: Trace, blocks: Iterable[int], at_peak: set[int]) -> list[dict[str, Any]]:
+    """Return the ops with most bytes among some blocks."""
+    count: Counter[tuple[str, str]] = Counter()
+    size: Counter[tuple[str, str]] = Counter()
+    peak: Counter[tuple[str, str]] = Counter()
+    for index in blocks:
+        block = trace.blocks[index]
+        key = (block.op, block.phase)
+        count[key] += 1
+        size[key] += block.size_bytes
+        peak[key] += block.size_bytes if index in at_peak else 0
+    return [
+        {
+            "op": op or "none (outside of any op)",
+            "phase": phase,
+            "count": count[op, phase],
+            "bytes": total,
+            "bytes_at_peak": peak[op, phase],
+        }
+        for (op, phase), total in size.most_common(_TOP)
+    ]

@@ -1,0 +1,248 @@
+"""Everything that is measured of one workload on the card."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from autobatch.accounts import footprint_of
+from autobatch.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.devices.base import Run
+from autobatch.devices.cuda import CudaGpu
+from autobatch.progress import Progress
+from autobatch.replay import Replay, simulate
+from autobatch.trace import Phase
+from autobatch.tracemodel import Misaligned, TraceModel
+from autobatch.workload import DefaultLoss, Workload, run_windows
+from reports.hardware.bench import Bench
+from reports.hardware.record import Record
+from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, method, peaks
+
+SMALL = (2, 3)
+_ROUNDS = 4
+
+
+class Trials:
+    """Keeps every trial of a probe, with the stage that it ran in and what the driver saw."""
+
+    def __init__(self, bench: Bench, record: Record):
+        self._watch, self._record = bench.watch, record
+        self.rows: list[dict[str, Any]] = []
+        record["trials"] = self.rows
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.trial is None:
+            self._watch.reset()
+            return
+        seen = {"stage": self._record["stage"], "nvml_used_bytes": self._watch.peak_bytes}
+        self.rows.append(asdict(progress.trial) | seen)
+        self._record.save()
+
+
+def measure(
+    workload: Workload, bench: Bench, record: Record, *, traces: Path, times_recording: bool
+) -> None:
+    """Find the ceiling, prove it, compare the model's word with it, and trace ops.
+
+    Traces are pickled into `traces`: `labelled.pickle`, and one file for each executed size.
+    """
+    device = CudaGpu(bench.card)
+    trials = Trials(bench, record)
+    probe = Probe(
+        device=device, workload=workload, accumulation_steps=STEPS, progress=trials, headroom=0.0
+    )
+    found: Ceiling | None = None
+    with device.hosting(workload):
+        with record.stage("ceiling"):
+            found = _search(probe, record)
+        if found is not None and found.micro_batch:
+            with record.stage("proof"):
+                _prove(probe, found, record)
+            with record.stage("middle"):
+                if found.micro_batch // 2 > max(SMALL):
+                    probe.run(found.micro_batch // 2)
+            with record.stage("extrapolation"):
+                record["extrapolation"] = extrapolation(probe, found)
+                record["footprint"] = _footprint(probe, found.micro_batch)
+        record["remarks"] = list(device.remarks())
+        record["context_bytes"] = device.spec.context_bytes
+        record["others_bytes"] = device.others_bytes
+        record["nvml_before_bytes"] = bench.watch.before_bytes
+    with record.stage("labelled"):
+        record["labelled"] = _labelled(workload, bench, probe.runs.get(SMALL[0]), traces)
+    for size, run in probe.runs.items():
+        _keep(run, traces / f"{size}.pickle")
+    if times_recording and found is not None and found.micro_batch:
+        with record.stage("recording"):
+            record["recording"] = recording_cost(workload, bench, max(2, found.micro_batch // 4))
+
+
+def _search(probe: Probe, record: Record) -> Ceiling:
+    """Find the ceiling as `tune` does."""
+    started = time.perf_counter()
+    found = find_ceiling(probe, LIMIT, guess=lambda: _guess(probe))
+    record["ceiling"] = {
+        "micro_batch": found.micro_batch,
+        "limit_reached": found.limit_reached,
+        "method": method(found),
+        "reason": found.reason,
+        "confirmed": found.micro_batch in probe.runs and probe.fits(found.micro_batch),
+        "executions": len(probe.trials),
+        "ooms": sum(trial.oom for trial in probe.trials),
+        "alloc_retries": sum(trial.alloc_retries for trial in probe.trials),
+        "seconds": time.perf_counter() - started,
+        "budget_bytes": probe.budget_bytes,
+        "warnings": list(dict.fromkeys(w for run in probe.runs.values() for w in run.warnings)),
+    }
+    return found
+
+
+def _guess(probe: Probe) -> int | None:
+    spec = replace(probe.device.spec, context_bytes=0)
+    return ceiling_within(spec, probe.budget_bytes, probe.workload).micro_batch or None
+
+
+def _prove(probe: Probe, found: Ceiling, record: Record) -> None:
+    """Execute the size above the ceiling; where it fits after all, let the search go on from it."""
+    if found.limit_reached:
+        return
+    above = found.micro_batch + 1
+    fits = probe.fits(above)
+    record["proof"] = {"micro_batch": above, "fits": fits, "oom": probe.trials[-1].oom}
+    if fits:
+        better = find_ceiling(probe, LIMIT, prove=True)
+        record["proof"]["ceiling_after_all"] = better.micro_batch
+
+
+def extrapolation(probe: Probe, found: Ceiling) -> dict[str, Any]:
+    """Compare what each size that ran through without a retry took with what was foretold of it.
+
+    `foretold` is from the two small sizes alone, `refitted` from the model of the whole search,
+    `replayed` from the size's own trace: its error is the simulated allocator's.
+    """
+    runs = {size: run for size, run in probe.runs.items() if run.replay.fits}
+    small: TraceModel | None = None
+    reason = None
+    try:
+        small = TraceModel.fit([runs[size].trace for size in SMALL], scratch_may_vary=True)
+    except (Misaligned, KeyError) as error:
+        reason = str(error)
+    rows = []
+    for size, run in sorted(runs.items()):
+        row = {"micro_batch": size, "measured": peaks(run.replay)}
+        row["replayed"] = peaks(_replayed(probe, run))
+        for name, model in (("foretold", small), ("refitted", found.model)):
+            row[name] = None if model is None else peaks(probe.predict(model, size))
+        rows.append(row)
+    return {"aligned": small is not None, "reason": reason, "sizes": rows}
+
+
+def _replayed(probe: Probe, run: Run) -> Replay:
+    trace = run.trace
+    allocator = probe.device.allocator()
+    return simulate(trace.sizes, trace.events, allocator=allocator, streams=trace.streams)
+
+
+def _footprint(probe: Probe, size: int) -> dict[str, Any]:
+    run = probe.run(size)
+    return dict(footprint_of(run.trace, run.replay, probe.device.spec, "measured").categories)
+
+
+def _labelled(workload: Workload, bench: Bench, plain: Run | None, traces: Path) -> dict[str, Any]:
+    """Trace a small size once more, with the op of every allocation."""
+    device = CudaGpu(bench.card, labelled=True)
+    with device.hosting(workload):
+        run = device.run(workload, micro_batch=SMALL[0], accumulation_steps=STEPS)
+    _keep(run, traces / "labelled.pickle")
+    trace = run.trace
+    return {
+        "micro_batch": SMALL[0],
+        "blocks": len(trace.blocks),
+        "events": len(trace.events),
+        "without_op": sum(not block.op for block in trace.blocks if block.phase != "setup"),
+        "seconds": run.seconds,
+        "shortage": run.shortage,
+        "same_as_unlabelled": plain is not None
+        and (trace.sizes, trace.events) == (plain.trace.sizes, plain.trace.events),
+    }
+
+
+def _keep(run: Run, path: Path) -> None:
+    if run.shortage is None:
+        path.write_bytes(pickle.dumps(run.trace))
+
+
+class NoPhases:
+    """Is told where a run is, and does nothing about it."""
+
+    def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
+        pass
+
+
+class PlainTraining:
+    """The same windows without a probe around them."""
+
+    def __init__(self, workload: Workload, device: torch.device):
+        self.workload, self.device = workload, device
+        self.model = copy.deepcopy(workload.model).to(device).train()
+        make: Any = workload.optimizer
+        self.optimizer = make(list(self.model.parameters()))
+
+    def windows(self, micro_batch: int, windows: int) -> None:
+        """Run training windows."""
+        run_plain(self.workload, self.model, self.optimizer, self.device, micro_batch, windows)
+
+
+def run_plain(
+    workload: Workload,
+    model: torch.nn.Module,
+    optimizer: Any,
+    device: torch.device,
+    micro_batch: int,
+    windows: int,
+) -> None:
+    """Run training windows of a workload over objects that are on the device."""
+
+    def batch() -> Any:
+        return tree_map(lambda leaf: leaf.to(device), workload.batch(micro_batch))
+
+    run_windows(
+        workload,
+        model=model,
+        optimizer=optimizer,
+        loss=workload.loss or DefaultLoss(),
+        batch=batch,
+        accumulation_steps=STEPS,
+        windows=windows,
+        phases=NoPhases(),
+    )
+
+
+def recording_cost(workload: Workload, bench: Bench, micro_batch: int) -> dict[str, Any]:
+    """Time windows with PyTorch's memory history on and off, in turns."""
+    card = bench.card
+    training = PlainTraining(workload, card.device)
+    training.windows(micro_batch, 2)
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    for _ in range(_ROUNDS):
+        clock = card.clock()
+        training.windows(micro_batch, 1)
+        seconds["off"].append(clock.seconds())
+        with card.recording():
+            clock = card.clock()
+            training.windows(micro_batch, 1)
+            seconds["on"].append(clock.seconds())
+    return {
+        "micro_batch": micro_batch,
+        "window_seconds_off": median(seconds["off"]),
+        "window_seconds_on": median(seconds["on"]),
+        "rounds": seconds,
+    }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.errors import WorkloadError
+from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus import find_gpu
 from autobatch.sample import batch_builder
 from autobatch.trace import Trace
@@ -486,3 +486,21 @@ def test_sparse_gradients_are_refused_by_name():
     model = nn.Embedding(10, WIDTH, sparse=True)
     with pytest.raises(WorkloadError, match="sparse=False"):
         run(model, sample=torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_the_settings_of_the_allocator_that_the_run_would_have_are_obeyed(monkeypatch):
+    model, sample = nn.Linear(1024, 1024), torch.zeros(2, 1024)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    workload = Workload(model=model, batch=batch_builder(sample), optimizer=torch.optim.SGD)
+
+    def reserved():
+        device = VirtualGpu(find_gpu("t4"))
+        return device.run(workload, micro_batch=2, accumulation_steps=1).replay.peak_reserved_bytes
+
+    usual = reserved()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "large_segment_size_mb:10")
+    assert reserved() < usual
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:maybe")
+    with pytest.raises(UsageError, match="expandable_segments:maybe"):
+        reserved()

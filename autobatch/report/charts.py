@@ -47,6 +47,7 @@ __all__ = [
 
 # Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
 COLOURS = {
+    "other processes": "#000000",
     "context": "#555555",
     "parameters": "#332288",
     "buffers": "#88CCEE",
@@ -116,7 +117,7 @@ class MemoryChart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakdownBar:
-    """One stacked bar: parts by category, context first and cached last."""
+    """One stacked bar: parts by category, other processes and context first, cached last."""
 
     label: str
     parts: tuple[tuple[str, int], ...]
@@ -124,7 +125,7 @@ class BreakdownBar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakdownChart:
-    """Bars against the device; `limit_bytes` is where the budget ends, context included."""
+    """Bars against the device; the budget ends at `limit_bytes`, with what comes before it."""
 
     bars: tuple[BreakdownBar, ...]
     limit_bytes: int
@@ -183,12 +184,13 @@ def memory_chart(plan: Plan) -> MemoryChart:
 def breakdown_chart(plan: Plan) -> BreakdownChart:
     """Collect the footprints at the planned micro-batch and, where it differs, at the ceiling."""
     chosen, ceiling = plan.footprint, plan.ceiling_footprint
-    bars = [_bar("plan", chosen)]
+    bars = [_bar("plan", chosen, plan.others_bytes)]
     if ceiling.micro_batch != chosen.micro_batch:
-        bars.append(_bar("ceiling" if plan.ceiling is not None else "at least", ceiling))
+        label = "ceiling" if plan.ceiling is not None else "at least"
+        bars.append(_bar(label, ceiling, plan.others_bytes))
     return BreakdownChart(
         bars=tuple(bars),
-        limit_bytes=chosen.context_bytes + plan.others_bytes + plan.budget_bytes,
+        limit_bytes=plan.gpu.context_bytes + plan.others_bytes + plan.budget_bytes,
         capacity_bytes=plan.gpu.capacity_bytes,
     )
 
@@ -456,8 +458,9 @@ def _svg(figure: Figure, name: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", buffer.getvalue())
 
 
-def _bar(label: str, footprint: Footprint) -> BreakdownBar:
+def _bar(label: str, footprint: Footprint, others_bytes: int) -> BreakdownBar:
     parts = {
+        "other processes": others_bytes,
         "context": footprint.context_bytes,
         **footprint.categories,
         "cached": footprint.cached_bytes,

@@ -29,6 +29,7 @@ def trials(plan: Plan) -> pd.DataFrame:
             "peak_allocated_bytes",
             "peak_reserved_bytes",
             "seconds",
+            "window_seconds",
             "evidence",
         ],
     )

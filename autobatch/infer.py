@@ -346,9 +346,11 @@ def _timm_cfg(model: nn.Module) -> Mapping[str, Any]:
 
 def _infer_timm(model: Any, image_size: int | None) -> Inferred:
     channels, *size = _timm_cfg(model)["input_size"]
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    stem = _timm_stem(model)
     if stem is not None and stem.groups == 1:
-        channels = stem.in_channels
+        # `in_chans` may differ from the config's, and pixels may be folded into channels before
+        folds = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
+        channels = stem.in_channels // next(folds, 1) ** 2
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = _pair(image_size or built_for or size)
     images = Field((channels, height, width), _float_dtype(model))
@@ -358,6 +360,19 @@ def _infer_timm(model: Any, image_size: int | None) -> Inferred:
     return _classification(
         images, _last_features(head), f"{channels} x {height} x {width} from timm's pretrained_cfg"
     )
+
+
+def _timm_stem(model: Any) -> nn.Conv2d | None:
+    """Return the convolution that sees the images, where the config names one.
+
+    What comes first among the modules may work on other channels: patches folded into them, say.
+    """
+    named = _timm_cfg(model).get("first_conv")
+    try:
+        stem = model.get_submodule(named) if isinstance(named, str) else None
+    except AttributeError:
+        return None
+    return stem if isinstance(stem, nn.Conv2d) else None
 
 
 def _classification(images: Field, classes: int, what: str) -> Inferred:

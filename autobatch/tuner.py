@@ -515,6 +515,12 @@ def _warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[st
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
         )
+    if run.loss == "output.loss":
+        yield (
+            "the model's output counts until the next one has been computed, as in loops that say "
+            "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "
+            "does, pass loss=lambda model, batch: model(**batch).loss"
+        )
     if _is_quadratic(found):
         yield (
             "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "

@@ -1,8 +1,8 @@
 """The training window: what runs between two optimizer updates, on any device.
 
-Invariant: the window here is the loop that users write, with the same lifetimes: the old batch and
-loss live until the new ones replace them, gradients accumulate over the micro-batches, and
-`zero_grad` sets them to None after the step.
+Invariant: the window here is the loop that users write, with the same lifetimes: the old batch,
+output and loss live until the new ones replace them, gradients accumulate over the micro-batches,
+and `zero_grad` sets them to None after the step.
 """
 
 from __future__ import annotations
@@ -258,12 +258,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class DefaultLoss:
     """Find a loss in what the model returns, and remember how.
 
+    The output lives until the next one has been computed, as in the loops of most examples:
+    `outputs = model(**batch)`, then `outputs.loss`.
+
     Attributes:
         kind: "output.loss", "scalar output" or "surrogate sum"; None before the first call.
     """
 
     def __init__(self) -> None:
         self.kind: str | None = None
+        self._output: Any = None
+
+    def forget(self) -> None:
+        """Let the last output go, as the end of a loop's function does."""
+        self._output = None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Call the model on the batch and return the loss.
@@ -277,6 +285,7 @@ class DefaultLoss:
             output = model(*batch)
         else:
             output = model(batch)
+        self._output = output
         named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(named, Tensor):
             self.kind = "output.loss"

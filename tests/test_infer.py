@@ -271,6 +271,7 @@ def test_models_of_transformers_give_a_loss_on_their_inferred_batch(model_type, 
     [
         ("resnet18", {"num_classes": 10}, (3, 224, 224), 10),
         ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 1}, (1, 64, 64), 1000),
+        ("tresnet_m", {"num_classes": 10}, (3, 224, 224), 10),  # folds pixels into channels
     ],
 )
 def test_a_timm_model_is_trained_by_cross_entropy_over_its_own_classes(

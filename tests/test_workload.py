@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,34 @@ def test_a_window_that_leaves_micro_batches_out_is_refused(kind):
 
     with pytest.raises(WorkloadError, match="took 1 of 2 micro-batches"):
         run(kind, workload(window=lazy))
+
+
+class Speaker(nn.Module):
+    """Returns what language models return: a loss, and logits larger than all the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 100 * WIDTH)
+
+    def forward(self, inputs):
+        logits = self.head(inputs)
+        return SimpleNamespace(loss=logits.logsumexp(1).mean(), logits=logits)
+
+
+def test_an_output_lives_until_the_next_one_as_in_loops_that_name_it():
+    def own(model, batch):
+        return model(batch).loss
+
+    def most_logits(loss):
+        trace = run("simulated", workload(model=Speaker(), loss=loss)).trace
+        alive = [
+            sum(e >= 0 or -1 for e in trace.events[: end + 1] if trace.blocks[max(e, ~e)].op == op)
+            for end in range(len(trace.events))
+        ]
+        return max(alive)
+
+    op = "aten::addmm"
+    assert (most_logits(None), most_logits(own)) == (2, 1)
 
 
 def test_an_optimizer_that_never_steps_is_reported():

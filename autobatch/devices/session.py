@@ -178,6 +178,8 @@ class Session:
             windows=windows,
             phases=self,
         )
+        if isinstance(self._copies.loss, DefaultLoss):
+            self._copies.loss.forget()
         self._tag()
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:

@@ -1,0 +1,1 @@
+"""Predicted peaks beside peaks that others measured."""

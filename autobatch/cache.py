@@ -10,22 +10,19 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import random
 import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import torch
-
 from autobatch.errors import FileError
 from autobatch.fingerprint import digest, surroundings
 from autobatch.gpus import GpuSpec
 from autobatch.plan import Plan
+from autobatch.randomness import random_state_kept
 from autobatch.records import RecordError
 from autobatch.workload import Workload
 
@@ -108,7 +105,7 @@ def plan_key(workload: Workload, gpu: GpuSpec, options: Mapping[str, object]) ->
         options: whatever else decides the answer, such as the target; plain values.
     """
     try:
-        with _random_state_kept():
+        with random_state_kept():
             question = (
                 workload.model,  # first, so that its parameters number the others
                 workload.batch(2),
@@ -134,17 +131,3 @@ def _code(batch: Callable[[int], Any]) -> object:
 def _fields(record: Workload | GpuSpec, without: tuple[str, ...]) -> dict[str, object]:
     names = (field.name for field in fields(record) if field.name not in without)
     return {name: getattr(record, name) for name in names}
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy")
-    state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            if numpy:
-                numpy.random.set_state(numpy_state)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import SampleError
+from autobatch.randomness import random_state_kept
 
 __all__ = ["Drawn", "dataset_length", "draw"]
 
@@ -176,7 +176,7 @@ class _Look:
 
 def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> tuple[Any, str | None]:
     """Return a batch of the largest items, and a note where the items differ."""
-    with _random_state_kept(), _attributes_kept(dataset):
+    with random_state_kept(), _attributes_kept(dataset):
         try:
             look = _look(dataset, batched=batched)
             batch, used = _collated(look, collate, batched=batched)
@@ -386,21 +386,6 @@ def _described(path: Path, shape: Shape) -> str:
 def _listed(words: Sequence[str], most: int = 4) -> str:
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the global generators of torch, Python and NumPy as they were."""
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
 
 
 @contextmanager

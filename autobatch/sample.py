@@ -20,10 +20,10 @@ from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
 
-from autobatch.dataset import dataset_length, draw
+from autobatch.dataset import draw
 from autobatch.errors import SampleError
 
-__all__ = ["BatchDims", "Prepared", "batch_builder", "dataset_length", "prepare"]
+__all__ = ["BatchDims", "Prepared", "batch_builder", "prepare"]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
 Path: TypeAlias = tuple[str, ...]

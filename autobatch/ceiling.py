@@ -32,6 +32,9 @@ _EXPECTED = 3
 _EXECUTIONS = 6
 """So often may an execution correct the model, before sizes are bisected."""
 
+_NOTABLE_BEND = 1e-3
+"""Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
+
 _ACTIONS = {"simulated": "simulating two training windows", "measured": "running windows"}
 
 
@@ -135,6 +138,18 @@ class Ceiling:
     reason: str | None = None
     whole: Run | None = None
     predicted: Mapping[int, Replay] = field(default_factory=dict)
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether memory grows with the square of the micro-batch."""
+        return self.model is not None and self.model.bent_share > _NOTABLE_BEND
+
+    @property
+    def method(self) -> str:
+        """How it was found, as a plan names it."""
+        if self.model is None:
+            return "bisection"
+        return "trace model (quadratic)" if self.is_quadratic else "trace model"
 
 
 def find_ceiling(

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import (
 from autobatch.errors import SampleError
 from autobatch.sample import batch_builder
 from autobatch.workload import Workload
+from autobatch.wrappers import unwrapped
 
 __all__ = ["Inferred", "infer"]
 
@@ -165,7 +166,7 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     >>> inferred.note
     'inputs inferred: float32 [n, 20] from the first layer (Linear)'
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if any(nn.parameter.is_lazy(parameter) for parameter in inner.parameters()):
         raise _unknown(inner, "it has lazy parameters: run one batch through it first")
     if hasattr(inner, "config") and hasattr(inner, "main_input_name"):
@@ -179,19 +180,6 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     if getattr(inner, "example_input_array", None) is not None:
         return _infer_example(inner, "example_input_array")
     return _infer_plain(inner, seq, image_size)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside `torch.compile` and data-parallel wrappers."""
-    while True:
-        wrapped = getattr(model, "_orig_mod", None)
-        if wrapped is None and isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ):
-            wrapped = model.module
-        if not isinstance(wrapped, nn.Module):
-            return model
-        model = wrapped
 
 
 def _unknown(model: nn.Module, why: str) -> SampleError:

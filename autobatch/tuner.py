@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -34,15 +33,16 @@ from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
 from autobatch.footprint import Footprint
-from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu, is_device
+from autobatch.gpus import GpuSpec, find_gpu, is_device
 from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan
 from autobatch.progress import ProgressCallback, silent
+from autobatch.remarks import warnings, what_is_missing
 from autobatch.sample import prepare
 from autobatch.split import Split, split
 from autobatch.trace import Trace
-from autobatch.units import GIB, MIB, format_bytes
+from autobatch.units import GIB, MIB
 from autobatch.workload import Loss, OptimizerSpec, Workload
 
 __all__ = ["predict", "tune"]
@@ -55,9 +55,6 @@ _LARGEST = 2**16
 _NEIGHBOURS_GREW_BYTES = 64 * MIB
 _NEIGHBOURS_LEFT_BYTES = GIB
 """A cached plan holds while other processes take no more than then, and not much less."""
-
-_NOTABLE_BEND = 1e-3
-"""Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
 
 _BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -195,7 +192,7 @@ def _probed(request: _Request, probe: Probe) -> Plan:
         guess=partial(_simulated_ceiling, probe, limit) if is_measured else lambda: None,
     )
     if not found.micro_batch:
-        raise DoesNotFitError(_what_is_missing(probe, found, device.spec, workload))
+        raise DoesNotFitError(what_is_missing(probe, found))
     planned, window, footprint = _planned(request, probe, found)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(run for run in probe.runs.values() if run.shortage is None)
@@ -214,8 +211,8 @@ def _probed(request: _Request, probe: Probe) -> Plan:
         trials=tuple(probe.trials),
         curve=_curve(probe, found),
         timeline=timeline_of(window, device.allocator()),
-        method=_method(found),
-        warnings=tuple(_warnings(probe, run, found, limit)),
+        method=found.method,
+        warnings=tuple(warnings(probe, run, found, limit)),
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,
@@ -443,7 +440,7 @@ def _planned(request: _Request, probe: Probe, found: Ceiling) -> tuple[Split, Tr
             return planned, run.trace, _footprint(probe, run)
         ceiling = size - 1
         if not ceiling:
-            raise DoesNotFitError(_what_is_missing(probe, found, probe.device.spec, probe.workload))
+            raise DoesNotFitError(what_is_missing(probe, found))
 
 
 def _footprint(probe: Probe, run: Run) -> Footprint:
@@ -475,16 +472,6 @@ def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
     return tuple(points[size] for size in sorted(points))
 
 
-def _method(found: Ceiling) -> str:
-    if found.model is None:
-        return "bisection"
-    return "trace model (quadratic)" if _is_quadratic(found) else "trace model"
-
-
-def _is_quadratic(found: Ceiling) -> bool:
-    return found.model is not None and found.model.bent_share > _NOTABLE_BEND
-
-
 def _facts(workload: Workload, run: Run) -> ModelFacts:
     parameters = list(workload.model.parameters())
     return ModelFacts(
@@ -496,69 +483,4 @@ def _facts(workload: Workload, run: Run) -> ModelFacts:
         loss=run.loss,
         autocast=workload.autocast,
         clip_norm=workload.clip_norm,
-    )
-
-
-def _warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
-    yield from probe.workload.notes
-    yield from dict.fromkeys(warning for each in probe.runs.values() for warning in each.warnings)
-    yield from probe.device.remarks()
-    for trial in probe.trials:
-        if not trial.fits and trial.micro_batch < found.micro_batch:
-            yield (
-                f"memory is not monotone here: micro-batch {trial.micro_batch:,} does not fit "
-                f"({format_bytes(trial.peak_reserved_bytes)} reserved), though "
-                f"{found.micro_batch:,} does"
-            )
-    if run.loss == "surrogate sum":
-        yield (
-            "no loss was given or found in the output: the sum of the outputs stood in for it; "
-            "pass loss= for the memory of the real one"
-        )
-    if run.loss == "output.loss":
-        yield (
-            "the model's output counts until the next one has been computed, as in loops that say "
-            "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "
-            "does, pass loss=lambda model, batch: model(**batch).loss"
-        )
-    if _is_quadratic(found):
-        yield (
-            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
-            "with accumulation, each sample is compared with those of its micro-batch only"
-        )
-    if found.limit_reached:
-        yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"
-    if found.reason is not None:
-        yield f"sizes were executed one by one, because {found.reason}"
-
-
-def _what_is_missing(probe: Probe, found: Ceiling, spec: GpuSpec, workload: Workload) -> str:
-    """Say by how much the smallest size misses the budget, and what would help."""
-    smallest = min(probe.runs)
-    needed = probe.runs[smallest].replay.peak_reserved_bytes
-    if probe.runs[smallest].shortage is not None:
-        return (
-            f"not even micro-batch {smallest} fits on {spec.name}: it ran out of memory at "
-            f"{format_bytes(needed)} reserved ({probe.runs[smallest].shortage}); the budget is "
-            f"{format_bytes(probe.budget_bytes)}; try activation checkpointing, an optimizer with "
-            "less state, or a larger GPU (--gpu simulates one)"
-        )
-    short = needed - probe.budget_bytes
-    large_enough = sorted(
-        (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes
-         and (card.capacity_bytes - card.context_bytes) * 0.95 >= needed),
-        key=lambda card: card.capacity_bytes,
-    )  # fmt: skip
-    ideas = [] if workload.autocast else ['autocast="bf16"']
-    ideas.append("activation checkpointing")
-    ideas.append("an optimizer with less state")
-    if large_enough:
-        ideas.append(f"a larger GPU ({large_enough[0].name} would do)")
-    else:
-        ideas.append("sharding over several GPUs")
-    return (
-        f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
-        f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
-        f"({short:,} bytes) short; try {', '.join(ideas)}"
-        + (f" (a smaller size does not run: {found.reason})" if found.reason else "")
     )

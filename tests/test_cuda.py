@@ -265,7 +265,7 @@ def test_the_processes_fraction_is_obeyed():
     plan = tune(RehearsedCard(300 * MIB, allowed_bytes=64 * MIB), prove=True)
     assert plan.budget_bytes == plan.allowed_bytes == 64 * MIB
     assert "64.0 MiB allowed to the process × (1 - 0 headroom)" in str(plan)
-    assert plan.trials[-2].micro_batch == plan.ceiling + 1 or plan.proven
+    assert plan.proven
 
 
 def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():

@@ -11,11 +11,11 @@ from rehearsal import RehearsedCard
 from torch import nn
 
 from autobatch import UsageError, Workload, WorkloadError
-from autobatch.devices.copies import unwrapped
 from autobatch.devices.cuda import CudaGpu
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import find_gpu
 from autobatch.sample import batch_builder
+from autobatch.wrappers import is_compiled, unwrapped
 
 WIDTH = 256
 DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "rehearsed": RehearsedCard}
@@ -165,9 +165,10 @@ def test_buckets_are_closed_at_25_mib():
 
 def test_wrappers_are_taken_off_in_any_order():
     net = nn.Linear(2, 2)
-    assert unwrapped(torch.compile(Parallel(net))) == (net, True)
-    assert unwrapped(Parallel(torch.compile(net))) == (net, True)
-    assert unwrapped(Parallel(net)) == (net, False)
+    compiled = [torch.compile(Parallel(net)), Parallel(torch.compile(net))]
+    plain = [Parallel(net), nn.DataParallel(net), net]
+    assert [unwrapped(model) for model in compiled + plain] == [net] * 5
+    assert [is_compiled(model) for model in compiled + plain] == [True] * 2 + [False] * 3
 
 
 def test_a_process_that_has_trained_before_can_simulate():

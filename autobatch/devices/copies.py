@@ -20,25 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from autobatch.errors import WorkloadError
 
-__all__ = ["Copier", "apply_without_swapping", "blank", "is_data_parallel", "unwrapped"]
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module below `torch.compile` and DDP, and whether any part of it was compiled."""
-    original: Any = model
-    compiled = False
-    while True:
-        if hasattr(original, "_orig_mod"):
-            original, compiled = original._orig_mod, True
-        elif is_data_parallel(original):
-            original = original.module
-        else:
-            return original, compiled or any(_is_compiled(m) for m in original.modules())
-
-
-def is_data_parallel(model: nn.Module) -> bool:
-    """Return whether a module is a DistributedDataParallel wrapper."""
-    return hasattr(model, "gradient_as_bucket_view") and isinstance(model.module, nn.Module)
+__all__ = ["Copier", "apply_without_swapping", "blank"]
 
 
 def blank(original: Tensor, device: torch.device) -> Tensor:
@@ -75,7 +57,7 @@ class Copier:
         for module in duplicate.modules():
             module._compiled_call_impl = None
             for name, child in module.named_children():
-                if _is_compiled(child) and hasattr(child, "_orig_mod"):
+                if hasattr(child, "_orig_mod"):
                     setattr(module, name, child._orig_mod)
         return duplicate
 
@@ -248,7 +230,3 @@ def apply_without_swapping(
 
 def _fakes(tensors: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in tensors.items() if isinstance(tensor, FakeTensor)]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -23,7 +23,7 @@ from autobatch.allocconf import AllocatorSettings
 from autobatch.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.card import Card, Stats
-from autobatch.devices.copies import Copier, unwrapped
+from autobatch.devices.copies import Copier
 from autobatch.devices.history import HistoryRecorder
 from autobatch.devices.oom import Shortage, attempt, let_go
 from autobatch.devices.session import Session, user_errors
@@ -36,6 +36,7 @@ from autobatch.replay import Replay
 from autobatch.snapshot import Snapshot
 from autobatch.units import format_bytes
 from autobatch.workload import Workload
+from autobatch.wrappers import is_compiled, unwrapped
 
 __all__ = ["CudaGpu", "describe"]
 
@@ -149,9 +150,8 @@ class CudaGpu:
 
     def _note(self, workload: Workload) -> None:
         """Let a copier that copies nothing show what a run will copy."""
-        original, _ = unwrapped(workload.model)
         copier = Copier(torch.device("meta"), self._shelter.note)
-        copier.model(original)
+        copier.model(unwrapped(workload.model))
         for part in (workload.loss, workload.evaluate, workload.window):
             copier.any(part)
         if isinstance(workload.optimizer, torch.optim.Optimizer):
@@ -217,10 +217,10 @@ class CudaGpu:
         micro_batch: int,
         accumulation_steps: int,
     ) -> _Facts:
-        original, compiled = unwrapped(workload.model)
         copier = Copier(self._card.device, self._shelter.copy_of)
-        wrap = _recompiled(workload.model) if compiled else _as_it_is
-        session = Session(workload, original, self._card.device, copier, recorder, wrap)
+        model = workload.model
+        wrap = _recompiled(model) if is_compiled(model) else _as_it_is
+        session = Session(workload, unwrapped(model), self._card.device, copier, recorder, wrap)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
         facts = _Facts(peak=self._card.stats(), warnings=session.warnings)

@@ -110,13 +110,13 @@ class HistoryRecorder:
             places.append(len(events))
         phases = self._phases(lives)
         categories = self._categories(starts, lives, phases)
-        streams = {e.stream: number for number, e in reversed(list(enumerate(starts)))}
-        order = {stream: place for place, stream in enumerate(sorted(streams, key=streams.get))}  # type: ignore[arg-type]
+        seen = dict.fromkeys(event.stream for event in starts)
+        streams = {stream: number for number, stream in enumerate(seen)}
         return Trace(
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Block(e.size_bytes, category, phase, self._op(lives[i][0]), order[e.stream])
+                Block(e.size_bytes, category, phase, self._op(lives[i][0]), streams[e.stream])
                 for i, (e, category, phase) in enumerate(
                     zip(starts, categories, phases, strict=True)
                 )
@@ -130,11 +130,8 @@ class HistoryRecorder:
 
     def _phases(self, lives: Sequence[tuple[int, int]]) -> list[Phase]:
         begins = [mark.event for mark in self._marks]
-        last: Phase = "setup"
-        return [
-            self._marks[place - 1].phase if (place := bisect_right(begins, start)) else last
-            for start, _ in lives
-        ]
+        places = (bisect_right(begins, start) for start, _ in lives)
+        return [self._marks[place - 1].phase if place else "setup" for place in places]
 
     def _categories(
         self,

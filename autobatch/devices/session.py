@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autobatch.devices.copies import Copier, is_data_parallel
+from autobatch.devices.copies import Copier
 from autobatch.devices.guard import lost_error
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.trace import Category, Phase
 from autobatch.workload import DefaultLoss, Loss, Workload, run_windows
+from autobatch.wrappers import is_data_parallel
 
 __all__ = ["Copies", "Recorder", "Session", "user_errors"]
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import random
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+
+from autobatch.randomness import random_state_kept
 
 __all__ = ["undisturbed"]
 
@@ -22,20 +21,18 @@ _CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Put back random states, torch's switches and the collector's; collect where we say."""
-    states = torch.get_rng_state(), random.getstate()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     flags = {name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS}
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    numpy: Any = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
     collecting = gc.isenabled()
     frozen_by_user = gc.get_freeze_count()
     gc.disable()
     gc.freeze()  # what is alive now is no garbage of ours; leaving it out makes collecting fast
     try:
-        yield
+        with random_state_kept():
+            yield
     finally:
         if not frozen_by_user:
             gc.unfreeze()
@@ -46,9 +43,5 @@ def undisturbed() -> Iterator[None]:
         for name, flag in flags.items():
             setattr(torch.backends.cudnn, name, flag)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.set_rng_state(states[0])
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(numpy_state)

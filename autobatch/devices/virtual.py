@@ -20,7 +20,7 @@ from autobatch.devices import norms, rnn
 from autobatch.devices.backend import pretend, virtual_device
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.calls import CudaCalls
-from autobatch.devices.copies import Copier, unwrapped
+from autobatch.devices.copies import Copier
 from autobatch.devices.fake import VirtualMode
 from autobatch.devices.kernels import USES_CUBLAS, cublas_workspace_bytes
 from autobatch.devices.recorder import StorageRecorder
@@ -32,6 +32,7 @@ from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec
 from autobatch.trace import Category, Phase
 from autobatch.workload import Workload
+from autobatch.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
 
@@ -86,7 +87,7 @@ class VirtualGpu:
             device, recorder, standins, workspaces.before, copier.move, self._recipes
         )
         calls = CudaCalls(device)
-        original, compiled = unwrapped(workload.model)
+        original = unwrapped(workload.model)
         with (
             undisturbed(),
             pretend(self.spec, device),
@@ -107,7 +108,7 @@ class VirtualGpu:
                 f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
                 "there too; on a real GPU, move them first"
             )
-        if compiled:
+        if is_compiled(workload.model):
             warnings.append(
                 "the model is compiled; it was simulated through its eager original, and compiled "
                 "kernels usually need less memory"

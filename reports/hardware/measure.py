@@ -24,7 +24,7 @@ from autobatch.tracemodel import Misaligned, TraceModel
 from autobatch.workload import DefaultLoss, Workload, run_windows
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record
-from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, method, peaks
+from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, peaks
 
 SMALL = (2, 3)
 _ROUNDS = 4
@@ -92,7 +92,7 @@ def _search(probe: Probe, record: Record) -> Ceiling:
     record["ceiling"] = {
         "micro_batch": found.micro_batch,
         "limit_reached": found.limit_reached,
-        "method": method(found),
+        "method": found.method,
         "reason": found.reason,
         "confirmed": found.micro_batch in probe.runs and probe.fits(found.micro_batch),
         "executions": len(probe.trials),

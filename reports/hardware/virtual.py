@@ -32,12 +32,6 @@ def peaks(replay: Replay) -> dict[str, int]:
     }
 
 
-def method(found: Ceiling) -> str:
-    if found.model is None:
-        return "bisection"
-    return "trace model (quadratic)" if found.model.degree == 2 else "trace model"
-
-
 def probe_within(spec: GpuSpec, budget_bytes: int, workload: Workload) -> Probe:
     """Return a probe of a virtual card of which a run may reserve so much."""
     context_bytes = max(spec.capacity_bytes - budget_bytes, 0)
@@ -69,7 +63,7 @@ def simulate_all(
         found = find_ceiling(probe, LIMIT)
         record["ceiling"] = {
             "micro_batch": found.micro_batch,
-            "method": method(found),
+            "method": found.method,
             "reason": found.reason,
             "executions": len(probe.trials),
             "seconds": time.perf_counter() - started,

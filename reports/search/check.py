@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autobatch.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import GpuSpec
 from autobatch.progress import silent
@@ -91,7 +91,7 @@ def check(name: str, what: str, workload: Workload, gpu: GpuSpec) -> Row:
         ceiling=found.micro_batch,
         executed=tuple(trial.micro_batch for trial in probe.trials),
         ooms=sum(trial.oom for trial in probe.trials),
-        method=_method(found),
+        method=found.method,
         reason=found.reason,
         fits=below <= probe.budget_bytes,
         next_fits=above <= probe.budget_bytes,
@@ -105,12 +105,6 @@ def _reserved_bytes(workload: Workload, gpu: GpuSpec, micro_batch: int) -> int:
         return 0
     run = VirtualGpu(gpu).run(workload, micro_batch=micro_batch, accumulation_steps=STEPS)
     return run.replay.peak_reserved_bytes
-
-
-def _method(found: Ceiling) -> str:
-    if found.model is None:
-        return "bisection"
-    return "trace model (quadratic)" if found.model.degree == 2 else "trace model"
 
 
 HEADER = (

@@ -1,0 +1,79 @@
+"""What a search leaves to say, in one line each: the warnings of a plan, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from autobatch.ceiling import Ceiling, Probe
+from autobatch.devices.base import Run
+from autobatch.gpus import CATALOGUE
+from autobatch.units import format_bytes
+
+__all__ = ["warnings", "what_is_missing"]
+
+
+def warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
+    """Yield what the user should know about a plan, one line each."""
+    yield from probe.workload.notes
+    yield from dict.fromkeys(warning for each in probe.runs.values() for warning in each.warnings)
+    yield from probe.device.remarks()
+    for trial in probe.trials:
+        if not trial.fits and trial.micro_batch < found.micro_batch:
+            yield (
+                f"memory is not monotone here: micro-batch {trial.micro_batch:,} does not fit "
+                f"({format_bytes(trial.peak_reserved_bytes)} reserved), though "
+                f"{found.micro_batch:,} does"
+            )
+    if run.loss == "surrogate sum":
+        yield (
+            "no loss was given or found in the output: the sum of the outputs stood in for it; "
+            "pass loss= for the memory of the real one"
+        )
+    if run.loss == "output.loss":
+        yield (
+            "the model's output counts until the next one has been computed, as in loops that say "
+            "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "
+            "does, pass loss=lambda model, batch: model(**batch).loss"
+        )
+    if found.is_quadratic:
+        yield (
+            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
+            "with accumulation, each sample is compared with those of its micro-batch only"
+        )
+    if found.limit_reached:
+        yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"
+    if found.reason is not None:
+        yield f"sizes were executed one by one, because {found.reason}"
+
+
+def what_is_missing(probe: Probe, found: Ceiling) -> str:
+    """Say by how much the smallest size misses the budget, and what would help."""
+    spec = probe.device.spec
+    smallest = min(probe.runs)
+    needed = probe.runs[smallest].replay.peak_reserved_bytes
+    if probe.runs[smallest].shortage is not None:
+        return (
+            f"not even micro-batch {smallest} fits on {spec.name}: it ran out of memory at "
+            f"{format_bytes(needed)} reserved ({probe.runs[smallest].shortage}); the budget is "
+            f"{format_bytes(probe.budget_bytes)}; try activation checkpointing, an optimizer with "
+            "less state, or a larger GPU (--gpu simulates one)"
+        )
+    short = needed - probe.budget_bytes
+    large_enough = sorted(
+        (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes
+         and (card.capacity_bytes - card.context_bytes) * 0.95 >= needed),
+        key=lambda card: card.capacity_bytes,
+    )  # fmt: skip
+    ideas = [] if probe.workload.autocast else ['autocast="bf16"']
+    ideas.append("activation checkpointing")
+    ideas.append("an optimizer with less state")
+    if large_enough:
+        ideas.append(f"a larger GPU ({large_enough[0].name} would do)")
+    else:
+        ideas.append("sharding over several GPUs")
+    return (
+        f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
+        f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
+        f"({short:,} bytes) short; try {', '.join(ideas)}"
+        + (f" (a smaller size does not run: {found.reason})" if found.reason else "")
+    )

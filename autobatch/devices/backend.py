@@ -23,7 +23,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch import process
-from autobatch.devices import autocast
+from autobatch.devices import autocast, fused
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
 from autobatch.devices.guard import VirtualDeviceGuard
@@ -127,6 +127,7 @@ def virtual_device() -> torch.device:
         device_guard=VirtualDeviceGuard(),
     )
     autocast.register(_NAME)
+    fused.register()
     return torch.device(_NAME, 0)
 
 

@@ -16,7 +16,7 @@ import torch
 from autobatch.accounts import replay
 from autobatch.allocator import CachingAllocator
 from autobatch.allocconf import AllocatorSettings
-from autobatch.devices import norms, rnn
+from autobatch.devices import fused, norms, rnn
 from autobatch.devices.backend import pretend, virtual_device
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.calls import CudaCalls
@@ -37,6 +37,7 @@ from autobatch.wrappers import is_compiled, unwrapped
 __all__ = ["VirtualGpu"]
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.log_sigmoid_forward.default: fused.log_sigmoid,
     torch.ops.aten.native_batch_norm.default: norms.batch_norm,
     torch.ops.aten.native_batch_norm_backward.default: norms.batch_norm_backward,
     torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,

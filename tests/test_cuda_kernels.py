@@ -1,0 +1,128 @@
+"""What CUDA runs as one kernel, or in place, is so on the virtual GPU too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from autobatch.devices.fused import FUSED
+from autobatch.devices.virtual import VirtualGpu
+from autobatch.gpus import find_gpu
+from autobatch.sample import batch_builder
+from autobatch.trace import Block
+from autobatch.workload import Workload
+
+WIDTH, SAMPLES = 16, 4
+TENSOR_BYTES = WIDTH * SAMPLES * 4
+
+
+def blocks(model: nn.Module, phase: str) -> list[Block]:
+    workload = Workload(
+        model=model,
+        batch=batch_builder(torch.zeros(2, WIDTH)),
+        loss=lambda model, batch: model(batch).sum(),
+        optimizer=torch.optim.SGD,
+    )
+    device = VirtualGpu(find_gpu("a100-40gb"))
+    trace = device.run(workload, micro_batch=SAMPLES, accumulation_steps=1).trace
+    marks = [mark.event for mark in trace.marks if mark.window == 0 and mark.phase == phase]
+    ends = [mark.event for mark in trace.marks if mark.event > marks[0]]
+    made = trace.events[marks[0] : ends[0]]
+    return [trace.blocks[event] for event in made if event >= 0]
+
+
+def made_by(model: nn.Module, op: str, phase: str = "backward") -> list[int]:
+    return [block.size_bytes for block in blocks(model, phase) if op in block.op]
+
+
+@pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm", "CUDA"),
+    reason="a CPU build of PyTorch has no CUDA kernels to compare with",
+)
+def test_every_op_with_a_kernel_for_cuda_beside_a_composite_one_is_known():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    both = {
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+        and has(name, "CUDA")
+        and has(name, "CompositeImplicitAutograd")
+    }
+    assert both <= set(FUSED)
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.Mish])
+def test_the_backward_of_an_activation_is_one_tensor(kind):
+    made = blocks(nn.Sequential(nn.Linear(WIDTH, WIDTH), kind()), "backward")
+    names = [block.op for block in made if block.size_bytes == TENSOR_BYTES]
+    assert [name for name in names if "backward" in name] == [
+        f"aten::{kind.__name__.lower()}_backward"
+    ]
+    assert len(names) <= 2  # and the gradient of the sum, where it is not a view
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_fused_rms_norm"), reason="not in this PyTorch")
+def test_rms_norm_saves_one_number_per_row():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH))
+    assert made_by(model, "_fused_rms_norm", "forward") == [TENSOR_BYTES, SAMPLES * 4]
+    assert made_by(model, "pow", "forward") == []
+
+
+def test_log_sigmoid_keeps_no_buffer():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LogSigmoid())
+    assert made_by(model, "log_sigmoid", "forward") == [TENSOR_BYTES, 0]
+
+
+class Branches(nn.Module):
+    """Gradients that meet: some the engine may add in place, some it may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.second(x)  # the skipped gradient is free again when the other one comes
+        x = x + torch.tanh(x)
+        x = x.exp() + x.sigmoid()
+        x = x + x.view(-1, WIDTH)  # one gradient, shared by both branches
+        return x + x.t().reshape(-1, WIDTH)
+
+
+def test_gradients_are_summed_in_place_where_the_real_engine_does_it():
+    model = Branches()
+    loss = model(torch.zeros(SAMPLES, WIDTH)).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        loss.backward()
+    real = [event.name for event in profiled.events()]
+    assert real.count("aten::add_") >= 3
+    assert real.count("aten::add") >= 1
+    assert len(made_by(model, "aten::add.Tensor")) == real.count("aten::add")
+
+
+class SumOfTemporaries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        kept = gradient * 3
+        total = kept + gradient * 4
+        return F.relu(total) + kept
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SumOfTemporaries.apply(self.first(x))
+
+
+def test_sums_in_a_users_own_backward_take_memory():
+    assert made_by(Custom(), "aten::add.Tensor") == [TENSOR_BYTES, TENSOR_BYTES]

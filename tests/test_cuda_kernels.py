@@ -126,3 +126,62 @@ class Custom(nn.Module):
 
 def test_sums_in_a_users_own_backward_take_memory():
     assert made_by(Custom(), "aten::add.Tensor") == [TENSOR_BYTES, TENSOR_BYTES]
+
+
+def workspaces(convolution: nn.Module, *, gpu: str = "a100-40gb", **options) -> list[int]:
+    """Run a convolution between two pointwise layers; return the workspaces of its backward."""
+    layout = options.pop("layout", torch.contiguous_format)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.convolution = nn.BatchNorm2d(8), convolution
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(self.scale(x.to(memory_format=layout)))
+
+    model = Net().to(memory_format=layout)
+    workload = Workload(
+        model=model,
+        batch=batch_builder(torch.zeros(2, 8, 6, 6)),
+        loss=lambda model, batch: model(batch).sum(),
+        **options,
+    )
+    trace = VirtualGpu(find_gpu(gpu)).run(workload, micro_batch=4, accumulation_steps=1).trace
+    sizes = [block.size_bytes for block in trace.blocks if block.op == "cudnn workspace"]
+    return sizes[: len(sizes) // 2]
+
+
+DATA, WRITTEN = 4 * 8 * 36 * 4, 4 * 16 * 36 * 4
+
+
+def test_gradients_of_a_convolution_convert_both_activations_and_the_weight_to_nhwc():
+    dense = nn.Conv2d(8, 16, 3, padding=1)
+    size = DATA + WRITTEN + dense.weight.nbytes
+    assert workspaces(dense) == [size, size]
+    assert workspaces(dense, autocast="bf16") == [size // 2, size // 2]
+
+
+@pytest.mark.parametrize(
+    ("convolution", "options"),
+    [
+        (nn.Conv2d(8, 16, 1), {}),
+        (nn.Conv2d(8, 16, 3, groups=2), {}),
+        (nn.Conv2d(8, 16, 3), {"gpu": "t4"}),
+        (nn.Conv2d(8, 16, 3), {"layout": torch.channels_last}),
+    ],
+    ids=["1 x 1", "grouped", "fp32 without tensor cores", "already NHWC"],
+)
+def test_other_convolutions_convert_nothing(convolution, options):
+    assert workspaces(convolution, **options) == []
+
+
+def test_a_transposed_convolution_is_a_data_gradient():
+    transposed = nn.ConvTranspose2d(8, 16, 3, padding=1)
+    size = DATA + WRITTEN + transposed.weight.nbytes
+    assert workspaces(transposed) == [size, size]  # forward, and the gradient of the weight
+
+
+def test_users_who_switch_tf32_off_get_no_tensor_cores(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert workspaces(nn.Conv2d(8, 16, 3)) == []

@@ -52,6 +52,8 @@ class StorageRecorder:
         self._live: dict[int, _StorageRef] = {}
         self._phase: Phase = "setup"
         self._pending: Category | None = None
+        self._due: list[tuple[int, int, str]] = []
+        self._results = 0
 
     def created(self, tensor: Tensor, op: str) -> None:
         """Log an allocation if `tensor`'s storage has not been seen."""
@@ -68,6 +70,8 @@ class StorageRecorder:
             category = "activations"  # recomputed by activation checkpointing
         self._blocks.append(_Block(storage.nbytes(), self._phase, op, category))
         self._events.append(ref.block)
+        if self._due:
+            self._take_due()
 
     def _freed(self, ref: _StorageRef) -> None:
         # the address may have been reused by a storage that was seen before this callback ran
@@ -76,9 +80,26 @@ class StorageRecorder:
         self._events.append(~ref.block)
 
     def hidden(self, size_bytes: int, op: str) -> None:
-        """Log an allocation that no tensor shows, and that a library keeps for good."""
+        """Log an allocation that no tensor shows, and that a library keeps."""
         self._events.append(len(self._blocks))
         self._blocks.append(_Block(size_bytes, self._phase, op, "workspace"))
+
+    def expect(self, workspaces: Iterable[tuple[int, int]], op: str) -> None:
+        """Log workspaces of the next op, each taken and given back after some of its results.
+
+        Args:
+            workspaces: bytes, and the number of new storages (from 1 on) that come before.
+            op: what takes them.
+        """
+        self._due = [(after, size_bytes, op) for size_bytes, after in workspaces]
+        self._results = 0
+
+    def _take_due(self) -> None:
+        self._results += 1
+        while self._due and self._due[0][0] == self._results:
+            _, size_bytes, op = self._due.pop(0)
+            self.hidden(size_bytes, op)
+            self._events.append(~(len(self._blocks) - 1))
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase; blocks alive when backward begins are activations."""

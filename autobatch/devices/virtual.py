@@ -22,7 +22,12 @@ from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.calls import CudaCalls
 from autobatch.devices.copies import Copier
 from autobatch.devices.fake import VirtualMode
-from autobatch.devices.kernels import USES_CUBLAS, cublas_workspace_bytes
+from autobatch.devices.kernels import (
+    CONVOLUTIONS,
+    USES_CUBLAS,
+    convolution_workspaces,
+    cublas_workspace_bytes,
+)
 from autobatch.devices.recorder import StorageRecorder
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.standins import StandIns
@@ -126,10 +131,11 @@ class VirtualGpu:
 
 
 class _Workspaces:
-    """A recorder that adds cuBLAS workspaces: taken at a thread's first product, kept for good."""
+    """A recorder that adds workspaces: cuBLAS keeps its own, cuDNN gives them back at once."""
 
     def __init__(self, recorder: StorageRecorder, spec: GpuSpec):
         self._recorder = recorder
+        self._capability = spec.compute_capability
         self._size_bytes = cublas_workspace_bytes(spec.compute_capability)
         self._threads: set[bool] = set()
         self._in_backward = False
@@ -145,6 +151,9 @@ class _Workspaces:
         if func._schema.name in USES_CUBLAS and self._in_backward not in self._threads:
             self._threads.add(self._in_backward)
             self._recorder.hidden(self._size_bytes, "cublas workspace")
+        elif func in CONVOLUTIONS:
+            workspaces = convolution_workspaces(func, args, self._capability)
+            self._recorder.expect(workspaces, "cudnn workspace")
 
 
 def _upper_bound_warnings(standins: StandIns) -> Iterator[str]:

@@ -14,6 +14,7 @@ from autobatch.gpus import GpuSpec
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
+from autobatch.uncertainty import peak_range
 
 __all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of"]
 
@@ -33,13 +34,28 @@ def replay(trace: Trace, allocator: CachingAllocator | None = None) -> Replay:
 
 
 def footprint_of(
-    trace: Trace, replayed: Replay, gpu: GpuSpec, evidence: Evidence, held_bytes: int = 0
+    trace: Trace,
+    replayed: Replay,
+    gpu: GpuSpec,
+    evidence: Evidence,
+    *,
+    simulated: bool,
+    held_bytes: int = 0,
 ) -> Footprint:
     """Account for every byte allocated at the peak of a trace.
 
-    `held_bytes` were allocated before the trace began: tensors of the user's own.
+    Args:
+        trace: of training windows, executed or predicted.
+        replayed: the trace in the allocator.
+        gpu: the card.
+        evidence: how the trace is known.
+        simulated: whether it comes from a GPU that is not in the machine.
+        held_bytes: what was allocated before the trace began: tensors of the user's own.
     """
     totals = trace.by_category(replayed.peak_event)
+    low, high = (
+        peak_range(replayed.peak_reserved_bytes, gpu.context_bytes) if simulated else (None, None)
+    )
     return Footprint(
         micro_batch=trace.micro_batch,
         accumulation_steps=trace.accumulation_steps,
@@ -58,6 +74,8 @@ def footprint_of(
         peak_allocated_bytes=replayed.peak_allocated_bytes,
         peak_reserved_bytes=replayed.peak_reserved_bytes,
         context_bytes=gpu.context_bytes,
+        low_device_bytes=low,
+        high_device_bytes=high,
     )
 
 

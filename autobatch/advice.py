@@ -355,22 +355,33 @@ def training_loop(plan: Plan) -> str:
 
     It expects `model`, `optimizer`, `dataset`, `epochs` and, where the loss is the user's own,
     `loss_fn(model, batch)` returning a mean over samples. The gradient of each window equals that
-    of its effective batch, for uniform and ragged windows, on one GPU or under
-    DistributedDataParallel. An incomplete last window of an epoch is left out.
+    of its effective batch, for uniform and ragged windows, on one GPU, under
+    DistributedDataParallel or FSDP2. An incomplete last window of an epoch is left out.
     """
     setup = ["import torch", "from torch.utils.data import DataLoader"]
     if plan.world_size > 1:
-        if plan.accumulation_steps > 1:
+        wraps = not _is_sharded(plan)
+        if plan.accumulation_steps > 1 and wraps:
             setup.insert(0, "from contextlib import nullcontext\n")
-        setup.append("from torch.nn.parallel import DistributedDataParallel")
+        if wraps:
+            setup.append("from torch.nn.parallel import DistributedDataParallel")
         if plan.split.uniform:
             setup.append("from torch.utils.data.distributed import DistributedSampler")
-        setup += ["", "model = DistributedDataParallel(model)"]
+        setup += [
+            "",
+            "model = DistributedDataParallel(model)"
+            if wraps
+            else "# before making the optimizer: fully_shard each block, then the model",
+        ]
     setup.append("")
     if plan.model.autocast == "fp16":
         setup.append('scaler = torch.amp.GradScaler("cuda")')
     loop = _uniform_epoch(plan) if plan.split.uniform else _ragged_epoch(plan)
     return "\n".join([*setup, *loop]) + "\n"
+
+
+def _is_sharded(plan: Plan) -> bool:
+    return plan.sharding in ("fsdp", "custom")
 
 
 def _uniform_epoch(plan: Plan) -> list[str]:
@@ -417,7 +428,7 @@ def _ragged_epoch(plan: Plan) -> list[str]:
         ]
         comment = "this rank's micro-batches of one training window"
     weight = f" * size / {target}" if world == 1 else f" * size * {world} / {target}"
-    step = "step, size" if world > 1 and steps > 1 else "size"
+    step = "step, size" if world > 1 and steps > 1 and not _is_sharded(plan) else "size"
     return [
         *(["rank = torch.distributed.get_rank()"] if world > 1 else []),
         f"sizes = {sizes}  # {comment}",
@@ -443,7 +454,7 @@ def _ragged_epoch(plan: Plan) -> list[str]:
 
 def _micro_batch(plan: Plan, weight: str) -> list[str]:
     body = _forward_backward(plan, weight)
-    if plan.world_size == 1 or plan.accumulation_steps == 1:
+    if plan.world_size == 1 or plan.accumulation_steps == 1 or _is_sharded(plan):
         return body
     return [
         f"last = step == {plan.accumulation_steps - 1}  # gradients are reduced once per window",

@@ -27,6 +27,8 @@ class Footprint:
         peak_allocated_bytes: most bytes of live blocks at once; the sum of all categories.
         peak_reserved_bytes: most bytes held in segments by the caching allocator.
         context_bytes: CUDA context and kernels, outside the allocator.
+        low_device_bytes, high_device_bytes: what the device would hold in nine of ten runs, by the
+            errors of `autobatch.uncertainty`; None where a GPU was measured.
     """
 
     micro_batch: int
@@ -46,6 +48,8 @@ class Footprint:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     context_bytes: int
+    low_device_bytes: int | None = None
+    high_device_bytes: int | None = None
 
     @property
     def peak_device_bytes(self) -> int:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from autobatch.errors import FileError
 from autobatch.files import read_text, write_text
@@ -17,6 +18,7 @@ from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.records import RecordError, decode, dump_json, encode, parse_json
 from autobatch.split import Split
+from autobatch.uncertainty import likelihood_of
 
 __all__ = ["MemoryPoint", "ModelFacts", "Plan", "Timeline", "TimelineSegment", "Trial"]
 
@@ -120,6 +122,8 @@ class Plan:
         ceiling_footprint: the same at the ceiling.
         curve: memory against micro-batch, for the chart.
         method: "trace model", "trace model (quadratic)" or "bisection".
+        sharding: what the ranks share: "ddp", "fsdp", or "custom" for a function of the user's;
+            None where there is one, and in plans from before.
         warnings: what the user should know, one line each.
     """
 
@@ -142,6 +146,26 @@ class Plan:
     seconds: float
     others_bytes: int = 0
     allowed_bytes: int | None = None
+    sharding: Literal["ddp", "fsdp", "custom"] | None = None
+
+    @property
+    def ceiling_likelihood(self) -> float | None:
+        """How likely the ceiling is to fit a real card, by `autobatch.uncertainty`.
+
+        None where it ran on the card.
+        """
+        if self.ceiling_footprint.low_device_bytes is None:
+            return None
+        usable = round(self.budget_bytes / (1 - self.headroom))
+        return likelihood_of(self.ceiling_footprint.peak_reserved_bytes, usable)
+
+    @property
+    def likelihood(self) -> float | None:
+        """How likely the planned micro-batch is to fit a real card; None where it ran on it."""
+        if self.footprint.low_device_bytes is None:
+            return None
+        usable = round(self.budget_bytes / (1 - self.headroom))
+        return likelihood_of(self.footprint.peak_reserved_bytes, usable)
 
     @property
     def target(self) -> int:

@@ -24,6 +24,11 @@ def warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str
                 f"({format_bytes(trial.peak_reserved_bytes)} reserved), though "
                 f"{found.micro_batch:,} does"
             )
+    if probe.workload.world_size > 1:
+        yield (
+            f"the buffers of NCCL between the {probe.workload.world_size:,} GPUs are outside "
+            "PyTorch's allocator and not in the account: leave headroom for them"
+        )
     if run.loss == "surrogate sum":
         yield (
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
@@ -61,16 +66,21 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
     short = needed - probe.budget_bytes
     large_enough = sorted(
         (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes
-         and (card.capacity_bytes - card.context_bytes) * 0.95 >= needed),
+         and (card.capacity_bytes - card.context_bytes) * (1 - probe.headroom) >= needed),
         key=lambda card: card.capacity_bytes,
     )  # fmt: skip
-    ideas = [] if probe.workload.autocast else ['autocast="bf16"']
+    is_sharded = probe.workload.shares in ("fsdp", "custom")
+    ideas = [] if probe.workload.autocast or is_sharded else ['autocast="bf16"']
+    if is_sharded:
+        ideas.append("MixedPrecisionPolicy(param_dtype=torch.bfloat16) for fully_shard")
     ideas.append("activation checkpointing")
     ideas.append("an optimizer with less state")
     if large_enough:
         ideas.append(f"a larger GPU ({large_enough[0].name} would do)")
+    elif is_sharded:
+        ideas.append("more GPUs")
     else:
-        ideas.append("sharding over several GPUs")
+        ideas.append('sharding over several GPUs (world_size=8, sharding="fsdp")')
     return (
         f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
         f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "

@@ -32,18 +32,20 @@ from autobatch.devices.nvml import driver_version
 from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
-from autobatch.footprint import Footprint
+from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec, find_gpu, is_device
 from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan
 from autobatch.progress import ProgressCallback, silent
 from autobatch.remarks import warnings, what_is_missing
+from autobatch.replay import Replay
 from autobatch.sample import prepare
 from autobatch.split import Split, split
 from autobatch.trace import Trace
+from autobatch.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.units import GIB, MIB
-from autobatch.workload import Loss, OptimizerSpec, Workload
+from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune"]
 
@@ -68,7 +70,8 @@ def tune(
     optimizer: OptimizerSpec | None = None,
     gpu: Gpu = None,
     world_size: int = 1,
-    headroom: float = 0.05,
+    sharding: Sharding | None = None,
+    headroom: float | None = None,
     autocast: str | None = None,
     clip_norm: float | None = None,
     prove: bool = False,
@@ -88,8 +91,11 @@ def tune(
         optimizer: an instance, a class, or a callable on parameters; AdamW if None.
         gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; a device
             such as "cuda:1" is measured, and so is the current one if None.
-        world_size: GPUs that share the effective batch.
-        headroom: share of the usable memory to leave free, in [0, 1).
+        world_size: GPUs that share the effective batch; 1 leaves a Workload's own.
+        sharding: "ddp" (None on several GPUs), "fsdp" for PyTorch's FSDP2, or a function that
+            applies `fully_shard` to the model; figures are those of rank 0. See `Workload`.
+        headroom: share of the usable memory to leave free, in [0, 1); None leaves 0.05 on a GPU
+            that is measured, and on a simulated one what `autobatch.uncertainty` asks for.
         autocast: "bf16", "fp16" or None.
         clip_norm: norm that gradients are clipped to, or None.
         prove: also run the size above the ceiling, and show that it does not fit.
@@ -106,7 +112,8 @@ def tune(
         DoesNotFitError: not even micro-batch 1 fits.
         ProbeDiedError: the child process died or took too long.
     """
-    _require_sensible(headroom)
+    if headroom is not None:
+        _require_sensible(headroom)
     split(target, ceiling=_LARGEST, world_size=world_size)  # refuses what cannot be split
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
@@ -117,7 +124,7 @@ def tune(
         prove=prove,
         cache=cache,
     )
-    parts = (model, sample, loss, optimizer, gpu, autocast, clip_norm)
+    parts = (model, sample, loss, optimizer, gpu, autocast, clip_norm, sharding)
     if isolate:
         return apart(_tuned, request, *parts, progress=progress, time_limit=time_limit)
     return _tuned(request, *parts, progress=progress)
@@ -129,7 +136,7 @@ class _Request:
 
     target: int
     world_size: int
-    headroom: float
+    headroom: float | None
     prove: bool
     cache: bool | Literal["confirm"]
 
@@ -152,20 +159,33 @@ def _tuned(
     gpu: Gpu,
     autocast: str | None,
     clip_norm: float | None,
+    sharding: Sharding | None,
     *,
     progress: ProgressCallback,
 ) -> Plan:
     started = time.perf_counter()
     device = _device(gpu)
-    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
+    ranks = request.world_size
+    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm, ranks, sharding)
+    if workload.world_size != ranks:
+        split(request.target, ceiling=_LARGEST, world_size=workload.world_size)
+        request = replace(request, world_size=workload.world_size)
+    if workload.shares not in (None, "ddp") and device.evidence == "measured":
+        raise UsageError(
+            "sharding is simulated only, not yet run on the GPU in the machine: name the card, "
+            'such as gpu="a100-40gb"'
+        )
+    headroom = request.headroom
+    if headroom is None:
+        headroom = MEASURED_HEADROOM if device.evidence == "measured" else SIMULATED_HEADROOM
     probe = Probe(
         device=device,
         workload=workload,
         accumulation_steps=request.accumulation_steps,
-        headroom=request.headroom,
+        headroom=headroom,
         progress=progress,
     )
-    key = _key(request, workload, device) if request.cache else None
+    key = _key(request, probe) if request.cache else None
     if key is not None and (known := _known(key, request, probe)) is not None:
         return replace(known, seconds=time.perf_counter() - started)
     with device.hosting(workload):
@@ -200,7 +220,7 @@ def _probed(request: _Request, probe: Probe) -> Plan:
         split=planned,
         ceiling=None if found.limit_reached else found.micro_batch,
         ceiling_at_least=found.micro_batch,
-        headroom=request.headroom,
+        headroom=probe.headroom,
         budget_bytes=probe.budget_bytes,
         others_bytes=device.others_bytes,
         allowed_bytes=device.allowed_bytes,
@@ -211,6 +231,7 @@ def _probed(request: _Request, probe: Probe) -> Plan:
         trials=tuple(probe.trials),
         curve=_curve(probe, found),
         timeline=timeline_of(window, device.allocator()),
+        sharding=workload.shares,
         method=found.method,
         warnings=tuple(warnings(probe, run, found, limit)),
         versions={
@@ -223,18 +244,18 @@ def _probed(request: _Request, probe: Probe) -> Plan:
     )
 
 
-def _key(request: _Request, workload: Workload, device: Device) -> str:
+def _key(request: _Request, probe: Probe) -> str:
     """Name everything that a plan depends on; what a GPU's neighbours hold is looked at later."""
-    spec = device.spec
+    device, spec = probe.device, probe.device.spec
     if device.evidence == "measured":
         spec = replace(spec, context_bytes=0)
     return plan_cache.plan_key(
-        workload,
+        probe.workload,
         spec,
         {
             "target": request.target,
             "world_size": request.world_size,
-            "headroom": request.headroom,
+            "headroom": probe.headroom,
             "prove": request.prove,
             "evidence": device.evidence,
             "allowed_bytes": device.allowed_bytes,
@@ -298,6 +319,8 @@ def predict(
     loss: Loss | None = None,
     optimizer: OptimizerSpec | None = None,
     gpu: Gpu = None,
+    world_size: int = 1,
+    sharding: Sharding | None = None,
     autocast: str | None = None,
     clip_norm: float | None = None,
     progress: ProgressCallback = silent,
@@ -306,7 +329,7 @@ def predict(
 
     Always simulated; a device of this machine stands for a card like it. Takes the arguments of
     `tune`. From the second micro-batch of a window on all are alike, so two of them are executed
-    for any number of accumulation steps above one.
+    for any number of accumulation steps above one. Of several GPUs, the footprint is rank 0's.
 
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
@@ -316,7 +339,7 @@ def predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(_described(gpu))
-    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm)
+    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm, world_size, sharding)
     probe = Probe(
         device=device,
         workload=workload,
@@ -324,7 +347,7 @@ def predict(
         progress=progress,
     )
     run = probe.run(micro_batch)
-    footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence)
+    footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence, simulated=True)
     return replace(footprint, accumulation_steps=accumulation_steps)
 
 
@@ -375,6 +398,8 @@ def _workload(
     optimizer: OptimizerSpec | None,
     autocast: str | None,
     clip_norm: float | None,
+    world_size: int,
+    sharding: Sharding | None,
 ) -> Workload:
     """Complete what the caller gave with what can be inferred; explicit options win."""
     if isinstance(model, Workload):
@@ -406,6 +431,8 @@ def _workload(
         "optimizer": optimizer,
         "autocast": autocast,
         "clip_norm": clip_norm,
+        "world_size": None if world_size == 1 else world_size,
+        "sharding": sharding,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     if loss is not None:
@@ -437,28 +464,35 @@ def _planned(request: _Request, probe: Probe, found: Ceiling) -> tuple[Split, Tr
         else:  # without accumulation no gradient waits in memory, so this is a window of its own
             run = probe.execute(size, steps)
         if run.fits(probe.budget_bytes) or probe.device.evidence != "measured":
-            return planned, run.trace, _footprint(probe, run)
+            return planned, run.trace, _footprint(probe, run.trace, run.replay)
         ceiling = size - 1
         if not ceiling:
             raise DoesNotFitError(what_is_missing(probe, found))
 
 
-def _footprint(probe: Probe, run: Run) -> Footprint:
-    """Account for an execution."""
+def _footprint(
+    probe: Probe, trace: Trace, replayed: Replay, evidence: Evidence | None = None
+) -> Footprint:
+    """Account for a window that the device ran, or for one that is known otherwise."""
     device = probe.device
-    held_bytes = device.allocator().allocated_bytes
-    return footprint_of(run.trace, run.replay, device.spec, device.evidence, held_bytes)
+    return footprint_of(
+        trace,
+        replayed,
+        device.spec,
+        evidence or device.evidence,
+        simulated=device.evidence == "simulated",
+        held_bytes=device.allocator().allocated_bytes,
+    )
 
 
 def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
     """Return the trace of the probed window at a size, and its account."""
     if size in probe.runs or found.model is None:
         run = probe.run(size)
-        return run.trace, _footprint(probe, run)
+        return run.trace, _footprint(probe, run.trace, run.replay)
     trace = found.model.trace(size)
     replayed = found.predicted.get(size) or probe.predict(found.model, size)
-    held_bytes = probe.device.allocator().allocated_bytes
-    return trace, footprint_of(trace, replayed, probe.device.spec, "predicted", held_bytes)
+    return trace, _footprint(probe, trace, replayed, "predicted")
 
 
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:

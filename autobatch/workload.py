@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = [
     "Loss",
     "OptimizerSpec",
     "Phases",
+    "Sharding",
     "Window",
     "Workload",
     "run_windows",
@@ -38,6 +39,8 @@ OptimizerSpec = (
 )
 
 Window = Callable[[nn.Module, torch.optim.Optimizer, Iterator[Any]], None]
+
+Sharding = Literal["ddp", "fsdp"] | Callable[[nn.Module], object]
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,6 +61,11 @@ class Workload:
         evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
         autocast: "bf16", "fp16" (with a GradScaler) or None.
         clip_norm: norm that gradients are clipped to before each step, or None.
+        world_size: GPUs that train one model together; what is run and counted is rank 0's part.
+        sharding: what they share: "ddp" (whole copies, and the buckets in which gradients are
+            averaged), "fsdp" (FSDP2: `fully_shard` on each repeated block, then on the model), or a
+            function that applies `fully_shard` to the model in a policy of its own; None is "ddp"
+            on several GPUs and nothing on one.
         loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
         notes: warnings that belong into the plan.
@@ -71,6 +79,8 @@ class Workload:
     evaluate: Callable[[nn.Module, Any], Any] | None = None
     autocast: str | None = None
     clip_norm: float | None = None
+    world_size: int = 1
+    sharding: Sharding | None = None
     loss_name: str = "user"
     sample_limit: int | None = None
     notes: tuple[str, ...] = ()
@@ -96,6 +106,21 @@ class Workload:
         norm: Any = self.clip_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise UsageError(f"clip_norm is {norm!r}: use a positive norm, or None")
+        ranks: Any = self.world_size
+        if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+            raise UsageError(f"world_size is {ranks!r}: use a whole number of GPUs, at least 1")
+        if self.sharding not in (None, "ddp", "fsdp") and not callable(self.sharding):
+            raise UsageError(
+                f"sharding is {self.sharding!r}: use 'ddp', 'fsdp', a function that applies "
+                "torch.distributed.fsdp.fully_shard to the model, or None"
+            )
+
+    @property
+    def shares(self) -> Literal["ddp", "fsdp", "custom"] | None:
+        """How the GPUs share the model, by name; a function of the user's is "custom"."""
+        if callable(self.sharding):
+            return "custom"
+        return self.sharding or ("ddp" if self.world_size > 1 else None)
 
 
 class Phases(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import autobatch
 
 EPOCHS = 10
-CARD = autobatch.GpuSpec(name="tiny-card", capacity_bytes=24 * 2**20)
+CARD = autobatch.GpuSpec(name="tiny-card", capacity_bytes=28 * 2**20)
 
 
 def build() -> nn.Module:

@@ -149,7 +149,7 @@ def test_after_the_windows_only_the_model_its_optimizer_and_workspaces_stay(trac
 
 def test_a_real_footprint_sums_to_the_allocators_peak(trace):
     replayed = replay(trace)
-    footprint = footprint_of(trace, replayed, GPU, "simulated")
+    footprint = footprint_of(trace, replayed, GPU, "simulated", simulated=True)
     assert sum(footprint.categories.values()) == footprint.peak_allocated_bytes
     assert footprint.rounding_bytes >= 0
     assert footprint.peak_allocated_bytes >= max(trace.allocated())
@@ -165,7 +165,7 @@ def test_parameters_buffers_and_optimizer_state_are_counted_once_at_their_size()
         .run(WORKLOADS["recurrent tagger"], micro_batch=3, accumulation_steps=2)
         .trace
     )
-    footprint = footprint_of(trace, replay(trace), GPU, "simulated")
+    footprint = footprint_of(trace, replay(trace), GPU, "simulated", simulated=True)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert footprint.parameters_bytes == weights
     assert footprint.buffers_bytes == 24 * 4
@@ -208,7 +208,7 @@ def traces(draw):
 @given(traces())
 def test_a_footprint_sums_exactly_to_the_peak_of_any_trace(trace):
     replayed = replay(trace)
-    footprint = footprint_of(trace, replayed, GPU, "predicted")
+    footprint = footprint_of(trace, replayed, GPU, "predicted", simulated=True)
     assert sum(footprint.categories.values()) == footprint.peak_allocated_bytes
     assert footprint.peak_allocated_bytes == replayed.peak_allocated_bytes
     assert (footprint.micro_batch, footprint.accumulation_steps) == (4, 2)
@@ -227,7 +227,7 @@ def test_a_footprint_counts_what_is_alive_at_the_peak_and_nothing_else():
         events=(*range(9), *(~i for i in range(9)), 9),
         marks=(),
     )
-    footprint = footprint_of(trace, replay(trace), GPU, "simulated")
+    footprint = footprint_of(trace, replay(trace), GPU, "simulated", simulated=True)
     values = list(footprint.categories.values())
     assert values == [*(512 * (i + 1) for i in range(9)), 0]
     assert footprint.peak_allocated_bytes == 512 * 45
@@ -236,7 +236,7 @@ def test_a_footprint_counts_what_is_alive_at_the_peak_and_nothing_else():
 def test_rounding_is_what_blocks_take_beyond_their_request():
     block = Block(1000, "inputs", "inputs", "op")
     trace = Trace(micro_batch=1, accumulation_steps=1, blocks=(block,), events=(0,), marks=())
-    footprint = footprint_of(trace, replay(trace), GPU, "simulated")
+    footprint = footprint_of(trace, replay(trace), GPU, "simulated", simulated=True)
     assert (footprint.inputs_bytes, footprint.rounding_bytes) == (1000, 24)
 
 
@@ -282,7 +282,7 @@ def test_a_timeline_keeps_the_peak_and_adds_up_at_every_sample(trace, times):
 
 def test_the_timeline_of_real_windows_shows_their_phases_and_their_peak(trace):
     timeline = timeline_of(trace)
-    footprint = footprint_of(trace, replay(trace), GPU, "simulated")
+    footprint = footprint_of(trace, replay(trace), GPU, "simulated", simulated=True)
     peak = next(s for s in timeline.samples if s.event == timeline.peak_event)
     shown = {name: size for name, size in footprint.categories.items() if name in peak.categories}
     assert shown == dict(peak.categories)

@@ -168,9 +168,10 @@ def test_gradients_of_a_convolution_convert_both_activations_and_the_weight_to_n
         (nn.Conv2d(8, 16, 1), {}),
         (nn.Conv2d(8, 16, 3, groups=2), {}),
         (nn.Conv2d(8, 16, 3), {"gpu": "t4"}),
+        (nn.Conv2d(8, 16, 3), {"gpu": "rtx-3090", "autocast": "fp16"}),
         (nn.Conv2d(8, 16, 3), {"layout": torch.channels_last}),
     ],
-    ids=["1 x 1", "grouped", "fp32 without tensor cores", "already NHWC"],
+    ids=["1 x 1", "grouped", "no TF32", "slow tensor cores", "already NHWC"],
 )
 def test_other_convolutions_convert_nothing(convolution, options):
     assert workspaces(convolution, **options) == []
@@ -185,3 +186,19 @@ def test_a_transposed_convolution_is_a_data_gradient():
 def test_users_who_switch_tf32_off_get_no_tensor_cores(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert workspaces(nn.Conv2d(8, 16, 3)) == []
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(SAMPLES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x).t())
+
+
+def test_a_norm_copies_what_is_not_contiguous_while_it_runs():
+    assert made_by(Transposed(), "contiguous", "forward") == [TENSOR_BYTES]
+    backward = blocks(Transposed(), "backward")
+    # the input again, and the gradient of the sum, which is one number expanded
+    assert [b.size_bytes for b in backward if b.op == "contiguous"] == [TENSOR_BYTES] * 2

@@ -62,6 +62,15 @@ def test_the_planned_loop_learns_the_digits() -> None:
     assert percent >= 95
 
 
+def test_the_large_model_is_sharded_over_8_gpus() -> None:
+    pytest.importorskip("transformers")
+    # fewer layers than it has, to be quick
+    small = "import autobatch, llama_on_8_gpus as x; print(autobatch.tune(x.build(2), target=64,"
+    printed = run("-c", f"import sys; sys.path.append('examples'); {small} gpu='a100-40gb'))")
+    assert "8 GPUs = effective batch 64" in printed
+    assert "FSDP2" in printed
+
+
 def test_the_workload_with_two_inputs_runs_by_itself() -> None:
     printed = run("examples/two_inputs.py")
     assert "effective batch 64" in printed

@@ -24,6 +24,7 @@ from autobatch import (
     Workload,
     WorkloadError,
 )
+from autobatch.uncertainty import SIMULATED_HEADROOM
 from autobatch.units import MIB
 
 SMALL_CARD = GpuSpec(name="small-card", capacity_bytes=200 * MIB, context_bytes=20 * MIB)
@@ -58,7 +59,7 @@ def test_a_plan_holds_the_answer_and_its_evidence():
     assert plan.effective_batch == plan.target == 20_000
     assert plan.micro_batch * plan.accumulation_steps == 20_000
     assert plan.micro_batch <= plan.ceiling == plan.ceiling_at_least
-    assert plan.budget_bytes == int(180 * MIB * 0.95)
+    assert plan.budget_bytes == int(180 * MIB * (1 - SIMULATED_HEADROOM))
     assert plan.ceiling_footprint.peak_reserved_bytes <= plan.budget_bytes
     assert plan.ceiling_footprint.evidence == "simulated"
     assert plan.footprint.micro_batch == plan.micro_batch
@@ -377,7 +378,7 @@ def test_a_model_that_does_not_fit_says_how_much_is_short_and_what_would_help():
         loss=cross_entropy,
         gpu=card,
     ).peak_reserved_bytes
-    assert f"({needed - int(40 * MIB * 0.95):,} bytes) short" in message
+    assert f"({needed - int(40 * MIB * (1 - SIMULATED_HEADROOM)):,} bytes) short" in message
     assert 'autocast="bf16"' in message and "a larger GPU (" in message
     assert caught.value.exit_code == 3
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -84,24 +85,63 @@ class Copier:
             ) from error
 
     def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Copy an optimizer with its state; its parameters and their state move to the device."""
+        """Copy an optimizer with its state; its parameters and their state move to the device.
+
+        State in the shape of a parameter that is sharded by now is sharded as it is; where a
+        parameter has state in another shape, all of that is left for the next step to make anew.
+        """
         for group in given.param_groups:
             for parameter in group["params"]:
                 self.move(parameter)
-        for state in given.state.values():
+        lost = set()
+        for parameter, state in given.state.items():
             for value in state.values() if isinstance(state, dict) else ():
-                if isinstance(value, Tensor) and value.dim():  # step counters stay on the CPU
-                    self.move(value)
+                # step counters stay on the CPU
+                if isinstance(value, Tensor) and value.dim() and not self._moved(value, parameter):
+                    lost.add(parameter)
         # deep-copying the optimizer itself would drop attributes that its class adds; a scheduler
         # replaces `step` by a function that holds the original
         attributes = {name: value for name, value in vars(given).items() if name != "step"}
+        if lost:
+            kept = {key: state for key, state in given.state.items() if key not in lost}
+            attributes["state"] = defaultdict(dict, kept)
         duplicate: torch.optim.Optimizer = type(given).__new__(type(given))
         self._remember(given, duplicate)
         vars(duplicate).update(self.any(attributes))
         return duplicate
 
+    def _moved(self, value: Tensor, parameter: Any) -> bool:
+        """Move what an optimizer keeps for a parameter; return whether it could be done."""
+        shard = self.remembered(parameter) if isinstance(parameter, Tensor) else None
+        if shard is None or not hasattr(shard, "placements"):
+            self.move(value)
+        elif value.shape != shard.shape:
+            return False
+        elif id(value) not in self._memo:
+            self._remember(value, torch.empty_like(shard, dtype=value.dtype, requires_grad=False))
+        return True
+
+    def changed(self, duplicate: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """Let `change` have its way with a copied module, and return what it makes of it.
+
+        Parameters that take the place of others are from then on what the originals have become.
+        """
+        places = [
+            (module._parameters, name, parameter)
+            for module in duplicate.modules()
+            for name, parameter in module._parameters.items()
+        ]
+        result = change(duplicate)
+        new = {id(old): now[name] for now, name, old in places if now.get(name) is not old}
+        for key, known in self._memo.items():
+            if id(known) in new:
+                self._memo[key] = new[id(known)]
+        return result
+
     def _function(self, function: FunctionType) -> FunctionType:
         """Copy a function with the modules and tensors in its closure and among its globals."""
+        if (function.__module__ or "").partition(".")[0] == "torch":
+            return function  # it holds nothing of the user's
         known: FunctionType | None = self._memo.get(id(function))
         if known is not None:
             return known

@@ -75,7 +75,7 @@ class VirtualMode(FakeTensorMode):
         device: torch.device,
         recorder: Recorder,
         standins: StandIns,
-        before: Callable[[OpOverload, Sequence[Any]], None],
+        before: Callable[[OpOverload, Sequence[Any]], Callable[[], None] | None],
         adopt: Callable[[Tensor], Tensor],
         recipes: dict[Any, Any],
     ):
@@ -85,7 +85,8 @@ class VirtualMode(FakeTensorMode):
             device: the simulated device; tensors elsewhere are fake but not recorded.
             recorder: told of every storage on the device.
             standins: asked first, for every op.
-            before: called before every op that runs on the device, for hidden allocations.
+            before: called before every op that runs on the device, for hidden allocations; may
+                return what to call after it.
             adopt: moves a real tensor that meets tensors of the device in an op.
             recipes: the cache of output layouts, shared by runs on the same device.
         """
@@ -141,27 +142,40 @@ class VirtualMode(FakeTensorMode):
     ) -> Any:
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
+        after = self._before(func, args)
         output = self._standins(self, func, args, kwargs)
         if output is NotImplemented:
-            self._before(func, args)
-            tensors: list[Any] = []
-            try:
-                key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
-                recipe = self._recipes.get(key)
-                if recipe is None and _runs_on_meta(func):
-                    recipe = self._recipes[key] = self._work_out(func, args, kwargs)
-            except _Uncacheable:
-                args, kwargs = self._adopted(args, kwargs)
-                output = super().__torch_dispatch__(func, types, args, kwargs)
-            else:
-                if recipe is not None:
-                    output = self._build(recipe, tensors, func)
-                    self._standins.note(func, args, output)
-                    return output
-                output = super().__torch_dispatch__(func, types, args, kwargs)
-                self._remember(key, func, output, tensors)
-        self._created(output, func.name())
+            output = self._answer(func, types, args, kwargs)
+        else:
+            self._created(output, func.name())
+        if after is not None:
+            after()
         self._standins.note(func, args, output)
+        return output
+
+    def _answer(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Answer from the cache or as FakeTensorMode does, and record what came to life."""
+        tensors: list[Any] = []
+        try:
+            key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
+            recipe = self._recipes.get(key)
+            if recipe is None and _runs_on_meta(func):
+                recipe = self._recipes[key] = self._work_out(func, args, kwargs)
+        except _Uncacheable:
+            args, kwargs = self._adopted(args, kwargs)
+            output = super().__torch_dispatch__(func, types, args, kwargs)
+        else:
+            if recipe is not None:
+                return self._build(recipe, tensors, func)
+            output = super().__torch_dispatch__(func, types, args, kwargs)
+            self._remember(key, func, output, tensors)
+        self._created(output, func.name())
         return output
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

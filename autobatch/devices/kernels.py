@@ -10,11 +10,19 @@ into the workspace. Public profiles of PyTorch on Ampere and later cards name th
 gradients (`xmma_dgrad` and `xmma_wgrad…nhwckrsc_nhwc`) and, beside them, `nchwToNhwcKernel` and
 `nhwcToNchwKernel`. In forward passes they name kernels that convert both activations, one or none;
 those are counted as none, as are grouped convolutions, 1 x 1 ones (a matrix product in either
-layout) and kernels without tensor cores: a lower bound.
+layout) and cards whose tensor cores are at most twice as fast as their other cores (most GeForce
+cards), where a conversion does not pay: a lower bound. Tables of measured peaks agree with that
+line between the cards, see `reports/accuracy`.
+
+Several kernels copy inputs that are not contiguous before they read them (`contiguous()` in
+`aten/src/ATen/native/cudnn/ConvShared.cpp` and `BatchNorm.cpp`, and in `SoftMax.cu`,
+`layer_norm_kernel.cu`, `group_norm_kernel.cu`, `AveragePool2d.cu` and `DilatedMaxPool2d.cu` of
+`aten/src/ATen/native/cuda`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -24,14 +32,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.gpus import GpuSpec
 from autobatch.units import KIB, MIB
 
-__all__ = ["CONVOLUTIONS", "USES_CUBLAS", "convolution_workspaces", "cublas_workspace_bytes"]
+__all__ = [
+    "contiguous_copies",
+    "convolution_workspaces",
+    "cublas_workspace_bytes",
+    "takes_workspace",
+    "uses_cublas",
+]
 
-USES_CUBLAS = frozenset(
+_CUBLAS = frozenset(
     f"aten::{name}"
     for name in ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "addmv", "mv", "dot", "vdot")
 )
+
+
+@functools.cache
+def uses_cublas(func: Any) -> bool:
+    """Whether an op is a matrix product that cuBLAS runs."""
+    return func._schema.name in _CUBLAS
+
+
+@functools.cache
+def takes_workspace(func: Any) -> bool:
+    """Whether an op may take memory that is not its result's."""
+    return func in _COPIED or uses_cublas(func)  # convolutions are among the former
+
 
 _CONFIG = re.compile(r":(\d+):(\d+)")
 
@@ -50,33 +78,70 @@ def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     return (4096 * 2 + 16 * 8) * KIB
 
 
+_COPIED = {
+    op: positions
+    for positions, names in {
+        (0,): """
+            convolution native_batch_norm native_layer_norm native_group_norm _softmax _log_softmax
+            avg_pool2d avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward
+        """,
+        (0, 1): """
+            convolution_backward native_batch_norm_backward native_layer_norm_backward
+            native_group_norm_backward _softmax_backward_data _log_softmax_backward_data
+        """,
+    }.items()
+    for name in names.split()
+    for op in [getattr(torch.ops.aten, name).default]
+}
+
+
+def contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
+    """Return the bytes of each copy that a kernel makes of its inputs, and drops at its end.
+
+    A 4-D input in NHWC is contiguous too.
+    """
+    return [
+        args[position].nbytes
+        for position in _COPIED.get(func, ())
+        if not args[position].is_contiguous() and not _is_channels_last(args[position])
+    ]
+
+
+_PRECISIONS = {
+    torch.float32: ("tf32", (8, 0)),
+    torch.bfloat16: ("bf16", (8, 0)),
+    torch.float16: ("fp16", (7, 0)),
+}
+"""What tensor cores call a convolution's dtype, and the compute capability that brought it."""
+
 _CONVOLUTION = torch.ops.aten.convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-CONVOLUTIONS = frozenset((_CONVOLUTION, _CONVOLUTION_BACKWARD))
 
 
 def convolution_workspaces(
-    func: Any, args: Sequence[Any], capability: tuple[int, int]
+    func: Any, args: Sequence[Any], gpu: GpuSpec
 ) -> Iterator[tuple[int, int]]:
     """Yield the workspaces that a convolution takes and gives back while it runs.
 
     Args:
-        func: one of `CONVOLUTIONS`.
+        func: the op; others than convolutions have none.
         args: its arguments.
-        capability: compute capability of the card.
+        gpu: the card; without figures of its speed, it is taken for one with fast tensor cores.
 
     Yields:
         The bytes of a workspace, and how many of the op's results are made before it is taken.
     """
     if func is _CONVOLUTION:
-        data, weight, _, *geometry, transposed, extra, groups = args
+        data, weight, _, stride, padding, dilation, transposed, extra, groups = args
         # a transposed convolution runs the kernel of a data gradient
-        if transposed and _converts(data, weight, groups, capability):
-            written = _transposed_bytes(data, weight, *geometry, extra)
+        if transposed and _converts(data, weight, groups, gpu):
+            written = _transposed_bytes(data, weight, stride, padding, dilation, extra)
             yield data.nbytes + weight.nbytes + written, 1
         return
+    if func is not _CONVOLUTION_BACKWARD:
+        return
     gradient, data, weight, _, _, _, _, transposed, _, groups, wanted = args
-    if _converts(data, weight, groups, capability):
+    if _converts(data, weight, groups, gpu):
         converted = gradient.nbytes + data.nbytes + weight.nbytes
         if wanted[0] and not transposed:  # the data gradient of that one is a forward pass
             yield converted, 1
@@ -95,20 +160,21 @@ def _transposed_bytes(
     """Return the bytes of what a transposed convolution writes."""
     sides = zip(data.shape[2:], weight.shape[2:], stride, padding, dilation, extra, strict=True)
     written = [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, k, s, p, d, e in sides]
-    return data.shape[0] * weight.shape[1] * math.prod(written) * data.element_size()
+    elements: int = data.shape[0] * weight.shape[1] * math.prod(written)
+    return elements * data.element_size()
 
 
-def _converts(data: Tensor, weight: Tensor, groups: int, capability: tuple[int, int]) -> bool:
+def _converts(data: Tensor, weight: Tensor, groups: int, gpu: GpuSpec) -> bool:
     """Whether cuDNN would convert the layout of a convolution's tensors."""
     if not torch.backends.cudnn.enabled or groups != 1 or math.prod(weight.shape[2:]) == 1:
         return False
-    if data.dtype is torch.float32:
-        tensor_cores = capability >= (8, 0) and torch._C._get_cudnn_allow_tf32()
-    elif data.dtype is torch.bfloat16:
-        tensor_cores = capability >= (8, 0)
-    else:
-        tensor_cores = data.dtype is torch.float16 and capability >= (7, 0)
-    return tensor_cores and not any(map(_is_channels_last, (data, weight)))
+    precision, since = _PRECISIONS.get(data.dtype, ("", (99, 0)))
+    if gpu.compute_capability < since or (
+        precision == "tf32" and not torch._C._get_cudnn_allow_tf32()
+    ):
+        return False
+    ordinary, on_tensor_cores = gpu.flops.get("fp32", 0), gpu.flops.get(precision, math.inf)
+    return on_tensor_cores > 2 * ordinary and not any(map(_is_channels_last, (data, weight)))
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

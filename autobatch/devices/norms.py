@@ -1,4 +1,4 @@
-"""Shapes of batch normalisation, without the dozen steps that PyTorch's own rule runs.
+"""Shapes of normalisations, as CUDA's kernels make them and PyTorch's own rules do not.
 
 Sizes as CUDA's kernels return them (`aten/src/ATen/native/cuda/Normalization.cu`): statistics of
 half-precision inputs are fp32, and there are none in evaluation mode.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm", "batch_norm_backward"]
+__all__ = ["batch_norm", "batch_norm_backward", "layer_norm_backward"]
 
 
 def batch_norm(
@@ -41,4 +41,25 @@ def batch_norm_backward(
         mode.empty_like(data) if wants[0] else None,
         mode.empty(channels, dtype, data) if wants[1] else None,
         mode.empty(channels, dtype, data) if wants[2] else None,
+    )
+
+
+def layer_norm_backward(
+    mode: Any,
+    gradient: Tensor,
+    data: Tensor,
+    normalized_shape: Any,
+    mean: Tensor,
+    inverse_deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wants: Any,
+) -> tuple[Any, ...]:
+    """Make what `native_layer_norm_backward` returns: contiguous, whatever the input was."""
+    made = zip((data, weight, bias), wants, strict=True)
+    return tuple(
+        mode.empty(tuple(tensor.shape), tensor.dtype, tensor)
+        if wanted and tensor is not None
+        else None
+        for tensor, wanted in made
     )

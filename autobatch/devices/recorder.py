@@ -79,10 +79,15 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str) -> None:
-        """Log an allocation that no tensor shows, and that a library keeps."""
+    def hidden(self, size_bytes: int, op: str) -> int:
+        """Log an allocation that no tensor shows; return its number, to free it or not."""
         self._events.append(len(self._blocks))
         self._blocks.append(_Block(size_bytes, self._phase, op, "workspace"))
+        return len(self._blocks) - 1
+
+    def free(self, block: int) -> None:
+        """Log that a hidden allocation is given back."""
+        self._events.append(~block)
 
     def expect(self, workspaces: Iterable[tuple[int, int]], op: str) -> None:
         """Log workspaces of the next op, each taken and given back after some of its results.
@@ -98,8 +103,7 @@ class StorageRecorder:
         self._results += 1
         while self._due and self._due[0][0] == self._results:
             _, size_bytes, op = self._due.pop(0)
-            self.hidden(size_bytes, op)
-            self._events.append(~(len(self._blocks) - 1))
+            self.free(self.hidden(size_bytes, op))
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase; blocks alive when backward begins are activations."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class Copies:
         Raises:
             WorkloadError: something cannot be copied, or there is nothing to train.
         """
-        copied = before_optimizer(copier.model(model).train())
+        copied = copier.changed(copier.model(model).train(), before_optimizer)
         run = replace(
             workload,
             evaluate=copier.any(workload.evaluate),
@@ -123,17 +124,18 @@ class Session:
         recorder.begin("setup")
 
         def tagged(copied: nn.Module) -> nn.Module:
-            recorder.tag(copied.parameters(), "parameters")
+            wrapped = wrap(copied)
+            recorder.tag(map(_local, copied.parameters()), "parameters")
             recorder.tag(copied.buffers(), "buffers")
-            return wrap(copied)
+            return wrapped
 
         self._copies = Copies.make(workload, model, copier, tagged)
-        self._buckets = _gradient_buckets(workload.model, self._copies.model)
+        self._buckets = _gradient_buckets(workload, self._copies.model)
         recorder.tag(self._buckets, "gradients")
         self._steps = 0
         self.optimizer.register_step_post_hook(self._count_step)
-        trained = (p for group in self.optimizer.param_groups for p in group["params"])
-        recorder.tag(trained, "parameters")  # a loss may have some of its own
+        # a loss may have some of its own
+        recorder.tag(map(_local, self._trained()), "parameters")
         self._tag_optimizer_state()
 
     @property
@@ -191,13 +193,18 @@ class Session:
         self._recorder.begin(phase, window, micro_batch)
 
     def _tag(self) -> None:
-        parameters = self._copies.model.parameters()
-        self._recorder.tag((p.grad for p in parameters if p.grad is not None), "gradients")
+        # a sharded parameter is in the optimizer also while the model has the whole one
+        parameters = itertools.chain(self._copies.model.parameters(), self._trained())
+        gradients = (_local(p.grad) for p in parameters if p.grad is not None)
+        self._recorder.tag(gradients, "gradients")
         self._tag_optimizer_state()
+
+    def _trained(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def _tag_optimizer_state(self) -> None:
         tensors = (
-            value
+            _local(value)
             for state in self.optimizer.state.values()
             if isinstance(state, dict)
             for value in state.values()
@@ -214,13 +221,23 @@ class Session:
         return leaf
 
 
-def _gradient_buckets(wrapper: nn.Module, model: nn.Module) -> list[Tensor]:
-    """Return the buffers in which DistributedDataParallel averages gradients, if it wraps a model.
+def _local(tensor: Tensor) -> Tensor:
+    """Return the memory on this rank of a tensor that is sharded over several (a DTensor)."""
+    return getattr(tensor, "_local_tensor", tensor)
 
-    With `gradient_as_bucket_view` the gradients live in the buckets, and nothing comes on top.
+
+def _gradient_buckets(workload: Workload, model: nn.Module) -> list[Tensor]:
+    """Return the buffers in which DistributedDataParallel averages gradients, where it does.
+
+    A wrapper around the user's model says how large they are. With `gradient_as_bucket_view` the
+    gradients live in the buckets, and nothing comes on top. After its first window DDP makes the
+    buckets anew, in the order in which gradients came, about that of the parameters reversed.
     """
-    if not is_data_parallel(wrapper) or wrapper.gradient_as_bucket_view:
+    wrapper: Any = workload.model if is_data_parallel(workload.model) else None
+    shares = workload.shares or ("ddp" if wrapper is not None else None)
+    if shares != "ddp" or (wrapper is not None and wrapper.gradient_as_bucket_view):
         return []
+    limit = getattr(wrapper, "bucket_bytes_cap", _BUCKET_BYTES)
     buckets: list[Tensor] = []
     waiting: dict[torch.dtype, list[nn.Parameter]] = {}
 
@@ -232,7 +249,7 @@ def _gradient_buckets(wrapper: nn.Module, model: nn.Module) -> list[Tensor]:
     for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
         group = waiting.setdefault(parameter.dtype, [])
         group.append(parameter)
-        if sum(p.nbytes for p in group) >= _BUCKET_BYTES:
+        if sum(p.nbytes for p in group) >= limit:
             fill(waiting.pop(parameter.dtype))
     for group in waiting.values():
         fill(group)

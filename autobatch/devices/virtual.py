@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.accounts import replay
 from autobatch.allocator import CachingAllocator
@@ -23,10 +27,11 @@ from autobatch.devices.calls import CudaCalls
 from autobatch.devices.copies import Copier
 from autobatch.devices.fake import VirtualMode
 from autobatch.devices.kernels import (
-    CONVOLUTIONS,
-    USES_CUBLAS,
+    contiguous_copies,
     convolution_workspaces,
     cublas_workspace_bytes,
+    takes_workspace,
+    uses_cublas,
 )
 from autobatch.devices.recorder import StorageRecorder
 from autobatch.devices.session import Session, user_errors
@@ -43,11 +48,22 @@ __all__ = ["VirtualGpu"]
 
 _KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.log_sigmoid_forward.default: fused.log_sigmoid,
+    torch.ops.aten.native_layer_norm_backward.default: norms.layer_norm_backward,
     torch.ops.aten.native_batch_norm.default: norms.batch_norm,
     torch.ops.aten.native_batch_norm_backward.default: norms.batch_norm_backward,
     torch.ops.aten._cudnn_rnn.default: rnn.forward_outputs,
     torch.ops.aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What runs where: alone, unless told otherwise; the parts of a rank are in `sharding.py`."""
+
+    device: torch.device
+    recorder: StorageRecorder = field(default_factory=StorageRecorder)
+    mode: type[VirtualMode] = VirtualMode
+    shard: Callable[[nn.Module, Workload, Any], list[str]] = lambda model, workload, policy: []
 
 
 class VirtualGpu:
@@ -83,15 +99,25 @@ class VirtualGpu:
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
-        started = time.perf_counter()
         device = virtual_device()
-        recorder = StorageRecorder()
+        if workload.shares not in ("fsdp", "custom"):
+            return self._run(workload, micro_batch, accumulation_steps, _Part(device))
+        from autobatch.devices.sharding import as_rank_zero, rank_mode, sharded
+
+        with as_rank_zero(workload.world_size, device) as recorder:
+            part = _Part(device, recorder, rank_mode(), sharded)
+            return self._run(workload, micro_batch, accumulation_steps, part)
+
+    def _run(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int, part: _Part
+    ) -> Run:
+        started = time.perf_counter()
+        device, recorder = part.device, part.recorder
+        warnings: list[str] = []
         standins = StandIns(_KERNELS)
-        workspaces = _Workspaces(recorder, self.spec)
+        workspaces = _Workspaces(recorder, self.spec, device)
         copier = Copier(device)
-        mode = VirtualMode(
-            device, recorder, standins, workspaces.before, copier.move, self._recipes
-        )
+        mode = part.mode(device, recorder, standins, workspaces.before, copier.move, self._recipes)
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
@@ -106,9 +132,14 @@ class VirtualGpu:
             calls.in_backward(),
             user_errors(workload, micro_batch),
         ):
-            session = Session(workload, original, device, copier, workspaces)
+
+            def wrapped(copied: nn.Module) -> nn.Module:
+                warnings.extend(part.shard(copied, workload, copier.any(workload.sharding)))
+                return copied
+
+            session = Session(workload, original, device, copier, workspaces, wrapped)
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        warnings = list(_upper_bound_warnings(standins))
+        warnings.extend(_upper_bound_warnings(standins))
         if mode.adopted:
             warnings.append(
                 f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
@@ -133,9 +164,10 @@ class VirtualGpu:
 class _Workspaces:
     """A recorder that adds workspaces: cuBLAS keeps its own, cuDNN gives them back at once."""
 
-    def __init__(self, recorder: StorageRecorder, spec: GpuSpec):
+    def __init__(self, recorder: StorageRecorder, spec: GpuSpec, device: torch.device):
         self._recorder = recorder
-        self._capability = spec.compute_capability
+        self._device = device
+        self._spec = spec
         self._size_bytes = cublas_workspace_bytes(spec.compute_capability)
         self._threads: set[bool] = set()
         self._in_backward = False
@@ -147,13 +179,23 @@ class _Workspaces:
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
         self._recorder.tag(tensors, category)
 
-    def before(self, func: Any, args: Sequence[Any]) -> None:
-        if func._schema.name in USES_CUBLAS and self._in_backward not in self._threads:
+    def before(self, func: Any, args: Sequence[Any]) -> Callable[[], None] | None:
+        if not takes_workspace(func) or not any(map(self._is_ours, args)):
+            return None
+        if uses_cublas(func) and self._in_backward not in self._threads:
             self._threads.add(self._in_backward)
             self._recorder.hidden(self._size_bytes, "cublas workspace")
-        elif func in CONVOLUTIONS:
-            workspaces = convolution_workspaces(func, args, self._capability)
-            self._recorder.expect(workspaces, "cudnn workspace")
+        workspaces = convolution_workspaces(func, args, self._spec)
+        self._recorder.expect(workspaces, "cudnn workspace")
+        copies = [self._recorder.hidden(n, "contiguous") for n in contiguous_copies(func, args)]
+        return partial(self._free, copies) if copies else None
+
+    def _is_ours(self, value: Any) -> bool:
+        return isinstance(value, FakeTensor) and value.fake_device == self._device
+
+    def _free(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._recorder.free(block)
 
 
 def _upper_bound_warnings(standins: StandIns) -> Iterator[str]:

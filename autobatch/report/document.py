@@ -180,6 +180,8 @@ def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Docum
             f"{format_bytes(footprint.peak_reserved_bytes)} reserved at the peak",
         )
     ]
+    if footprint.low_device_bytes is not None:
+        pairs.append(("range", f"{_range(footprint)} (errors of published measurements)"))
     if capacity_bytes is not None:
         free = capacity_bytes - device
         verdict = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} too much"
@@ -278,6 +280,7 @@ def _facts(plan: Plan) -> Facts:
     return Facts(
         (
             ("workload", ", ".join(settings)),
+            *([("ranks", _ranks(plan))] if plan.sharding else []),
             ("ceiling", _ceiling(plan)),
             ("slack", _slack(plan)),
             ("budget", _budget(plan)),
@@ -287,8 +290,38 @@ def _facts(plan: Plan) -> Facts:
                 f"{_share(footprint.peak_reserved_bytes, plan.budget_bytes)} of the budget; "
                 f"{format_bytes(footprint.peak_device_bytes)} on the device with the context",
             ),
+            *_certainty(plan),
         )
     )
+
+
+def _certainty(plan: Plan) -> list[tuple[str, str]]:
+    """Say how sure a simulated plan is; nothing where a GPU was measured."""
+    if plan.likelihood is None or plan.ceiling_likelihood is None:
+        return []
+    return [
+        (
+            "certainty",
+            f"{_range(plan.footprint)}; the plan is {plan.likelihood:.0%} likely to fit a real "
+            f"card, the ceiling {plan.ceiling_likelihood:.0%} (errors of published measurements)",
+        )
+    ]
+
+
+def _range(footprint: Footprint) -> str:
+    low, high = footprint.low_device_bytes, footprint.high_device_bytes
+    if low is None or high is None:
+        return ""
+    return f"{format_bytes(low)} to {format_bytes(high)} on the device in 9 of 10 runs"
+
+
+def _ranks(plan: Plan) -> str:
+    shared = {
+        "ddp": "DistributedDataParallel: a whole copy on each, and buckets to average gradients in",
+        "fsdp": "FSDP2: each keeps its share of parameters, gradients and optimizer state",
+        "custom": "FSDP2 by a function of yours",
+    }
+    return f"{count(plan.world_size, 'GPU')}, {shared[plan.sharding or 'ddp']}; figures of rank 0"
 
 
 def _ceiling(plan: Plan) -> str:

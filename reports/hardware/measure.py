@@ -153,7 +153,9 @@ def _replayed(probe: Probe, run: Run) -> Replay:
 
 def _footprint(probe: Probe, size: int) -> dict[str, Any]:
     run = probe.run(size)
-    return dict(footprint_of(run.trace, run.replay, probe.device.spec, "measured").categories)
+    spec = probe.device.spec
+    footprint = footprint_of(run.trace, run.replay, spec, "measured", simulated=False)
+    return dict(footprint.categories)
 
 
 def _labelled(workload: Workload, bench: Bench, plain: Run | None, traces: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def simulate_all(
             {"micro_batch": size} | peaks(_replay(probe, found, size)) for size in sizes
         ]
         run = probe.run(measured["ceiling"]["micro_batch"])
-        footprint = footprint_of(run.trace, run.replay, spec, "simulated")
+        footprint = footprint_of(run.trace, run.replay, spec, "simulated", simulated=True)
         record["footprint"] = dict(footprint.categories)
     with record.stage("alignment"):
         if real is not None:

@@ -40,6 +40,16 @@ def convolved(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Seque
     )
 
 
+def _deep_stem(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        convolved(3, width // 2, 3, 2),
+        nn.ReLU(inplace=True),
+        convolved(width // 2, width // 2, 3),
+        nn.ReLU(inplace=True),
+        convolved(width // 2, width, 3),
+    )
+
+
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut; the stride is in the middle one."""
 
@@ -58,11 +68,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 with the default depths."""
+    """ResNet-50 with the default depths; a deep stem is three 3 x 3 convolutions (ResNet-D)."""
 
-    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64):
+    def __init__(
+        self, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, deep_stem: bool = False
+    ):
         super().__init__()
-        self.stem = convolved(3, width, 7, 2)
+        self.stem = _deep_stem(width) if deep_stem else convolved(3, width, 7, 2)
         blocks: list[nn.Module] = []
         inputs = width
         for stage, depth in enumerate(depths):

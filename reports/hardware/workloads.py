@@ -229,6 +229,14 @@ CASES = (
         small=_SMALL_RESNET,
     ),
     Case(
+        name="resnet50-deep-stem-fp32",
+        what="ResNet-50, a stem of three 3 x 3 convolutions, fp32, SGD with momentum, 224 x 224",
+        make=partial(image_classifier, ResNet, optimizer=momentum, deep_stem=True),
+        parameters=25_576_264,
+        limit_bytes=None,
+        small=_SMALL_RESNET,
+    ),
+    Case(
         name="vit-b-bf16",
         what="ViT-B/16, bf16 autocast, AdamW, 224 x 224",
         make=partial(image_classifier, VisionTransformer, autocast="bf16"),

@@ -8,7 +8,7 @@
 The kind of the table is recognised by its columns, and gives the defaults:
 
   columns                                     kind        GPU         optimizer     context
-  model, batch, nvidia_smi_peak_mib, usable   timm-peaks  a100-40gb   sgd-momentum  1750MiB
+  model, batch, nvidia_smi_peak_mib, usable   timm-peaks  a100-40gb   sgd-momentum  1775MiB
   model, train_batch_size, train_img_size     max-batch   rtx-3090    sgd-momentum  the GPU's
   gpu, total_gpu_bytes, model, batch,         xmem        the row's   the row's     0
     optimizer, ground_nvml_bytes
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=OPTIMIZERS)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"))
     parser.add_argument(
-        "--context", metavar="SIZE", help="memory outside of the allocator, such as 1750MiB, or 0"
+        "--context", metavar="SIZE", help="memory outside of the allocator, such as 1775MiB, or 0"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: accuracy/TABLE")
     parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="default: 2")

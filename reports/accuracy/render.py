@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.files import write_text
-from reports.accuracy.text import budget, context_note, family_table, summary_table, verdict_table
+from reports.accuracy.text import (
+    budget,
+    context_note,
+    family_table,
+    needed_table,
+    summary_table,
+    verdict_table,
+)
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- result -->", "<!-- /result -->"
@@ -65,7 +72,7 @@ def section(facts: Mapping[str, Any]) -> str:
     if kind == "max-batch":
         details = verdict_table(families)
     else:
-        details = f"{budget(families)}\n\n{family_table(families)}"
+        details = f"{needed_table(facts)}{budget(families)}\n\n{family_table(families)}"
     return f"""
 ### {_TITLES[kind]}
 

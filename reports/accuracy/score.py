@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 from typing import Any, Literal
 
-from autobatch.units import MIB
+from autobatch.units import GIB, MIB
 from reports.accuracy.tables import Record, Row
 
 Verdict = Literal["inside", "below", "above"]
 
 CLOSE = 0.05
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+LARGE_BYTES = 2 * GIB
+"""Below, what varies from one process to the next, and is in no allocator, hides the rest."""
+
 FIRST_SIZE = 512
 """Where timm's search began: what ran there has no upper end."""
 
@@ -49,6 +53,11 @@ class Peak:
     @property
     def error(self) -> float:
         return signed_error(self.predicted_bytes, self.measured_bytes)
+
+    @property
+    def needed(self) -> float:
+        """What the run took, without the context, as a share of what was predicted, less 1."""
+        return (self.measured_bytes - self.context_bytes) / self.reserved_bytes - 1
 
     @property
     def family(self) -> str:
@@ -219,7 +228,13 @@ def summarise_peaks(peaks: Sequence[Peak]) -> dict[str, Any]:
     if not peaks:
         return statistics_of([])
     summary = statistics_of([peak.error for peak in peaks])
-    return summary | {"best_context": best_context(peaks), "by_family": by_family(peaks)}
+    needed = [peak.needed for peak in peaks if peak.reserved_bytes >= LARGE_BYTES]
+    return summary | {
+        "best_context": best_context(peaks),
+        "large_rows": len(needed),
+        "needed": {str(p): percentile(needed, p) for p in PERCENTILES} if needed else {},
+        "by_family": by_family(peaks),
+    }
 
 
 def summarise_brackets(brackets: Sequence[Bracket]) -> dict[str, Any]:

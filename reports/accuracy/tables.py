@@ -48,7 +48,7 @@ KINDS = {
             gpu="a100-40gb",
             optimizer="sgd-momentum",
             precision="fp32",
-            context_bytes=1750 * MIB,
+            context_bytes=1775 * MIB,
         ),
         Kind(
             name="max-batch",

@@ -82,6 +82,16 @@ def context_note(facts: Facts) -> str:
     return note
 
 
+def needed_table(facts: Facts) -> str:
+    """Render how much more than predicted the large runs took, by percentile."""
+    needed: Mapping[str, float] = facts["needed"]
+    if not needed:
+        return ""
+    columns = f"percentile of the {facts['large_rows']} large rows | " + " | ".join(needed)
+    values = (percent(share, sign=True) for share in needed.values())
+    return _table(columns, [("reserved beyond the prediction", *values)]) + "\n\n"
+
+
 def family_table(families: Mapping[str, Facts]) -> str:
     """Render the error budget by family."""
     columns = (

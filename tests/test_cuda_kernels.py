@@ -183,8 +183,15 @@ def test_a_transposed_convolution_is_a_data_gradient():
     assert workspaces(transposed) == [size, size]  # forward, and the gradient of the weight
 
 
-def test_users_who_switch_tf32_off_get_no_tensor_cores(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+@pytest.fixture
+def without_tf32():
+    settings = torch.backends.cudnn.conv
+    settings.fp32_precision = "ieee"
+    yield
+    settings.fp32_precision = "tf32"
+
+
+def test_users_who_switch_tf32_off_get_no_tensor_cores(without_tf32):
     assert workspaces(nn.Conv2d(8, 16, 3)) == []
 
 

@@ -169,12 +169,15 @@ def _converts(data: Tensor, weight: Tensor, groups: int, gpu: GpuSpec) -> bool:
     if not torch.backends.cudnn.enabled or groups != 1 or math.prod(weight.shape[2:]) == 1:
         return False
     precision, since = _PRECISIONS.get(data.dtype, ("", (99, 0)))
-    if gpu.compute_capability < since or (
-        precision == "tf32" and not torch._C._get_cudnn_allow_tf32()
-    ):
+    if gpu.compute_capability < since or (precision == "tf32" and not _allows_tf32()):
         return False
     ordinary, on_tensor_cores = gpu.flops.get("fp32", 0), gpu.flops.get(precision, math.inf)
     return on_tensor_cores > 2 * ordinary and not any(map(_is_channels_last, (data, weight)))
+
+
+def _allows_tf32() -> bool:
+    settings: Any = torch.backends.cudnn  # the older `allow_tf32` sets this one too
+    return settings.conv.fp32_precision == "tf32"  # type: ignore[no-any-return]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -15,7 +15,12 @@ from autobatch.randomness import random_state_kept
 
 __all__ = ["undisturbed"]
 
-_CUDNN_FLAGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
+_SWITCHES = (
+    (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
+    # `allow_tf32` stands for both of these, and cannot be read where they differ
+    (torch.backends.cudnn.conv, ("fp32_precision",)),  # type: ignore[attr-defined]
+    (torch.backends.cudnn.rnn, ("fp32_precision",)),
+)
 
 
 @contextlib.contextmanager
@@ -23,7 +28,7 @@ def undisturbed() -> Iterator[None]:
     """Put back random states, torch's switches and the collector's; collect where we say."""
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    flags = {name: getattr(torch.backends.cudnn, name) for name in _CUDNN_FLAGS}
+    switches = [(of, name, getattr(of, name)) for of, names in _SWITCHES for name in names]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     collecting = gc.isenabled()
@@ -40,8 +45,9 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
-        for name, flag in flags.items():
-            setattr(torch.backends.cudnn, name, flag)
+        for of, name, setting in switches:
+            if getattr(of, name) != setting:
+                setattr(of, name, setting)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)

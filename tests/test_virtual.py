@@ -504,3 +504,31 @@ def test_the_settings_of_the_allocator_that_the_run_would_have_are_obeyed(monkey
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:maybe")
     with pytest.raises(UsageError, match="expandable_segments:maybe"):
         reserved()
+
+
+class FromNumbers(nn.Module):
+    """Reads back, on the GPU, what follows from numbers in its own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.read = nn.Linear(WIDTH, WIDTH), []
+
+    def forward(self, x):
+        sides = torch.as_tensor([(4, 5), (2, 3)], device=x.device)
+        areas = sides.prod(1)
+        self.read += [int(areas.sum()), bool((sides[:, 0] * sides[:, 1] != areas).any())]
+        self.read += [int(side) for row in sides for side in row]
+        areas[0] = 7
+        self.read.append(int(areas[0]))
+        return self.layer(x)
+
+
+def test_numbers_of_the_users_code_are_read_back_as_they_are(capsys):
+    def loss(model, batch):
+        value = model(batch).sum()
+        print(model.read)
+        return value
+
+    run(FromNumbers(), loss=loss)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "[26, False, 4, 5, 2, 3, 1]"  # what was written over is unknown again

@@ -6,6 +6,9 @@ stand-ins follow from them, so `isfinite` is true, `isnan` false and a count of 
 overflow flag reads as "none found". Shapes that depend on values take their upper bound: every
 element of a mask counts as chosen.
 
+Small whole numbers that follow from numbers in the user's code alone keep their values: the sizes
+of feature maps, say, that a detector checks.
+
 Invariant: no answer needs the value of any tensor on the device.
 """
 
@@ -40,6 +43,18 @@ _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
     "new_full": lambda args: standin_of(args[2]),
 }
 _KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
+_FOLLOWED = frozenset(
+    """
+    add sub mul floor_divide remainder maximum minimum eq ne lt le gt ge logical_and logical_or
+    logical_not bitwise_and bitwise_or bitwise_not sum prod cumsum amax amin max min any all select
+    slice view reshape unsqueeze squeeze permute t transpose expand clone detach alias cat stack
+    _is_all_true _is_any_true
+    """.split()
+)
+"""Ops whose small results follow from numbers in the user's code."""
+
+_PARTING = frozenset(("unbind", "split", "split_with_sizes", "chunk"))
+_WHOLE = (torch.int64, torch.int32, torch.bool)
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
 KEPT_ELEMENTS = 1024
 """Tensors on the CPU up to this size keep their values, as `lengths[0].item()` needs them."""
@@ -99,20 +114,29 @@ class StandIns:
 
     def note(self, func: Any, args: Sequence[Any], output: Any) -> None:
         """Remember the stand-in of a truth value or an integer that follows from others."""
+        if isinstance(output, (list, tuple)):
+            for part, elements in zip(output, _known_parts(func, args), strict=False):
+                _remember(part, elements)
+            return
         if not isinstance(output, Tensor):
             return
         if args and output is args[0]:  # written in place: what was known is so no longer
             vars(output).pop("standin", None)
+            vars(output).pop("known", None)
         if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
             value = _derived(func._opname, args)
         else:
             value = _result(func._opname, args, output.dtype)
         if value is not None:
             vars(output)["standin"] = value
+        known = _known(func, args, output)
+        if known is not None:
+            _remember(output, known)
 
     def _read(self, mode: Any, tensor: Any) -> bool | int | float:
-        if tensor.constant is not None:
-            return tensor.constant.item()  # type: ignore[no-any-return]
+        known = tensor.constant if tensor.constant is not None else _value_of(tensor)
+        if known is not None:
+            return known.item()
         self._reads += tensor.dtype is torch.bool
         if self._reads > _MOST_READS:
             raise WorkloadError(
@@ -250,6 +274,54 @@ class StandIns:
 
 def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(index is not None and index.dtype in _MASKS for index in indices)
+
+
+def _remember(tensor: Tensor, elements: Tensor) -> None:
+    vars(tensor)["known"] = elements, tensor._version
+
+
+def _value_of(tensor: Tensor) -> Tensor | None:
+    """Return a tensor's elements, on the CPU, where they follow from numbers in the user's code.
+
+    None once something was written to it, or to a view of it.
+    """
+    elements, version = vars(tensor).get("known", (None, 0))
+    return elements if tensor._version == version else None
+
+
+def _known(func: Any, args: Sequence[Any], output: Tensor) -> Tensor | None:
+    """Return the elements of a small result that follows from such numbers alone.
+
+    The sizes that a detector's decoder is given, for one, are a list of its code on the GPU.
+    """
+    if output.dtype not in _WHOLE or output.numel() > KEPT_ELEMENTS or not args:
+        return None
+    first = args[0]
+    if func is aten._to_copy.default:
+        source = getattr(first, "constant", None)
+        source = _value_of(first) if source is None else source
+        return None if source is None else source.to(output.dtype)
+    if func._opname not in _FOLLOWED:
+        return None
+    leaves = [leaf for arg in args for leaf in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    if not all(_value_of(leaf) is not None for leaf in leaves if isinstance(leaf, Tensor)):
+        return None
+    values = [
+        [*map(_read_out, arg)] if isinstance(arg, (list, tuple)) else _read_out(arg) for arg in args
+    ]
+    value = func(*values)
+    is_like = isinstance(value, Tensor) and value.shape == output.shape
+    return value.to(output.dtype) if is_like else None
+
+
+def _known_parts(func: Any, args: Sequence[Any]) -> Sequence[Tensor]:
+    """Return the elements of each part of a known tensor that is taken apart."""
+    known = _value_of(args[0]) if func._opname in _PARTING else None
+    return () if known is None else func(known, *args[1:])
+
+
+def _read_out(leaf: Any) -> Any:
+    return _value_of(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _derived(name: str, args: Sequence[Any]) -> float | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from autobatch.errors import SampleError
+from autobatch.patching import patched
 from autobatch.sample import batch_builder
 from autobatch.workload import Workload
 from autobatch.wrappers import unwrapped
@@ -52,6 +54,13 @@ CLIP_SIZE = 112
 CLIP_FRAMES = 16
 SECONDS_OF_SPEECH = 10
 SPEECH_HERTZ = 16_000
+FRAMES_OF_SPEECH = 100 * SECONDS_OF_SPEECH
+# Tried where a model of transformers does not run at its own size.
+LARGER_SIDES = (336, 384, 512, 640, 1024, 1536)
+BYTES = 256
+# Side of the grid of patches, and its frames, where images come as patches in one row: models merge
+# 2 or 3 of a side; on a simulated GPU, the numbers in a tensor are known where all are the same.
+GRID = 12
 # Weight of the auxiliary heads of GoogLeNet and Inception; it changes no memory.
 AUXILIARY_WEIGHT = 0.3
 
@@ -74,9 +83,43 @@ FIRST_LAYERS = (
 )
 POSITIONS = re.compile(r"pos|wpe")
 LM_HEAD = re.compile(r"ForCausalLM|LMHead|ForMaskedLM|ForConditionalGeneration")
+# Arguments that hold samples, the likeliest to be fed alone first.
+MAIN_INPUTS = (
+    "input_ids",
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+    "input_values",
+    "audio_mel",
+    "flattened_patches",
+    "past_values",
+    "hidden_states",
+)
+PATCH_GRID = re.compile(r"grid_thw$|spatial_shapes$|pixel_position_ids$")
+BESIDE = re.compile(
+    r"(features|padding|pixel|image\w*|mel|pixel_attention)_mask$"
+    r"|time_features$|grid_thw$|spatial_shapes$"
+)
+PATCH_PAIRS = re.compile(r"spatial_shapes$|pixel_position_ids$")
+# Feature extractors stack so many frames of a spectrogram in one.
+STACKED_FRAMES = (2, 4, 7)
+# How configs call the bins of a spectrogram, and nested configs those who see and hear.
+MEL_BINS = (
+    "num_mel_bins",
+    "n_mel_bins",
+    "n_mels",
+    "mel_dim",
+    "num_mel_channels",
+    "input_feat_size",
+    "input_feat_per_channel",
+    "feature_projection_input_dim",
+    "input_dim",
+)
+SIGHT, SOUND = "vision|image|video|backbone|encoder", "audio|speech|encoder"
 LABELS = frozenset(
     {"labels", "start_positions", "end_positions", "next_sentence_label", "return_loss"}
 )
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
 SURROGATE = "no loss is known, so the sum of the outputs stands in: pass loss=... for the real one"
 
 # Fake tensors have no values to read; the model may well run where these are raised.
@@ -117,6 +160,10 @@ class Field:
     """A random tensor of a batch: its shape without the batch dimension, and its values.
 
     Integers lie in [low, high); floating-point values are standard normal.
+
+    Attributes:
+        rows: that each sample has in the batch dimension, as where patches of all images follow
+            one another.
     """
 
     shape: tuple[int, ...]
@@ -124,18 +171,21 @@ class Field:
     high: int = 1
     low: int = 0
     batch_dim: int = 0
+    rows: int = 1
 
     def make(self, n: int, generator: torch.Generator) -> Tensor:
-        shape = (*self.shape[: self.batch_dim], n, *self.shape[self.batch_dim :])
+        shape = (*self.shape[: self.batch_dim], n * self.rows, *self.shape[self.batch_dim :])
         if self.dtype.is_floating_point:
             return torch.randn(shape, dtype=self.dtype, device="cpu", generator=generator)
+        if self.high == self.low + 1:  # unlike random numbers, known on a simulated GPU
+            return torch.full(shape, self.low, dtype=self.dtype, device="cpu")
         return torch.randint(
             self.low, self.high, shape, dtype=self.dtype, device="cpu", generator=generator
         )
 
     def __str__(self) -> str:
         sizes = [str(size) for size in self.shape]
-        sizes.insert(self.batch_dim, "n")
+        sizes.insert(self.batch_dim, "n" if self.rows == 1 else f"{self.rows} n")
         return f"{str(self.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
 
@@ -145,8 +195,9 @@ Fields: TypeAlias = "Field | tuple[Field, ...] | Mapping[str, Field | bool]"
 def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = None) -> Inferred:
     """Infer a model's inputs and training loss from what it says about itself.
 
-    Hugging Face models: from `config` and the signature of `forward`; the sequence is as long as
-    the positions allow, at most 1,024 tokens (512 where there is no limit), and speech lasts 10 s.
+    Hugging Face models: from `config` and the signature of `forward`, and from what its errors ask
+    for; the sequence is as long as the positions allow, at most 1,024 tokens (512 where there is no
+    limit), and speech lasts 10 s.
     timm: from `pretrained_cfg`. torchvision: from the module path. Lightning: from
     `example_input_array`, with the loss of `training_step` where that accepts the example as a
     whole batch. Anything else: from the first Linear, Embedding, convolution, attention or
@@ -253,43 +304,94 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence warnings of a fake run: those that matter come again in the real one."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("transformers", FAKE_TENSORS)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Refused(Exception):
+    """A model does not run on a batch.
+
+    Attributes:
+        error: what it raised instead.
+    """
+
+    def __init__(self, why: str, error: Exception | None = None) -> None:
+        super().__init__(why)
+        self.error = error
+
+
+class _Trial:
+    """A copy of a model with fake weights, on which inputs are tried."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy the model.
+
+        Raises:
+            SampleError: it cannot be copied.
+        """
+        self._mode = FakeTensorMode()
+        try:
+            self._clone = _fake_copy(model, self._mode).train()
+        except Exception as error:
+            raise _unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+
+    def run(self, fields: Fields) -> Any:
+        """Return the fake output; None where fake tensors cannot tell: the model reads values.
+
+        Raises:
+            _Refused: the model does not run, or mixes the samples.
+        """
+        try:
+            with self._mode, torch.no_grad(), _quiet(), _uncached():
+                output = _call(self._clone, _builder(fields)(TRIED_SAMPLES))
+        except CANNOT_TELL:
+            return None
+        except Exception as error:
+            raise _Refused(
+                f"on {_describe(fields)} it raises {_first_line(error)}", error
+            ) from error
+        if not _keeps_samples(output):
+            raise _Refused(
+                f"on {_describe(fields)} the output {tuple(output.shape)} mixes the samples"
+            )
+        return output
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Keep what is computed on fake tensors out of transformers' caches, which outlive a model."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    if not hasattr(home, "is_torchdynamo_compiling"):
+        yield
+        return
+    with patched(home, is_torchdynamo_compiling=lambda: True):
+        yield
 
 
 def _first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fields, Any]:
     """Return the first candidate that a fake copy of the model accepts, and its fake output.
 
-    The output is None where fake tensors cannot tell, because the model reads values.
-
     Raises:
         SampleError: the model rejects every candidate.
     """
     why = "no layer tells what it takes"
-    mode = FakeTensorMode()
-    try:
-        clone = _fake_copy(model, mode).train()
-    except Exception as error:
-        raise _unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+    trial = _Trial(model)
     for fields in candidates:
         try:
-            with mode, torch.no_grad(), _quiet():
-                output = _call(clone, _builder(fields)(TRIED_SAMPLES))
-        except CANNOT_TELL:
-            return fields, None
-        except Exception as error:
-            why = f"on {_describe(fields)} it raises {_first_line(error)}"
+            output = trial.run(fields)
+        except _Refused as refused:
+            why = str(refused)
             continue
-        if _keeps_samples(output):
-            return fields, output
-        why = f"on {_describe(fields)} the output {tuple(output.shape)} mixes the samples"
+        return fields, output
     raise _unknown(model, why)
 
 
@@ -520,10 +622,11 @@ def _learned_positions(model: nn.Module) -> int:
 
 def _infer_transformers(model: Any, seq: int | None, image_size: int | None) -> Inferred:
     name = type(model).__name__
-    fields = _transformers_fields(model, seq, image_size)
+    arguments = _Arguments(model, seq, image_size)
+    fields: Mapping[str, Field | bool] = arguments.usual(arguments.sizes)
     # The inputs of an LM head are certain, and trying them costs a second on a large model.
-    if not ("input_ids" in fields and LM_HEAD.search(name)):
-        _first_that_runs(model, [fields])
+    if not (LM_HEAD.search(name) and arguments.main_inputs == ["input_ids"]):
+        fields = _accepted(model, arguments)
     labels = ", ".join(sorted(LABELS.intersection(fields)))
     return Inferred(
         batch=_builder(fields),
@@ -533,45 +636,307 @@ def _infer_transformers(model: Any, seq: int | None, image_size: int | None) -> 
     )
 
 
-def _transformers_fields(
-    model: Any, seq: int | None, image_size: int | None
-) -> dict[str, Field | bool]:
-    """Return the arguments of `forward` that training needs, from its signature and the config."""
-    accepts = inspect.signature(model.forward).parameters
-    config, main, name = model.config, model.main_input_name, type(model).__name__
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    contrastive = "return_loss" in accepts and "pixel_values" in accepts
-    fields: dict[str, Field | bool] = {}
-    size = _image_size(config, image_size)
-    tokens: tuple[int, ...] = (min(LABEL_TOKENS, getattr(text, "max_target_positions", TOKENS)),)
+def _accepted(model: nn.Module, arguments: _Arguments) -> dict[str, Field | bool]:
+    """Return arguments that a model runs on, with those that its own errors ask for.
 
-    if main == "input_ids":
-        tokens = (_context(model, text, seq),)
-        lead = (CHOICES,) if "ForMultipleChoice" in name else ()
-        # no attention_mask: one without padding is dropped by transformers itself in a real run
-        fields["input_ids"] = Field((*lead, *tokens), high=text.vocab_size)
-    if main == "pixel_values" or contrastive:
-        fields["pixel_values"] = Field(_pixels(config, size), _float_dtype(model))
-    if main == "input_features":
-        shape = (config.num_mel_bins, 2 * config.max_source_positions)
-        fields["input_features"] = Field(shape, _float_dtype(model))
-    if main == "input_values":
-        fields["input_values"] = Field((SECONDS_OF_SPEECH * SPEECH_HERTZ,), _float_dtype(model))
-    if contrastive:
-        fields["return_loss"] = True
-    if "decoder_input_ids" in accepts:
-        fields["decoder_input_ids"] = Field(tokens, high=text.vocab_size)
-    labels = _transformers_labels(name, config, text, tokens, size)
-    return fields | {key: field for key, field in labels.items() if key in accepts}
+    Raises:
+        SampleError: it runs on none of the sizes that are tried.
+    """
+    trial, why = _Trial(model), ""
+    for sizes in arguments.variants():
+        fields = arguments.usual(sizes)
+        while True:
+            try:
+                trial.run(fields)
+                return fields
+            except _Refused as refused:
+                why = why or str(refused)
+                more = arguments.asked_for(refused.error, fields, sizes)
+            if not more:
+                break
+            fields |= more
+    raise _unknown(model, why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Sizes of a sample for a transformers model; some are in no config, and are tried.
+
+    Attributes:
+        tokens: of a text, and of labels as long as it.
+        codebooks: tokens in each place of a sequence; 0 where that is one, without a dimension.
+        image: height and width in pixels.
+        images: dimensions of several images in a sample.
+        is_folded: whether a patch in a row of patches is one dimension.
+        frames: of a spectrogram.
+        bins: of mel in a frame.
+        is_turned: whether the frames come before the bins.
+        channels: dimensions before those of a spectrogram.
+        wave: dimensions of a waveform without its length; None for a spectrogram in its place.
+        is_complete: whether inputs of all modalities are given.
+    """
+
+    tokens: int
+    image: tuple[int, int]
+    frames: int
+    bins: int
+    codebooks: int = 0
+    images: tuple[int, ...] = ()
+    is_folded: bool = True
+    is_turned: bool = False
+    channels: tuple[int, ...] = ()
+    wave: tuple[int, ...] | None = ()
+    is_complete: bool = False
+
+
+class _Arguments:
+    """The arguments of a transformers model's `forward`, made by name from what its config says.
+
+    Attributes:
+        sizes: of a sample, as far as the config tells.
+        main_inputs: the arguments that hold samples, in the order of `MAIN_INPUTS`.
+    """
+
+    def __init__(self, model: Any, seq: int | None, image_size: int | None) -> None:
+        """Read the config and the signature."""
+        self._model, self._config, self._name = model, model.config, type(model).__name__
+        config = self._config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._text, self._dtype = text, _float_dtype(model)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._accepts = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        self._required = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        self.main_inputs = [name for name in MAIN_INPUTS if name in self._accepts]
+        named = model.main_input_name
+        known = isinstance(named, str) and named in self._accepts
+        self._main = named if known else next(iter(self.main_inputs), None)
+        self._is_packed = any(PATCH_GRID.search(name) for name in self._accepts)
+        stated = _stated(config, "image_size", prefer=SIGHT)
+        if self._main == "input_ids":
+            tokens = _context(model, text, seq)
+        else:
+            names = ("max_target_positions", "max_position_embeddings")
+            limits = (getattr(text, name, None) for name in names)
+            tokens = min(LABEL_TOKENS, *(n for n in limits if isinstance(n, int) and n > 0), TOKENS)
+        positions = _stated(config, "max_source_positions", prefer=SOUND)
+        frames = 2 * positions if positions else None
+        self.sizes = _Sizes(
+            tokens=tokens,
+            image=_pair(image_size or stated or IMAGE_SIZE),
+            frames=frames or FRAMES_OF_SPEECH,
+            bins=_stated(config, *MEL_BINS, prefer=SOUND) or 80,
+        )
+
+    def usual(self, sizes: _Sizes) -> dict[str, Field | bool]:
+        """Return the arguments that training needs: the main input, labels, and those required."""
+        names = [self._main] if self._main else []
+        if "return_loss" in self._accepts or sizes.is_complete:  # a contrast needs both sides
+            names += [name for name in self.main_inputs if name not in names]
+        names += [name for name in self._required if name not in names]
+        fields = self._made(names, sizes)
+        if "return_loss" in self._accepts:
+            fields["return_loss"] = True
+        if "decoder_input_ids" in self._accepts:
+            fields |= self._made(["decoder_input_ids"], sizes)
+        if "ForCTC" in self._name and "input_features" in fields:  # it tells the lengths
+            fields |= self._made({"attention_mask"}.intersection(self._accepts), sizes)
+        labels = _transformers_labels(
+            self._name, self._config, self._vocabulary(), self._text_shape(sizes), sizes.image
+        )
+        return fields | {key: field for key, field in labels.items() if key in self._accepts}
+
+    def variants(self) -> Iterator[_Sizes]:
+        """Yield the sizes to try: as the config says, then with one thing changed."""
+        sizes, main = self.sizes, set(self.main_inputs)
+        yield sizes
+        if len(main) > 1:
+            yield replace(sizes, is_complete=True)
+        if self._is_packed:
+            yield replace(sizes, is_folded=False)
+        elif "pixel_values" in main:
+            yield from (replace(sizes, images=(count,)) for count in (1, 2))
+        if {"pixel_values", "pixel_values_videos"} & main and not self._is_packed:
+            yield from (replace(sizes, image=(side, side)) for side in LARGER_SIDES)
+        if {"input_features", "audio_mel"} & main:
+            yield replace(sizes, is_turned=True)
+            yield replace(sizes, is_turned=True, channels=(1,))
+            bins = (128, *(times * sizes.bins for times in STACKED_FRAMES))
+            for number in bins:
+                yield from (replace(sizes, is_turned=way, bins=number) for way in (False, True))
+        if "input_values" in main:
+            yield from (replace(sizes, wave=wave) for wave in ((1,), None))
+        codebooks = _stated(self._config, "num_codebooks")
+        if codebooks and "input_ids" in main:
+            yield from (replace(sizes, codebooks=codebooks + more) for more in (0, 1))
+
+    def asked_for(
+        self, error: Exception | None, given: Mapping[str, Any], sizes: _Sizes
+    ) -> dict[str, Field | bool]:
+        """Return what a model's error says is missing.
+
+        That is what the error names; where only something is None, the other inputs, then what
+        goes beside an input, such as its mask.
+        Of several names the first is taken, as in "specify either input_ids or inputs_embeds".
+        """
+        text = f"{type(error).__name__}: {error}"
+        words = re.findall(r"\w+", text.lower())
+        named = [name for name in self._accepts if name in words and name not in given]
+        named.sort(key=words.index)
+        fields = self._made(named, sizes)
+        if fields:
+            is_list = isinstance(error, TypeError) and "missing" in words
+            return fields if is_list else dict([next(iter(fields.items()))])
+        if "NoneType" not in text:
+            return {}
+        others = [name for name in self.main_inputs if name not in given]
+        beside = [name for name in self._accepts if BESIDE.search(name) and name not in given]
+        return self._made(others or beside, sizes)
+
+    def _made(self, names: Iterable[str], sizes: _Sizes) -> dict[str, Field | bool]:
+        made = {name: self._field(name, sizes) for name in names}
+        return {name: field for name, field in made.items() if field is not None}
+
+    def _vocabulary(self) -> int:
+        return _stated(self._text, "vocab_size") or _stated(self._config, "vocab_size") or BYTES
+
+    def _field(self, name: str, sizes: _Sizes) -> Field | None:
+        """Return an argument; None for a name that tells nothing."""
+        config, tokens = self._config, (sizes.tokens,)
+        if name.endswith("mask"):
+            return Field(self._masked(name, sizes), low=1, high=2)
+        if name.endswith("input_ids"):
+            lead = (CHOICES,) if "ForMultipleChoice" in self._name else ()
+            return Field((*lead, *self._text_shape(sizes)), high=self._vocabulary())
+        if name.endswith("token_type_ids"):
+            return Field(tokens)
+        if name.endswith("bbox"):
+            # equal corners: a box of no width is in order, one of negative width is not
+            return Field((*tokens, 4), low=1, high=2)
+        if name.endswith("pixel_values_videos"):
+            return Field((self._clip(), self._channels(), *sizes.image), self._dtype)
+        if name.endswith("pixel_values") or (self._is_packed and name == "hidden_states"):
+            return self._pixels(sizes)
+        if name == "pixel_position_ids":
+            return Field((GRID * GRID, 2), high=GRID)
+        if PATCH_GRID.search(name):
+            return Field((2,) if PATCH_PAIRS.search(name) else (3,), low=GRID, high=GRID + 1)
+        if name == "merge_sizes":
+            return Field((), low=1, high=2)
+        if name == "flattened_patches":  # each with its row and column
+            height, width = self._patch()
+            return Field((GRID * GRID, 2 + self._channels() * height * width), self._dtype)
+        if name in ("input_features", "audio_mel"):
+            return Field(self._spectrogram(sizes), self._dtype)
+        if name == "input_values":
+            length = SECONDS_OF_SPEECH * SPEECH_HERTZ
+            shape = self._spectrogram(sizes) if sizes.wave is None else (*sizes.wave, length)
+            return Field(shape, self._dtype)
+        if name.startswith(("past_", "future_")) and name.endswith(("_values", "_features")):
+            return Field(self._series(name), self._dtype)
+        if name.endswith(("hidden_states", "embeds")):
+            side = "encoder_hidden_size" if name.startswith("encoder") else "hidden_size"
+            width = _stated(config, side, "hidden_size", "d_model")
+        else:  # such as visual_feats of visual_feat_dim numbers each
+            width = _stated(config, f"{name}_dim", f"{name.removesuffix('s')}_dim")
+        return Field((*tokens, width), self._dtype) if width else None
+
+    def _text_shape(self, sizes: _Sizes) -> tuple[int, ...]:
+        return (sizes.tokens, *((sizes.codebooks,) if sizes.codebooks else ()))
+
+    def _masked(self, name: str, sizes: _Sizes) -> tuple[int, ...]:
+        """Return the shape of a mask by what its name says is masked."""
+        if name.startswith(("past_", "future_")):
+            return self._series(f"{name.partition('_')[0]}_values")
+        if name.startswith("pixel_"):
+            return (GRID * GRID,) if self._is_packed else sizes.image
+        if name.startswith("image_"):
+            return (sizes.tokens, *sizes.images)
+        is_for_text = name.startswith("decoder") or "input_ids" in self.main_inputs
+        if name.endswith("attention_mask") and is_for_text:
+            return (sizes.tokens,)
+        if "input_values" in self.main_inputs and sizes.wave is not None:
+            return (SECONDS_OF_SPEECH * SPEECH_HERTZ,)
+        if {"input_features", "audio_mel"} & set(self.main_inputs):
+            return (sizes.frames,)
+        return (sizes.tokens,)
+
+    def _channels(self) -> int:
+        return _stated(self._config, "num_channels", "in_channels", prefer=SIGHT) or 3
+
+    def _clip(self) -> int:
+        return _stated(self._config, "num_frames", "frames_per_clip", prefer=SIGHT) or CLIP_FRAMES
+
+    def _pixels(self, sizes: _Sizes) -> Field:
+        """Return images; where a grid says how many patches each has, the patches of all."""
+        config, dtype = self._config, self._dtype
+        if self._is_packed:
+            height, width = self._patch()
+            if any(PATCH_PAIRS.search(name) for name in self._accepts):
+                return Field((GRID * GRID, self._channels() * height * width), dtype)
+            depth = _stated(config, "temporal_patch_size", "patch_temporal", prefer=SIGHT) or 1
+            patch = (self._channels() * depth, height, width)
+            return Field((math.prod(patch),) if sizes.is_folded else patch, dtype, rows=GRID**3)
+        vision = getattr(config, "vision_config", config)
+        frames = _stated(vision, "num_frames", nested=False)
+        lead = (*((frames,) if frames else ()), *sizes.images)
+        return Field((*lead, self._channels(), *sizes.image), dtype)
+
+    def _patch(self) -> tuple[int, int]:
+        return _pair(_stated(self._config, "patch_size", prefer=SIGHT) or 16)
+
+    def _spectrogram(self, sizes: _Sizes) -> tuple[int, ...]:
+        if sizes.wave is None:  # in place of a waveform
+            return (_stated(self._config, "max_length") or sizes.frames, sizes.bins)
+        shape = (sizes.frames, sizes.bins) if sizes.is_turned else (sizes.bins, sizes.frames)
+        return (*sizes.channels, *shape)
+
+    def _series(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a time series: its steps, and its channels where they are several."""
+        config = self._config
+        if name.startswith("future"):
+            steps = _stated(config, "prediction_length") or 1
+        else:
+            lags = getattr(config, "lags_sequence", None) or [0]
+            steps = (_stated(config, "context_length") or TOKENS) + max(lags)
+        if name.endswith("_features"):
+            return (steps, getattr(config, "num_time_features", 0))
+        width = _stated(config, "num_input_channels") or _stated(config, "input_size") or 1
+        has_channels = width > 1 or hasattr(config, "num_input_channels")
+        return (steps, width) if has_channels else (steps,)
+
+
+def _stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> Any:
+    """Return the first of some sizes that a config states, or one of those nested in it.
+
+    Args:
+        config: asked first; then its own configs, depth first.
+        names: of fields, the likeliest first.
+        prefer: a pattern of the nested configs to ask before the others.
+        nested: whether to ask those at all.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if value and not isinstance(value, (bool, str)):
+            return value
+    parts = {key: part for key, part in vars(config).items() if hasattr(part, "to_dict")}
+    for key in sorted(parts, key=lambda key: not re.search(prefer, key)):
+        value = _stated(parts[key], *names, prefer=prefer) if nested else None
+        if value:
+            return value
+    return None
 
 
 def _transformers_labels(
-    name: str, config: Any, text: Any, tokens: tuple[int, ...], size: tuple[int, int]
+    name: str, config: Any, vocabulary: int, tokens: tuple[int, ...], size: tuple[int, int]
 ) -> dict[str, Field]:
     """Return the labels of a head, known by its class name; none for a model without a head."""
     classes = max(getattr(config, "num_labels", 1), 1)
     if LM_HEAD.search(name):
-        return {"labels": Field(tokens, high=text.vocab_size)}
+        return {"labels": Field(tokens, high=vocabulary)}
     if re.search(r"For(Sequence|Image|Audio|Video)Classification", name):
         if getattr(config, "problem_type", None) == "multi_label_classification":
             return {"labels": Field((classes,), torch.float32)}
@@ -587,13 +952,13 @@ def _transformers_labels(
     if "ForNextSentencePrediction" in name:
         return {"labels": Field((), high=2)}
     if "ForPreTraining" in name:
-        high = 2 if "Electra" in name else getattr(text, "vocab_size", 1)
+        high = 2 if "Electra" in name else vocabulary
         return {"labels": Field(tokens, high=high), "next_sentence_label": Field((), high=2)}
     if "ForSemanticSegmentation" in name:
         return {"labels": Field(size, high=classes)}
     if "ForCTC" in name:
         # Token 0 is the blank, which no transcript holds.
-        return {"labels": Field(tokens, low=1, high=text.vocab_size)}
+        return {"labels": Field(tokens, low=1, high=vocabulary)}
     return {}
 
 
@@ -603,7 +968,7 @@ def _context(model: Any, text: Any, seq: int | None) -> int:
     Tables of positions that skip a padding index (RoBERTa) hold fewer than the config says.
     """
     limit = getattr(text, "max_position_embeddings", None)
-    if not limit or limit < 0:
+    if not isinstance(limit, int) or limit < 1:
         return seq or CONTEXT_WITHOUT_LIMIT
     learned = False
     usable = limit
@@ -619,14 +984,3 @@ def _context(model: Any, text: Any, seq: int | None) -> int:
             f"shorter one, or build the model with max_position_embeddings={seq + limit - usable}"
         )
     return seq or min(usable, LONGEST_CONTEXT)
-
-
-def _image_size(config: Any, image_size: int | None) -> tuple[int, int]:
-    vision = getattr(config, "vision_config", config)
-    return _pair(image_size or getattr(vision, "image_size", None) or IMAGE_SIZE)
-
-
-def _pixels(config: Any, size: tuple[int, int]) -> tuple[int, ...]:
-    vision = getattr(config, "vision_config", config)
-    frames = getattr(vision, "num_frames", None)
-    return (*((frames,) if frames else ()), getattr(vision, "num_channels", 3), *size)

@@ -1,6 +1,7 @@
 """`python -m reports.coverage`: what is tried, workers that die, and what is rendered."""
 
 import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from autobatch.units import GIB, MIB  # noqa: E402
 from reports.accuracy.journal import append, read_journal  # noqa: E402
 from reports.coverage import __main__ as command  # noqa: E402
 from reports.coverage import memory, models, render, results, summary, text  # noqa: E402
+from reports.coverage import worker as worker_process  # noqa: E402
 from reports.coverage.shrink import LEVELS, Level, merged, shrink  # noqa: E402
 from reports.coverage.subjects import Subject, selected, subjects_of, tasks_of  # noqa: E402
 from reports.coverage.trial import NO_INPUTS, attempt  # noqa: E402
@@ -206,10 +208,13 @@ def test_small_configs_of_transformers_build_small_models(kind):
     assert sum(p.numel() for p in parameters) < 20e6
 
 
-def test_a_type_without_a_head_is_not_built():
+@pytest.mark.parametrize(
+    ("kind", "cause"), [("sam_mask_decoder", models.NO_HEAD), ("bark", models.NO_FORWARD)]
+)
+def test_a_type_without_a_model_that_trains_is_not_built(kind, cause):
     pytest.importorskip("transformers")
-    record = attempt(Subject("transformers", "sam_mask_decoder"))
-    assert (record["outcome"], record["cause"]) == ("not built", models.NO_HEAD)
+    record = attempt(Subject("transformers", kind))
+    assert (record["outcome"], record["cause"]) == ("not built", cause)
 
 
 # A trial
@@ -249,9 +254,7 @@ def test_the_peak_of_memory_begins_anew_where_the_system_allows():
     del block
     scope = memory.begin_peak()
     if scope == "model":
-        assert summary is not None and memory.peak_rss_bytes() < (
-            (memory.resident_now_bytes() or 0) + 32 * MIB
-        )
+        assert memory.peak_rss_bytes() < (memory.resident_now_bytes() or 0) + 32 * MIB
 
 
 # Workers
@@ -294,14 +297,27 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, worker, undrawn):
     assert read_journal(journal)["timm:thin_net"]["seconds"] == 2.0
 
 
-def test_a_real_worker_predicts_and_starts_anew(tmp_path, monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("reports.coverage.__main__.WORKER", command.WORKER)
-    subjects = [Subject("timm", "test_convnext"), Subject("timm", "no_such_net")]
-    found = command.try_subjects(subjects, tmp_path / "rows.jsonl", workers=1)
-    assert found["timm:test_convnext"]["outcome"] == "predicted"
-    assert found["timm:no_such_net"]["cause"] == models.NO_MODEL
+@pytest.mark.parametrize(("models", "growth"), [(2, 10 * GIB), (9, -GIB)])
+def test_a_worker_starts_anew_before_it_says_that_the_last_task_is_done(
+    monkeypatch, models, growth
+):
+    monkeypatch.setattr(worker_process, "attempt", lambda subject: {"key": subject.key})
+    monkeypatch.setattr(worker_process, "MODELS", models)
+    monkeypatch.setattr(worker_process, "GROWTH_BYTES", growth)
+    tasks = [json.dumps({"library": "timm", "name": name}) for name in "abc"]
+    answers = io.StringIO()
+    assert worker_process.work(tasks, answers)
+    said = [json.loads(line) for line in answers.getvalue().splitlines()]
+    done = {"done": True}
+    first = [{"key": "timm:a"}]
+    assert said == (first if models == 9 else [*first, done, {"key": "timm:b"}])
+
+
+def test_a_worker_ends_with_its_tasks(monkeypatch):
+    monkeypatch.setattr(worker_process, "attempt", lambda subject: {"key": subject.key})
+    answers = io.StringIO()
+    assert not worker_process.work([json.dumps({"library": "timm", "name": "a"})], answers)
+    assert answers.getvalue().splitlines()[-1] == json.dumps({"done": True})
 
 
 def test_a_name_that_nothing_has_is_said_before_any_work(tmp_path, worker, capsys):

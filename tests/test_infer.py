@@ -266,6 +266,131 @@ def test_models_of_transformers_give_a_loss_on_their_inferred_batch(model_type, 
     assert output.loss.shape == () and output.loss.requires_grad
 
 
+class Config(SimpleNamespace):
+    """As much of a transformers config as is read."""
+
+    def to_dict(self):
+        return vars(self)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 8, "max_position_embeddings": 16, "image_size": 12}
+
+
+def model_of(forward, main="input_ids", name="SomeModel", **config):
+    """Make a module that looks like one of transformers."""
+    made = type(name, (nn.Linear,), {"forward": forward, "main_input_name": main})(8, 8)
+    made.config = Config(**(SIZES | config))
+    return made
+
+
+def shapes_of(model, n=3):
+    return {key: tuple(leaf.shape) for key, leaf in infer(model).batch(n).items()}
+
+
+def test_a_main_input_that_forward_does_not_take_gives_way_to_one_that_it_does():
+    model = model_of(lambda self, pixel_values: pixel_values)
+    assert shapes_of(model) == {"pixel_values": (3, 3, 12, 12)}
+
+
+def test_required_arguments_are_made_by_their_names():
+    def forward(self, input_ids, encoder_hidden_states, attention_mask, token_type_ids, bbox):
+        assert encoder_hidden_states.shape == (*input_ids.shape, 8)
+        return encoder_hidden_states * attention_mask[..., None]
+
+    shapes = shapes_of(model_of(forward))
+    assert shapes["encoder_hidden_states"] == (3, 16, 8) and shapes["bbox"] == (3, 16, 4)
+    assert shapes["attention_mask"] == shapes["token_type_ids"] == (3, 16)
+
+
+def test_what_an_error_asks_for_is_given_the_first_of_several_alone():
+    def forward(self, pixel_values=None, input_ids=None, inputs_embeds=None, attention_mask=None):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You have to specify either input_ids or inputs_embeds")
+        if attention_mask is None:
+            raise ValueError("`attention_mask` is needed")
+        return pixel_values
+
+    shapes = shapes_of(model_of(forward, main="pixel_values"))
+    assert set(shapes) == {"pixel_values", "input_ids", "attention_mask"}
+
+
+def test_where_something_is_none_the_other_inputs_are_given_then_their_masks():
+    def forward(self, input_ids=None, pixel_values=None, pixel_mask=None, labels=None):
+        return input_ids.float().mean() * pixel_values.mean() * pixel_mask.sum()
+
+    assert shapes_of(model_of(forward)) == {
+        "input_ids": (3, 16),
+        "pixel_values": (3, 3, 12, 12),
+        "pixel_mask": (3, 12, 12),
+    }
+
+
+def test_patches_in_one_row_agree_with_their_grid_and_its_numbers_are_known():
+    def forward(self, hidden_states, grid_thw):
+        assert hidden_states.shape[1] == 3 * 2 * 4 * 4
+        return {"features": hidden_states}
+
+    vision = {"patch_size": 4, "temporal_patch_size": 2, "in_channels": 3}
+    model = model_of(forward, **vision)
+    batch = infer(model).batch(3)
+    assert int(batch["grid_thw"].prod(1).sum()) == len(batch["hidden_states"])
+    assert len(batch["grid_thw"].unique()) == 1
+
+
+class Wrapped(nn.Module):
+    """A layer under the name that transformers gives its input."""
+
+    def __init__(self, layer, main, **config) -> None:
+        super().__init__()
+        self.layer, self.main_input_name = layer, main
+        self.config = Config(**config)
+
+    def forward(self, input_features):
+        return self.layer(input_features)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv1d(80, 4, 3), (80, 1000)), (nn.Linear(80, 4), (1000, 80))]
+)
+def test_the_axes_of_a_spectrogram_are_those_that_run(layer, shape):
+    assert shapes_of(Wrapped(layer, "input_features"))["input_features"][1:] == shape
+
+
+def test_a_size_of_a_nested_config_counts_that_of_its_modality_first():
+    audio, text = Config(num_mel_bins=20, max_source_positions=6), Config(num_mel_bins=99)
+    model = Wrapped(nn.Conv1d(20, 4, 3), "input_features", decoder=text, audio_config=audio)
+    assert shapes_of(model)["input_features"] == (3, 20, 12)
+
+
+def test_a_time_series_is_as_long_as_its_context_and_lags():
+    def forward(self, past_values, past_time_features, past_observed_mask, future_values):
+        return past_values * past_observed_mask
+
+    series = {"context_length": 10, "lags_sequence": [1, 7], "prediction_length": 4}
+    shapes = shapes_of(
+        model_of(forward, main="past_values", input_size=1, num_time_features=2, **series)
+    )
+    assert shapes == {
+        "past_values": (3, 17),
+        "past_time_features": (3, 17, 2),
+        "past_observed_mask": (3, 17),
+        "future_values": (3, 4),
+    }
+
+
+def test_an_argument_that_no_name_explains_asks_for_a_sample():
+    model = model_of(lambda self, input_ids, riddle: input_ids)
+    with pytest.raises(SampleError, match=r"'riddle'.*sample="):
+        infer(model)
+
+
+def test_what_a_model_caches_is_never_fake():
+    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    for _ in range(2):  # the second would meet the fake coordinates of the first
+        model = small("dinov3_vit", "AutoModel", num_attention_heads=2, **config)
+        assert infer(model).batch(1)["pixel_values"].shape == (1, 3, 224, 224)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "shape", "classes"),
     [

@@ -1,0 +1,182 @@
+"""Predict every model of timm and every model type of transformers on the virtual GPU.
+
+    python -m reports.coverage [--only timm|transformers] [--match GLOB] [--workers N] [--out DIR]
+                               [--retry] [--fresh] [--time-limit S]
+    python -m reports.coverage render [DIR]
+
+DIR gets rows.jsonl (a run that was cut short goes on from there), coverage.csv, summary.json and
+charts of all that is in rows.jsonl. `render` takes those of a finished DIR into this report's
+folder, and renews its README.
+
+Exit code 0: every subject has a record; 1: workers do not start; 2: an option cannot be understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from autobatch.units import GIB
+from reports.accuracy.journal import append, read_journal
+from reports.accuracy.pool import WorkersFailError, run_tasks
+from reports.accuracy.tables import Record
+from reports.coverage.subjects import LIBRARIES, Subject, selected, subjects_of, tasks_of
+from reports.coverage.summary import FAILED, PREDICTED, ended
+
+WORKER = (sys.executable, "-m", "reports.coverage.worker")
+JOURNAL = "rows.jsonl"
+TIME_LIMIT_S = 300.0
+MEMORY_LIMIT_BYTES = 4 * GIB
+"""Well above the target of 1 GiB, so that what misses it has a figure."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["render"]:
+        from reports.coverage.render import main as render  # needs no worker
+
+        return render(words[1:])
+    options = _parser().parse_args(words)
+    known = [subject for library in LIBRARIES for subject in subjects_of(library)]
+    chosen = selected(known, only=options.only, match=options.match)
+    if not chosen:
+        print(f"nothing is called {options.match}", file=sys.stderr)
+        return 2
+    out = _folder(options.out)
+    try:
+        records = try_subjects(
+            chosen,
+            out / JOURNAL,
+            workers=options.workers,
+            time_limit_s=options.time_limit,
+            retry=options.retry,
+            fresh=options.fresh,
+        )
+    except WorkersFailError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
+        return 130
+    from reports.coverage.results import write_results  # matplotlib loads after the work
+
+    print(write_results(known, records, out))
+    print(f"\n{out}")
+    return 0
+
+
+def try_subjects(
+    subjects: Sequence[Subject],
+    journal: Path,
+    *,
+    workers: int,
+    time_limit_s: float = TIME_LIMIT_S,
+    retry: bool = False,
+    fresh: bool = False,
+) -> dict[str, Record]:
+    """Try what is not yet in the journal, and return all of its records by key.
+
+    Args:
+        subjects: to try.
+        journal: a file; what it holds of other subjects stays.
+        workers: processes at a time.
+        time_limit_s: for one subject.
+        retry: try again what was not predicted.
+        fresh: try everything again.
+
+    Raises:
+        WorkersFailError: a worker ended before it was ready.
+    """
+    known = read_journal(journal)
+    keys = {subject.key for subject in subjects}
+    again = {
+        key
+        for key in keys & known.keys()
+        if fresh or (retry and known[key]["outcome"] != PREDICTED)
+    }
+    done = keys & known.keys() - again
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        failed = sum(known[key]["outcome"] == FAILED for key in done)
+        shown = bar.add_task("models", total=len(keys), completed=len(done), failed=failed)
+
+        def record(found: Record) -> None:
+            nonlocal failed
+            found = found if "outcome" in found else ended(found)
+            append(journal, found)
+            known[found["key"]] = found
+            failed += found["outcome"] == FAILED
+            bar.update(shown, advance=1, failed=failed)
+
+        run_tasks(
+            tasks_of(subjects, done),
+            command=WORKER,
+            workers=workers,
+            record=record,
+            time_limit_s=time_limit_s,
+            memory_limit_bytes=MEMORY_LIMIT_BYTES,
+        )
+    return known
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m reports.coverage",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=LIBRARIES, help="one library")
+    parser.add_argument("--match", metavar="GLOB", help="names such as 'vit_*'")
+    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="default: 2")
+    parser.add_argument(
+        "--out", type=Path, default=Path("coverage"), metavar="DIR", help="default: coverage"
+    )
+    parser.add_argument("--retry", action="store_true", help="try again what was not predicted")
+    parser.add_argument("--fresh", action="store_true", help="try everything again")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=TIME_LIMIT_S,
+        metavar="S",
+        help=f"seconds for one model, default: {TIME_LIMIT_S:.0f}",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _folder(path: Path) -> Path:
+    """Make the folder of the run; one of its own making stays out of version control."""
+    if not path.exists():
+        path.mkdir(parents=True)
+        (path / ".gitignore").write_text("*\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,6 +32,7 @@ class Row:
         next_fits: whether one sample more does.
         reserved_bytes: peak at the ceiling and one above, as executed.
         seconds: of the search alone.
+        degree: 2 where a block's size has a quadratic term, which a further execution finds.
         reason: why sizes were executed one by one; None where there is a trace model.
     """
 
@@ -43,6 +44,7 @@ class Row:
     executed: tuple[int, ...]
     ooms: int
     method: str
+    degree: int
     reason: str | None
     fits: bool
     next_fits: bool
@@ -51,7 +53,7 @@ class Row:
 
     @property
     def allowed(self) -> int:
-        return 4 if "quadratic" in self.method else 3
+        return 4 if self.degree == 2 else 3
 
     @property
     def passes(self) -> bool:
@@ -92,6 +94,7 @@ def check(name: str, what: str, workload: Workload, gpu: GpuSpec) -> Row:
         executed=tuple(trial.micro_batch for trial in probe.trials),
         ooms=sum(trial.oom for trial in probe.trials),
         method=found.method,
+        degree=found.model.degree if found.model is not None else 1,
         reason=found.reason,
         fits=below <= probe.budget_bytes,
         next_fits=above <= probe.budget_bytes,

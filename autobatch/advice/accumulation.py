@@ -1,0 +1,175 @@
+"""What accumulation saves and costs in memory, and when it leaves the gradient as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autobatch.advice.wording import count, window_text
+from autobatch.plan import MemoryPoint, Plan
+from autobatch.units import format_bytes
+
+__all__ = [
+    "AccumulationRow",
+    "accumulation_rows",
+    "accumulation_summary",
+    "equivalence_conditions",
+    "extrapolate_peak",
+    "other_window",
+    "samples_per_update",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccumulationRow:
+    """One part of the memory in the planned window, and in the same samples divided otherwise.
+
+    `other_bytes` is predicted, and None where the plan does not allow a prediction.
+    """
+
+    part: str
+    planned_bytes: int
+    other_bytes: int | None
+    note: str
+
+
+def samples_per_update(plan: Plan) -> int:
+    """Return the samples that the busiest GPU runs between two optimizer updates."""
+    return max(map(sum, plan.split.windows))
+
+
+def extrapolate_peak(plan: Plan, micro_batch: int) -> int | None:
+    """Extend the memory curve in a straight line to a micro-batch, in allocated bytes.
+
+    The line goes through the upper half of the curve, where constant terms no longer hide the
+    growth. Returns None where the curve has fewer than two sizes.
+    """
+    points = sorted(plan.curve, key=lambda point: point.micro_batch)
+    exact = [point for point in points if point.micro_batch == micro_batch]
+    if exact:
+        return exact[0].peak_allocated_bytes
+    if len({point.micro_batch for point in points}) < 2:
+        return None
+    low, high = _upper_half(points)
+    growth = (high.peak_allocated_bytes - low.peak_allocated_bytes) / (
+        high.micro_batch - low.micro_batch
+    )
+    return round(high.peak_allocated_bytes + growth * (micro_batch - high.micro_batch))
+
+
+def other_window(plan: Plan) -> tuple[int, int] | None:
+    """Return (steps, micro-batch) to compare the plan with: all at once, or two halves.
+
+    None where a single sample cannot be divided.
+    """
+    samples = samples_per_update(plan)
+    if plan.accumulation_steps > 1:
+        return 1, samples
+    return (2, math.ceil(samples / 2)) if samples > 1 else None
+
+
+def accumulation_rows(plan: Plan) -> tuple[AccumulationRow, ...]:
+    """Compare the planned window with the one of `other_window`."""
+    other = other_window(plan)
+    if other is None:
+        return ()
+    planned = plan.footprint
+    weights = planned.parameters_bytes + planned.buffers_bytes
+    resident = max(planned.gradients_bytes, plan.ceiling_footprint.gradients_bytes)
+    peak = extrapolate_peak(plan, other[1])
+    rest = None if peak is None else peak - weights - planned.optimizer_bytes - resident
+    return (
+        AccumulationRow(
+            part="weights and buffers",
+            planned_bytes=weights,
+            other_bytes=weights,
+            note="the same: they do not depend on the batch",
+        ),
+        AccumulationRow(
+            part="optimizer state",
+            planned_bytes=planned.optimizer_bytes,
+            other_bytes=planned.optimizer_bytes,
+            note="the same: one update per window either way",
+        ),
+        AccumulationRow(
+            part="gradients at the peak",
+            planned_bytes=planned.gradients_bytes,
+            other_bytes=resident,
+            note="never larger than the weights, but with accumulation they stay for all later "
+            "micro-batches",
+        ),
+        AccumulationRow(
+            part="activations and the rest",
+            planned_bytes=planned.peak_allocated_bytes
+            - weights
+            - planned.optimizer_bytes
+            - planned.gradients_bytes,
+            other_bytes=rest,
+            note="different: they grow with the micro-batch, and only one is alive at a time",
+        ),
+        AccumulationRow(
+            part="peak allocated",
+            planned_bytes=planned.peak_allocated_bytes,
+            other_bytes=peak,
+            note="the sum",
+        ),
+    )
+
+
+def accumulation_summary(plan: Plan) -> str:
+    """Say in words what accumulation saves on this model and what it costs."""
+    samples = samples_per_update(plan)
+    other = other_window(plan)
+    peak = extrapolate_peak(plan, other[1]) if other else None
+    if plan.accumulation_steps == 1:
+        text = (
+            f"This plan needs no accumulation: {count(samples, 'sample')} per GPU fit into one "
+            "forward/backward, and gradients are freed before the next one begins."
+        )
+        if other is None or peak is None:
+            return text
+        return (
+            f"{text} As {other[0]} × {other[1]:,} the peak would be about {format_bytes(peak)} "
+            "allocated (predicted), with the gradients resident."
+        )
+    text = (
+        f"Each GPU runs {count(samples, 'sample')} per update as "
+        f"{window_text(max(plan.split.windows, key=sum))}."
+    )
+    if peak is None:
+        return f"{text} What they would need at once is unknown: the curve has a single size."
+    verdict = "more than" if peak > plan.budget_bytes else "within"
+    return (
+        f"{text} At once they would need about {format_bytes(peak)} (predicted by extending the "
+        f"curve in a straight line), {verdict} the budget of {format_bytes(plan.budget_bytes)}. "
+        "That figure keeps the gradients resident; without accumulation up to "
+        f"{format_bytes(plan.footprint.gradients_bytes)} less is needed, because they are freed "
+        "before the next forward pass."
+    )
+
+
+def equivalence_conditions(plan: Plan) -> tuple[str, ...]:
+    """List what must hold for the accumulated gradient to equal that of the whole batch."""
+    weight = (
+        f"1/{plan.accumulation_steps}"
+        if plan.split.uniform and plan.accumulation_steps > 1
+        else f"its share of the {plan.effective_batch:,} samples"
+    )
+    conditions = [
+        f"The loss is a mean over samples, and each micro-batch's loss is weighted by {weight}. "
+        "A mean over tokens needs its share of the window's tokens instead.",
+        "No layer or loss looks across the samples of a batch: BatchNorm and in-batch contrastive "
+        "losses see one micro-batch, not the effective batch.",
+        "Clipping, the update, zeroing the gradients and the learning-rate schedule happen once "
+        "per window, not once per micro-batch.",
+        "Equal means up to floating-point rounding; dropout draws other random numbers.",
+    ]
+    return tuple(conditions)
+
+
+def _upper_half(points: Sequence[MemoryPoint]) -> tuple[MemoryPoint, MemoryPoint]:
+    high = points[-1]
+    below = [point for point in points if point.micro_batch < high.micro_batch]
+    upper = [point for point in below if 2 * point.micro_batch >= high.micro_batch]
+    return (upper[0] if upper else below[-1]), high

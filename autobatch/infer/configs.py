@@ -1,0 +1,61 @@
+"""Sizes read from the configs of transformers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from autobatch.errors import SampleError
+from autobatch.infer.plain import POSITIONS
+
+__all__ = ["context_of", "stated"]
+
+LONGEST_CONTEXT = 1024
+CONTEXT_WITHOUT_LIMIT = 512
+
+
+def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> Any:
+    """Return the first of some sizes that a config states, or one of those nested in it.
+
+    Args:
+        config: asked first; then its own configs, depth first.
+        names: of fields, the likeliest first.
+        prefer: a pattern of the nested configs to ask before the others.
+        nested: whether to ask those at all.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if value and not isinstance(value, (bool, str)):
+            return value
+    parts = {key: part for key, part in vars(config).items() if hasattr(part, "to_dict")}
+    for key in sorted(parts, key=lambda key: not re.search(prefer, key)):
+        value = stated(parts[key], *names, prefer=prefer) if nested else None
+        if value:
+            return value
+    return None
+
+
+def context_of(model: Any, text: Any, seq: int | None) -> int:
+    """Return the length of a sequence: what was asked, else what the positions allow, capped.
+
+    Tables of positions that skip a padding index (RoBERTa) hold fewer than the config says.
+    """
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return seq or CONTEXT_WITHOUT_LIMIT
+    learned = False
+    usable = limit
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
+        if is_table and limit <= module.num_embeddings <= limit + 2:
+            learned = True
+            if module.padding_idx is not None:
+                usable = min(usable, module.num_embeddings - module.padding_idx - 1)
+    if learned and seq and seq > usable:
+        raise SampleError(
+            f"seq={seq} is longer than the {usable} positions of {type(model).__name__}: use a "
+            f"shorter one, or build the model with max_position_embeddings={seq + limit - usable}"
+        )
+    return seq or min(usable, LONGEST_CONTEXT)

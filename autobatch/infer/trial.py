@@ -1,0 +1,166 @@
+"""Inputs tried on a copy of a model with fake weights.
+
+Invariant: nothing is allocated, and nothing that is computed on fake tensors outlives a trial.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from autobatch.infer.fields import Fields, builder, describe, unknown
+from autobatch.patching import patched
+
+__all__ = ["TRIED_SAMPLES", "Refused", "Trial", "fake_copy", "first_that_runs", "quiet"]
+
+# Odd and prime, so that a wrong reshape of the batch seldom goes unnoticed.
+TRIED_SAMPLES = 7
+
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
+
+# Fake tensors have no values to read; the model may well run where these are raised.
+CANNOT_TELL = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Copy a module with fake CPU tensors in place of its own; ties between weights are kept."""
+    fakes: dict[int, Any] = {}
+    for module in model.modules():
+        attributes = (value for value in vars(module).values() if isinstance(value, Tensor))
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *attributes):
+            if tensor is None or id(tensor) in fakes:
+                continue
+            with mode:
+                fake = torch.empty_strided(
+                    tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, fakes)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings of a fake run: those that matter come again in the real one."""
+    loggers = [logging.getLogger(name) for name in ("transformers", FAKE_TENSORS)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class Refused(Exception):
+    """A model does not run on a batch.
+
+    Attributes:
+        error: what it raised instead.
+    """
+
+    def __init__(self, why: str, error: Exception | None = None) -> None:
+        super().__init__(why)
+        self.error = error
+
+
+class Trial:
+    """A copy of a model with fake weights, on which inputs are tried."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy the model.
+
+        Raises:
+            SampleError: it cannot be copied.
+        """
+        self._mode = FakeTensorMode()
+        try:
+            self._clone = fake_copy(model, self._mode).train()
+        except Exception as error:
+            raise unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+
+    def run(self, fields: Fields) -> Any:
+        """Return the fake output; None where fake tensors cannot tell: the model reads values.
+
+        Raises:
+            Refused: the model does not run, or mixes the samples.
+        """
+        try:
+            with self._mode, torch.no_grad(), quiet(), _uncached():
+                output = _call(self._clone, builder(fields)(TRIED_SAMPLES))
+        except CANNOT_TELL:
+            return None
+        except Exception as error:
+            raise Refused(f"on {describe(fields)} it raises {_first_line(error)}", error) from error
+        if not _keeps_samples(output):
+            raise Refused(
+                f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
+            )
+        return output
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Keep what is computed on fake tensors out of transformers' caches, which outlive a model."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    if not hasattr(home, "is_torchdynamo_compiling"):
+        yield
+        return
+    with patched(home, is_torchdynamo_compiling=lambda: True):
+        yield
+
+
+def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fields, Any]:
+    """Return the first candidate that a fake copy of the model accepts, and its fake output.
+
+    Raises:
+        SampleError: the model rejects every candidate.
+    """
+    why = "no layer tells what it takes"
+    trial = Trial(model)
+    for fields in candidates:
+        try:
+            output = trial.run(fields)
+        except Refused as refused:
+            why = str(refused)
+            continue
+        return fields, output
+    raise unknown(model, why)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _keeps_samples(output: Any) -> bool:
+    """Say whether a tensor has one row per sample; `view(-1, 400)` accepts many wrong sizes."""
+    scalar = not isinstance(output, Tensor) or output.dim() == 0
+    return scalar or TRIED_SAMPLES in output.shape
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

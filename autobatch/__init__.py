@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from autobatch._version import __version__
 
 if TYPE_CHECKING:
+    from autobatch.accumulate import Window, Windows, windows
     from autobatch.errors import (
         AutobatchError,
+        AutobatchWarning,
         DoesNotFitError,
         FileError,
         NoGpuError,
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from autobatch.workload import Workload
 
 _HOMES = {
+    "autobatch.accumulate": ("Window", "Windows", "windows"),
     "autobatch.errors": (
         "AutobatchError",
+        "AutobatchWarning",
         "DoesNotFitError",
         "FileError",
         "NoGpuError",
@@ -58,6 +62,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AutobatchError",
+    "AutobatchWarning",
     "DoesNotFitError",
     "FileError",
     "Footprint",
@@ -70,6 +75,8 @@ __all__ = [
     "SpecError",
     "UnknownGpuError",
     "UsageError",
+    "Window",
+    "Windows",
     "Workload",
     "WorkloadError",
     "__version__",
@@ -77,6 +84,7 @@ __all__ = [
     "find_gpu",
     "predict",
     "tune",
+    "windows",
 ]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 __all__ = [
     "AutobatchError",
+    "AutobatchWarning",
     "DoesNotFitError",
     "FileError",
     "NoGpuError",
@@ -34,6 +35,10 @@ class AutobatchError(Exception):
     """Any failure that autobatch reports on purpose."""
 
     exit_code = 1
+
+
+class AutobatchWarning(UserWarning):
+    """Something that autobatch changed or noticed, and goes on with."""
 
 
 class UsageError(AutobatchError, ValueError):

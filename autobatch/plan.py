@@ -6,19 +6,27 @@ rendered from it.
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from autobatch.errors import FileError
+from autobatch.errors import FileError, UsageError
 from autobatch.files import read_text, write_text
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.records import RecordError, decode, dump_json, encode, parse_json
 from autobatch.split import Split
 from autobatch.uncertainty import likelihood_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from autobatch.accumulate import Windows
+    from autobatch.integrations.accelerate import AccelerateSettings
+    from autobatch.integrations.lightning import LightningSettings
 
 __all__ = ["MemoryPoint", "ModelFacts", "Plan", "Timeline", "TimelineSegment", "Trial"]
 
@@ -234,6 +242,18 @@ class Plan:
         except RecordError as error:
             raise FileError(f"{os.fspath(path)!r} is not a plan: {error}") from error
 
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` rendered.
+
+        Raises:
+            FileError: the text is no sound plan of this schema.
+        """
+        try:
+            return _from_document(parse_json(text))
+        except RecordError as error:
+            raise FileError(f"the JSON text is not a plan: {error}") from error
+
     def to_json(self) -> str:
         """Render the plan as the JSON text that `save` writes."""
         header = {"schema_version": SCHEMA_VERSION, "answer": _answer(self)}
@@ -252,6 +272,117 @@ class Plan:
 
         return write_report(self, folder)
 
+    def to_training_arguments(self, *, nearest: bool = False) -> dict[str, Any]:
+        """Return keyword arguments for `transformers.TrainingArguments`.
+
+        Micro-batch (per device), accumulation steps, clipping (0.0 turns it off: Trainer clips to
+        1.0 by default), bf16 or fp16, and token means over all devices. A plan for AdamW names
+        `adamw_torch_fused`, which never needs more memory than planned. Left alone:
+        `dataloader_drop_last`, which would drop evaluation samples too, and how ranks share the
+        model. docs/trainers/transformers.md says what happens to the last window of an epoch.
+
+        Args:
+            nearest: where the plan is ragged, take the nearest effective batch of one size.
+
+        Raises:
+            UsageError: the plan is ragged and `nearest` is not set, transformers is not installed,
+                or its version lacks an argument.
+        """
+        return _trainer("huggingface", "hf").training_arguments(self, nearest=nearest)
+
+    def to_accelerate(self, *, nearest: bool = False) -> AccelerateSettings:
+        """Return (keyword arguments for `accelerate.Accelerator`, those for the DataLoader).
+
+        Windows go on over the end of an epoch (`sync_with_dataloader=False`), so each has all its
+        micro-batches, and none is short (`drop_last`).
+
+        Args:
+            nearest: where the plan is ragged, take the nearest effective batch of one size.
+
+        Raises:
+            UsageError: as `to_training_arguments`, of accelerate.
+        """
+        return _trainer("accelerate", "accelerate").settings(self, nearest=nearest)
+
+    def to_lightning(
+        self, *, samples: int | None = None, nearest: bool = False
+    ) -> LightningSettings:
+        """Return (keyword arguments for Lightning's `Trainer`, those for the DataLoader).
+
+        Args:
+            samples: length of the training set; with it, an epoch ends after its last whole window
+                (`limit_train_batches`). Lightning divides the loss of a partial one by the steps of
+                a whole one.
+            nearest: where the plan is ragged, take the nearest effective batch of one size.
+
+        Raises:
+            UsageError: as `to_training_arguments`, of lightning; `samples` make no whole window.
+        """
+        return _trainer("lightning", "lightning").settings(self, samples=samples, nearest=nearest)
+
+    def to_deepspeed(
+        self, *, zero_stage: int | None = None, nearest: bool = False
+    ) -> dict[str, Any]:
+        """Return the part of a DeepSpeed configuration that the plan decides.
+
+        `train_batch_size`, `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`,
+        `gradient_clipping`, `bf16` and `fp16`, and the ZeRO stage: 3 for "fsdp", else 0. It is plain
+        data for JSON; DeepSpeed need not be installed. Its bf16 keeps half-precision weights beside
+        fp32 ones, where the plan was made with autocast.
+
+        Args:
+            zero_stage: the stage to name instead.
+            nearest: where the plan is ragged, take the nearest effective batch of one size.
+
+        Raises:
+            UsageError: the plan is ragged and `nearest` is not set; the stage is unknown, as with a
+                sharding function.
+        """
+        from autobatch.integrations import deepspeed
+
+        return deepspeed.configuration(self, zero_stage=zero_stage, nearest=nearest)
+
+    def to_env(self, *, nearest: bool = False) -> dict[str, str]:
+        """Return the answer as environment variables, names and values.
+
+        AUTOBATCH_MICRO_BATCH, AUTOBATCH_ACCUMULATION_STEPS, AUTOBATCH_WORLD_SIZE,
+        AUTOBATCH_EFFECTIVE_BATCH, and AUTOBATCH_AUTOCAST and AUTOBATCH_CLIP_NORM where they are set.
+
+        Args:
+            nearest: where the plan is ragged, take the nearest effective batch of one size.
+
+        Raises:
+            UsageError: the plan is ragged and `nearest` is not set.
+        """
+        from autobatch.integrations import plain
+
+        return plain.environment(self, nearest=nearest)
+
+    def to_yaml(self) -> str:
+        """Return the answer as a few lines of YAML, with every window's sizes if it is ragged."""
+        from autobatch.integrations import plain
+
+        return plain.yaml(self)
+
+    def windows(
+        self,
+        loader: Iterable[Any],
+        optimizer: Optimizer | Sequence[Optimizer],
+        **options: Any,
+    ) -> Windows:
+        """Return the plan's training windows over a loader, for a loop of your own.
+
+        As `autobatch.windows`, with this rank's micro-batches of the plan. `clip_norm` is the
+        plan's unless another is given, and FSDP2 reduces gradients in each micro-batch, as the plan
+        counted memory, unless `sync="last"` is given.
+
+        Raises:
+            UsageError: the plan is for another number of ranks, or as from `autobatch.windows`.
+        """
+        from autobatch.accumulate import planned_windows
+
+        return planned_windows(self, loader, optimizer, **options)
+
     def __str__(self) -> str:
         """Render the plan as plain text, the answer first."""
         from autobatch.report.document import summary
@@ -264,6 +395,17 @@ class Plan:
         from autobatch.report.html import notebook
 
         return notebook(self)
+
+
+def _trainer(module: str, extra: str) -> Any:
+    """Import the integration with a library that may not be installed."""
+    try:
+        return importlib.import_module(f"autobatch.integrations.{module}")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not installed: pip install 'autobatch-gpu[{extra}]', where the "
+            "training will run, and load the saved plan there"
+        ) from error
 
 
 def _answer(plan: Plan) -> dict[str, int | None]:

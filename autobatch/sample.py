@@ -23,7 +23,16 @@ from torch.utils._pytree import SUPPORTED_NODES
 from autobatch.dataset import draw
 from autobatch.errors import SampleError
 
-__all__ = ["BatchDims", "Prepared", "batch_builder", "prepare"]
+__all__ = [
+    "BatchDims",
+    "Prepared",
+    "Rows",
+    "batch_builder",
+    "map_tensors",
+    "named_tensors",
+    "prepare",
+    "rows_of",
+]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
 Path: TypeAlias = tuple[str, ...]
@@ -97,6 +106,85 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
     return prepare(sample, batch_dims=batch_dims).build
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A batch whose samples can be counted and cut.
+
+    Attributes:
+        batch: the batch as it was given.
+        size: its number of samples.
+        dims: the batch dimension of each of its tensors that has one, by path.
+        whole: tensors that `batch_dims` says belong to every part, by path.
+    """
+
+    batch: Any
+    size: int
+    dims: Mapping[Path, int]
+    whole: frozenset[Path]
+
+    def cut(self, start: int, stop: int) -> Any:
+        """Return samples `start` to `stop` in the batch's own structure; tensors are views.
+
+        Raises:
+            SampleError: a tensor does not have one row a sample, so that it is unknown which of
+                it belongs to these samples.
+        """
+
+        def visit(path: Path, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                if path in self.dims:
+                    return leaf.narrow(self.dims[path], start, stop - start)
+                if leaf.dim() and path not in self.whole:
+                    raise SampleError(
+                        f"a batch of {self.size} samples has to be cut, but {_dotted(path)} has "
+                        f"the shape {tuple(leaf.shape)}: let the loader yield micro-batches, or "
+                        f"pass batch_dims={{{_dotted(path)!r}: None}} if each needs all of it"
+                    )
+            elif _is_per_sample(leaf, self.size):
+                return leaf[start:stop]
+            return leaf
+
+        return _map(visit, self.batch)
+
+
+def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
+    """Count the samples of a batch, by the rules of `batch_builder`.
+
+    Raises:
+        SampleError: no tensor has a batch dimension, or the batch is empty.
+
+    >>> rows = rows_of({"x": torch.tensor([[1, 2], [3, 4], [5, 6]]), "id": ["a", "b", "c"]})
+    >>> rows.size, rows.cut(1, 3)
+    (3, {'x': tensor([[3, 4],
+            [5, 6]]), 'id': ['b', 'c']})
+    """
+    leaves = {path: leaf for path, leaf in _leaves(batch) if isinstance(leaf, Tensor)}
+    dims, size = _locate_batch(leaves, batch_dims)
+    named = {} if isinstance(batch_dims, int) else batch_dims or {}
+    whole = frozenset(path for path in leaves if _named_dim(path, named, 0) is None)
+    return Rows(batch, size, dims, whole)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Return the batch in its own structure with every tensor changed.
+
+    >>> map_tensors(torch.Tensor.double, {"x": torch.ones(2), "n": 3})
+    {'x': tensor([1., 1.], dtype=torch.float64), 'n': 3}
+    """
+
+    def visit(_: Path, leaf: Any) -> Any:
+        if _is_targets(leaf):
+            return type(leaf)(map_tensors(change, item) for item in leaf)
+        return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return _map(visit, batch)
+
+
+def named_tensors(batch: Any) -> dict[Path, Tensor]:
+    """Return the tensors of a batch by their path, such as ("inputs", "0")."""
+    return {path: leaf for path, leaf in _leaves(batch) if isinstance(leaf, Tensor)}
+
+
 def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
     example = _map(_on_cpu, batch)
     leaves = {path: leaf for path, leaf in _leaves(example) if isinstance(leaf, Tensor)}
@@ -107,7 +195,7 @@ def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
             if isinstance(leaf, Tensor):
                 return _resized(leaf, dims.get(path), n)
             if _is_per_sample(leaf, size):
-                return type(leaf)(leaf[row % size] for row in range(n))
+                return type(leaf)(_fresh(leaf[row % size]) for row in range(n))
             return leaf
 
         return _map(resize, example)
@@ -190,12 +278,30 @@ def _shapes(leaves: Mapping[Path, Tensor]) -> str:
 def _is_per_sample(leaf: Any, size: int) -> bool:
     """Say whether a leaf holds one Python object per sample; (224, 224) is no batch of two."""
     if isinstance(leaf, tuple):
-        return len(leaf) == size and all(isinstance(item, (str, bytes)) for item in leaf)
+        return len(leaf) == size and all(isinstance(item, (str, bytes, Mapping)) for item in leaf)
     return isinstance(leaf, list) and len(leaf) == size
 
 
-def _on_cpu(_: Path, leaf: Any) -> Any:
+def _is_targets(node: Any) -> bool:
+    """Say whether a sequence holds one mapping a sample, as the targets of detectors do."""
+    return (
+        isinstance(node, (list, tuple))
+        and bool(node)
+        and all(isinstance(item, Mapping) for item in node)
+    )
+
+
+def _fresh(item: Any) -> Any:
+    """Copy the tensors of one sample's own mapping; other objects are shared by the rows."""
+    if not isinstance(item, Mapping):
+        return item
+    return _map(lambda _, leaf: _resized(leaf, None, 1) if isinstance(leaf, Tensor) else leaf, item)
+
+
+def _on_cpu(path: Path, leaf: Any) -> Any:
     """Bring a tensor to the CPU; one on `meta` has no values, so zeros stand in for them."""
+    if _is_targets(leaf):
+        return type(leaf)(_map(_on_cpu, item, path) for item in leaf)
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.is_meta:
@@ -252,6 +358,8 @@ def _parts(node: Any) -> list[tuple[str, Any]] | None:
         return None
     if isinstance(node, Mapping):
         return [(str(key), node[key]) for key in node]
+    if _is_targets(node):
+        return None
     if isinstance(node, (list, tuple)):
         if not any(_holds_tensor(part) for part in node):
             return None

@@ -1,0 +1,297 @@
+"""What the ranks of a training run agree on, and when their gradients are averaged.
+
+Invariant: every rank makes the same collective calls in the same order, whatever happens on one of
+them; a rank that cannot go on says so in the next call instead of leaving the others waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autobatch.errors import UsageError
+from autobatch.wrappers import is_data_parallel
+
+__all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "ranks_of"]
+
+Sync = Literal["last", "each"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank has drawn for a window."""
+
+    weight: float
+    samples: int
+    micro_batches: int
+    can_go_on: bool  # has samples, or had some that it can repeat with weight 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Total:
+    """A window over all ranks; `micro_batches` is the most that one of them has."""
+
+    weight: float
+    samples: int
+    micro_batches: int
+    all_can_go_on: bool
+
+
+class Ranks(Protocol):
+    """The processes that train one model on different samples.
+
+    Attributes:
+        size: how many there are; gradients are averaged over them.
+        alike: whether all have to run the same number of micro-batches.
+        recovers: whether an OOM on one of them can be recovered.
+    """
+
+    size: int
+    alike: bool
+    recovers: bool
+
+    def total(self, share: Share) -> Total:
+        """Add up what the ranks have drawn."""
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a scalar over the ranks, without waiting for the device."""
+
+    def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
+        """Run one micro-batch, averaging gradients if it is the last of the window.
+
+        `watched` prepares for `leave_forward` and `leave_backward`.
+        """
+
+    def leave_forward(self) -> None:
+        """Go on after a forward pass that was cut short and will be repeated."""
+
+    def leave_backward(self) -> bool:
+        """Go on after a backward pass that was cut short.
+
+        Returns whether the gradients of the other ranks are spoiled, too: then all of them have
+        to repeat the window.
+        """
+
+
+class Alone:
+    """A single process."""
+
+    size = 1
+    alike = False
+    recovers = True
+
+    def total(self, share: Share) -> Total:
+        """Return its own share."""
+        return Total(
+            weight=share.weight,
+            samples=share.samples,
+            micro_batches=share.micro_batches,
+            all_can_go_on=True,
+        )
+
+    def any(self, flag: bool) -> bool:
+        """Return its own flag."""
+        return flag
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return its own value."""
+        return value
+
+    def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: no other rank has gradients to average with."""
+        return contextlib.nullcontext()
+
+    def leave_forward(self) -> None:
+        """Do nothing: no other rank knows of it."""
+
+    def leave_backward(self) -> bool:
+        """Return False: there are no other gradients."""
+        return False
+
+
+class _Group(Alone):
+    """The collective calls that every kind of training run shares."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.size = dist.get_world_size(group)
+        on_cards = "nccl" in str(dist.get_backend(group))
+        self._device = torch.device("cuda" if on_cards else "cpu")
+
+    def total(self, share: Share) -> Total:
+        """Add up what the ranks have drawn; waits for the device."""
+        own = [share.weight, share.samples, share.micro_batches, share.can_go_on]
+        mine = torch.tensor(own, dtype=torch.float64, device=self._device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self._group)
+        weights, samples, counts, able = torch.stack(every).T.tolist()
+        return Total(
+            weight=sum(weights),
+            samples=int(sum(samples)),
+            micro_batches=int(max(counts)),
+            all_can_go_on=all(able),
+        )
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank; waits for the device."""
+        raised = torch.tensor(float(flag), device=self._device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
+        return bool(raised.item())
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add up a scalar over the ranks."""
+        value = value.to(self._device)
+        dist.all_reduce(value, group=self._group)
+        return value
+
+
+class Replicas(_Group):
+    """DistributedDataParallel: gradients are averaged in the backward pass of the last micro-batch.
+
+    `no_sync` covers the forward pass, too: DDP decides there whether the backward pass averages.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.process_group)
+        self._model = model
+        # with those, which parameters a backward pass will reach is decided within DDP
+        self.recovers = not (model.find_unused_parameters or model.static_graph)
+        self._averages = False
+        # how far DDP got in the current micro-batch
+        self._entered = self._left = False
+        self._reached: set[nn.Parameter] = set()
+
+    @contextlib.contextmanager
+    def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
+        """Run one micro-batch, with or without DDP's averaging."""
+        self._averages = last
+        hooks = self._watch() if watched else []
+        try:
+            with contextlib.nullcontext() if last else self._model.no_sync():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _watch(self) -> list[Any]:
+        self._entered = self._left = False
+        self._reached.clear()
+
+        def entered(*_: Any) -> None:
+            self._entered = True
+
+        def left(*_: Any) -> None:
+            self._left = True
+
+        return [
+            self._model.register_forward_pre_hook(entered),
+            self._model.register_forward_hook(left),
+            *(
+                p.register_post_accumulate_grad_hook(self._reached.add)
+                for p in (self._parameters() if self._averages else ())
+            ),
+        ]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        ignored = self._model.parameters_to_ignore
+        named = self._model.module.named_parameters()
+        return [p for name, p in named if p.requires_grad and name not in ignored]
+
+    def leave_forward(self) -> None:
+        """Go on after a forward pass that was cut short and will be repeated."""
+        if self._entered:  # ... and has sent or received the buffers, which is due once a window
+            self._model.require_forward_param_sync = False
+        if self._left and self._averages:  # DDP now expects a backward pass that averages
+            self._model.reducer._reset_state()
+
+    def leave_backward(self) -> bool:
+        """Go on after a backward pass that was cut short.
+
+        In the last micro-batch the other ranks wait for this one's gradients, bucket by bucket:
+        the missing ones are sent as zeros, by a backward pass through the parameters alone.
+        """
+        if not self._averages:
+            return False
+        missing = [p for p in self._parameters() if p not in self._reached]
+        if missing:
+            nothing = torch.stack([p.flatten()[:1].sum().float() * 0 for p in missing]).sum()
+            nothing.backward()
+        return True
+
+
+class Shards(_Group):
+    """FSDP2: gradients are reduced to the ranks' shards in the last micro-batch, or in each.
+
+    Without reduction every rank keeps whole gradients between micro-batches
+    (`FSDPModule.set_requires_gradient_sync`).
+    """
+
+    alike = True  # parameters are gathered in every forward pass
+    recovers = False  # ... by all ranks together, in the middle of the user's model
+
+    def __init__(self, modules: list[Any], group: dist.ProcessGroup | None, sync: Sync) -> None:
+        super().__init__(group)
+        self._modules = modules
+        self._sync = sync
+
+    @contextlib.contextmanager
+    def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
+        """Run one micro-batch, with or without reduction."""
+        self._set(last or self._sync == "each")
+        try:
+            yield
+        finally:
+            self._set(True)
+
+    def _set(self, reduces: bool) -> None:
+        for module in self._modules:
+            module.set_requires_gradient_sync(reduces, recurse=False)
+
+
+def ranks_of(
+    model: nn.Module | None, *, group: dist.ProcessGroup | None = None, sync: Sync | None = None
+) -> Ranks:
+    """Return how the ranks of this process's run work together.
+
+    Args:
+        model: as it is called in training, wrapped or sharded.
+        group: the ranks with different samples; None takes DDP's own, or all.
+        sync: when FSDP2 reduces gradients; None is "last".
+
+    Raises:
+        UsageError: several ranks, and the model is unknown or does not average its gradients.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return Alone()
+    ranks = dist.get_world_size(group)
+    if model is None:
+        raise UsageError(
+            f"{ranks} ranks train together: pass model=, the module that "
+            "DistributedDataParallel or fully_shard gave, so that gradients are averaged once a "
+            "window"
+        )
+    whole: Any = getattr(model, "_orig_mod", model)
+    if is_data_parallel(whole):
+        return Replicas(whole)
+    sharded = _sharded_modules(whole)
+    if sharded:
+        return Shards(sharded, group, sync or "last")
+    raise UsageError(
+        f"{ranks} ranks train together, and {type(whole).__name__} averages no gradients: wrap it "
+        "in DistributedDataParallel, or apply fully_shard to it"
+    )
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

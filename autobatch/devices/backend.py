@@ -27,7 +27,6 @@ from autobatch.devices import autocast, fused
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
 from autobatch.devices.guard import VirtualDeviceGuard
-from autobatch.devices.standins import KEPT_ELEMENTS
 from autobatch.errors import AutobatchError
 from autobatch.gpus import GpuSpec
 from autobatch.patching import patched
@@ -140,7 +139,8 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=apply_without_swapping))
         patches.enter_context(
-            patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KEPT_ELEMENTS, run_fallback_kernel=run_on_cpu)
+            # values are followed in `values.py`
+            patched(fake_tensor, CONSTANT_NUMEL_LIMIT=-1, run_fallback_kernel=run_on_cpu)
         )
         for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             module = importlib.import_module(name)  # torch.optim hides its own submodule

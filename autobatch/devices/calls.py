@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 
 from autobatch.devices.standins import standin_of
+from autobatch.devices.values import values_of
 from autobatch.patching import patched
 
 __all__ = ["CudaCalls"]
@@ -130,8 +132,10 @@ def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _tolist(tensor: Tensor) -> Any:
     if not isinstance(tensor, FakeTensor):
         return Tensor.tolist(tensor)
-    if tensor.constant is not None:
-        return tensor.constant.tolist()
+    known = values_of(tensor)
+    if known is not None:
+        with no_dispatch():
+            return known.tolist()
     return _filled(tuple(tensor.shape), standin_of(tensor))
 
 

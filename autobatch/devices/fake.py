@@ -47,8 +47,13 @@ class StandIns(Protocol):
     ) -> Any:
         """Answer an op, or return NotImplemented."""
 
-    def note(self, func: OpOverload, args: Sequence[Any], output: Any) -> None:
-        """Remember what a result's elements stand for."""
+    def note(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Remember what is known of a result's elements."""
+
+    def given(self, fake: Tensor, real: Tensor) -> None:
+        """Hear of a real tensor, such as one of the sample, and of its fake."""
 
 
 class _Uncacheable(Exception):
@@ -150,7 +155,7 @@ class VirtualMode(FakeTensorMode):
             self._created(output, func.name())
         if after is not None:
             after()
-        self._standins.note(func, args, output)
+        self._standins.note(func, args, kwargs, output)
         return output
 
     def _answer(
@@ -213,11 +218,15 @@ class VirtualMode(FakeTensorMode):
         elem = torch.empty_like(_alias(tensor, 0, tensor.shape, tensor.stride()))
         return FakeTensor(self, elem, tensor.device)
 
-    def constant(self, value: Tensor) -> Tensor:
-        """Make a fake of a small CPU tensor that keeps its value until something is written."""
-        output = FakeTensor(self, torch.empty_like(value, device=_META), value.device, value)
-        self.fake_tensor_converter.add_constant_storage_mapping(output)
-        return output
+    def fake_of(self, value: Tensor) -> Tensor:
+        """Make a fake of a real tensor, on its device."""
+        return FakeTensor(self, torch.empty_like(value, device=_META), value.device)
+
+    def from_tensor(self, tensor: Tensor, **kwargs: Any) -> FakeTensor:
+        """Make a fake of a tensor of the sample."""
+        fake = super().from_tensor(tensor, **kwargs)
+        self._standins.given(fake, tensor)
+        return fake
 
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
         """Describe arguments by layout; collect the tensors among them in order."""
@@ -229,7 +238,7 @@ class VirtualMode(FakeTensorMode):
                     value.fake_device != self.virtual_device
                 ):
                     raise _Uncacheable
-                if value.constant is not None or value.dtype.is_complex:
+                if value.dtype.is_complex:
                     raise _Uncacheable
                 tensors.append(value)
                 parts.append(
@@ -271,9 +280,7 @@ class VirtualMode(FakeTensorMode):
             for index, tensor in enumerate(tensors):
                 if output is tensor:
                     return ("same", index)
-            if isinstance(output, FakeTensor) and (
-                output.fake_device != self.virtual_device or output.constant is not None
-            ):
+            if isinstance(output, FakeTensor) and output.fake_device != self.virtual_device:
                 raise _Uncacheable
             if output.layout is not torch.strided or output.dtype.is_complex:
                 raise _Uncacheable

@@ -6,8 +6,8 @@ stand-ins follow from them, so `isfinite` is true, `isnan` false and a count of 
 overflow flag reads as "none found". Shapes that depend on values take their upper bound: every
 element of a mask counts as chosen.
 
-Small whole numbers that follow from numbers in the user's code alone keep their values: the sizes
-of feature maps, say, that a detector checks.
+Small whole numbers that follow from the sample and the user's code have their values, and shapes
+that depend on those alone are exact (`values.py`).
 
 Invariant: no answer needs the value of any tensor on the device.
 """
@@ -21,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from autobatch.devices.values import Values, values_of
 from autobatch.errors import WorkloadError
 
-__all__ = ["KEPT_ELEMENTS", "StandIns", "standin_of"]
+__all__ = ["StandIns", "standin_of"]
 
 aten = torch.ops.aten
 
@@ -43,22 +44,7 @@ _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
     "new_full": lambda args: standin_of(args[2]),
 }
 _KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
-_FOLLOWED = frozenset(
-    """
-    add sub mul floor_divide remainder maximum minimum eq ne lt le gt ge logical_and logical_or
-    logical_not bitwise_and bitwise_or bitwise_not sum prod cumsum amax amin max min any all select
-    slice view reshape unsqueeze squeeze permute t transpose expand clone detach alias cat stack
-    _is_all_true _is_any_true
-    """.split()
-)
-"""Ops whose small results follow from numbers in the user's code."""
-
-_PARTING = frozenset(("unbind", "split", "split_with_sizes", "chunk"))
-_WHOLE = (torch.int64, torch.int32, torch.bool)
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
-KEPT_ELEMENTS = 1024
-"""Tensors on the CPU up to this size keep their values, as `lengths[0].item()` needs them."""
-
 _MOST_READS = 10_000
 _MASKS = (torch.bool, torch.uint8)
 _CONSTANTS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
@@ -69,11 +55,14 @@ class StandIns:
 
     Attributes:
         upper_bounds: names of the ops whose result took its upper bound.
+        followed: names of the ops whose result took its shape from values that are known.
     """
 
-    def __init__(self, kernels: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(self, kernels: Mapping[Any, Callable[..., Any]], values: Values) -> None:
         """Start with further rules for ops whose results only the target GPU's kernels define."""
         self.upper_bounds: set[str] = set()
+        self.followed: set[str] = set()
+        self._values = values
         self._reads = 0
         self._rules: dict[Any, Callable[..., Any]] = {
             aten._local_scalar_dense.default: self._read,
@@ -93,7 +82,7 @@ class StandIns:
             aten._unsafe_index.Tensor: self._index,
             aten._amp_foreach_non_finite_check_and_unscale_.default: self._unscale,
             aten._amp_update_scale_.default: lambda mode, scale, *args: scale,
-            aten.lift_fresh.default: self._lift,
+            aten.lift_fresh.default: values.lift,
             aten.embedding.default: self._embedding,
             aten._ctc_loss.default: self._ctc_loss,
             aten._ctc_loss.Tensor: self._ctc_loss,
@@ -104,37 +93,45 @@ class StandIns:
         """Answer one op, or return NotImplemented where values do not matter."""
         rule = self._rules.get(func)
         if rule is not None:
-            return rule(mode, *args, **kwargs)
+            exact = self._exact(mode, func, args, kwargs)
+            return rule(mode, *args, **kwargs) if exact is NotImplemented else exact
         name = func._opname
         if name.endswith("_") and name.startswith(("_foreach_", "_fused_")):
-            for tensor in args[0]:
-                tensor.constant = None
             return None  # in place: no memory, and nothing else to do for hundreds of tensors
         return NotImplemented
 
-    def note(self, func: Any, args: Sequence[Any], output: Any) -> None:
-        """Remember the stand-in of a truth value or an integer that follows from others."""
-        if isinstance(output, (list, tuple)):
-            for part, elements in zip(output, _known_parts(func, args), strict=False):
-                _remember(part, elements)
-            return
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Remember the values of a result, or its stand-in where that follows from others."""
+        self._values.follow(func, args, kwargs, output)
         if not isinstance(output, Tensor):
             return
-        if args and output is args[0]:  # written in place: what was known is so no longer
+        if args and output is args[0]:  # written in place: it was something else
             vars(output).pop("standin", None)
-            vars(output).pop("known", None)
         if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
             value = _derived(func._opname, args)
         else:
             value = _result(func._opname, args, output.dtype)
         if value is not None:
             vars(output)["standin"] = value
-        known = _known(func, args, output)
-        if known is not None:
-            _remember(output, known)
+
+    def given(self, fake: Tensor, real: Tensor) -> None:
+        """Remember the values of a tensor of the sample where it is as small as sizes are."""
+        self._values.give(fake, real)
+
+    def _exact(self, mode: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Answer an op whose result's shape depends on values where they are known."""
+        if torch.Tag.dynamic_output_shape not in func.tags:
+            return NotImplemented
+        made = self._values.result(func, args, kwargs)
+        if made is NotImplemented:
+            return NotImplemented
+        self.followed.add(func._opname.lstrip("_").rstrip("2"))
+        if isinstance(made, Tensor):
+            return mode.empty(tuple(made.shape), made.dtype, args[0])
+        return tuple(mode.empty(tuple(part.shape), part.dtype, args[0]) for part in made)
 
     def _read(self, mode: Any, tensor: Any) -> bool | int | float:
-        known = tensor.constant if tensor.constant is not None else _value_of(tensor)
+        known = values_of(tensor)
         if known is not None:
             return known.item()
         self._reads += tensor.dtype is torch.bool
@@ -145,11 +142,6 @@ class StandIns:
             )
         value: bool | int | float = standin_of(tensor)
         return value
-
-    def _lift(self, mode: Any, value: Tensor) -> Any:
-        is_small = value.device.type == "cpu" and value.numel() <= KEPT_ELEMENTS
-        is_plain = type(value) is Tensor and value.layout is torch.strided
-        return mode.constant(value) if is_small and is_plain else NotImplemented
 
     def _unscale(self, mode: Any, grads: Any, found_inf: Any, inv_scale: Any) -> None:
         vars(found_inf)["standin"] = 0.0
@@ -179,14 +171,19 @@ class StandIns:
             mode.empty((samples, steps, 2 * longest + 1), log_probs.dtype, log_probs),
         )
 
+    def _chosen(self, mask: Tensor, name: str) -> int:
+        """Return how many elements of a mask are true, at most."""
+        known = values_of(mask)
+        (self.upper_bounds if known is None else self.followed).add(name)
+        return mask.numel() if known is None else int(known.count_nonzero())
+
     def _nonzero(self, mode: Any, tensor: Tensor) -> Any:
-        self.upper_bounds.add("nonzero")
-        return mode.empty((tensor.numel(), tensor.dim()), torch.int64, tensor)
+        return mode.empty((self._chosen(tensor, "nonzero"), tensor.dim()), torch.int64, tensor)
 
     def _masked_select(self, mode: Any, tensor: Tensor, mask: Tensor) -> Any:
-        self.upper_bounds.add("masked_select")
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-        return mode.empty((shape.numel(),), tensor.dtype, tensor)
+        chosen = self._chosen(mask.expand(shape), "masked_select")
+        return mode.empty((chosen,), tensor.dtype, tensor)
 
     def _unique2(
         self,
@@ -274,54 +271,6 @@ class StandIns:
 
 def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(index is not None and index.dtype in _MASKS for index in indices)
-
-
-def _remember(tensor: Tensor, elements: Tensor) -> None:
-    vars(tensor)["known"] = elements, tensor._version
-
-
-def _value_of(tensor: Tensor) -> Tensor | None:
-    """Return a tensor's elements, on the CPU, where they follow from numbers in the user's code.
-
-    None once something was written to it, or to a view of it.
-    """
-    elements, version = vars(tensor).get("known", (None, 0))
-    return elements if tensor._version == version else None
-
-
-def _known(func: Any, args: Sequence[Any], output: Tensor) -> Tensor | None:
-    """Return the elements of a small result that follows from such numbers alone.
-
-    The sizes that a detector's decoder is given, for one, are a list of its code on the GPU.
-    """
-    if output.dtype not in _WHOLE or output.numel() > KEPT_ELEMENTS or not args:
-        return None
-    first = args[0]
-    if func is aten._to_copy.default:
-        source = getattr(first, "constant", None)
-        source = _value_of(first) if source is None else source
-        return None if source is None else source.to(output.dtype)
-    if func._opname not in _FOLLOWED:
-        return None
-    leaves = [leaf for arg in args for leaf in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    if not all(_value_of(leaf) is not None for leaf in leaves if isinstance(leaf, Tensor)):
-        return None
-    values = [
-        [*map(_read_out, arg)] if isinstance(arg, (list, tuple)) else _read_out(arg) for arg in args
-    ]
-    value = func(*values)
-    is_like = isinstance(value, Tensor) and value.shape == output.shape
-    return value.to(output.dtype) if is_like else None
-
-
-def _known_parts(func: Any, args: Sequence[Any]) -> Sequence[Tensor]:
-    """Return the elements of each part of a known tensor that is taken apart."""
-    known = _value_of(args[0]) if func._opname in _PARTING else None
-    return () if known is None else func(known, *args[1:])
-
-
-def _read_out(leaf: Any) -> Any:
-    return _value_of(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _derived(name: str, args: Sequence[Any]) -> float | None:

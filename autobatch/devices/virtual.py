@@ -38,6 +38,7 @@ from autobatch.devices.session import Session, user_errors
 from autobatch.devices.standins import StandIns
 from autobatch.devices.substitutes import cuda_kernels
 from autobatch.devices.undisturbed import undisturbed
+from autobatch.devices.values import Values
 from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec
 from autobatch.trace import Category, Phase
@@ -114,9 +115,10 @@ class VirtualGpu:
         started = time.perf_counter()
         device, recorder = part.device, part.recorder
         warnings: list[str] = []
-        standins = StandIns(_KERNELS)
+        values = Values(micro_batch)
+        standins = StandIns(_KERNELS, values)
         workspaces = _Workspaces(recorder, self.spec, device)
-        copier = Copier(device)
+        copier = Copier(device, values.blank)
         mode = part.mode(device, recorder, standins, workspaces.before, copier.move, self._recipes)
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
@@ -139,7 +141,7 @@ class VirtualGpu:
 
             session = Session(workload, original, device, copier, workspaces, wrapped)
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        warnings.extend(_upper_bound_warnings(standins))
+        warnings.extend(_shape_warnings(standins))
         if mode.adopted:
             warnings.append(
                 f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
@@ -198,10 +200,16 @@ class _Workspaces:
             self._recorder.free(block)
 
 
-def _upper_bound_warnings(standins: StandIns) -> Iterator[str]:
+def _shape_warnings(standins: StandIns) -> Iterator[str]:
     if standins.upper_bounds:
         ops = ", ".join(sorted(standins.upper_bounds))
         yield (
             f"shapes that depend on values ({ops}) took their upper bound: the real run may need "
             "less memory"
+        )
+    if standins.followed:
+        ops = ", ".join(sorted(standins.followed))
+        yield (
+            f"shapes that depend on values ({ops}) followed those of the sample: a run on others "
+            "may need more memory"
         )

@@ -68,17 +68,14 @@ class Ranks(Protocol):
     def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
         """Run one micro-batch, averaging gradients if it is the last of the window.
 
-        `watched` prepares for `leave_forward` and `leave_backward`.
+        `watched` prepares for `leave`.
         """
 
-    def leave_forward(self) -> None:
-        """Go on after a forward pass that was cut short and will be repeated."""
+    def leave(self, *, in_backward: bool) -> bool:
+        """Go on after a micro-batch that was cut short before or in its backward pass.
 
-    def leave_backward(self) -> bool:
-        """Go on after a backward pass that was cut short.
-
-        Returns whether the gradients of the other ranks are spoiled, too: then all of them have
-        to repeat the window.
+        Returns whether the gradients of the other ranks are spoiled, so that all of them have to
+        repeat the window.
         """
 
 
@@ -110,10 +107,7 @@ class Alone:
         """Do nothing: no other rank has gradients to average with."""
         return contextlib.nullcontext()
 
-    def leave_forward(self) -> None:
-        """Do nothing: no other rank knows of it."""
-
-    def leave_backward(self) -> bool:
+    def leave(self, *, in_backward: bool) -> bool:
         """Return False: there are no other gradients."""
         return False
 
@@ -206,20 +200,16 @@ class Replicas(_Group):
         named = self._model.module.named_parameters()
         return [p for name, p in named if p.requires_grad and name not in ignored]
 
-    def leave_forward(self) -> None:
-        """Go on after a forward pass that was cut short and will be repeated."""
-        if self._entered:  # ... and has sent or received the buffers, which is due once a window
-            self._model.require_forward_param_sync = False
-        if self._left and self._averages:  # DDP now expects a backward pass that averages
-            self._model.reducer._reset_state()
+    def leave(self, *, in_backward: bool) -> bool:
+        """Go on after a micro-batch that was cut short before or in its backward pass.
 
-    def leave_backward(self) -> bool:
-        """Go on after a backward pass that was cut short.
-
-        In the last micro-batch the other ranks wait for this one's gradients, bucket by bucket:
-        the missing ones are sent as zeros, by a backward pass through the parameters alone.
+        From the forward pass of the last micro-batch on, DDP waits for a backward pass that
+        averages, as the other ranks do, bucket by bucket: what is missing is sent as zeros, by a
+        backward pass through the parameters alone.
         """
-        if not self._averages:
+        if not self._averages or not (self._left or in_backward):
+            if self._entered:  # ... and sent or received the buffers, which is due once a window
+                self._model.require_forward_param_sync = False
             return False
         missing = [p for p in self._parameters() if p not in self._reached]
         if missing:

@@ -390,14 +390,10 @@ class Window:
             self._note(micro, shortage)
             halves = self._halved(micro)
             free_caches()
-            if not self._in_backward:
-                self._ranks.leave_forward()
-                self._todo.extendleft(reversed(halves))
-            elif self._ranks.leave_backward():
-                self._todo.extend(halves)
+            self._todo.extendleft(reversed(halves))
+            if self._ranks.leave(in_backward=self._in_backward):
                 return True
-            else:
-                self._todo.extendleft(reversed(halves))
+            if self._in_backward:
                 self._again()
         return False
 

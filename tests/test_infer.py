@@ -325,16 +325,131 @@ def test_where_something_is_none_the_other_inputs_are_given_then_their_masks():
     }
 
 
-def test_patches_in_one_row_agree_with_their_grid_and_its_numbers_are_known():
+def test_patches_in_one_row_agree_with_their_grid_whose_numbers_a_model_may_read():
     def forward(self, hidden_states, grid_thw):
         assert hidden_states.shape[1] == 3 * 2 * 4 * 4
-        return {"features": hidden_states}
+        images = hidden_states.split(grid_thw.prod(1).tolist())
+        return {"features": [image.unflatten(0, grid_thw[0].tolist()) for image in images]}
 
     vision = {"patch_size": 4, "temporal_patch_size": 2, "in_channels": 3}
-    model = model_of(forward, **vision)
-    batch = infer(model).batch(3)
+    batch = infer(model_of(forward, **vision)).batch(3)
+    assert batch["grid_thw"].tolist() == 3 * batch["grid_thw"][:1].tolist()
     assert int(batch["grid_thw"].prod(1).sum()) == len(batch["hidden_states"])
-    assert len(batch["grid_thw"].unique()) == 1
+
+
+def test_images_beside_their_target_sizes_are_one_strip_of_patches():
+    def forward(self, pixel_values, target_sizes=None):
+        counts = target_sizes.prod(1).sum().item()
+        return {"features": pixel_values.unflatten(3, (counts, self.config.patch_size))}
+
+    shapes = shapes_of(model_of(forward, main="pixel_values", patch_size=4))
+    assert shapes["pixel_values"][:3] == (1, 3, 4) and shapes["target_sizes"] == (3, 2)
+
+
+def test_an_argument_that_no_name_explains_has_the_shape_that_the_docstring_gives():
+    def forward(self, states=None, actions=None, steps=None, lengths=None, riddle=None):
+        """Run.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, episode_length, state_dim)`):
+                Seen.
+            actions (`torch.Tensor` of shape `[batch_size, 2 * len(config.arms)]`):
+                Done.
+            steps (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                When.
+            lengths (`torch.LongTensor` of shape `(batch_size,)`):
+                How long.
+            riddle (`torch.Tensor` of shape `(batch_size, nobody_knows)`):
+                What.
+        """
+        return states[:, 0, :4] + actions * F.one_hot(steps, 4)[:, 0] / lengths[:, None]
+
+    model = model_of(forward, main="states", state_dim=5, arms=[0, 1])
+    batch = infer(model).batch(3)
+    assert {name: tuple(leaf.shape) for name, leaf in batch.items()} == {
+        "states": (3, 16, 5),
+        "actions": (3, 4),
+        "steps": (3, 16),
+        "lengths": (3,),
+    }
+    assert batch["steps"].dtype is torch.int64 and set(batch["lengths"].tolist()) == {1}
+
+
+def test_tokens_of_several_codebooks_are_as_the_docstring_says():
+    def forward(self, input_ids, decoder_input_ids, labels=None):
+        """Run.
+
+        decoder_input_ids (`torch.LongTensor` of shape `(batch_size * num_codebooks, length)`):
+            Heard so far.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length, num_codebooks)`):
+            Heard.
+        """
+        return decoder_input_ids.view(len(input_ids), 4, -1).transpose(1, 2) - labels
+
+    model = model_of(forward, name="SomeForConditionalGeneration", num_codebooks=4)
+    shapes = shapes_of(model)
+    assert shapes == {"input_ids": (3, 16), "decoder_input_ids": (12, 16), "labels": (3, 16, 4)}
+
+
+def test_a_text_that_is_read_and_one_that_is_written_have_vocabularies_of_their_own():
+    class TwoTexts(Config):
+        def get_text_config(self, encoder=False, decoder=False):
+            if encoder == decoder:
+                raise ValueError("ambiguous")
+            return Config(vocab_size=7 if encoder else 90)
+
+    def forward(self, input_ids, decoder_input_ids, labels=None):
+        return input_ids
+
+    model = model_of(forward, name="SomeForConditionalGeneration")
+    model.config = TwoTexts(**SIZES)
+    batch = infer(model).batch(30)
+    assert int(batch["input_ids"].max()) < 7
+    assert int(batch["decoder_input_ids"].max()) > 7 and int(batch["labels"].max()) > 7
+
+
+def test_where_an_error_asks_for_labels_all_there_are_are_given():
+    def forward(self, input_ids, pitch_labels=None, energy_labels=None):
+        """Run.
+
+        pitch_labels (`torch.Tensor` of shape `(batch_size, sequence_length + 1, 1)`):
+            How high.
+        energy_labels (`torch.Tensor` of shape `(batch_size, sequence_length + 1, 1)`):
+            How loud.
+        """
+        if pitch_labels is None or energy_labels is None:
+            raise ValueError("All labels must be provided")
+        return input_ids[..., None] * pitch_labels * energy_labels
+
+    model = model_of(forward)
+    shapes = shapes_of(model)
+    assert shapes["pitch_labels"] == shapes["energy_labels"] == (3, 16, 1)
+    assert "energy_labels, pitch_labels" in infer(model).loss_note
+
+
+def test_a_mask_of_truth_values_is_one():
+    def forward(self, input_ids, padding_mask: torch.BoolTensor):
+        return torch.where(~padding_mask, input_ids, 0)
+
+    assert infer(model_of(forward)).batch(2)["padding_mask"].dtype is torch.bool
+
+
+def test_two_sizes_are_changed_where_each_alone_is_not_enough():
+    class SeesAndHears(nn.Module):
+        main_input_name = "input_values"
+        config = Config(**SIZES)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ear, self.eye = nn.Conv1d(1, 4, 3), nn.Linear(512, 4)
+
+        def forward(self, input_values, pixel_values):
+            return self.ear(input_values).mean((1, 2)) + self.eye(pixel_values).mean((1, 2, 3))
+
+    assert shapes_of(SeesAndHears()) == {
+        "input_values": (3, 1, 160_000),
+        "pixel_values": (3, 3, 512, 512),
+    }
 
 
 class Wrapped(nn.Module):

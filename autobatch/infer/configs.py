@@ -10,10 +10,12 @@ from torch import nn
 from autobatch.errors import SampleError
 from autobatch.infer.plain import POSITIONS
 
-__all__ = ["context_of", "stated"]
+__all__ = ["SIGHT", "SOUND", "context_of", "stated", "text_configs"]
 
 LONGEST_CONTEXT = 1024
 CONTEXT_WITHOUT_LIMIT = 512
+# How nested configs call those who see and hear.
+SIGHT, SOUND = "vision|image|video|backbone|encoder", "audio|speech|encoder"
 
 
 def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> Any:
@@ -35,6 +37,17 @@ def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> A
         if value:
             return value
     return None
+
+
+def text_configs(config: Any) -> tuple[Any, Any]:
+    """Return the config of the text that a model reads, and of what it writes; mostly the same."""
+    if not hasattr(config, "get_text_config"):
+        return config, config
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has one of each
+        return config.get_text_config(encoder=True), config.get_text_config(decoder=True)
+    return text, text
 
 
 def context_of(model: Any, text: Any, seq: int | None) -> int:

@@ -59,13 +59,15 @@ class Inferred:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A random tensor of a batch: its shape without the batch dimension, and its values.
+    """A tensor of a batch: its shape without the batch dimension, and its values.
 
     Integers lie in [low, high); floating-point values are standard normal.
 
     Attributes:
         rows: that each sample has in the batch dimension, as where patches of all images follow
             one another.
+        values: of each sample, in the order of `shape`, where not any will do: the sizes of an
+            image, say. Known on a simulated GPU.
     """
 
     shape: tuple[int, ...]
@@ -74,9 +76,14 @@ class Field:
     low: int = 0
     batch_dim: int = 0
     rows: int = 1
+    values: tuple[int, ...] = ()
 
     def make(self, n: int, generator: torch.Generator) -> Tensor:
         """Return the field of n samples."""
+        if self.values:
+            sample = torch.tensor(self.values, dtype=self.dtype, device="cpu")
+            rows = sample.view(self.rows, *self.shape).expand(n, self.rows, *self.shape)
+            return rows.reshape(n * self.rows, *self.shape)
         shape = (*self.shape[: self.batch_dim], n * self.rows, *self.shape[self.batch_dim :])
         if self.dtype.is_floating_point:
             return torch.randn(shape, dtype=self.dtype, device="cpu", generator=generator)

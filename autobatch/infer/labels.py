@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ CHOICES = 4
 LM_HEAD = re.compile(r"ForCausalLM|LMHead|ForMaskedLM|ForConditionalGeneration")
 
 
-def labels_of(
-    name: str, config: Any, vocabulary: int, tokens: tuple[int, ...], size: tuple[int, int]
-) -> dict[str, Field]:
-    """Return the labels of a head, known by its class name; none for a model without a head."""
+def labels_of(name: str, config: Any, tokens: Field, size: tuple[int, int]) -> dict[str, Field]:
+    """Return the labels of a head, known by its class name; none for a model without a head.
+
+    Args:
+        name: of the class.
+        config: of the model.
+        tokens: labels that are tokens, of each place of a text.
+        size: height and width of an image.
+    """
     classes = max(getattr(config, "num_labels", 1), 1)
     if LM_HEAD.search(name):
-        return {"labels": Field(tokens, high=vocabulary)}
+        return {"labels": tokens}
     if re.search(r"For(Sequence|Image|Audio|Video)Classification", name):
         if getattr(config, "problem_type", None) == "multi_label_classification":
             return {"labels": Field((classes,), torch.float32)}
@@ -30,19 +36,21 @@ def labels_of(
             return {"labels": Field((), torch.float32)}
         return {"labels": Field((), high=classes)}
     if "ForTokenClassification" in name:
-        return {"labels": Field(tokens, high=classes)}
+        return {"labels": replace(tokens, high=classes)}
     if "ForQuestionAnswering" in name:
-        return {key: Field((), high=tokens[0]) for key in ("start_positions", "end_positions")}
+        return {
+            key: Field((), high=tokens.shape[0]) for key in ("start_positions", "end_positions")
+        }
     if "ForMultipleChoice" in name:
         return {"labels": Field((), high=CHOICES)}
     if "ForNextSentencePrediction" in name:
         return {"labels": Field((), high=2)}
     if "ForPreTraining" in name:
-        high = 2 if "Electra" in name else vocabulary
-        return {"labels": Field(tokens, high=high), "next_sentence_label": Field((), high=2)}
+        high = 2 if "Electra" in name else tokens.high
+        return {"labels": replace(tokens, high=high), "next_sentence_label": Field((), high=2)}
     if "ForSemanticSegmentation" in name:
         return {"labels": Field(size, high=classes)}
     if "ForCTC" in name:
         # Token 0 is the blank, which no transcript holds.
-        return {"labels": Field(tokens, low=1, high=vocabulary)}
+        return {"labels": replace(tokens, low=1)}
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import nn
 from autobatch.infer.arguments import Arguments
 from autobatch.infer.fields import SURROGATE, Field, Inferred, builder, describe, unknown
 from autobatch.infer.labels import LM_HEAD
+from autobatch.infer.sizes import Sizes
 from autobatch.infer.trial import Refused, Trial
 
 __all__ = ["infer_transformers"]
 
-LABELS = frozenset(
-    {"labels", "start_positions", "end_positions", "next_sentence_label", "return_loss"}
-)
+LABELS = re.compile(r"labels$|^(start|end)_positions$|^next_sentence_label$|^return_loss$")
+
+# Sizes that may differ from those of the config at once.
+MOST_CHANGES = 2
 
 
 def infer_transformers(model: Any, seq: int | None, image_size: int | None) -> Inferred:
@@ -29,9 +32,9 @@ def infer_transformers(model: Any, seq: int | None, image_size: int | None) -> I
     arguments = Arguments(model, seq, image_size)
     fields: Mapping[str, Field | bool] = arguments.usual(arguments.sizes)
     # The inputs of an LM head are certain, and trying them costs a second on a large model.
-    if not (LM_HEAD.search(name) and arguments.main_inputs == ["input_ids"]):
+    if not (LM_HEAD.search(name) and arguments.main_inputs == ("input_ids",)):
         fields = _accepted(model, arguments)
-    labels = ", ".join(sorted(LABELS.intersection(fields)))
+    labels = ", ".join(sorted(key for key in fields if LABELS.search(key)))
     return Inferred(
         batch=builder(fields),
         loss=None,
@@ -43,20 +46,45 @@ def infer_transformers(model: Any, seq: int | None, image_size: int | None) -> I
 def _accepted(model: nn.Module, arguments: Arguments) -> dict[str, Field | bool]:
     """Return arguments that a model runs on, with those that its own errors ask for.
 
+    One size is changed at a time. Where no change is enough, that which brings the model furthest
+    is kept, and the others are tried on top of it.
+
     Raises:
         SampleError: it runs on none of the sizes that are tried.
     """
     trial, why = Trial(model), ""
-    for sizes in arguments.variants():
-        fields = arguments.usual(sizes)
-        while True:
-            try:
-                trial.run(fields)
+    base, furthest = arguments.sizes, -1
+    for _ in range(MOST_CHANGES + 1):
+        best = base
+        for sizes in arguments.variants(base):
+            fields, refused = _completed(trial, arguments, sizes)
+            if refused is None:
                 return fields
-            except Refused as refused:
-                why = why or str(refused)
-                more = arguments.asked_for(refused.error, fields, sizes)
-            if not more:
-                break
-            fields |= more
+            why = why or str(refused)
+            if refused.calls > furthest:
+                best, furthest = sizes, refused.calls
+        if best == base:
+            break
+        base = best
     raise unknown(model, why)
+
+
+def _completed(
+    trial: Trial, arguments: Arguments, sizes: Sizes
+) -> tuple[dict[str, Field | bool], Refused | None]:
+    """Add what errors ask for until a model runs, or asks for nothing more."""
+    fields = arguments.usual(sizes)
+    while (refused := _refused(trial, fields)) is not None:
+        more = arguments.asked_for(refused.error, fields, sizes)
+        if not more:
+            return fields, refused
+        fields |= more
+    return fields, None
+
+
+def _refused(trial: Trial, fields: Mapping[str, Field | bool]) -> Refused | None:
+    try:
+        trial.run(fields)
+    except Refused as refused:
+        return refused
+    return None

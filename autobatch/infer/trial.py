@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -30,6 +31,7 @@ __all__ = ["TRIED_SAMPLES", "Refused", "Trial", "fake_copy", "first_that_runs", 
 # Odd and prime, so that a wrong reshape of the batch seldom goes unnoticed.
 TRIED_SAMPLES = 7
 
+KNOWN_ELEMENTS = 1024
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
 # Fake tensors have no values to read; the model may well run where these are raised.
@@ -78,11 +80,13 @@ class Refused(Exception):
 
     Attributes:
         error: what it raised instead.
+        calls: of modules that ended before.
     """
 
-    def __init__(self, why: str, error: Exception | None = None) -> None:
+    def __init__(self, why: str, error: Exception | None, calls: int) -> None:
         super().__init__(why)
         self.error = error
+        self.calls = calls
 
 
 class Trial:
@@ -99,6 +103,12 @@ class Trial:
             self._clone = fake_copy(model, self._mode).train()
         except Exception as error:
             raise unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+        self._calls = 0
+        for module in self._clone.modules():
+            module.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self._calls += 1
 
     def run(self, fields: Fields) -> Any:
         """Return the fake output; None where fake tensors cannot tell: the model reads values.
@@ -106,18 +116,26 @@ class Trial:
         Raises:
             Refused: the model does not run, or mixes the samples.
         """
+        self._calls = 0
         try:
-            with self._mode, torch.no_grad(), quiet(), _uncached():
+            with self._mode, torch.no_grad(), quiet(), _uncached(), _known_values():
                 output = _call(self._clone, builder(fields)(TRIED_SAMPLES))
         except CANNOT_TELL:
             return None
         except Exception as error:
-            raise Refused(f"on {describe(fields)} it raises {_first_line(error)}", error) from error
+            why = f"on {describe(fields)} it raises {_first_line(error)}"
+            raise Refused(why, error, self._calls) from error
         if not _keeps_samples(output):
-            raise Refused(
-                f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
-            )
+            why = f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
+            raise Refused(why, None, self._calls)
         return output
+
+
+@contextmanager
+def _known_values() -> Iterator[None]:
+    """Keep what follows from the small whole numbers of a batch, such as the sizes of images."""
+    with patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS):
+        yield
 
 
 @contextmanager

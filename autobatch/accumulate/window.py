@@ -40,7 +40,7 @@ class _Micro:
     piece: Piece
     weight: float
     repeats: bool = False  # ran before, and weighs nothing: it keeps the ranks in step
-    loss: Tensor | None = None
+    loss: Tensor | None = None  # times the number of ranks
 
 
 class Windows:
@@ -338,13 +338,11 @@ class Window:
         share = (0.0 if micro.repeats else 1.0) if self._windows._sums else micro.weight
         share /= self.weight
         factor = share * self._ranks.size  # DDP and FSDP2 average over the ranks
-        scaled = loss if factor == 1 else loss * factor
+        weighted = loss if factor == 1 else loss * factor
         scaler = self._windows._update.scaler
-        if scaler is not None:
-            scaled = scaler.scale(scaled)
         self._in_backward = True
-        scaled.backward()
-        value = loss.detach().reshape(()) * share
+        (weighted if scaler is None else scaler.scale(weighted)).backward()
+        value = weighted.detach()
         micro.loss = value if micro.loss is None else micro.loss + value
 
     def step(self) -> None:
@@ -362,7 +360,8 @@ class Window:
                 f"window.step() with {left} of {left + len(self._ran)} micro-batches left: call it "
                 "after `for batch in window`, not inside"
             )
-        self._loss = self._ranks.sum(_sum(micro.loss for micro in self._ran))
+        values = [micro.loss.reshape(()) for micro in self._ran if micro.loss is not None]
+        self._loss = self._ranks.sum(torch.stack(values).sum() / self._ranks.size)
         updated = self._windows._update()
         self.grad_norm, self.skipped = updated.norm, updated.skipped
         self.stepped = True
@@ -453,10 +452,6 @@ def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _sum(values: Iterable[Tensor | None]) -> Tensor:
-    return torch.stack([value for value in values if value is not None]).sum()
 
 
 def _require_scalar(loss: Any) -> None:

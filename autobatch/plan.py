@@ -6,9 +6,9 @@ rendered from it.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -288,7 +288,9 @@ class Plan:
             UsageError: the plan is ragged and `nearest` is not set, transformers is not installed,
                 or its version lacks an argument.
         """
-        return _trainer("huggingface", "hf").training_arguments(self, nearest=nearest)
+        with _extra("hf"):
+            from autobatch.integrations import huggingface
+        return huggingface.training_arguments(self, nearest=nearest)
 
     def to_accelerate(self, *, nearest: bool = False) -> AccelerateSettings:
         """Return (keyword arguments for `accelerate.Accelerator`, those for the DataLoader).
@@ -302,7 +304,9 @@ class Plan:
         Raises:
             UsageError: as `to_training_arguments`, of accelerate.
         """
-        return _trainer("accelerate", "accelerate").settings(self, nearest=nearest)
+        with _extra("accelerate"):
+            from autobatch.integrations import accelerate
+        return accelerate.settings(self, nearest=nearest)
 
     def to_lightning(
         self, *, samples: int | None = None, nearest: bool = False
@@ -318,7 +322,9 @@ class Plan:
         Raises:
             UsageError: as `to_training_arguments`, of lightning; `samples` make no whole window.
         """
-        return _trainer("lightning", "lightning").settings(self, samples=samples, nearest=nearest)
+        with _extra("lightning"):
+            from autobatch.integrations import lightning
+        return lightning.settings(self, samples=samples, nearest=nearest)
 
     def to_deepspeed(
         self, *, zero_stage: int | None = None, nearest: bool = False
@@ -326,9 +332,9 @@ class Plan:
         """Return the part of a DeepSpeed configuration that the plan decides.
 
         `train_batch_size`, `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`,
-        `gradient_clipping`, `bf16` and `fp16`, and the ZeRO stage: 3 for "fsdp", else 0. It is plain
-        data for JSON; DeepSpeed need not be installed. Its bf16 keeps half-precision weights beside
-        fp32 ones, where the plan was made with autocast.
+        `gradient_clipping`, `bf16` and `fp16`, and the ZeRO stage: 3 for "fsdp", else 0. It is
+        plain data for JSON; DeepSpeed need not be installed. Its bf16 keeps half-precision weights
+        beside fp32 ones, where the plan was made with autocast.
 
         Args:
             zero_stage: the stage to name instead.
@@ -346,7 +352,8 @@ class Plan:
         """Return the answer as environment variables, names and values.
 
         AUTOBATCH_MICRO_BATCH, AUTOBATCH_ACCUMULATION_STEPS, AUTOBATCH_WORLD_SIZE,
-        AUTOBATCH_EFFECTIVE_BATCH, and AUTOBATCH_AUTOCAST and AUTOBATCH_CLIP_NORM where they are set.
+        AUTOBATCH_EFFECTIVE_BATCH, and where they are set AUTOBATCH_AUTOCAST and
+        AUTOBATCH_CLIP_NORM.
 
         Args:
             nearest: where the plan is ragged, take the nearest effective batch of one size.
@@ -397,13 +404,14 @@ class Plan:
         return notebook(self)
 
 
-def _trainer(module: str, extra: str) -> Any:
-    """Import the integration with a library that may not be installed."""
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say how to get a library that an import does not find."""
     try:
-        return importlib.import_module(f"autobatch.integrations.{module}")
+        yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{error.name} is not installed: pip install 'autobatch-gpu[{extra}]', where the "
+            f"{error.name} is not installed: pip install 'autobatch-gpu[{name}]', where the "
             "training will run, and load the saved plan there"
         ) from error
 

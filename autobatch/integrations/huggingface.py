@@ -1,0 +1,340 @@
+"""A plan in the words of transformers' Trainer, and tuning one before it trains.
+
+The only module that imports transformers' Trainer.
+
+A callback cannot do the tuning by itself: `Trainer.__init__` has read the micro-batch when it calls
+`on_init_end`, no hook hands the trainer over, and the next one, `on_train_begin`, comes after the
+dataloader and the learning-rate schedule were made. So `tune_trainer` sets the sizes between
+`Trainer(...)` and `trainer.train()`, as a hyperparameter search does, and the callback that it
+leaves behind keeps the plan with every checkpoint and refuses to train with other sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from autobatch.errors import UsageError
+from autobatch.integrations.accelerate import return_fp32
+from autobatch.integrations.ranks import agreed
+from autobatch.integrations.settings import checked, one_size
+from autobatch.plan import Plan, Timeline
+from autobatch.progress import ProgressCallback, silent
+from autobatch.randomness import random_state_kept
+from autobatch.tuner import Gpu, tune
+from autobatch.units import format_bytes
+
+__all__ = ["AutobatchCallback", "training_arguments", "tune_trainer"]
+
+_TRAINER = "transformers' Trainer"
+_STATE_FILE = "trainer_state.json"
+
+_RECOMPUTE = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")  # its older name
+    if name in TrainingArguments.__dataclass_fields__
+)
+
+_WORTH_SAYING = 0.01
+"""Share of the budget from which on inputs that wait are mentioned."""
+
+
+def training_arguments(plan: Plan, *, nearest: bool = False) -> dict[str, Any]:
+    """Return keyword arguments for TrainingArguments; see `Plan.to_training_arguments`."""
+    split = one_size(plan, _TRAINER, nearest=nearest)
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation_steps,
+        "max_grad_norm": plan.model.clip_norm or 0.0,
+        "bf16": plan.model.autocast == "bf16",
+        "fp16": plan.model.autocast == "fp16",
+        "average_tokens_across_devices": True,
+    }
+    if plan.model.optimizer == "AdamW":
+        # the same update as any AdamW of torch; of its three implementations the one without
+        # temporaries, so that it needs no more memory than the one that was planned for
+        arguments["optim"] = "adamw_torch_fused"
+    return checked(arguments, takes=TrainingArguments, package="transformers")
+
+
+def tune_trainer(
+    trainer: Trainer,
+    *,
+    target: int,
+    nearest: bool = False,
+    resume_from_checkpoint: str | bool | None = None,
+    sample: Any = None,
+    gpu: Gpu = None,
+    headroom: float | None = None,
+    cache: bool = True,
+    progress: ProgressCallback = silent,
+) -> Plan:
+    """Find the sizes for a trainer that is about to train, set them, and return the plan.
+
+    What is probed is what `trainer.train()` runs: its model, its training set through its collator,
+    its `compute_loss`, its optimizer, precision, clipping and gradient checkpointing. Call it after
+    `Trainer(...)` and before `trainer.train()`, whose dataloader and learning-rate schedule follow
+    from the sizes. In a distributed run all ranks call it, and take the plan of the GPU that holds
+    least. Where anything is raised, the trainer is as before.
+
+    Args:
+        trainer: set up, not yet trained; its batch size and accumulation steps are replaced.
+        target: effective batch: samples per optimizer update over all GPUs.
+        nearest: where the target needs micro-batches of several sizes, take the nearest effective
+            batch that does not, and say so in the plan's warnings.
+        resume_from_checkpoint: what `trainer.train` will get. The plan is then that of the
+            checkpoint, and nothing is probed.
+        sample: one batch, a Dataset or a DataLoader, in place of the trainer's own.
+        gpu: as in `autobatch.tune`: None measures the current CUDA device.
+        headroom: as in `autobatch.tune`.
+        cache: answer from the plans of earlier calls where nothing has changed.
+        progress: told of each step.
+
+    Raises:
+        UsageError: the trainer does what is not simulated (FSDP, DeepSpeed, DataParallel,
+            `auto_find_batch_size`), the target needs several sizes, or the checkpoint holds no plan
+            for this target.
+        AutobatchError: as from `autobatch.tune`.
+    """
+    _refuse_the_unknown(trainer)
+    checkpoint = _checkpoint_of(trainer, resume_from_checkpoint)
+    if checkpoint is not None:
+        plan = _kept_plan(checkpoint, target, trainer.args.world_size, nearest=nearest)
+    else:
+        with _as_trained(trainer), random_state_kept():
+            make = partial(
+                tune,
+                trainer.model,
+                sample=trainer.get_train_dataloader() if sample is None else sample,
+                loss=_Loss(trainer),
+                optimizer=trainer.create_optimizer(),
+                gpu=gpu,
+                world_size=trainer.args.world_size,
+                headroom=headroom,
+                autocast=_autocast(trainer.args),
+                clip_norm=trainer.args.max_grad_norm or None,
+                cache=cache,
+                progress=progress,
+            )
+            plan = _of_one_size(make, target, nearest=nearest)
+    _set_sizes(trainer, plan)
+    trainer.add_callback(AutobatchCallback(plan))
+    return plan
+
+
+class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps a plan with every checkpoint, and refuses to train with other sizes than the plan's.
+
+    `tune_trainer` adds it. By itself it goes with
+    `TrainingArguments(**plan.to_training_arguments())`.
+
+    Args:
+        plan: of one size; or the dict that a checkpoint holds of it.
+
+    Raises:
+        UsageError: the plan is ragged.
+    """
+
+    def __init__(self, plan: Plan | Mapping[str, Any]) -> None:
+        self.plan = plan if isinstance(plan, Plan) else Plan.from_json(json.dumps(plan))
+        one_size(self.plan, _TRAINER)
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint's trainer_state.json: the plan, less its timeline."""
+        kept = replace(self.plan, timeline=Timeline(samples=(), marks=(), peak_event=0))
+        return {"args": {"plan": json.loads(kept.to_json())}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Compare the sizes that training begins with, and those of a checkpoint, with the plan.
+
+        Raises:
+            UsageError: they differ.
+        """
+        planned = (self.plan.micro_batch, self.plan.accumulation_steps, self.plan.world_size)
+        loaded = state.train_batch_size // max(1, args.n_gpu)
+        real = (loaded, args.gradient_accumulation_steps, args.world_size)
+        if real != planned:
+            raise UsageError(
+                f"training begins with {_written(real)}, the plan says {_written(planned)}: make "
+                "TrainingArguments from plan.to_training_arguments(), or call "
+                "tune_trainer(trainer, ...) with the same resume_from_checkpoint as train()"
+            )
+
+
+def _written(sizes: tuple[int, int, int]) -> str:
+    micro_batch, steps, ranks = sizes
+    return (
+        f"micro-batch {micro_batch} × {steps} steps × {ranks} ranks = {micro_batch * steps * ranks}"
+    )
+
+
+def _refuse_the_unknown(trainer: Trainer) -> None:
+    args = trainer.args
+    reasons = {
+        "FSDP": trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "DataParallel over several GPUs of one process": args.n_gpu > 1,
+        "auto_find_batch_size": args.auto_find_batch_size,
+        "train_sampling_strategy='batch_rebalance'": (
+            getattr(args, "train_sampling_strategy", None) == "batch_rebalance"
+        ),
+        "accumulation inside of accelerate": trainer.accelerator.gradient_accumulation_steps != 1,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise UsageError(
+            f"tune_trainer cannot plan for {' and '.join(found)}: call autobatch.tune (with "
+            "sharding= where parameters are sharded), and set what plan.to_training_arguments() "
+            "says"
+        )
+
+
+def _of_one_size(make: Any, target: int, *, nearest: bool) -> Plan:
+    plan = _roomy(make, target)
+    split = one_size(plan, _TRAINER, nearest=nearest)
+    if split == plan.split:
+        return plan
+    plan = _roomy(make, split.target)
+    one_size(plan, _TRAINER)
+    return replace(plan, warnings=(*plan.warnings, _replaced(target, split.target)))
+
+
+def _roomy(make: Any, target: int) -> Plan:
+    """Return a plan that leaves room for the other micro-batches of a window.
+
+    Trainer moves all of them to the GPU before the first one runs (`get_batch_samples`).
+    """
+    plan = agreed(partial(make, target=target))
+    samples = -(-target // plan.world_size)
+    window_bytes = plan.footprint.inputs_bytes * samples // plan.micro_batch
+    if plan.slack_bytes < window_bytes - plan.footprint.inputs_bytes:
+        usable_bytes = plan.budget_bytes / (1 - plan.headroom)
+        headroom = plan.headroom + window_bytes / usable_bytes
+        plan = agreed(partial(make, target=target, headroom=min(headroom, 0.99)))
+    if window_bytes < _WORTH_SAYING * plan.budget_bytes:
+        return plan
+    note = (
+        f"Trainer keeps the inputs of a whole window on the GPU, {format_bytes(window_bytes)}, of "
+        "which the footprint counts one micro-batch; there is room for them"
+    )
+    return replace(plan, warnings=(*plan.warnings, note))
+
+
+def _replaced(target: int, effective_batch: int) -> str:
+    return (
+        f"an effective batch of {effective_batch} in place of the {target} asked for, which needs "
+        "micro-batches of several sizes (nearest=True)"
+    )
+
+
+def _set_sizes(trainer: Trainer, plan: Plan) -> None:
+    trainer.args.per_device_train_batch_size = plan.micro_batch
+    trainer.args.gradient_accumulation_steps = plan.accumulation_steps
+    # read from the arguments only once, in __init__, and by a hyperparameter search again
+    trainer._train_batch_size = trainer.args.train_batch_size
+
+
+def _autocast(args: TrainingArguments) -> str | None:
+    if args.bf16:
+        return "bf16"
+    return "fp16" if args.fp16 else None
+
+
+class _Loss:
+    """The trainer's loss of one micro-batch, on a model that accelerate has not prepared."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if _autocast(self._trainer.args) is not None:
+            return_fp32(model)
+        inputs = dict(batch)
+        labels = inputs.get("labels")
+        # any number: with one, models sum over tokens and divide, as they do in training
+        items = labels.numel() if isinstance(labels, Tensor) else None
+        loss: Tensor = self._trainer.compute_loss(model, inputs, num_items_in_batch=items)
+        return loss
+
+    def __deepcopy__(self, memo: object) -> _Loss:
+        """Return the same: a trainer holds what cannot be copied, and nothing of it is changed."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Say what the loss depends on, for the key of a cached plan.
+
+        Raises:
+            TypeError: a `compute_loss` of the user's own, which may depend on anything.
+        """
+        trainer = self._trainer
+        if type(trainer).compute_loss is not Trainer.compute_loss:
+            raise TypeError(f"{type(trainer).__name__}.compute_loss may depend on anything")
+        depends_on = (
+            trainer.compute_loss_func,
+            trainer.label_smoother,
+            trainer.model_accepts_loss_kwargs,
+            _autocast(trainer.args),
+        )
+        return (_Loss, depends_on)
+
+
+@contextlib.contextmanager
+def _as_trained(trainer: Trainer) -> Iterator[None]:
+    """Let the model recompute activations as `train()` will; drop the optimizer afterwards."""
+    given = trainer.optimizer
+    recompute = _RECOMPUTE if getattr(trainer.args, _RECOMPUTE) else None
+    switched = recompute is not None and not getattr(trainer.model, f"is_{recompute}")
+    if switched:
+        options = dict(getattr(trainer.args, f"{recompute}_kwargs") or {})
+        own = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+        enable = getattr(trainer.model, f"{recompute}_enable")
+        enable(**{f"{recompute}_kwargs": options or None}, **own)
+    try:
+        yield
+    finally:
+        trainer.optimizer = given
+        if switched:
+            getattr(trainer.model, f"{recompute}_disable")()
+
+
+def _checkpoint_of(trainer: Trainer, resume: str | bool | None) -> Path | None:
+    if not resume:
+        return None
+    found = get_last_checkpoint(trainer.args.output_dir) if resume is True else resume
+    if found is None:
+        raise UsageError(f"there is no checkpoint in {trainer.args.output_dir!r} to resume from")
+    return Path(found)
+
+
+def _kept_plan(checkpoint: Path, target: int, world_size: int, *, nearest: bool) -> Plan:
+    """Return the plan that a checkpoint was made with."""
+    state_file = checkpoint / _STATE_FILE
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        kept = state["stateful_callbacks"]["AutobatchCallback"]["args"]["plan"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{str(state_file)!r} holds no plan: the run that wrote it was not tuned; resume it "
+            "without tune_trainer, with the sizes that it had"
+        ) from error
+    plan = Plan.from_json(json.dumps(kept))
+    asked_before = plan.target == target or (
+        nearest and any(_replaced(target, plan.target) == warning for warning in plan.warnings)
+    )
+    if not asked_before or plan.world_size != world_size:
+        raise UsageError(
+            f"{str(checkpoint)!r} was trained with an effective batch of {plan.target} on "
+            f"{plan.world_size} ranks, and this run asks for {target} on {world_size}: resume with "
+            "what it had, or start a new run from its weights"
+        )
+    return plan

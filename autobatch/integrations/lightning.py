@@ -1,0 +1,325 @@
+"""A plan in Lightning's words, and a callback that tunes a Trainer before it trains.
+
+The only module that imports lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autobatch.dataset import dataset_length
+from autobatch.errors import UsageError, WorkloadError
+from autobatch.integrations.ranks import agreed
+from autobatch.integrations.settings import checked, one_size
+from autobatch.plan import Plan
+from autobatch.progress import ProgressCallback, silent
+from autobatch.randomness import random_state_kept
+from autobatch.tuner import Gpu, tune
+
+__all__ = ["AutobatchCallback", "LightningSettings", "settings"]
+
+_TRAINER = "Lightning's Trainer"
+_PRECISIONS = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_AUTOCASTS = {precision: autocast for autocast, precision in _PRECISIONS.items()}
+
+
+class LightningSettings(NamedTuple):
+    """What a plan means for Lightning.
+
+    Attributes:
+        trainer: keyword arguments for `lightning.Trainer`.
+        dataloader: keyword arguments for the training set's `DataLoader`, one process's share.
+    """
+
+    trainer: dict[str, Any]
+    dataloader: dict[str, Any]
+
+
+def settings(plan: Plan, *, samples: int | None = None, nearest: bool = False) -> LightningSettings:
+    """Return the plan in Lightning's words; see `Plan.to_lightning`."""
+    split = one_size(plan, _TRAINER, nearest=nearest)
+    arguments: dict[str, Any] = {
+        "accumulate_grad_batches": split.accumulation_steps,
+        "gradient_clip_val": plan.model.clip_norm,
+        "precision": _PRECISIONS[plan.model.autocast],
+        "devices": split.world_size,
+    }
+    if plan.model.clip_norm is not None:
+        arguments["gradient_clip_algorithm"] = "norm"
+    if plan.sharding == "ddp":
+        arguments["strategy"] = "ddp"
+    if samples is not None:
+        arguments["limit_train_batches"] = _whole_windows(split.target, samples) * (
+            split.accumulation_steps
+        )
+    return LightningSettings(
+        trainer=checked(arguments, takes=Trainer, package="lightning"),
+        dataloader={"batch_size": split.micro_batch, "drop_last": True},
+    )
+
+
+def _whole_windows(target: int, samples: int) -> int:
+    if samples < target:
+        raise UsageError(
+            f"{samples} samples do not fill one effective batch of {target}: use a smaller target, "
+            "or a training set of at least as many"
+        )
+    return samples // target
+
+
+class AutobatchCallback(Callback):  # type: ignore[misc]
+    """Tunes a Trainer in `setup`, before it makes its dataloader, optimizer and schedule.
+
+    What is probed is `training_step` with the optimizer of `configure_optimizers`, on the largest
+    samples of the training set, in the Trainer's precision and with its clipping. Then
+    `accumulate_grad_batches` and the module's or datamodule's batch size are set, and
+    `limit_train_batches`, if it is at its default, such that an epoch is whole windows: Lightning
+    divides the loss of a partial one by the steps of a whole one. In a distributed run all ranks
+    take the plan of the GPU that holds least. Where anything is raised, nothing has been set.
+
+    The plan is kept in checkpoints, and a run that resumes from one takes its sizes.
+
+    Args:
+        target: effective batch: samples per optimizer update over all GPUs.
+        nearest: where the target needs micro-batches of several sizes, take the nearest effective
+            batch that does not, and say so in the plan's warnings.
+        sample: one batch, a Dataset or a DataLoader, in place of `train_dataloader()`.
+        optimizer: as in `autobatch.tune`, in place of that of `configure_optimizers`.
+        gpu: as in `autobatch.tune`: None measures the current CUDA device.
+        headroom: as in `autobatch.tune`.
+        batch_size: name of the attribute that `train_dataloader` takes its batch size from.
+        cache: answer from the plans of earlier calls where nothing has changed.
+        progress: told of each step.
+
+    Attributes:
+        plan: what was found; None before `fit`.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: int,
+        nearest: bool = False,
+        sample: Any = None,
+        optimizer: Any = None,
+        gpu: Gpu = None,
+        headroom: float | None = None,
+        batch_size: str = "batch_size",
+        cache: bool = True,
+        progress: ProgressCallback = silent,
+    ) -> None:
+        self.plan: Plan | None = None
+        self._limit: int | None = None  # of batches in an epoch, where it was set here
+        self._target = target
+        self._nearest = nearest
+        self._sample = sample
+        self._optimizer = optimizer
+        self._batch_size = batch_size
+        self._options: dict[str, Any] = {
+            "gpu": gpu,
+            "headroom": headroom,
+            "cache": cache,
+            "progress": progress,
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the plan, once, and set what it says.
+
+        Raises:
+            UsageError: the trainer does what is not simulated, there is no batch size to set, or
+                the target needs micro-batches of several sizes.
+            AutobatchError: as from `autobatch.tune`.
+        """
+        if stage != "fit" or (self.plan is None and trainer.ckpt_path):
+            return  # a checkpoint that is known by now brings the plan
+        _refuse_the_unknown(trainer, pl_module)
+        if not lightning_hasattr(pl_module, self._batch_size):
+            raise UsageError(
+                f"neither the module nor the datamodule has a {self._batch_size!r} that its "
+                "train_dataloader could follow: give it one (a loader passed to fit() cannot "
+                "change its batch size)"
+            )
+        loader = _loader(trainer, pl_module) if self._sample is None else self._sample
+        if self.plan is None:
+            self.plan = self._tuned(trainer, pl_module, loader)
+        self._set_sizes(trainer, pl_module, self.plan, samples=dataset_length(loader))
+
+    def _tuned(self, trainer: Trainer, module: LightningModule, loader: Any) -> Plan:
+        with random_state_kept():
+            make = partial(
+                tune,
+                module,
+                sample=loader,
+                loss=_training_step,
+                optimizer=_optimizer_of(trainer, module)
+                if self._optimizer is None
+                else self._optimizer,
+                world_size=trainer.world_size,
+                autocast=_AUTOCASTS[trainer.precision],
+                clip_norm=trainer.gradient_clip_val or None,
+                **self._options,
+            )
+            plan = agreed(partial(make, target=self._target))
+            split = one_size(plan, _TRAINER, nearest=self._nearest)
+            if split == plan.split:
+                return plan
+            plan = agreed(partial(make, target=split.target))
+            one_size(plan, _TRAINER)
+        note = (
+            f"an effective batch of {split.target} in place of the {self._target} asked for, which "
+            "needs micro-batches of several sizes (nearest=True)"
+        )
+        return replace(plan, warnings=(*plan.warnings, note))
+
+    def _set_sizes(
+        self, trainer: Trainer, module: LightningModule, plan: Plan, *, samples: int | None
+    ) -> None:
+        whole = None if samples is None else _whole_windows(plan.target, samples)
+        trainer.accumulate_grad_batches = plan.accumulation_steps
+        lightning_setattr(module, self._batch_size, plan.micro_batch)
+        if whole is not None and trainer.limit_train_batches in (1.0, self._limit):
+            self._limit = trainer.limit_train_batches = whole * plan.accumulation_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint."""
+        return {"plan": None if self.plan is None else self.plan.to_json(), "target": self._target}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the sizes of the checkpoint that a run resumes from.
+
+        Raises:
+            UsageError: it holds no plan, or one for another target or number of ranks.
+        """
+        if trainer.state.fn != "fit":
+            return
+        state = checkpoint["callbacks"].get(self.state_key) or {}
+        if not state.get("plan"):
+            raise UsageError(
+                "the checkpoint holds no plan: the run that wrote it was not tuned; resume it "
+                "without AutobatchCallback, with the sizes that it had"
+            )
+        plan = Plan.from_json(state["plan"])
+        if state["target"] != self._target or plan.world_size != trainer.world_size:
+            raise UsageError(
+                f"the checkpoint was trained for a target of {state['target']} on "
+                f"{plan.world_size} ranks, and this run asks for {self._target} on "
+                f"{trainer.world_size}: resume with what it had, or load its weights only"
+            )
+        self.plan = plan
+        loader = _loader(trainer, pl_module) if self._sample is None else self._sample
+        self._set_sizes(trainer, pl_module, plan, samples=dataset_length(loader))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the sizes that training begins with to the plan.
+
+        Raises:
+            UsageError: they differ.
+        """
+        assert self.plan is not None
+        real = getattr(trainer.train_dataloader, "batch_size", None)
+        if real not in (None, self.plan.micro_batch):
+            raise UsageError(
+                f"training begins with a dataloader of batch size {real}, the plan says "
+                f"{self.plan.micro_batch}: let train_dataloader use self.{self._batch_size}, and "
+                "pass no loader to fit()"
+            )
+
+
+def _refuse_the_unknown(trainer: Trainer, module: LightningModule) -> None:
+    strategy = type(trainer.strategy)
+    reasons = {
+        f"the strategy {strategy.__name__}": not issubclass(
+            strategy, (SingleDeviceStrategy, DDPStrategy)
+        ),
+        f"precision={trainer.precision!r}": trainer.precision not in _AUTOCASTS,
+        "manual optimization": not module.automatic_optimization,
+        "clipping by value": trainer.gradient_clip_algorithm not in (None, "norm"),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise UsageError(
+            f"AutobatchCallback cannot plan for {' and '.join(found)}: call autobatch.tune before "
+            "fit (with sharding= where parameters are sharded), and set what plan.to_lightning() "
+            "says"
+        )
+
+
+def _loader(trainer: Trainer, module: LightningModule) -> Any:
+    """Return a training dataloader, at a batch size that does not matter."""
+    owner = trainer.datamodule
+    if owner is None or not is_overridden("train_dataloader", owner):
+        owner = module
+    if owner is module and not is_overridden("train_dataloader", owner):
+        raise UsageError(
+            "neither the module nor the datamodule has a train_dataloader: give it one that uses "
+            "its batch size (a loader passed to fit() cannot change its own)"
+        )
+    try:
+        return owner.train_dataloader()
+    except Exception as error:
+        raise WorkloadError(
+            f"train_dataloader() failed before the module's setup ({type(error).__name__}: "
+            f"{error}): prepare the data in the datamodule's setup, or pass one batch as sample="
+        ) from error
+
+
+def _training_step(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of one micro-batch, on a copy of the module that has no trainer."""
+    module: Any = model
+    device = next(module.parameters()).device
+    for part in module.modules():
+        if hasattr(part, "_device"):  # what self.device says
+            part._device = device
+    takes_index = len(inspect.signature(module.training_step).parameters) > 1
+    with warnings.catch_warnings():
+        # without a Trainer nothing is logged, and Lightning says so at every call
+        warnings.filterwarnings("ignore", message=r".*self\.log")
+        result = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
+    return loss
+
+
+class _BeforeData:
+    """Stands in for the trainer while `configure_optimizers` is asked for its optimizer.
+
+    The real one would load the data, and keep it, to say how many steps there will be; only the
+    schedule depends on that, and it is thrown away.
+    """
+
+    estimated_stepping_batches = 1_000
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def _optimizer_of(trainer: Trainer, module: LightningModule) -> Optimizer:
+    """Return an optimizer over the module's parameters, as the run will make one."""
+    asked = copy.copy(module)  # shares the parameters
+    asked._trainer = _BeforeData(trainer)
+    made = asked.configure_optimizers()
+    while isinstance(made, (list, tuple, Mapping)):  # (optimizers, schedulers), and the like
+        made = made["optimizer"] if isinstance(made, Mapping) else made[0]
+    if not isinstance(made, Optimizer):
+        raise UsageError(
+            f"configure_optimizers returns {type(made).__name__}: pass optimizer= to "
+            "AutobatchCallback, such as torch.optim.AdamW"
+        )
+    return made

@@ -1,0 +1,42 @@
+"""The answer as environment variables and as YAML, for trainers of one's own."""
+
+from __future__ import annotations
+
+import json
+
+from autobatch.integrations.settings import one_size
+from autobatch.plan import Plan
+
+__all__ = ["environment", "yaml"]
+
+
+def environment(plan: Plan, *, nearest: bool = False) -> dict[str, str]:
+    """Return the answer as environment variables; see `Plan.to_env`."""
+    split = one_size(plan, "a set of environment variables", nearest=nearest)
+    variables = {
+        "AUTOBATCH_MICRO_BATCH": split.micro_batch,
+        "AUTOBATCH_ACCUMULATION_STEPS": split.accumulation_steps,
+        "AUTOBATCH_WORLD_SIZE": split.world_size,
+        "AUTOBATCH_EFFECTIVE_BATCH": split.effective_batch,
+        "AUTOBATCH_AUTOCAST": plan.model.autocast,
+        "AUTOBATCH_CLIP_NORM": plan.model.clip_norm,
+    }
+    return {name: str(value) for name, value in variables.items() if value is not None}
+
+
+def yaml(plan: Plan) -> str:
+    """Return the answer as YAML; see `Plan.to_yaml`."""
+    answer = {
+        "micro_batch": plan.micro_batch,
+        "accumulation_steps": plan.accumulation_steps,
+        "world_size": plan.world_size,
+        "effective_batch": plan.effective_batch,
+        "ceiling": plan.ceiling,
+        "autocast": plan.model.autocast,
+        "clip_norm": plan.model.clip_norm,
+        "sharding": plan.sharding,
+        "gpu": plan.gpu.name,
+        **({} if plan.split.uniform else {"windows": plan.split.windows}),
+    }
+    # scalars and lists of JSON are those of YAML 1.2
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in answer.items())

@@ -14,6 +14,7 @@ from autobatch._version import __version__
 
 if TYPE_CHECKING:
     from autobatch.accumulate import Window, Windows, windows
+    from autobatch.equivalence import Equivalence, check_equivalence
     from autobatch.errors import (
         AutobatchError,
         AutobatchWarning,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "autobatch.accumulate": ("Window", "Windows", "windows"),
+    "autobatch.equivalence": ("Equivalence", "check_equivalence"),
     "autobatch.errors": (
         "AutobatchError",
         "AutobatchWarning",
@@ -64,6 +66,7 @@ __all__ = [
     "AutobatchError",
     "AutobatchWarning",
     "DoesNotFitError",
+    "Equivalence",
     "FileError",
     "Footprint",
     "GpuSpec",
@@ -81,6 +84,7 @@ __all__ = [
     "WorkloadError",
     "__version__",
     "batch_builder",
+    "check_equivalence",
     "find_gpu",
     "predict",
     "tune",

@@ -34,6 +34,7 @@ _SPEC_HELP = (
     "file.py:function or package.module:function (returns a model or a Workload), timm:NAME, "
     "torchvision:NAME, or hf:TYPE such as hf:gpt2?seq=1024"
 )
+_JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
 _OPTIMIZERS = {
     "adadelta": "Adadelta",
     "adafactor": "Adafactor",
@@ -53,11 +54,12 @@ _BROKEN_PIPE, _INTERRUPTED = 141, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done, 1: the workload failed, 2: usage, 3: nothing fits, 130: interrupted.
+    0: done, 1: the workload failed, or `check` found the gradients different, 2: usage, 3: nothing
+    fits, 130: interrupted.
     """
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
         sys.stdout.flush()
     except SystemExit as exit_:  # argparse has printed its message
         return exit_.code if isinstance(exit_.code, int) else 2
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return 0
+    return code or 0
 
 
 def entry() -> None:
@@ -164,6 +166,30 @@ def _predict(arguments: argparse.Namespace) -> None:
         write_text(arguments.json, _footprint_json(footprint))
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    from autobatch.equivalence import check_equivalence
+    from autobatch.files import check_writable, write_text
+    from autobatch.plan import Plan
+    from autobatch.report.equivalence import equivalence_summary
+    from autobatch.terminal import show
+
+    if arguments.json and arguments.json != "-":
+        check_writable(arguments.json)
+    result = check_equivalence(
+        _subject(arguments.spec),
+        plan=Plan.load(arguments.plan) if arguments.plan else None,
+        micro_batch=arguments.micro_batch,
+        accumulation_steps=arguments.accumulation_steps,
+    )
+    if arguments.json == "-":
+        sys.stdout.write(result.to_json())
+    else:
+        show(equivalence_summary(result), sys.stdout)
+        if arguments.json:
+            write_text(arguments.json, result.to_json())
+    return 0 if result.equivalent else 1
+
+
 def _gpus(arguments: argparse.Namespace) -> None:
     from autobatch.devices.nvml import installed_gpus
     from autobatch.gpus import CATALOGUE
@@ -230,7 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="autobatch",
         description="Find the micro-batch that fits a GPU, and where every byte of it goes.",
-        epilog="Exit codes: 0 done, 1 the workload failed, 2 usage, 3 nothing fits.",
+        epilog="Exit codes: 0 done, 1 the workload failed or the check found a difference, "
+        "2 usage, 3 nothing fits.",
     )
     parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -279,6 +306,18 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
     _add_workload_options(predict)
 
+    check = commands.add_parser(
+        "check", help="compare accumulated gradients with those of the whole batch, on the CPU"
+    )
+    check.set_defaults(run=_check)
+    check.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    check.add_argument("--micro-batch", type=int, metavar="N", help="default 4")
+    check.add_argument("--accumulation-steps", type=int, metavar="K", help="default 2")
+    check.add_argument(
+        "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
+    )
+    check.add_argument("--json", metavar="FILE", help=_JSON_HELP)
+
     gpus = commands.add_parser("gpus", help="list the known GPUs and those in this machine")
     gpus.set_defaults(run=_gpus)
 
@@ -313,6 +352,4 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the answer as JSON; - prints only JSON on stdout"
-    )
+    parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)

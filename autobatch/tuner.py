@@ -47,7 +47,7 @@ from autobatch.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.units import GIB, MIB
 from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
 
-__all__ = ["predict", "tune"]
+__all__ = ["predict", "tune", "workload_of"]
 
 Gpu = str | GpuSpec | torch.device | None
 
@@ -166,7 +166,7 @@ def _tuned(
     started = time.perf_counter()
     device = _device(gpu)
     ranks = request.world_size
-    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm, ranks, sharding)
+    workload = workload_of(model, sample, loss, optimizer, autocast, clip_norm, ranks, sharding)
     if workload.world_size != ranks:
         split(request.target, ceiling=_LARGEST, world_size=workload.world_size)
         request = replace(request, world_size=workload.world_size)
@@ -339,7 +339,9 @@ def predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(_described(gpu))
-    workload = _workload(model, sample, loss, optimizer, autocast, clip_norm, world_size, sharding)
+    workload = workload_of(
+        model, sample, loss, optimizer, autocast, clip_norm, world_size, sharding
+    )
     probe = Probe(
         device=device,
         workload=workload,
@@ -391,7 +393,7 @@ def _cuda_index(gpu: Gpu) -> int:
     return torch.cuda.current_device() if index is None else index
 
 
-def _workload(
+def workload_of(
     model: nn.Module | Workload,
     sample: Any,
     loss: Loss | None,
@@ -401,7 +403,11 @@ def _workload(
     world_size: int,
     sharding: Sharding | None,
 ) -> Workload:
-    """Complete what the caller gave with what can be inferred; explicit options win."""
+    """Complete what the caller gave with what can be inferred; explicit options win.
+
+    Raises:
+        UsageError: the model is none, or its inputs cannot be inferred.
+    """
     if isinstance(model, Workload):
         workload = model
         if sample is not None:

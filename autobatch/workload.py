@@ -8,7 +8,7 @@ and `zero_grad` sets them to None after the step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,12 +22,14 @@ from autobatch.trace import Phase
 
 __all__ = [
     "AUTOCAST_DTYPES",
+    "DefaultLoss",
     "Loss",
     "OptimizerSpec",
     "Phases",
     "Sharding",
     "Window",
     "Workload",
+    "checked_loss",
     "run_windows",
 ]
 
@@ -191,7 +193,7 @@ def _usual_windows(
             inputs = batch()
             phases.begin("forward", window, step)
             with _autocast(workload):
-                value = _checked(loss(model, inputs))
+                value = checked_loss(loss(model, inputs))
             value = scaler.scale(value / accumulation_steps)
             phases.begin("backward", window, step)
             value.backward()
@@ -252,7 +254,12 @@ def _own_windows(
     return drawn[0]
 
 
-def _checked(value: Any) -> Tensor:
+def checked_loss(value: Any) -> Tensor:
+    """Return what a loss function gave, if a backward pass can begin with it.
+
+    Raises:
+        WorkloadError: it is no tensor, not a scalar, or has no gradient.
+    """
     if not isinstance(value, Tensor):
         raise WorkloadError(
             f"the loss is a {type(value).__name__}, not a tensor: return the scalar loss from "
@@ -331,7 +338,11 @@ class DefaultLoss:
                 "pass loss=lambda model, batch: …"
             )
         self.kind = "surrogate sum"
-        total = tensors[0].sum()
-        for tensor in tensors[1:]:
-            total = total + tensor.sum()
+        return self.stand_in(tensors)
+
+    def stand_in(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Make a scalar of the floating-point outputs, where no loss is known."""
+        total = outputs[0].sum()
+        for output in outputs[1:]:
+            total = total + output.sum()
         return total

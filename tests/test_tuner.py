@@ -474,9 +474,10 @@ def test_predict_leaves_a_meta_model_on_meta():
 
 def test_the_public_names_are_these():
     assert sorted(autobatch.__all__) == sorted(
-        "AutobatchError DoesNotFitError FileError Footprint GpuSpec NoGpuError Plan ProbeDiedError"
-        " Progress SampleError SpecError UnknownGpuError UsageError Workload WorkloadError"
-        " __version__ batch_builder find_gpu predict tune".split()
+        "AutobatchError AutobatchWarning DoesNotFitError Equivalence FileError Footprint GpuSpec"
+        " NoGpuError Plan ProbeDiedError Progress SampleError SpecError UnknownGpuError UsageError"
+        " Window Windows Workload WorkloadError __version__ batch_builder check_equivalence"
+        " find_gpu predict tune windows".split()
     )
     assert all(getattr(autobatch, name) is not None for name in autobatch.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tuen'"):

@@ -30,6 +30,7 @@ __all__ = [
     "footprint_summary",
     "full_report",
     "gpu_list",
+    "printable",
     "summary",
 ]
 
@@ -107,7 +108,7 @@ def summary(plan: Plan) -> Document:
     """Return the plan on one screen: the answer, the account, the evidence, the warnings."""
     return Document(
         title=advice.effective_batch(plan),
-        subtitle=f"{_printable(plan.model.name)} on {_printable(plan.gpu.name)}",
+        subtitle=f"{printable(plan.model.name)} on {printable(plan.gpu.name)}",
         sections=(
             Section("", (_facts(plan),)),
             Section(f"Memory at the peak ({plan.footprint.evidence})", (_account(plan.footprint),)),
@@ -195,7 +196,7 @@ def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Docum
         title=f"{format_bytes(device)} on the device at micro-batch {footprint.micro_batch:,}",
         subtitle=(
             f"{count(footprint.accumulation_steps, 'accumulation step')} on "
-            f"{_printable(footprint.gpu)}, {footprint.evidence}"
+            f"{printable(footprint.gpu)}, {footprint.evidence}"
         ),
         sections=(
             Section("", (Facts(tuple(pairs)),)),
@@ -210,7 +211,7 @@ def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) ->
     here = tuple(
         (
             str(gpu.index),
-            _printable(gpu.name),
+            printable(gpu.name),
             format_bytes(gpu.total_bytes),
             format_bytes(gpu.used_bytes),
         )
@@ -272,10 +273,10 @@ def _facts(plan: Plan) -> Facts:
     )
     settings = [
         f"{model.parameters:,} parameters{trained}",
-        _printable(model.optimizer),
+        printable(model.optimizer),
         f"{model.autocast} autocast" if model.autocast else "no autocast",
         *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
-        f"loss: {'yours' if model.loss == 'user' else _printable(model.loss)}",
+        f"loss: {'yours' if model.loss == 'user' else printable(model.loss)}",
     ]
     return Facts(
         (
@@ -394,7 +395,7 @@ def _account(footprint: Footprint) -> Table:
 def _evidence(plan: Plan) -> str:
     return (
         f"{count(plan.executions, 'execution')}, {count(plan.ooms, 'OOM')}, "
-        f"{_printable(plan.method)}, {plan.seconds:.1f} s"
+        f"{printable(plan.method)}, {plan.seconds:.1f} s"
     )
 
 
@@ -440,7 +441,7 @@ def _result(trial: Trial) -> str:
 def _warnings(plan: Plan) -> tuple[Section, ...]:
     if not plan.warnings:
         return ()
-    return (Section("Warnings", (Bullets(tuple(map(_printable, plan.warnings))),)),)
+    return (Section("Warnings", (Bullets(tuple(map(printable, plan.warnings))),)),)
 
 
 def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
@@ -503,11 +504,10 @@ def _factors(plan: Plan) -> tuple[Table, ...]:
 def _provenance(plan: Plan) -> Facts:
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     sources = tuple(
-        (f"GPU: {_printable(name)}", _printable(source))
-        for name, source in plan.gpu.sources.items()
+        (f"GPU: {printable(name)}", printable(source)) for name, source in plan.gpu.sources.items()
     )
     return Facts(
-        (("created", _printable(plan.created)), ("versions", _printable(versions)), *sources)
+        (("created", printable(plan.created)), ("versions", printable(versions)), *sources)
     )
 
 
@@ -519,6 +519,6 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Replace control characters, which could steer a terminal, and line breaks by spaces."""
     return "".join(character if character.isprintable() else " " for character in text)

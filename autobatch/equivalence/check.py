@@ -1,0 +1,135 @@
+"""`check_equivalence`: compare the gradients, and find out why they differ.
+
+Invariant: the user's model, its modes, the loss and the random state are as before.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autobatch.devices.session import user_errors
+from autobatch.devices.shelter import free_host_bytes
+from autobatch.devices.undisturbed import undisturbed
+from autobatch.equivalence.gradients import Weigh
+from autobatch.equivalence.investigation import TOLERANCES, Investigation
+from autobatch.equivalence.records import Equivalence
+from autobatch.equivalence.subject import Subject
+from autobatch.equivalence.windows import choose_windows
+from autobatch.errors import UsageError, WorkloadError
+from autobatch.plan import Plan
+from autobatch.tuner import workload_of
+from autobatch.units import format_bytes
+from autobatch.workload import Loss, Workload
+
+__all__ = ["check_equivalence"]
+
+
+def check_equivalence(
+    model: nn.Module | Workload,
+    sample: Any = None,
+    plan: Plan | None = None,
+    *,
+    micro_batch: int | None = None,
+    accumulation_steps: int | None = None,
+    loss: Loss | None = None,
+    weight: Weigh | None = None,
+    autocast: str | None = None,
+    dtype: torch.dtype | None = None,
+    samples: int = 16,
+) -> Equivalence:
+    """Compare the gradient of a window of micro-batches with that of the same samples at once.
+
+    Runs on copies on the CPU. Where the gradients differ, experiments take one suspect away at a
+    time and measure again, until what remains is rounding. A window of unequal micro-batches is
+    always compared, too.
+
+    Args:
+        model: the module to train, on any device (`meta` gets random weights), or a Workload.
+        sample: one batch, a Dataset or a DataLoader, as in `tune`; inferred if None. Give one as
+            in training: if your sequences are padded, with padding.
+        plan: its window is compared, made smaller where it has more than `samples` samples.
+        micro_batch: samples of each micro-batch, instead of a plan's; 4 if None.
+        accumulation_steps: micro-batches of a window, instead of a plan's; 2 if None.
+        loss: `loss(model, batch)` gives a scalar; as in `tune`.
+        weight: `weight(micro_batch)` is what its loss counts by, such as its number of tokens;
+            the number of samples if None.
+        autocast: "bf16" or "fp16" shows the rounding of mixed precision; None compares exactly.
+        dtype: of the arithmetic; float64 if None, or float32 where the model does not run in that.
+        samples: the most of a plan's window that is compared.
+
+    Raises:
+        UsageError: an argument cannot be understood; the subclass says which kind.
+        WorkloadError: the model or loss failed, or gives no gradient to compare.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> loss = lambda model, batch: model(batch).square().mean()
+    >>> check_equivalence(net, torch.randn(16, 4), loss=loss).equivalent
+    True
+    """
+    started = time.perf_counter()
+    if plan is not None and (micro_batch, accumulation_steps) != (None, None):
+        raise UsageError("give a plan, or micro_batch and accumulation_steps, not both")
+    if dtype is not None and dtype not in TOLERANCES:
+        raise UsageError(f"dtype is {dtype}: use torch.float64, torch.float32 or None")
+    if isinstance(model, Workload) and loss is not None:
+        model = replace(model, window=None)
+    workload = workload_of(model, sample, loss, None, None, None, 1, None)
+    if workload.window is not None:
+        raise UsageError(
+            "a Workload with a window function computes its own gradients: check the loss by "
+            "itself, with loss=lambda model, batch: …"
+        )
+    workload = replace(workload, autocast=autocast)
+    window = _asked(plan, micro_batch, accumulation_steps)
+    precise = torch.float64 if autocast is None else torch.float32
+    types = (dtype,) if dtype else tuple(dict.fromkeys((precise, torch.float32)))
+    notes: list[str] = []
+    with undisturbed(), torch.compiler.set_stance("force_eager"):
+        for each in types:
+            is_last = each is types[-1]
+            try:
+                _require_memory(workload, each, len(window) if plan is None else 4)
+                torch.set_default_dtype(each)
+                subject = Subject(workload=workload, dtype=each)
+                limit = samples if plan is not None else None
+                with user_errors(workload, max(window)):
+                    choice = choose_windows(subject, window, limit)
+                    result = Investigation(subject=subject, weight=weight).result(choice)
+            except WorkloadError as error:
+                if is_last:
+                    raise
+                notes.append(f"float64 was not possible ({error}): compared in float32")
+            else:
+                break
+    return replace(result, notes=(*notes, *result.notes), seconds=time.perf_counter() - started)
+
+
+def _asked(
+    plan: Plan | None, micro_batch: int | None, accumulation_steps: int | None
+) -> tuple[int, ...]:
+    if plan is not None:
+        return max(plan.split.windows, key=sum)
+    size = 4 if micro_batch is None else micro_batch
+    steps = 2 if accumulation_steps is None else accumulation_steps
+    for name, value in (("micro_batch", size), ("accumulation_steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
+    return (size,) * steps
+
+
+def _require_memory(workload: Workload, dtype: torch.dtype, steps: int) -> None:
+    """Refuse what cannot fit: a copy, its gradient, and those of the batch and its parts."""
+    elements = sum(parameter.numel() for parameter in workload.model.parameters())
+    needed = elements * dtype.itemsize * (4 + steps)
+    free = free_host_bytes()
+    if free is not None and needed > free:
+        raise WorkloadError(
+            f"comparing {elements:,} parameters takes {format_bytes(needed)} of host memory in "
+            f"{dtype}, and {format_bytes(free)} are free: check a smaller configuration of "
+            "the same model"
+        )

@@ -1,0 +1,324 @@
+"""Which modules look across the samples of a batch, or change from call to call.
+
+A recorded run is repeated with one thing changed, such as the values of the later samples. After
+each module, what must not have changed is compared with the record and then put back, so that a
+module answers for itself alone and not for those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+__all__ = [
+    "OWN_LOSS",
+    "Call",
+    "Layout",
+    "Replay",
+    "embeddings_changed",
+    "hooked",
+    "one_micro_batch_at_a_time",
+    "otherwise",
+    "recorded",
+]
+
+OWN_LOSS = "the loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module: its name, and the tensors that went in and came out."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Where the samples of a tensor lie: its dimension, and how many entries each one has."""
+
+    dim: int
+    entries: int
+
+    def cut(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Return some of the samples."""
+        return tensor.narrow(self.dim, start * self.entries, (stop - start) * self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The axes of every tensor of a run, found from two batches of different size.
+
+    Attributes:
+        samples: of the larger batch.
+        calls: its calls, in the order in which they ended.
+        inputs, outputs: an axis for each of a call's tensors; None where there is none.
+    """
+
+    samples: int
+    calls: tuple[Call, ...]
+    inputs: tuple[tuple[Axis | None, ...], ...]
+    outputs: tuple[tuple[Axis | None, ...], ...]
+
+    @classmethod
+    def of(
+        cls, calls: Sequence[Call], samples: int, fewer: Sequence[Call], fewer_samples: int
+    ) -> Layout | None:
+        """Compare two runs; None where they did not call the same modules."""
+        if [call.name for call in calls] != [call.name for call in fewer]:
+            return None
+
+        def axes(
+            tensors: Callable[[Call], tuple[Tensor, ...]],
+        ) -> tuple[tuple[Axis | None, ...], ...]:
+            return tuple(
+                tuple(
+                    _axis(a.shape, samples, b.shape, fewer_samples)
+                    for a, b in zip(tensors(call), tensors(other), strict=False)
+                )
+                for call, other in zip(calls, fewer, strict=True)
+            )
+
+        return cls(
+            samples, tuple(calls), axes(lambda call: call.inputs), axes(lambda call: call.outputs)
+        )
+
+
+def _axis(
+    shape: Sequence[int], samples: int, other: Sequence[int], other_samples: int
+) -> Axis | None:
+    if len(shape) != len(other):
+        return None
+    changed = [dim for dim in range(len(shape)) if shape[dim] != other[dim]]
+    if len(changed) != 1:
+        return None  # none, or every sample with every other
+    dim = changed[0]
+    entries, rest = divmod(shape[dim], samples)
+    return Axis(dim, entries) if not rest and other[dim] == entries * other_samples else None
+
+
+def recorded(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
+    """Run, and return every call of a module within."""
+    calls: list[Call] = []
+
+    def end(name: str, _: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        calls.append(Call(name, inputs, _tensors(output)))
+        return output
+
+    with hooked(model, end):
+        run()
+    return calls
+
+
+@dataclass(slots=True)
+class Replay:
+    """A recorded run once more, of which some is expected to be unchanged.
+
+    Attributes:
+        layout: the recorded run.
+        kept: how many of the first samples must not change; None if nothing may.
+        blamed: modules of which something changed that should not have.
+    """
+
+    layout: Layout
+    kept: int | None = None
+    blamed: list[str] = field(default_factory=list)
+    _position: int = 0
+
+    def run(self, model: nn.Module, run: Callable[[], Any]) -> list[str]:
+        """Run, and return the names of the modules to blame."""
+        with hooked(model, self._end):
+            run()
+        return list(dict.fromkeys(self.blamed))
+
+    def _end(self, name: str, caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        position, self._position = self._position, self._position + 1
+        calls = self.layout.calls
+        if position >= len(calls) or calls[position].name != name:
+            return output  # it took another way through the model
+        call = calls[position]
+        if self._changed(inputs, call.inputs, self.layout.inputs[position]):
+            self.blamed.append(caller)
+        elif self._changed(_tensors(output), call.outputs, self.layout.outputs[position]):
+            self.blamed.append(name)
+        return self._put_back(output, call.outputs, self.layout.outputs[position])
+
+    def _changed(
+        self, now: Sequence[Tensor], then: Sequence[Tensor], axes: Sequence[Axis | None]
+    ) -> bool:
+        return any(
+            _differ(self._kept(a, axis), self._kept(b, axis))
+            for a, b, axis in zip(now, then, axes, strict=False)
+            if a.shape == b.shape and (axis or self.kept is None)
+        )
+
+    def _kept(self, tensor: Tensor, axis: Axis | None) -> Tensor:
+        if self.kept is None or axis is None:
+            return tensor
+        return axis.cut(tensor, 0, self.kept)
+
+    def _put_back(self, output: Any, then: Sequence[Tensor], axes: Sequence[Axis | None]) -> Any:
+        """Restore what must not change, and change what may."""
+        leaves, structure = tree_flatten(output)
+        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for index, old, axis in zip(tensors, then, axes, strict=False):
+            leaf = leaves[index]
+            if leaf.shape != old.shape or not leaf.is_floating_point():
+                continue
+            if self.kept is None:
+                leaves[index] = old.clone()
+            elif axis is not None:
+                first = axis.cut(old, 0, self.kept)
+                rest = axis.cut(leaf, self.kept, self.layout.samples)
+                leaves[index] = torch.cat([first, otherwise(rest)], axis.dim)
+        return tree_unflatten(leaves, structure)
+
+
+def otherwise(tensor: Tensor) -> Tensor:
+    """Return other values of the same signs and range, different for every entry."""
+    steps = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+    return tensor * (0.75 + 0.25 * torch.sin(1.7 * steps + 1.0)).to(tensor.dtype)
+
+
+def one_micro_batch_at_a_time(
+    model: nn.Module, name: str, layout: Layout, window: Sequence[int]
+) -> None:
+    """Let a module of a copied model see the whole batch in micro-batches only."""
+    module = model.get_submodule(name)
+    position = next(i for i, call in enumerate(layout.calls) if call.name == name)
+    before, after = layout.inputs[position], layout.outputs[position]
+    whole = layout.samples
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        axes = {i: axis for i, axis in zip(tensors, before, strict=False) if axis is not None}
+        if any(leaves[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
+            return original(*args, **kwargs)  # a module around this one has cut the batch
+        outputs = []
+        for start, stop in _spans(window):
+            part = [
+                axes[i].cut(leaf, start, stop) if i in axes else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            some, named = tree_unflatten(part, structure)
+            outputs.append(original(*some, **named))
+        return _joined(outputs, after, window)
+
+    module.forward = forward
+
+
+def _joined(outputs: Sequence[Any], axes: Sequence[Axis | None], window: Sequence[int]) -> Any:
+    """Put the outputs of micro-batches together; what has no samples is averaged over them."""
+    flat = [tree_flatten(output) for output in outputs]
+    leaves, structure = list(flat[0][0]), flat[0][1]
+    tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for index, axis in zip(tensors, axes, strict=False):
+        parts = [one[index] for one, _ in flat]
+        if axis is not None:
+            leaves[index] = torch.cat(parts, axis.dim)
+        elif parts[0].is_floating_point():
+            shares = [size / sum(window) for size in window]
+            leaves[index] = torch.stack(
+                [part * share for part, share in zip(parts, shares, strict=True)]
+            ).sum(0)
+    return tree_unflatten(leaves, structure)
+
+
+def _spans(window: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for size in window:
+        yield start, start + size
+        start += size
+
+
+@contextmanager
+def hooked(
+    model: nn.Module,
+    end: Callable[[str, str, tuple[Tensor, ...], Any], Any],
+    begin: Callable[[str], None] = lambda caller: None,
+) -> Iterator[None]:
+    """Call `end(name, caller, inputs, output)` after every module; what it returns is the output.
+
+    The model itself is called "" and its caller `OWN_LOSS`. `begin(caller)` is called before.
+    """
+    running: list[tuple[str, tuple[Tensor, ...]]] = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            begin(running[-1][0] if running else OWN_LOSS)
+            running.append((name, _tensors((args, kwargs))))
+
+        return hook
+
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
+        name, inputs = running.pop()
+        return end(name, running[-1][0] if running else OWN_LOSS, inputs, output)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(values: Any) -> tuple[Tensor, ...]:
+    return tuple(leaf.detach().clone() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if torch.equal(one, other):
+        return False
+    if not one.is_floating_point():
+        return True
+    apart = torch.where(one == other, 0.0, one - other).abs()  # infinities of a mask are equal
+    scale = other[other.isfinite()].abs()
+    limit = 1e4 * torch.finfo(one.dtype).eps * (float(scale.max()) if scale.numel() else 0.0)
+    return not float(apart.max()) <= limit
+
+
+@contextmanager
+def embeddings_changed(
+    model: nn.Module, layout: Layout, spans: Sequence[tuple[int, int]]
+) -> Iterator[None]:
+    """Give some samples other values where integers become numbers, as in an embedding."""
+    axes = {
+        call.name: outputs[0]
+        for call, outputs in zip(layout.calls, layout.outputs, strict=True)
+        if not any(tensor.is_floating_point() for tensor in call.inputs) and outputs
+    }
+
+    def changed(axis: Axis) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return output
+            output = output.clone()
+            for start, stop in spans:
+                part = axis.cut(output, start, stop)
+                part.copy_(otherwise(part))
+            return output
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(changed(axis))
+        for name, axis in axes.items()
+        if axis is not None and name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,110 @@
+"""What a check of accumulated gradients found, as immutable records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from autobatch.records import dump_json, encode
+
+__all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind"]
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["random", "state", "batchnorm", "layer", "weight", "loss", "unexplained"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One window of micro-batches against the same samples at once.
+
+    A difference is the largest, over all parameters, of max|window - batch| / max|batch|, where
+    max|batch| is at least a thousandth of the model's largest gradient: smaller gradients, such as
+    that of a bias in front of a BatchNorm, are zero up to rounding.
+
+    Attributes:
+        window: samples of each micro-batch.
+        difference: as training would run.
+        held_difference: the same with every random draw replaced by its mean.
+    """
+
+    window: tuple[int, ...]
+    difference: float
+    held_difference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """One reason for a difference, found by removing it.
+
+    Attributes:
+        kind: "random" draws (dropout), "state" that changes from one micro-batch to the next,
+            "batchnorm", another "layer" that looks across samples, a "weight" other than samples,
+            a "loss" that looks across samples, or "unexplained".
+        where: names of the modules, or what it is found in.
+        difference: of the gradients with this culprit alone: all others were removed.
+        finding: what was seen, in one sentence.
+        advice: what to do, in one sentence.
+    """
+
+    kind: Kind
+    where: tuple[str, ...]
+    difference: float
+    finding: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equivalence:
+    """Whether the gradient of a window is that of its samples at once, and if not, why.
+
+    Attributes:
+        equivalent: whether the gradients agree within the tolerance while random draws are held.
+            Dropout alone leaves it True: window and batch draw different numbers of one
+            distribution.
+        model: class name of the module.
+        loss: how the loss was obtained, as in `ModelFacts`; "mean of the outputs" stands for none.
+        weight: what each micro-batch's loss was weighted by.
+        dtype: of parameters, inputs and arithmetic.
+        tolerance: largest difference that rounding is taken to explain in this dtype.
+        comparisons: the windows that were compared.
+        parameters: largest difference of each parameter, as training would run.
+        culprits: the reasons found.
+        notes: what was compared instead of what was asked for, and what else was seen.
+        seconds: wall time of the check.
+    """
+
+    equivalent: bool
+    model: str
+    loss: str
+    weight: str
+    dtype: str
+    tolerance: float
+    comparisons: tuple[Comparison, ...]
+    parameters: Mapping[str, float]
+    culprits: tuple[Culprit, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def difference(self) -> float:
+        """The largest difference of all windows, as training would run."""
+        return max(each.difference for each in self.comparisons)
+
+    @property
+    def held_difference(self) -> float:
+        """The largest difference while every random draw is replaced by its mean."""
+        return max(each.held_difference for each in self.comparisons)
+
+    def to_json(self) -> str:
+        """Render the result as JSON text; `difference` is repeated at the top."""
+        header = {"schema_version": SCHEMA_VERSION, "difference": self.difference}
+        return dump_json(header | encode(self))
+
+    def __str__(self) -> str:
+        """Render the result as plain text, the verdict first."""
+        from autobatch.report.equivalence import equivalence_summary
+        from autobatch.report.text import render
+
+        return render(equivalence_summary(self))

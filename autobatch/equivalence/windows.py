@@ -1,0 +1,90 @@
+"""Which windows are compared, and on which samples.
+
+Invariant: what is compared instead of what was asked for is said in a note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from autobatch.equivalence.layers import otherwise
+from autobatch.equivalence.subject import Subject
+from autobatch.sample import Rows, map_tensors, named_tensors
+
+__all__ = ["Choice", "choose_windows"]
+
+_STEPS = 4
+"""Most micro-batches of a plan that are compared: from the second on, all are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Windows with their samples, and what is to be said about them."""
+
+    windows: tuple[tuple[tuple[int, ...], Rows], ...]
+    notes: tuple[str, ...]
+
+
+def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) -> Choice:
+    """Return the window that was asked for, or a smaller one, and a window of unequal sizes.
+
+    Args:
+        subject: makes the batches.
+        asked: the micro-batches of a window.
+        limit: the most samples to compare; None compares all that were asked for.
+
+    Raises:
+        SampleError: the batch cannot be cut.
+    """
+    notes: list[str] = []
+    window = asked if len(asked) > 1 else (-(-asked[0] // 2), max(asked[0] // 2, 1))
+    if len(asked) == 1:
+        notes.append(f"the plan runs {asked[0]:,} samples at once: two halves were compared")
+    if limit is not None and sum(window) > limit:
+        steps = min(len(window), _STEPS, max(limit // 2, 2))
+        window = (max(min(limit // steps, *window), 1),) * steps
+        notes.append(
+            f"{len(asked)} micro-batches of up to {max(asked):,} are planned: {steps} of "
+            f"{window[0]} were compared, which no answer depends on but the size of a difference"
+        )
+    windows = [window] if len(set(window)) > 1 else [window, _unequal(window[0])]
+    rows = subject.batch(max(map(sum, windows)))
+    different = _different(rows)
+    if different < rows.size:
+        rows = _varied(rows, different)
+        notes.append(
+            f"the sample has {different} different rows, {rows.size} were compared: where "
+            "rows repeat, numbers that are not integers were varied"
+        )
+    return Choice(tuple((each, _first(rows, sum(each))) for each in windows), tuple(notes))
+
+
+def _unequal(size: int) -> tuple[int, int]:
+    """Return two sizes, of at least 2 where BatchNorm may need that."""
+    if size == 1:
+        return 2, 1
+    return (size, size - 1) if size > 2 else (3, 2)
+
+
+def _first(rows: Rows, samples: int) -> Rows:
+    return replace(rows, batch=rows.cut(0, samples), size=samples)
+
+
+def _different(rows: Rows) -> int:
+    def content(index: int) -> tuple[bytes, ...]:
+        tensors = named_tensors(rows.cut(index, index + 1)).values()
+        return tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.dim())
+
+    return len({content(index) for index in range(rows.size)})
+
+
+def _varied(rows: Rows, different: int) -> Rows:
+    """Change the floating-point values of rows that repeat earlier ones."""
+    changed = replace(rows, batch=map_tensors(Tensor.clone, rows.batch))
+    for part in named_tensors(changed.cut(different, rows.size)).values():  # views
+        if part.is_floating_point():
+            part.copy_(otherwise(part))
+    return changed

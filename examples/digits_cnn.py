@@ -1,8 +1,8 @@
 """Train a small CNN on scikit-learn's digits, for real and on the CPU, as a plan for a GPU says.
 
 The card is imagined and tiny, so that an effective batch of 256 needs several micro-batches. The
-loop is the one to copy: every micro-batch counts by its share of the window, so the gradient is
-that of the whole effective batch, also where the sizes differ or the last window is short.
+loop is the one to copy: clipping, the update and the schedule once a window, a logged loss, and
+the gradient of the whole effective batch, also where the last window of an epoch is short.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 
-EPOCHS = 10
+EPOCHS = 15
 CARD = autobatch.GpuSpec(name="tiny-card", capacity_bytes=28 * 2**20)
 
 
@@ -39,18 +40,22 @@ def main() -> None:
     order = torch.randperm(len(labels))
     training, held_out = order[:1500], order[1500:]
 
-    model, sample = build(), (images[training], labels[training])
-    adamw = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    plan = autobatch.tune(model, target=256, sample=sample, loss=loss, optimizer=adamw, gpu=CARD)
+    model, data = build(), TensorDataset(images[training], labels[training])
+    adamw = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    plan = autobatch.tune(
+        model, target=256, sample=data, loss=loss, optimizer=adamw, clip_norm=1.0, gpu=CARD
+    )
     print(f"{plan.micro_batch} x {plan.accumulation_steps} = {plan.effective_batch} samples")
 
-    for _ in range(EPOCHS):
-        for window in training[torch.randperm(len(training))].split(plan.effective_batch):
-            for part in window.split(plan.micro_batch):
-                share = len(part) / len(window)
-                (loss(model, (images[part], labels[part])) * share).backward()
-            adamw.step()
-            adamw.zero_grad()
+    loader = DataLoader(data, batch_size=plan.micro_batch, shuffle=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, T_max=EPOCHS * 6)
+    for epoch in range(EPOCHS):
+        for step, window in enumerate(plan.windows(loader, adamw, scheduler=schedule)):
+            for batch in window:
+                window.backward(loss(model, batch))
+            window.step()
+            if step == 0:
+                print(f"epoch {epoch}: loss {window.loss:.3f}, norm {window.grad_norm:.2f}")
 
     right = model(images[held_out]).argmax(1) == labels[held_out]
     print(f"accuracy on {len(held_out)} held-out digits: {right.float().mean():.1%}")

@@ -209,7 +209,12 @@ def test_small_configs_of_transformers_build_small_models(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [("sam_mask_decoder", models.NO_HEAD), ("bark", models.NO_FORWARD)]
+    ("kind", "cause"),
+    [
+        ("sam_mask_decoder", models.NO_HEAD),
+        ("bark", models.NO_FORWARD),
+        ("sam2_video", models.NO_BATCH),
+    ],
 )
 def test_a_type_without_a_model_that_trains_is_not_built(kind, cause):
     pytest.importorskip("transformers")

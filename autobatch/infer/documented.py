@@ -33,7 +33,8 @@ class Documented:
 
     Attributes:
         dtype: None for floating-point numbers of any width.
-        sizes: of its dimensions, that of the batch included, as they are written.
+        sizes: of its dimensions, that of the batch included, as they are written; of several ways,
+            one that begins with the batch.
     """
 
     dtype: torch.dtype | None
@@ -51,11 +52,16 @@ def documented(forward: Callable[..., Any]) -> dict[str, Documented]:
     found = {}
     for name, kind, shape in _ARGUMENT.findall(forward.__doc__ or ""):
         dtype = next((dtype for word, dtype in _DTYPES.items() if f"{word}Tensor" in kind), None)
-        first = re.split(r"\s+or\s+", shape)[0].removeprefix("[").removesuffix("]")
-        inside = first[1:-1] if first.startswith("(") and first.endswith(")") else first
-        sizes = tuple(size.strip() for size in inside.split(",") if size.strip())
-        found[name] = Documented(dtype, sizes)
+        ways = [_sizes(way) for way in re.split(r"\s+or\s+", shape)]
+        plain = (way for way in ways if way[:1] == ("batch_size",))
+        found[name] = Documented(dtype, next(plain, ways[0]))
     return found
+
+
+def _sizes(shape: str) -> tuple[str, ...]:
+    is_closed = shape[:1] + shape[-1:] in ("()", "[]")
+    parts = (shape[1:-1] if is_closed else shape).split(",")
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def evaluated(size: str, value_of: Callable[[str], Any]) -> int | None:

@@ -44,6 +44,9 @@ class NamedFields:
     def field(self, name: str, sizes: Sizes) -> Field | None:
         """Return an argument; None for a name that tells nothing."""
         config, tokens = self._config, (sizes.tokens,)
+        worked_out = self._documented(name, sizes) if self._is_worked_out(name) else None
+        if worked_out is not None:
+            return worked_out
         if name.endswith("mask"):
             dtype = torch.bool if name in self._signature.booleans else torch.int64
             return Field(self._masked(name, sizes), dtype, low=1, high=2)
@@ -76,7 +79,7 @@ class NamedFields:
             return Field(shape, self._dtype)
         if name.startswith(("past_", "future_")) and name.endswith(("_values", "_features")):
             return Field(self._series(name), self._dtype)
-        if name.endswith(("hidden_states", "embeds")) and not self._is_worked_out(name):
+        if name.endswith(("hidden_states", "embeds")):
             side = "encoder_hidden_size" if name.startswith("encoder") else "hidden_size"
             width = stated(config, side, "hidden_size", "d_model")
         else:  # such as visual_feats of visual_feat_dim numbers each
@@ -90,7 +93,10 @@ class NamedFields:
     def label_tokens(self, sizes: Sizes) -> Field:
         """Return labels that are tokens."""
         written = stated(self._written, "vocab_size") or stated(self._config, "vocab_size")
-        field = self._in_codebooks("labels", sizes) or Field(self._text_shape(sizes))
+        field = self._in_codebooks("labels", sizes)
+        if field is not None and not field.shape:  # flattened, and so of any other shape
+            field = self._in_codebooks("decoder_input_ids", sizes)
+        field = field or Field(self._text_shape(sizes))
         return replace(field, high=written or BYTES)
 
     def _tokens(self, name: str, sizes: Sizes) -> Field:
@@ -122,9 +128,9 @@ class NamedFields:
         return Field(tuple(shape), dtype, low=value, high=value + 1, rows=rows or 1)
 
     def _is_worked_out(self, name: str) -> bool:
-        """Say whether the docstring gives a size in terms of the config."""
+        """Say whether the docstring gives the size of a feature as a product."""
         found = self._signature.documented.get(name)
-        return found is not None and any("config." in size for size in found.sizes)
+        return found is not None and any("*" in size for size in found.sizes[1:])
 
     def _size_of(self, name: str, sizes: Sizes) -> Callable[[str], Any]:
         """Return a function that gives the sizes which the docstring of an argument names."""
@@ -139,6 +145,7 @@ class NamedFields:
             "num_patches": math.prod(
                 side // patch for side, patch in zip(sizes.image, self._patch(), strict=True)
             ),
+            "num_image_tokens": GRID * GRID,
             "num_mel_bins": sizes.bins,
             "dim": stated(self._config, "hidden_size", "d_model"),
             "num_codebooks": stated(self._config, "num_codebooks", "num_channels"),

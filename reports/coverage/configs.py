@@ -14,6 +14,7 @@ _FULL_ROPE = {
 }
 _FOUR_AXES = {"head_dim": 128, "rope_parameters": {"mrope_section": [16, 16, 16, 16]}}
 _EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}
+_WIDENING = ((96, 96), (96, 192), (192, 384))
 _REPVIT = {"backbone_config": {"architecture": "repvit_m1"}}
 
 STATED: Mapping[str, Mapping[str, Any]] = {
@@ -45,6 +46,20 @@ STATED: Mapping[str, Mapping[str, Any]] = {
         "num_feature_levels": 1,
     },
     "moonshine_streaming": {"num_key_value_heads": 8},
+    "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    "pp_ocrv6_small_det": {
+        "backbone_config": {
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            "out_indices": [1, 2, 3, 4],
+            "block_configs": [
+                [[3, 96, 96, 1, True]],
+                *([[3, *sizes, 2, False]] for sizes in _WIDENING),
+            ],
+            "depths": [1, 1, 1, 1],
+        },
+        "layer_list_out_channels": [96, 96, 192, 384],
+    },
+    "qwen3_omni_moe_thinker": {"text_config": {"num_attention_heads": 32, "head_dim": 128}},
     "reformer": {"axial_pos_shape": [8, 16], "max_position_embeddings": 128},
     "step3p7": {"text_config": {"sliding_window": 512}},
     "timm_backbone": {"backbone": "resnet18"},

@@ -6,6 +6,7 @@ Invariant: nothing is downloaded.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ NO_HEAD = "no Auto class builds it"
 NO_LIBRARY = "a library that it needs is not installed"
 NO_CONFIG = "its config has no defaults"
 NO_FORWARD = "its model has no forward pass of its own"
+NO_BATCH = "its forward pass takes an object that is no tensor, such as a session of inference"
 NO_MODEL = "its model cannot be built from the defaults of its config"
 
 
@@ -97,11 +99,23 @@ def _transformers_models(kind: str) -> Iterator[Candidate]:
             continue
         if type(model).forward is nn.Module.forward:
             raise NotBuiltError(NO_FORWARD, f"{type(model).__name__} only generates")
+        if (name := _object_taken(model)) is not None:
+            raise NotBuiltError(NO_BATCH, f"{type(model).__name__} takes {name}")
         is_built = True
         yield Candidate(model, head, str(level))
     if not is_built:
         assert first is not None
         raise NotBuiltError(NO_MODEL, _one_line(first)) from first
+
+
+def _object_taken(model: nn.Module) -> str | None:
+    """Return an argument that must be an object of transformers, so that no batch can be made."""
+    for parameter in inspect.signature(model.forward).parameters.values():
+        kind = parameter.annotation
+        home = getattr(kind, "__module__", "") if isinstance(kind, type) else ""
+        if parameter.default is parameter.empty and home.startswith("transformers.models."):
+            return f"{parameter.name}: {kind.__name__}"
+    return None
 
 
 def _built(transformers: Any, config: Any) -> tuple[str, nn.Module]:

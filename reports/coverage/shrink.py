@@ -174,6 +174,7 @@ def _complete(config: Fields) -> None:
         _fill(config, head_dim=width // heads, num_key_value_heads=heads)
     _fill(config, prediction_length=24, vocab_size=VOCABULARY, pad_token_id=0)
     _fill(config, image_token_id=VOCABULARY - 1, image_token_index=VOCABULARY - 1)
+    _fill(config, video_token_id=VOCABULARY - 2, video_token_index=VOCABULARY - 2)
     _fill(config, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2)
 
 

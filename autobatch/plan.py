@@ -390,6 +390,31 @@ class Plan:
 
         return planned_windows(self, loader, optimizer, **options)
 
+    def scale_lr(
+        self, lr: float, from_batch: int, rule: Literal["auto", "linear", "sqrt"] = "auto"
+    ) -> float:
+        """Return the learning rate for the plan's effective batch, from one tuned for another.
+
+        Args:
+            lr: the learning rate that was tuned.
+            from_batch: the effective batch that it was tuned for, in samples per update.
+            rule: "linear" for SGD (Goyal et al. 2017, https://arxiv.org/abs/1706.02677), "sqrt"
+                for Adam and RMSprop (Malladi et al. 2022, https://arxiv.org/abs/2205.10287);
+                "auto" takes the one for the plan's optimizer.
+
+        Raises:
+            UsageError: a number is not positive, or no rule is established for the optimizer.
+        """
+        from autobatch.advice import scaled_rate
+
+        return scaled_rate(
+            lr,
+            from_batch=from_batch,
+            to_batch=self.effective_batch,
+            optimizer=self.model.optimizer,
+            rule=rule,
+        )
+
     def __str__(self) -> str:
         """Render the plan as plain text, the answer first."""
         from autobatch.report.document import summary

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import GPU, example_plan, footprint_at, ragged_plan
 from torch import nn
 
-from autobatch import advice
+from autobatch import UsageError, advice
 from autobatch.plan import Plan
 
 
@@ -144,28 +144,59 @@ def test_a_written_window_names_every_size(window: list[int]) -> None:
     assert [int(t[-1]) for t in terms for _ in range(int(t[0]) if len(t) == 2 else 1)] == window
 
 
-def test_adaptive_optimizers_scale_with_the_square_root_and_sgd_linearly() -> None:
+def test_adam_and_rmsprop_scale_with_the_square_root_and_sgd_linearly() -> None:
     rule: Callable[[str], str | None] = advice.learning_rate_rule
-    assert {rule(name) for name in ("Adam", "AdamW", "NAdam", "RMSprop", "Adagrad")} == {
-        "square root"
-    }
+    assert {rule(name) for name in ("Adam", "AdamW", "NAdam", "FusedAdam", "RMSprop")} == {"sqrt"}
     assert rule("SGD") == "linear"
-    assert rule("Shampoo") is None
+    assert {rule(name) for name in ("Shampoo", "Lion", "Adagrad", "Adafactor")} == {None}
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000), st.sampled_from(["SGD", "AdamW"]))
 def test_scaling_a_learning_rate_there_and_back_changes_nothing(a: int, b: int, name: str) -> None:
-    there = advice.scale_lr(0.1, tuned_for=a, effective_batch=b, optimizer=name)
-    back = advice.scale_lr(there, tuned_for=b, effective_batch=a, optimizer=name)
+    there = ragged_plan(a, ((a,),), optimizer=name).scale_lr(0.1, b)
+    back = ragged_plan(b, ((b,),), optimizer=name).scale_lr(there, a)
     assert math.isclose(back, 0.1)
+
+
+def test_a_plan_scales_by_its_optimizers_rule_or_by_the_one_that_is_asked_for() -> None:
+    plan = ragged_plan(256, ((64,) * 4,), optimizer="AdamW")
+    assert plan.scale_lr(1e-3, 64) == pytest.approx(2e-3)
+    assert plan.scale_lr(1e-3, 64, "linear") == pytest.approx(4e-3)
+    sgd = ragged_plan(256, ((64,) * 4,), optimizer="SGD")
+    assert sgd.scale_lr(0.1, 64) == pytest.approx(0.4)
+    assert sgd.scale_lr(0.1, 64, rule="sqrt") == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("lr", "from_batch", "rule", "words"),
+    [
+        (0.1, 64, "auto", "no rule is established for the learning rate of Shampoo"),
+        (0.1, 0, "linear", "from_batch is 0"),
+        (math.nan, 64, "linear", "lr is nan"),
+        (0.1, 64, "square root", "use 'linear', 'sqrt' or 'auto'"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(
+    lr: float, from_batch: int, rule: Any, words: str
+) -> None:
+    plan = ragged_plan(8, ((4, 4),), optimizer="Shampoo")
+    with pytest.raises(UsageError, match=words):
+        plan.scale_lr(lr, from_batch, rule)
 
 
 def test_an_optimizer_without_a_rule_gets_no_invented_factor() -> None:
     plan = ragged_plan(8, ((4, 4),), optimizer="Shampoo")
     assert advice.learning_rate_factors(plan) == ()
     assert "no rule is established for Shampoo" in advice.learning_rate(plan)
-    with pytest.raises(ValueError, match="Shampoo"):
-        advice.scale_lr(0.1, tuned_for=1, effective_batch=2, optimizer="Shampoo")
+    assert plan.scale_lr(0.1, 4, "linear") == pytest.approx(0.2)
+
+
+def test_warm_up_is_counted_in_updates_and_names_its_source() -> None:
+    for optimizer, words in (("AdamW", "2,000"), ("SGD", "5 epochs"), ("Shampoo", "authors")):
+        text = advice.warm_up(ragged_plan(8, ((4, 4),), optimizer=optimizer))
+        assert words in text
+        assert "not micro-batches" in text
+        assert ("https://arxiv.org" in text) == (optimizer != "Shampoo")
 
 
 def test_the_extrapolated_peak_continues_the_line() -> None:
@@ -210,3 +241,10 @@ def test_batchnorm_is_warned_of_only_where_it_is() -> None:
     assert "whole effective batch" in whole
     several = advice.batchnorm(ragged_plan(128, ((64,), (64,)), batchnorm_layers=2))
     assert "SyncBatchNorm" in several
+
+
+def test_batchnorm_rows_give_the_size_of_statistics_before_and_after() -> None:
+    assert advice.batchnorm_rows(ragged_plan(8, ((4, 4),))) == ()
+    statistics, moves = advice.batchnorm_rows(ragged_plan(11, ((3, 3), (3, 2)), batchnorm_layers=2))
+    assert (statistics.before, statistics.after) == (6, (2, 3))
+    assert (moves.before, moves.after) == (1, (2,))

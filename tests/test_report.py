@@ -120,7 +120,8 @@ def test_the_report_answers_the_questions_with_this_models_figures(folder: Path)
         "With and without accumulation",
         "79.1 GiB (predicted",
         "no BatchNorm",
-        "Krizhevsky 2014",
+        "Malladi et al. 2022",
+        "2 / (1 - beta2) updates",
         "https://arxiv.org/abs/2205.10287",
         "(loss / steps).backward()",
         "![Bytes by category at the peak, against the budget.](charts/breakdown.svg)",
@@ -131,7 +132,7 @@ def test_the_report_answers_the_questions_with_this_models_figures(folder: Path)
 def test_sgd_gets_the_linear_rule() -> None:
     report = markdown.render(full_report(ragged_plan(8, ((4, 4),), optimizer="SGD")))
     assert "Goyal et al. 2017" in report
-    assert "Krizhevsky" not in report
+    assert "Malladi" not in report
 
 
 def test_the_same_words_are_in_markdown_html_and_text() -> None:
@@ -256,3 +257,10 @@ def test_a_footprint_over_the_capacity_says_by_how_much() -> None:
     footprint = example_plan().ceiling_footprint
     document = footprint_summary(footprint, footprint.peak_device_bytes - 2**20)
     assert "1.00 MiB too much" in text.render(document)
+
+
+def test_the_report_says_how_many_samples_are_in_batchnorms_statistics() -> None:
+    report = markdown.render(full_report(ragged_plan(256, ((64,) * 4,), batchnorm_layers=53)))
+    row = next(line for line in report.splitlines() if "each layer's statistics" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["256", "64"]
+    assert "53 BatchNorm layers" in report

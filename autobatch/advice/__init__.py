@@ -13,22 +13,25 @@ from autobatch.advice.accumulation import (
     samples_per_update,
 )
 from autobatch.advice.loop import training_loop
-from autobatch.advice.normalization import batchnorm
+from autobatch.advice.normalization import BatchNormRow, batchnorm, batchnorm_rows
 from autobatch.advice.rates import (
     LearningRateRule,
     learning_rate,
     learning_rate_factors,
     learning_rate_rule,
-    scale_lr,
+    scaled_rate,
+    warm_up,
 )
 from autobatch.advice.wording import count, effective_batch, window_text
 
 __all__ = [
     "AccumulationRow",
+    "BatchNormRow",
     "LearningRateRule",
     "accumulation_rows",
     "accumulation_summary",
     "batchnorm",
+    "batchnorm_rows",
     "count",
     "effective_batch",
     "equivalence_conditions",
@@ -38,7 +41,8 @@ __all__ = [
     "learning_rate_rule",
     "other_window",
     "samples_per_update",
-    "scale_lr",
+    "scaled_rate",
     "training_loop",
+    "warm_up",
     "window_text",
 ]

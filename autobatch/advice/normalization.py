@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from autobatch.advice.accumulation import samples_per_update
 from autobatch.advice.wording import count
 from autobatch.plan import Plan
 
-__all__ = ["batchnorm"]
+__all__ = ["BatchNormRow", "batchnorm", "batchnorm_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchNormRow:
+    """One thing that accumulation changes in BatchNorm, on one GPU.
+
+    `before` is with all samples of an update at once, `after` as planned; where micro-batches have
+    two sizes, it is the smaller and the larger.
+    """
+
+    what: str
+    before: int
+    after: tuple[int, ...]
+
+
+def batchnorm_rows(plan: Plan) -> tuple[BatchNormRow, ...]:
+    """Compare what BatchNorm sees with and without accumulation; nothing where there is none."""
+    if not plan.model.batchnorm_layers:
+        return ()
+    return (
+        BatchNormRow(
+            what="samples in each layer's statistics",
+            before=samples_per_update(plan),
+            after=tuple(sorted({size for window in plan.split.windows for size in window})),
+        ),
+        BatchNormRow(
+            what="times the running averages move per update",
+            before=1,
+            after=(plan.accumulation_steps,),
+        ),
+    )
 
 
 def batchnorm(plan: Plan) -> str:

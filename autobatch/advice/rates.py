@@ -1,10 +1,16 @@
-"""How the learning rate follows the effective batch."""
+"""How the learning rate follows the effective batch, and how to warm it up.
+
+Sources: Goyal et al. 2017 (https://arxiv.org/abs/1706.02677) for SGD; Malladi et al. 2022
+(https://arxiv.org/abs/2205.10287) for Adam and RMSprop; Ma and Yarats 2021
+(https://arxiv.org/abs/1910.04209) for the warm-up of Adam.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
+from autobatch.errors import UsageError
 from autobatch.plan import Plan
 
 __all__ = [
@@ -12,50 +18,73 @@ __all__ = [
     "learning_rate",
     "learning_rate_factors",
     "learning_rate_rule",
-    "scale_lr",
+    "scaled_rate",
+    "warm_up",
 ]
 
-LearningRateRule = Literal["linear", "square root"]
+LearningRateRule = Literal["linear", "sqrt"]
 
-_ADAPTIVE = ("adam", "rmsprop", "adagrad", "adafactor", "adadelta")
+_SQRT = ("adam", "rmsprop")
+
+_GOYAL = "Goyal et al. 2017, https://arxiv.org/abs/1706.02677"
+_MALLADI = "Malladi et al. 2022, https://arxiv.org/abs/2205.10287"
+_MA = "Ma and Yarats 2021, https://arxiv.org/abs/1910.04209"
 
 
 def learning_rate_rule(optimizer: str) -> LearningRateRule | None:
     """Return how the learning rate follows the effective batch for an optimizer's class name.
 
-    Linear for SGD (Goyal et al. 2017), square root for adaptive optimizers (Krizhevsky 2014,
-    Malladi et al. 2022); None where no rule is established.
+    Linear for SGD, with the square root for Adam and its variants and for RMSprop; None where no
+    rule is established.
 
     >>> learning_rate_rule("AdamW"), learning_rate_rule("SGD"), learning_rate_rule("Lion")
-    ('square root', 'linear', None)
+    ('sqrt', 'linear', None)
     """
     name = optimizer.lower()
-    if any(adaptive in name for adaptive in _ADAPTIVE):
-        return "square root"
+    if any(adaptive in name for adaptive in _SQRT):
+        return "sqrt"
     return "linear" if name.startswith("sgd") else None
 
 
-def scale_lr(
-    learning_rate: float, *, tuned_for: int, effective_batch: int, optimizer: str
+def scaled_rate(
+    lr: float,
+    *,
+    from_batch: int,
+    to_batch: int,
+    optimizer: str,
+    rule: Literal["auto"] | LearningRateRule = "auto",
 ) -> float:
-    """Scale a learning rate from the effective batch it was tuned for to another one.
+    """Scale a learning rate from one effective batch to another.
+
+    Args:
+        lr: learning rate that was tuned for `from_batch`.
+        from_batch: samples of one update there.
+        to_batch: samples of one update now.
+        optimizer: class name, for "auto".
+        rule: "linear", "sqrt", or "auto", which is `learning_rate_rule`.
 
     Raises:
-        ValueError: no rule is established for this optimizer.
+        UsageError: a number is not positive, the rule is unknown, or "auto" has none for the
+            optimizer.
 
-    >>> scale_lr(0.1, tuned_for=64, effective_batch=256, optimizer="SGD")
+    >>> scaled_rate(0.1, from_batch=64, to_batch=256, optimizer="SGD")
     0.4
-    >>> scale_lr(1e-4, tuned_for=64, effective_batch=256, optimizer="AdamW")
+    >>> scaled_rate(1e-4, from_batch=64, to_batch=256, optimizer="AdamW")
     0.0002
     """
-    rule = learning_rate_rule(optimizer)
-    if rule is None:
-        raise ValueError(
-            f"no rule scales the learning rate of {optimizer!r}: try the linear one and the "
-            "square root, and keep what trains better"
+    for name, value in (("lr", lr), ("from_batch", from_batch), ("to_batch", to_batch)):
+        if not 0 < value < math.inf:
+            raise UsageError(f"{name} is {value!r}: use a positive number")
+    if rule not in ("auto", "linear", "sqrt"):
+        raise UsageError(f"rule is {rule!r}: use 'linear', 'sqrt' or 'auto'")
+    chosen = learning_rate_rule(optimizer) if rule == "auto" else rule
+    if chosen is None:
+        raise UsageError(
+            f"no rule is established for the learning rate of {optimizer}: try rule='linear' and "
+            "rule='sqrt', and keep what trains better"
         )
-    growth = effective_batch / tuned_for
-    return learning_rate * (growth if rule == "linear" else math.sqrt(growth))
+    growth = to_batch / from_batch
+    return lr * (growth if chosen == "linear" else math.sqrt(growth))
 
 
 def learning_rate(plan: Plan) -> str:
@@ -69,22 +98,37 @@ def learning_rate(plan: Plan) -> str:
     if rule == "linear":
         return (
             f"{unchanged} Otherwise scale it linearly with the effective batch, as for SGD: twice "
-            "the batch, twice the rate, with a warm-up over the first epochs (Goyal et al. 2017, "
-            "https://arxiv.org/abs/1706.02677). The rule breaks down for very large batches."
+            f"the batch, twice the rate ({_GOYAL}). The rule breaks down for very large batches. "
+            "`plan.scale_lr(lr, from_batch)` computes it."
         )
-    if rule == "square root":
+    if rule == "sqrt":
         return (
-            f"{unchanged} Otherwise scale it with the square root of the effective batch, as "
-            f"{optimizer} is adaptive: four times the batch, twice the rate (Krizhevsky 2014, "
-            "https://arxiv.org/abs/1404.5997; Malladi et al. 2022, "
-            "https://arxiv.org/abs/2205.10287, who also move the betas and epsilon)."
+            f"{unchanged} Otherwise scale it with the square root of the effective batch, as for "
+            f"{optimizer}: four times the batch, twice the rate ({_MALLADI}, who also move the "
+            "betas and epsilon). `plan.scale_lr(lr, from_batch)` computes it."
         )
     return (
         f"{unchanged} Otherwise no rule is established for {optimizer}: SGD scales linearly "
-        "(Goyal et al. 2017, https://arxiv.org/abs/1706.02677), adaptive optimizers with the "
-        "square root (Krizhevsky 2014, https://arxiv.org/abs/1404.5997; Malladi et al. 2022, "
-        "https://arxiv.org/abs/2205.10287); try both."
+        f"({_GOYAL}), Adam and RMSprop with the square root ({_MALLADI}); try both, with "
+        '`plan.scale_lr(lr, from_batch, rule="linear")` and `rule="sqrt"`.'
     )
+
+
+def warm_up(plan: Plan) -> str:
+    """Say over how many updates to raise the learning rate to its full value."""
+    counted = "Count optimizer updates, not micro-batches: the schedule steps once per window."
+    rule = learning_rate_rule(plan.model.optimizer)
+    if rule == "linear":
+        return (
+            "Warm up a rate that was scaled: from the one it was scaled from, in equal steps over "
+            f"the first 5 epochs ({_GOYAL}). {counted}"
+        )
+    if rule == "sqrt":
+        return (
+            "Warm up in equal steps from zero over 2 / (1 - beta2) updates, which is 2,000 at "
+            f"Adam's usual beta2 of 0.999 ({_MA}). {counted}"
+        )
+    return f"Warm up as your optimizer's authors did. {counted}"
 
 
 def learning_rate_factors(plan: Plan) -> tuple[tuple[int, float], ...]:
@@ -92,15 +136,4 @@ def learning_rate_factors(plan: Plan) -> tuple[tuple[int, float], ...]:
     if learning_rate_rule(plan.model.optimizer) is None:
         return ()
     sizes = sorted({max(1, plan.effective_batch // part) for part in (8, 4, 2, 1)})
-    return tuple(
-        (
-            size,
-            scale_lr(
-                1.0,
-                tuned_for=size,
-                effective_batch=plan.effective_batch,
-                optimizer=plan.model.optimizer,
-            ),
-        )
-        for size in sizes
-    )
+    return tuple((size, plan.scale_lr(1.0, size)) for size in sizes)

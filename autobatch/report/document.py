@@ -153,8 +153,15 @@ def full_report(plan: Plan) -> Document:
                 ),
             ),
             Section("The effective batch", (_effective_batch_facts(plan),)),
-            Section("BatchNorm", (Paragraph(advice.batchnorm(plan)),)),
-            Section("Learning rate", (Paragraph(advice.learning_rate(plan)), *_factors(plan))),
+            Section("BatchNorm", (Paragraph(advice.batchnorm(plan)), *_batchnorm_table(plan))),
+            Section(
+                "Learning rate",
+                (
+                    Paragraph(advice.learning_rate(plan)),
+                    *_factors(plan),
+                    Paragraph(advice.warm_up(plan)),
+                ),
+            ),
             Section(
                 "The training loop",
                 (
@@ -470,6 +477,22 @@ def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
                 for row in rows
             ),
             totals=frozenset({len(rows) - 1}),
+        ),
+    )
+
+
+def _batchnorm_table(plan: Plan) -> tuple[Table, ...]:
+    rows = advice.batchnorm_rows(plan)
+    if not rows:
+        return ()
+    return (
+        Table(
+            columns=("per GPU", "all samples at once", "planned"),
+            align="lrr",
+            rows=tuple(
+                (row.what, f"{row.before:,}", " or ".join(f"{size:,}" for size in row.after))
+                for row in rows
+            ),
         ),
     )
 

@@ -6,6 +6,7 @@ Invariant: the user's model, optimizer and random state are as before, whatever 
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -24,6 +25,7 @@ from autobatch.accounts import (
     memory_point,
     timeline_of,
 )
+from autobatch.agreement import agreed, ranks_here
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Device, Run
 from autobatch.devices.card import Card
@@ -69,7 +71,7 @@ def tune(
     loss: Loss | None = None,
     optimizer: OptimizerSpec | None = None,
     gpu: Gpu = None,
-    world_size: int = 1,
+    world_size: int | None = None,
     sharding: Sharding | None = None,
     headroom: float | None = None,
     autocast: str | None = None,
@@ -91,7 +93,9 @@ def tune(
         optimizer: an instance, a class, or a callable on parameters; AdamW if None.
         gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; a device
             such as "cuda:1" is measured, and so is the current one if None.
-        world_size: GPUs that share the effective batch; 1 leaves a Workload's own.
+        world_size: GPUs that share the effective batch. None is a Workload's own, or 1; but where
+            a process group of several ranks is initialised it is their number: all of them have
+            to call `tune`, and take the split of the one with the least memory.
         sharding: "ddp" (None on several GPUs), "fsdp" for PyTorch's FSDP2, or a function that
             applies `fully_shard` to the model; figures are those of rank 0. See `Workload`.
         headroom: share of the usable memory to leave free, in [0, 1); None leaves 0.05 on a GPU
@@ -114,6 +118,9 @@ def tune(
     """
     if headroom is not None:
         _require_sensible(headroom)
+    ranks = ranks_here()
+    agrees = world_size is None and ranks > 1
+    world_size = ranks if world_size is None else world_size
     split(target, ceiling=_LARGEST, world_size=world_size)  # refuses what cannot be split
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
@@ -125,9 +132,14 @@ def tune(
         cache=cache,
     )
     parts = (model, sample, loss, optimizer, gpu, autocast, clip_norm, sharding)
-    if isolate:
-        return apart(_tuned, request, *parts, progress=progress, time_limit=time_limit)
-    return _tuned(request, *parts, progress=progress)
+
+    def tuned(limit: int | None) -> Plan:
+        asked = replace(request, limit=limit)
+        if isolate:
+            return apart(_tuned, asked, *parts, progress=progress, time_limit=time_limit)
+        return _tuned(asked, *parts, progress=progress)
+
+    return agreed(tuned) if agrees else tuned(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +151,7 @@ class _Request:
     headroom: float | None
     prove: bool
     cache: bool | Literal["confirm"]
+    limit: int | None = None  # the largest micro-batch to consider
 
     @property
     def samples_per_rank(self) -> int:
@@ -201,7 +214,7 @@ def _tuned(
 def _probed(request: _Request, probe: Probe) -> Plan:
     """Search, and put the answer together."""
     device, workload = probe.device, probe.workload
-    limit = _limit(workload, device, request.samples_per_rank)
+    limit = min(_limit(workload, device, request.samples_per_rank), request.limit or sys.maxsize)
     is_measured = device.evidence == "measured"
     one_go = request.samples_per_rank if probe.accumulation_steps > 1 else None
     found = find_ceiling(
@@ -255,6 +268,7 @@ def _key(request: _Request, probe: Probe) -> str:
         {
             "target": request.target,
             "world_size": request.world_size,
+            "limit": request.limit,
             "headroom": probe.headroom,
             "prove": request.prove,
             "evidence": device.evidence,

@@ -248,3 +248,27 @@ def unknown_model(rank: int, *, given: bool) -> str:
     except UsageError as error:
         return str(error)
     return "no error"
+
+
+def tune(
+    rank: int, *, mib: tuple[int, int], target: int = 64, fails: tuple[int, ...] = ()
+) -> tuple[Any, ...]:
+    """Plan on cards of different sizes, on some ranks with a loss that fails."""
+    import autobatch
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 64))
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        if rank in fails:
+            raise ValueError("no loss on this rank")
+        return module(x).square().mean()
+
+    card = autobatch.GpuSpec(name=f"card-{rank}", capacity_bytes=mib[rank] * 2**20)
+    try:
+        plan = autobatch.tune(
+            model, target=target, sample=torch.ones(4, 64), loss=loss, gpu=card, cache=False
+        )
+    except autobatch.AutobatchError as error:
+        return (type(error).__name__, str(error))
+    return plan.split.windows, plan.ceiling_at_least, plan.warnings

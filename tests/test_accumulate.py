@@ -512,6 +512,15 @@ def test_training_resumes_in_the_middle_of_an_epoch(stop: int) -> None:
     assert run.state_dict()["windows"] == 0
 
 
+def test_iterating_again_begins_a_new_epoch_also_after_a_break() -> None:
+    data = torch.randn(16, 5, dtype=torch.float64)
+    model = mlp()
+    run = windows(data.split(4), sgd(model), micro_batch=4, accumulation_steps=1)
+    next(stepped(run, square(model)))
+    assert run.state_dict()["windows"] == 1
+    assert sum(1 for _ in stepped(run, square(model))) == 4
+
+
 def test_resuming_with_other_windows_or_another_loader_is_refused() -> None:
     data = torch.randn(16, 5, dtype=torch.float64)
     model = mlp()

@@ -35,7 +35,9 @@ def windows(
 
     The loader may yield micro-batches, whole effective batches or batches of any other size: each
     window takes exactly micro_batch × accumulation_steps samples on this rank, and the last one
-    what is left. The window's gradient is that of the mean over its samples on all ranks.
+    what is left. The window's gradient is that of the mean over its samples on all ranks. A
+    window's micro-batches are drawn before the first of them runs, so that their weights are known:
+    let a loader with workers prefetch as many.
 
     Args:
         loader: an iterable of batches; any structure that `autobatch.batch_builder` reads.

@@ -95,6 +95,7 @@ class Windows:
         )
         self._position = Position()
         self._done = 0
+        self._resumes = False
         self._short = 0
         self._spare: _Micro | None = None
 
@@ -123,6 +124,9 @@ class Windows:
             SampleError: a batch of the loader cannot be read or cut.
             UsageError: a rank has no samples at all.
         """
+        if not self._resumes:
+            self._position, self._done = Position(), 0
+        self._resumes = False
         pieces = Pieces(self._loader, self._reader, self._position)
         self._update.zero()
         while (window := self._next(pieces)) is not None:
@@ -162,6 +166,7 @@ class Windows:
         self.sizes = tuple(state["sizes"])
         self._position = Position(state["batches"], state["samples"])
         self._done, self._short = state["windows"], state["short"]
+        self._resumes = True
 
     def _next(self, pieces: Pieces) -> Window | None:
         """Draw a window on which all ranks agree; None at the end of the loader."""

@@ -525,8 +525,8 @@ def test_resuming_with_other_windows_or_another_loader_is_refused() -> None:
     data = torch.randn(16, 5, dtype=torch.float64)
     model = mlp()
     run = windows(data.split(4), sgd(model), micro_batch=2, accumulation_steps=2)
-    next(stepped(run, square(model)))
-    next(stepped(run, square(model)))
+    going = stepped(run, square(model))
+    next(going), next(going)
     state = run.state_dict()
     other = windows(data.split(4), sgd(model), micro_batch=2, accumulation_steps=3)
     with pytest.raises(UsageError, match="the saved windows have 4 samples and these 6"):

@@ -628,3 +628,68 @@ def test_lists_of_sizes_that_are_filled_one_by_one_are_known():
 
     run(mlp(), loss=loss)
     assert seen[:2] == [True, [[3, 3], [2, 2]]]
+
+
+class Experts(nn.Module):
+    """Sorts rows by expert, and parts them by counts that it reads back."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        counts = F.one_hot(chosen, 3).sum(0).tolist()
+        parts = x[chosen.argsort()].split(counts)
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+
+
+def test_parts_of_unknown_sizes_are_taken_to_be_equal_and_it_is_said():
+    workload = Workload(model=Experts(), batch=batch_builder(torch.zeros(2, WIDTH)))
+    ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=8, accumulation_steps=1)
+    assert "taken to be equal" in " ".join(ran.warnings)
+    written = [
+        b.size_bytes for b in ran.trace.blocks if b.op == "aten::mm" and b.phase == "forward"
+    ]
+    assert written[:3] == [rows * WIDTH * 4 for rows in (3, 3, 2)]
+
+
+def test_a_mask_that_rows_are_written_by_has_as_many_in_its_gradient():
+    def loss(model, batch):
+        output, rows = model(batch), model(batch[:3])
+        output = output.clone()
+        output[batch[:, 0] > 0] = rows
+        return output.sum()
+
+    assert run(mlp(), loss=loss)
+
+
+def test_numbers_on_the_gpu_can_be_made_a_tensor_again():
+    seen = []
+
+    def loss(model, batch):
+        output = model(batch)
+        sides = torch.tensor([4, 5], device=output.device)
+        seen.append(torch.tensor([0, sides[0], 2 * sides[1]], device="cuda").tolist())
+        seen.append(torch.tensor([3, output.argmax()]).tolist())
+        return output.sum()
+
+    run(mlp(), loss=loss)
+    assert seen[:2] == [[0, 4, 10], [1, 1]]
+
+
+def test_the_additive_form_of_a_mask_of_ones_hides_nothing_and_marks_nothing():
+    seen = []
+
+    def loss(model, batch):
+        output = model(batch)
+        mask = torch.ones(len(batch), 3000, dtype=torch.int64, device=batch.device)
+        hidden = 1.0 - mask[:, None, :].float()
+        hidden = hidden.masked_fill(hidden.bool(), torch.finfo(torch.float32).min)
+        seen.extend([bool((hidden > 0).any()), bool((hidden < 0).any())])
+        seen.append(torch.div(7, 2, rounding_mode="trunc").item())
+        return output.sum()
+
+    run(mlp(), loss=loss)
+    assert seen[:3] == [False, False, 3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autobatch.devices.standins import standin_of
-from autobatch.devices.values import values_of
+from autobatch.devices.values import forget, values_of
 from autobatch.patching import patched
 
 __all__ = ["CudaCalls"]
@@ -42,6 +44,8 @@ class CudaCalls(TorchFunctionMode):
             Tensor.__format__: _format,
             Tensor.numpy: _numpy,
             Tensor.tolist: _tolist,
+            torch.tensor: partial(self._of_numbers, torch.tensor),
+            torch.as_tensor: partial(self._of_numbers, torch.as_tensor),
             Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
         if device.type != "cuda":
@@ -68,6 +72,18 @@ class CudaCalls(TorchFunctionMode):
             if kwargs:
                 kwargs = {name: self._landed(value) for name, value in kwargs.items()}
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _of_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make a tensor of a list in which there may be numbers on the GPU."""
+        leaves = tree_leaves(data) if isinstance(data, (list, tuple)) else ()
+        held = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+        if held:
+            data = tree_map(lambda leaf: _tolist(leaf) if isinstance(leaf, Tensor) else leaf, data)
+        landed = {name: self._landed(value) for name, value in kwargs.items()}
+        made = make(data, *map(self._landed, args), **landed)
+        if any(values_of(leaf) is None for leaf in held):
+            forget(made)
+        return made
 
     def _landed(self, value: Any) -> Any:
         kind = type(value)

@@ -36,6 +36,12 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "gt": operator.gt,
     "ge": operator.ge,
 }
+_ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "rsub": lambda first, second: second - first,
+    "mul": operator.mul,
+}
 _NEGATIONS = {"logical_not", "bitwise_not"}
 _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero_"), lambda args: 0),
@@ -43,7 +49,12 @@ _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
     **dict.fromkeys(("full", "full_like", "fill_"), lambda args: standin_of(args[1])),
     "new_full": lambda args: standin_of(args[2]),
 }
-_KEEPING = frozenset("_to_copy clone detach mean sum amax amin max min select view reshape".split())
+_KEEPING = frozenset(
+    """
+    _to_copy clone detach alias mean sum amax amin max min select slice view _unsafe_view reshape
+    expand unsqueeze squeeze permute transpose t
+    """.split()
+)
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
 _MOST_READS = 10_000
 _MASKS = (torch.bool, torch.uint8)
@@ -56,12 +67,14 @@ class StandIns:
     Attributes:
         upper_bounds: names of the ops whose result took its upper bound.
         followed: names of the ops whose result took its shape from values that are known.
+        shared_out: whether parts of unknown sizes were taken to be equal.
     """
 
     def __init__(self, kernels: Mapping[Any, Callable[..., Any]], values: Values) -> None:
         """Start with further rules for ops whose results only the target GPU's kernels define."""
         self.upper_bounds: set[str] = set()
         self.followed: set[str] = set()
+        self.shared_out = False
         self._values = values
         self._reads = 0
         self._rules: dict[Any, Callable[..., Any]] = {
@@ -80,6 +93,7 @@ class StandIns:
             aten.index_put_.default: self._write,
             aten._index_put_impl_.default: self._write,
             aten._unsafe_index.Tensor: self._index,
+            aten.split_with_sizes.default: self._split,
             aten._amp_foreach_non_finite_check_and_unscale_.default: self._unscale,
             aten._amp_update_scale_.default: lambda mode, scale, *args: scale,
             aten.lift_fresh.default: values.lift,
@@ -105,10 +119,11 @@ class StandIns:
         self._values.follow(func, args, kwargs, output)
         if not isinstance(output, Tensor):
             return
-        if args and output is args[0]:  # written in place: it was something else
-            vars(output).pop("standin", None)
+        if args and output is args[0] and not _writes_nothing(func._opname, args):
+            vars(output).pop("standin", None)  # it was something else
+            vars(output.untyped_storage()).pop("chosen", None)
         if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
-            value = _derived(func._opname, args)
+            value = None if "alpha" in kwargs else _derived(func._opname, args)
         else:
             value = _result(func._opname, args, output.dtype)
         if value is not None:
@@ -174,8 +189,14 @@ class StandIns:
     def _chosen(self, mask: Tensor, name: str) -> int:
         """Return how many elements of a mask are true, at most."""
         known = values_of(mask)
-        (self.upper_bounds if known is None else self.followed).add(name)
-        return mask.numel() if known is None else int(known.count_nonzero())
+        if known is not None:
+            self.followed.add(name)
+            return int(known.count_nonzero())
+        layout, chosen = vars(mask.untyped_storage()).get("chosen", (None, 0))
+        if layout == _layout(mask):
+            return int(chosen)
+        self.upper_bounds.add(name)
+        return mask.numel()
 
     def _nonzero(self, mode: Any, tensor: Tensor) -> Any:
         return mode.empty((self._chosen(tensor, "nonzero"), tensor.dim()), torch.int64, tensor)
@@ -257,16 +278,68 @@ class StandIns:
         return mode.run(aten.index.Tensor, tensor, chosen)
 
     def _write(
-        self, mode: Any, tensor: Tensor, indices: Sequence[Tensor | None], *rest: Any
-    ) -> Any:
-        return tensor if _has_mask(indices) else NotImplemented
-
-    def _copy_and_write(
-        self, mode: Any, tensor: Tensor, indices: Sequence[Tensor | None], *rest: Any
+        self,
+        mode: Any,
+        tensor: Tensor,
+        indices: Sequence[Tensor | None],
+        values: Tensor,
+        *rest: Any,
     ) -> Any:
         if not _has_mask(indices):
             return NotImplemented
+        _count_by_rows(tensor, indices, values)
+        return tensor
+
+    def _copy_and_write(
+        self,
+        mode: Any,
+        tensor: Tensor,
+        indices: Sequence[Tensor | None],
+        values: Tensor,
+        *rest: Any,
+    ) -> Any:
+        if not _has_mask(indices):
+            return NotImplemented
+        _count_by_rows(tensor, indices, values)
         return mode.run(aten.clone.default, tensor)
+
+    def _split(self, mode: Any, tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Any:
+        """Part a tensor equally where the sizes are read from the GPU and unknown, as of experts.
+
+        They all read as one then; real sizes add up to what there is.
+        """
+        total = tensor.shape[dim]
+        if sum(sizes) == total or any(size != 1 for size in sizes):
+            return NotImplemented
+        self.shared_out = True
+        size, rest = divmod(total, len(sizes))
+        equal = [size + (part < rest) for part in range(len(sizes))]
+        return mode.run(aten.split_with_sizes.default, tensor, equal, dim)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _count_by_rows(tensor: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> None:
+    """Note that a mask chooses as many elements as there are rows to write: its gradient asks."""
+    masks = [index for index in indices if index is not None]
+    if len(masks) != 1 or indices[0] is None:
+        return
+    mask = masks[0]
+    is_a_row_each = values.dim() == tensor.dim() - mask.dim() + 1 and values.shape[0] != 1
+    if is_a_row_each and values.shape[0] <= mask.numel():
+        vars(mask.untyped_storage())["chosen"] = _layout(mask), values.shape[0]
+
+
+def _writes_nothing(name: str, args: Sequence[Any]) -> bool:
+    """Whether an op writes where a mask is true that stands for false everywhere."""
+    if name == "masked_fill_":
+        return not standin_of(args[1])
+    if name in ("index_put_", "_index_put_impl_"):
+        masks = [i for i in args[1] if i is not None and i.dtype in _MASKS]
+        return any(not standin_of(mask) for mask in masks)
+    return False
 
 
 def _has_mask(indices: Sequence[Tensor | None]) -> bool:
@@ -274,10 +347,23 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
 
 
 def _derived(name: str, args: Sequence[Any]) -> float | None:
-    """Return the stand-in of a float that copies or averages what has a known one."""
+    """Return the stand-in of a float that copies, averages or chooses what has a known one."""
+    if name in ("scalar_tensor", "full"):
+        return _known_standin(args[-1])
+    if name in _ARITHMETIC:
+        first, second = map(_known_standin, args[:2])
+        return None if first is None or second is None else _ARITHMETIC[name](first, second)
+    if name == "where" and len(args) == 3:
+        return _known_standin(args[1 if standin_of(args[0]) else 2])
+    if name == "masked_fill":
+        return _known_standin(args[2 if standin_of(args[1]) else 0])
     if name not in _KEEPING or not args or not isinstance(args[0], Tensor):
         return None
-    known = vars(args[0]).get("standin")
+    return _known_standin(args[0])
+
+
+def _known_standin(value: Any) -> float | None:
+    known = vars(value).get("standin") if isinstance(value, Tensor) else value
     return None if known is None else float(known)
 
 

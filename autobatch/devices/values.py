@@ -23,7 +23,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from autobatch.devices.copies import blank
 
-__all__ = ["Values", "mirror", "values_of"]
+__all__ = ["Values", "forget", "mirror", "values_of"]
 
 GIVEN_ELEMENTS = 64
 """Whole numbers of one sample that are known, as sizes are; token ids are more, and are not."""
@@ -85,7 +85,7 @@ class Values:
         """Run an op for real, on the CPU; return NotImplemented where a value is unknown."""
         if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._opname:
             return NotImplemented
-        read = _read_out(args, self._most) if any(map(_holds_tensor, args)) else None
+        read = _read_out(args, self._most) if _reads_tensors(func) else None
         return NotImplemented if read is None else _run(func, read, kwargs)
 
     def follow(
@@ -126,15 +126,16 @@ class Values:
         for key in written:
             target = kwargs.get(key) if isinstance(key, str) else args[key]
             targets += target if isinstance(target, (list, tuple)) else (target,)
-        storages = [vars(t.untyped_storage()) for t in targets if type(t) is FakeTensor]
+        targets = [target for target in targets if type(target) is FakeTensor]
+        storages = [vars(target.untyped_storage()) for target in targets]
         if not any("mirror" in storage for storage in storages):
             return
         if all("mirror" in storage for storage in storages) and (
             self.result(func, args, kwargs) is not NotImplemented
         ):
             return
-        for storage in storages:
-            storage.pop("mirror", None)
+        for target in targets:
+            forget(target)
 
 
 def mirror(fake: Tensor, real: Tensor) -> None:
@@ -144,6 +145,11 @@ def mirror(fake: Tensor, real: Tensor) -> None:
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
         vars(storage)["mirror"] = memory.untyped_storage()
         _over(memory.untyped_storage(), fake).copy_(real)
+
+
+def forget(fake: Tensor) -> None:
+    """Let a tensor without memory have no values."""
+    vars(fake.untyped_storage()).pop("mirror", None)
 
 
 def values_of(tensor: Tensor) -> Tensor | None:
@@ -184,8 +190,10 @@ def _written(func: Any) -> tuple[Any, ...]:
     )
 
 
-def _holds_tensor(arg: Any) -> bool:
-    return isinstance(arg, Tensor) or (type(arg) in (list, tuple) and any(map(_holds_tensor, arg)))
+@functools.cache
+def _reads_tensors(func: Any) -> bool:
+    """Whether an op takes tensors, for which numbers may stand as in `torch.div(7, 2)`."""
+    return any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
 def _read_out(args: Sequence[Any], most: int) -> list[Any] | None:

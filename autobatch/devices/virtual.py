@@ -207,6 +207,11 @@ def _shape_warnings(standins: StandIns) -> Iterator[str]:
             f"shapes that depend on values ({ops}) took their upper bound: the real run may need "
             "less memory"
         )
+    if standins.shared_out:
+        yield (
+            "sizes of parts that depend on values (split) were taken to be equal: the real run "
+            "may need more memory or less"
+        )
     if standins.followed:
         ops = ", ".join(sorted(standins.followed))
         yield (

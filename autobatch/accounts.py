@@ -11,12 +11,19 @@ from collections.abc import Collection, Iterable
 from autobatch.allocator import CachingAllocator
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
-from autobatch.plan import MemoryPoint, Timeline, TimelineSegment
+from autobatch.plan import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
 from autobatch.uncertainty import peak_range
 
-__all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of"]
+__all__ = [
+    "curve_sizes",
+    "footprint_of",
+    "memory_point",
+    "replay",
+    "timeline_of",
+    "whole_window",
+]
 
 _SAMPLES = 400
 _CURVE_POINTS = 7
@@ -76,6 +83,44 @@ def footprint_of(
         context_bytes=gpu.context_bytes,
         low_device_bytes=low,
         high_device_bytes=high,
+    )
+
+
+def whole_window(
+    trace: Trace, evidence: Evidence, allocator: CachingAllocator | None = None
+) -> WindowMemory:
+    """Account for windows of a single micro-batch, from a trace of windows that have several.
+
+    What is alive in the first micro-batch of a window, and in the step, is what would be alive
+    there without the others: the last batch and output are as large whichever they are, and
+    gradients are None before the first one. So the peak is that outside of later micro-batches.
+
+    Args:
+        trace: of two windows at the samples of a whole update.
+        evidence: how the trace is known.
+        allocator: what the device has allocated before; nothing if None.
+    """
+    held_bytes = allocator.allocated_bytes if allocator else 0
+    replayed = simulate(
+        trace.sizes, trace.events, allocator=allocator, streams=trace.streams, timeline=True
+    )
+    spans = zip(trace.marks, (*(m.event for m in trace.marks[1:]), len(trace.events)), strict=True)
+    instants = (
+        event
+        for mark, end in spans
+        if mark.micro_batch == 0 or mark.phase in ("step", "evaluate")
+        for event in range(mark.event, end)
+    )
+    peak = max(instants, key=replayed.allocated_bytes.__getitem__)
+    allocated = replayed.allocated_bytes[peak]
+    totals = {_NAMES.get(c, c): size for c, size in trace.by_category(peak).items()}
+    totals["other"] += held_bytes
+    return WindowMemory(
+        micro_batch=trace.micro_batch,
+        accumulation_steps=1,
+        categories=totals | {"rounding": allocated - sum(totals.values())},
+        peak_allocated_bytes=allocated,
+        evidence=evidence,
     )
 
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from autobatch.integrations.accelerate import AccelerateSettings
     from autobatch.integrations.lightning import LightningSettings
 
-__all__ = ["MemoryPoint", "ModelFacts", "Plan", "Timeline", "TimelineSegment", "Trial"]
+__all__ = [
+    "MemoryPoint",
+    "ModelFacts",
+    "Plan",
+    "Timeline",
+    "TimelineSegment",
+    "Trial",
+    "WindowMemory",
+]
 
 SCHEMA_VERSION = 1
 FILE_LIMIT_BYTES = 64 * 2**20
@@ -61,6 +69,24 @@ class MemoryPoint:
     micro_batch: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowMemory:
+    """Bytes by category at the peak of a training window other than the planned one.
+
+    Attributes:
+        micro_batch: samples in each forward/backward.
+        accumulation_steps: micro-batches in the window.
+        categories: bytes by category, names as in `Footprint.categories`; they sum to the peak.
+        peak_allocated_bytes: most bytes of live blocks at once.
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    categories: Mapping[str, int]
+    peak_allocated_bytes: int
     evidence: Evidence
 
 
@@ -132,6 +158,8 @@ class Plan:
         method: "trace model", "trace model (quadratic)" or "bisection".
         sharding: what the ranks share: "ddp", "fsdp", or "custom" for a function of the user's;
             None where there is one, and in plans from before.
+        otherwise: the samples of one update on one GPU all at once, or where that is the plan, in
+            two halves; None where the sizes that ran do not tell, and in plans from before.
         warnings: what the user should know, one line each.
     """
 
@@ -155,6 +183,7 @@ class Plan:
     others_bytes: int = 0
     allowed_bytes: int | None = None
     sharding: Literal["ddp", "fsdp", "custom"] | None = None
+    otherwise: WindowMemory | None = None
 
     @property
     def ceiling_likelihood(self) -> float | None:
@@ -497,6 +526,12 @@ def _check_sound(plan: Plan) -> None:
             for footprint in footprints
         ),
     }
+    if plan.otherwise is not None:
+        parts = plan.otherwise.categories
+        rules["otherwise's categories must sum to its peak_allocated_bytes, above 0"] = (
+            set(parts) == set(plan.footprint.categories)
+            and sum(parts.values()) == plan.otherwise.peak_allocated_bytes > 0
+        )
     for rule, holds in rules.items():
         if not holds:
             raise RecordError(rule)

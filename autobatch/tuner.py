@@ -24,6 +24,7 @@ from autobatch.accounts import (
     footprint_of,
     memory_point,
     timeline_of,
+    whole_window,
 )
 from autobatch.agreement import agreed, ranks_here
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
@@ -38,7 +39,7 @@ from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec, find_gpu, is_device
 from autobatch.infer import infer
 from autobatch.isolation import apart
-from autobatch.plan import MemoryPoint, ModelFacts, Plan
+from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
 from autobatch.progress import ProgressCallback, silent
 from autobatch.remarks import warnings, what_is_missing
 from autobatch.replay import Replay
@@ -245,6 +246,7 @@ def _probed(request: _Request, probe: Probe) -> Plan:
         curve=_curve(probe, found),
         timeline=timeline_of(window, device.allocator()),
         sharding=workload.shares,
+        otherwise=_otherwise(planned, probe, found),
         method=found.method,
         warnings=tuple(warnings(probe, run, found, limit)),
         versions={
@@ -513,6 +515,24 @@ def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
     trace = found.model.trace(size)
     replayed = found.predicted.get(size) or probe.predict(found.model, size)
     return trace, _footprint(probe, trace, replayed, "predicted")
+
+
+def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | None:
+    """Account for one GPU's samples of an update at once, or in two halves if that is the plan."""
+    samples = max(map(sum, planned.windows))
+    if found.model is None or samples == 1:
+        return None
+    if planned.accumulation_steps == 1:
+        _, halves = _at(probe, found, -(-samples // 2))
+        return WindowMemory(
+            micro_batch=halves.micro_batch,
+            accumulation_steps=2,
+            categories=halves.categories,
+            peak_allocated_bytes=halves.peak_allocated_bytes,
+            evidence=halves.evidence,
+        )
+    trace = found.model.trace(samples)
+    return whole_window(trace, "predicted", probe.device.allocator())
 
 
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:

@@ -12,6 +12,7 @@ from autobatch.accounts import (
     memory_point,
     replay,
     timeline_of,
+    whole_window,
 )
 from autobatch.allocator import CachingAllocator
 from autobatch.devices.virtual import VirtualGpu
@@ -156,6 +157,27 @@ def test_a_real_footprint_sums_to_the_allocators_peak(trace):
     assert footprint.peak_reserved_bytes >= footprint.peak_allocated_bytes
     assert footprint.cached_bytes >= 0
     assert footprint.peak_device_bytes == footprint.peak_reserved_bytes + GPU.context_bytes
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_window_of_one_micro_batch_is_read_off_one_of_several(name):
+    card = VirtualGpu(GPU)
+    several, one = (
+        card.run(WORKLOADS[name], micro_batch=5, accumulation_steps=steps) for steps in (2, 1)
+    )
+    found = whole_window(several.trace, "simulated")
+    executed = footprint_of(one.trace, one.replay, GPU, "simulated", simulated=True)
+    assert found.peak_allocated_bytes == executed.peak_allocated_bytes
+    assert dict(found.categories) == executed.categories
+
+
+def test_what_was_allocated_before_counts_as_other():
+    trace = VirtualGpu(GPU).run(WORKLOADS["cnn"], micro_batch=5, accumulation_steps=2).trace
+    before = CachingAllocator()
+    before.malloc(3 * MIB)
+    held, free = whole_window(trace, "measured", before), whole_window(trace, "measured")
+    assert held.categories["other"] - free.categories["other"] == 3 * MIB
+    assert sum(held.categories.values()) == held.peak_allocated_bytes
 
 
 def test_parameters_buffers_and_optimizer_state_are_counted_once_at_their_size():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from plans import GPU, example_plan, footprint_at, ragged_plan
 from torch import nn
 
-from autobatch import UsageError, advice
-from autobatch.plan import Plan
+from autobatch import FileError, UsageError, advice
+from autobatch.plan import Plan, WindowMemory
 
 
 class Linear(nn.Module):
@@ -218,6 +219,29 @@ def test_the_parts_with_and_without_accumulation_sum_to_the_peak() -> None:
         *parts, total = advice.accumulation_rows(plan)
         assert sum(row.planned_bytes for row in parts) == total.planned_bytes
         assert sum(row.other_bytes or 0 for row in parts) == total.other_bytes
+
+
+def test_the_other_window_of_a_plan_is_taken_where_the_tuner_knows_it() -> None:
+    known = footprint_at(256, "predicted", 1)
+    other = WindowMemory(
+        micro_batch=256,
+        accumulation_steps=1,
+        categories=known.categories,
+        peak_allocated_bytes=known.peak_allocated_bytes,
+        evidence="simulated",
+    )
+    plan = example_plan(otherwise=other)
+    *parts, total = advice.accumulation_rows(plan)
+    assert total.other_bytes == known.peak_allocated_bytes
+    assert sum(row.other_bytes or 0 for row in parts) == total.other_bytes
+    assert advice.other_evidence(plan) == "simulated"
+    assert "(simulated)" in advice.accumulation_summary(plan)
+    assert "straight line" in advice.accumulation_summary(example_plan())
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(FileError, match="otherwise's categories"):
+        Plan.from_json(
+            example_plan(otherwise=dataclasses.replace(other, peak_allocated_bytes=7)).to_json()
+        )
 
 
 def test_accumulation_leaves_weights_and_optimizer_state_alone_and_saves_activations() -> None:

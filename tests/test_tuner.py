@@ -121,6 +121,25 @@ def test_a_quadratic_loss_is_noticed_without_accumulation_too():
     )
 
 
+@pytest.mark.parametrize("target", [64, 65_536])
+def test_the_samples_of_an_update_divided_otherwise_are_accounted_for(target):
+    plan = tune(target=target)
+    other = plan.otherwise
+    assert other is not None
+    assert (other.accumulation_steps == 1) == (plan.accumulation_steps > 1)
+    assert other.micro_batch * other.accumulation_steps == target
+    executed = autobatch.predict(
+        perceptron(),
+        micro_batch=other.micro_batch,
+        accumulation_steps=other.accumulation_steps,
+        sample=SAMPLE,
+        loss=cross_entropy,
+        gpu=SMALL_CARD,
+    )
+    assert other.peak_allocated_bytes == executed.peak_allocated_bytes
+    assert dict(other.categories) == executed.categories
+
+
 def test_a_target_of_one_sample_per_gpu_searches_the_window_without_accumulation():
     plan = tune(target=3, world_size=3)
     assert (plan.micro_batch, plan.accumulation_steps, plan.world_size) == (1, 1, 3)

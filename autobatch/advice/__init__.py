@@ -9,6 +9,7 @@ from autobatch.advice.accumulation import (
     accumulation_summary,
     equivalence_conditions,
     extrapolate_peak,
+    other_evidence,
     other_window,
     samples_per_update,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "learning_rate",
     "learning_rate_factors",
     "learning_rate_rule",
+    "other_evidence",
     "other_window",
     "samples_per_update",
     "scaled_rate",

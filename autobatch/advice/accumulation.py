@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autobatch.advice.wording import count, window_text
+from autobatch.footprint import Evidence
 from autobatch.plan import MemoryPoint, Plan
 from autobatch.units import format_bytes
 
@@ -16,6 +17,7 @@ __all__ = [
     "accumulation_summary",
     "equivalence_conditions",
     "extrapolate_peak",
+    "other_evidence",
     "other_window",
     "samples_per_update",
 ]
@@ -25,7 +27,7 @@ __all__ = [
 class AccumulationRow:
     """One part of the memory in the planned window, and in the same samples divided otherwise.
 
-    `other_bytes` is predicted, and None where the plan does not allow a prediction.
+    `other_bytes` is None where the plan does not tell.
     """
 
     part: str
@@ -69,59 +71,86 @@ def other_window(plan: Plan) -> tuple[int, int] | None:
     return (2, math.ceil(samples / 2)) if samples > 1 else None
 
 
+def other_evidence(plan: Plan) -> Evidence:
+    """Say how the memory of `other_window` is known."""
+    return "predicted" if plan.otherwise is None else plan.otherwise.evidence
+
+
 def accumulation_rows(plan: Plan) -> tuple[AccumulationRow, ...]:
-    """Compare the planned window with the one of `other_window`."""
-    other = other_window(plan)
-    if other is None:
+    """Compare the planned window with the one of `other_window`, at the peak of each."""
+    if other_window(plan) is None:
         return ()
-    planned = plan.footprint
-    weights = planned.parameters_bytes + planned.buffers_bytes
-    resident = max(planned.gradients_bytes, plan.ceiling_footprint.gradients_bytes)
-    peak = extrapolate_peak(plan, other[1])
-    rest = None if peak is None else peak - weights - planned.optimizer_bytes - resident
+    planned = _parts(plan.footprint.categories)
+    other = _other_parts(plan)
+    notes = {
+        "weights and buffers": "the same: they do not depend on the batch",
+        "optimizer state": "the same: one update per window either way",
+        "gradients at the peak": "never larger than the weights, but with accumulation they stay "
+        "for all later micro-batches",
+        "activations and the rest": "different: they grow with the micro-batch, and only one is "
+        "alive at a time",
+    }
+    peak = _other_peak(plan)
     return (
-        AccumulationRow(
-            part="weights and buffers",
-            planned_bytes=weights,
-            other_bytes=weights,
-            note="the same: they do not depend on the batch",
-        ),
-        AccumulationRow(
-            part="optimizer state",
-            planned_bytes=planned.optimizer_bytes,
-            other_bytes=planned.optimizer_bytes,
-            note="the same: one update per window either way",
-        ),
-        AccumulationRow(
-            part="gradients at the peak",
-            planned_bytes=planned.gradients_bytes,
-            other_bytes=resident,
-            note="never larger than the weights, but with accumulation they stay for all later "
-            "micro-batches",
-        ),
-        AccumulationRow(
-            part="activations and the rest",
-            planned_bytes=planned.peak_allocated_bytes
-            - weights
-            - planned.optimizer_bytes
-            - planned.gradients_bytes,
-            other_bytes=rest,
-            note="different: they grow with the micro-batch, and only one is alive at a time",
+        *(
+            AccumulationRow(
+                part=part, planned_bytes=planned[part], other_bytes=other[part], note=note
+            )
+            for part, note in notes.items()
         ),
         AccumulationRow(
             part="peak allocated",
-            planned_bytes=planned.peak_allocated_bytes,
+            planned_bytes=plan.footprint.peak_allocated_bytes,
             other_bytes=peak,
             note="the sum",
         ),
     )
 
 
+def _parts(categories: Mapping[str, int]) -> dict[str, int]:
+    """Sum categories up to the parts of the table."""
+    weights = categories["parameters"] + categories["buffers"]
+    optimizer, gradients = categories["optimizer state"], categories["gradients"]
+    return {
+        "weights and buffers": weights,
+        "optimizer state": optimizer,
+        "gradients at the peak": gradients,
+        "activations and the rest": sum(categories.values()) - weights - optimizer - gradients,
+    }
+
+
+def _other_parts(plan: Plan) -> Mapping[str, int | None]:
+    """Return the parts of the other window; a straight line tells them with all gradients."""
+    if plan.otherwise is not None:
+        return _parts(plan.otherwise.categories)
+    peak = _other_peak(plan)
+    parts = _parts(plan.footprint.categories)
+    parts["gradients at the peak"] = max(
+        plan.footprint.gradients_bytes, plan.ceiling_footprint.gradients_bytes
+    )
+    del parts["activations and the rest"]
+    rest = None if peak is None else peak - sum(parts.values())
+    return {**parts, "activations and the rest": rest}
+
+
+def _other_peak(plan: Plan) -> int | None:
+    other = other_window(plan)
+    if plan.otherwise is not None:
+        return plan.otherwise.peak_allocated_bytes
+    return extrapolate_peak(plan, other[1]) if other else None
+
+
 def accumulation_summary(plan: Plan) -> str:
     """Say in words what accumulation saves on this model and what it costs."""
     samples = samples_per_update(plan)
-    other = other_window(plan)
-    peak = extrapolate_peak(plan, other[1]) if other else None
+    other, peak = other_window(plan), _other_peak(plan)
+    source = {
+        "predicted": "predicted from the traces of smaller sizes",
+        "simulated": "simulated",
+        "measured": "measured",
+    }[other_evidence(plan)]
+    if plan.otherwise is None:
+        source = "predicted by extending the curve in a straight line"
     if plan.accumulation_steps == 1:
         text = (
             f"This plan needs no accumulation: {count(samples, 'sample')} per GPU fit into one "
@@ -130,8 +159,8 @@ def accumulation_summary(plan: Plan) -> str:
         if other is None or peak is None:
             return text
         return (
-            f"{text} As {other[0]} × {other[1]:,} the peak would be about {format_bytes(peak)} "
-            "allocated (predicted), with the gradients resident."
+            f"{text} As {other[0]} × {other[1]:,} the peak would be {format_bytes(peak)} "
+            f"allocated ({source}), with the gradients resident."
         )
     text = (
         f"Each GPU runs {count(samples, 'sample')} per update as "
@@ -140,10 +169,14 @@ def accumulation_summary(plan: Plan) -> str:
     if peak is None:
         return f"{text} What they would need at once is unknown: the curve has a single size."
     verdict = "more than" if peak > plan.budget_bytes else "within"
+    text = (
+        f"{text} At once they would need {format_bytes(peak)} ({source}), {verdict} the budget of "
+        f"{format_bytes(plan.budget_bytes)}."
+    )
+    if plan.otherwise is not None:
+        return text
     return (
-        f"{text} At once they would need about {format_bytes(peak)} (predicted by extending the "
-        f"curve in a straight line), {verdict} the budget of {format_bytes(plan.budget_bytes)}. "
-        "That figure keeps the gradients resident; without accumulation up to "
+        f"{text} That figure keeps the gradients resident; without accumulation up to "
         f"{format_bytes(plan.footprint.gradients_bytes)} less is needed, because they are freed "
         "before the next forward pass."
     )

@@ -463,7 +463,7 @@ def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
             columns=(
                 "per GPU",
                 f"{planned if plan.accumulation_steps > 1 else f'1 × {planned}'} (planned)",
-                f"{steps} × {micro_batch:,} (predicted)",
+                f"{steps} × {micro_batch:,} ({advice.other_evidence(plan)})",
                 "note",
             ),
             align="lrrl",

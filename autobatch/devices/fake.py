@@ -276,19 +276,26 @@ class VirtualMode(FakeTensorMode):
             self._recipes[key] = recipe
 
     def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
+        """Say what an output is, given the tensors among the arguments."""
+        same: dict[int, int] = {}
+        storages: dict[int, int] = {}
+        for index, tensor in enumerate(tensors):
+            same.setdefault(id(tensor), index)
+            storages.setdefault(tensor.untyped_storage()._cdata, index)
+        return self._described(output, same, storages)
+
+    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> _Recipe:
         if isinstance(output, Tensor):
-            for index, tensor in enumerate(tensors):
-                if output is tensor:
-                    return ("same", index)
+            if id(output) in same:
+                return ("same", same[id(output)])
             if isinstance(output, FakeTensor) and output.fake_device != self.virtual_device:
                 raise _Uncacheable
             if output.layout is not torch.strided or output.dtype.is_complex:
                 raise _Uncacheable
             layout = (tuple(output.shape), output.stride(), output.storage_offset(), output.dtype)
-            storage = output.untyped_storage()._cdata
-            for index, tensor in enumerate(tensors):
-                if tensor.untyped_storage()._cdata == storage:
-                    return ("view", index, *layout)
+            index = storages.get(output.untyped_storage()._cdata)
+            if index is not None:
+                return ("view", index, *layout)
             dense = torch.empty_strided(layout[0], layout[1], dtype=output.dtype, device="meta")
             if output.storage_offset() or (
                 dense.untyped_storage().nbytes() != output.untyped_storage().nbytes()
@@ -297,7 +304,7 @@ class VirtualMode(FakeTensorMode):
             return ("new", *layout)
         if isinstance(output, (list, tuple)):
             kind = list if isinstance(output, list) else tuple
-            return ("list", kind, [self._describe(item, tensors) for item in output])
+            return ("list", kind, [self._described(item, same, storages) for item in output])
         if output is None or isinstance(output, (int, float, bool)):
             return ("value", output)
         raise _Uncacheable

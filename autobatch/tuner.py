@@ -6,7 +6,6 @@ Invariant: the user's model, optimizer and random state are as before, whatever 
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -96,7 +95,7 @@ def tune(
             such as "cuda:1" is measured, and so is the current one if None.
         world_size: GPUs that share the effective batch. None is a Workload's own, or 1; but where
             a process group of several ranks is initialised it is their number: all of them have
-            to call `tune`, and take the split of the one with the least memory.
+            to call `tune`, and get the plan of the one that holds least.
         sharding: "ddp" (None on several GPUs), "fsdp" for PyTorch's FSDP2, or a function that
             applies `fully_shard` to the model; figures are those of rank 0. See `Workload`.
         headroom: share of the usable memory to leave free, in [0, 1); None leaves 0.05 on a GPU
@@ -133,14 +132,10 @@ def tune(
         cache=cache,
     )
     parts = (model, sample, loss, optimizer, gpu, autocast, clip_norm, sharding)
-
-    def tuned(limit: int | None) -> Plan:
-        asked = replace(request, limit=limit)
-        if isolate:
-            return apart(_tuned, asked, *parts, progress=progress, time_limit=time_limit)
-        return _tuned(asked, *parts, progress=progress)
-
-    return agreed(tuned) if agrees else tuned(None)
+    make = partial(_tuned, request, *parts, progress=progress)
+    if isolate:
+        make = partial(apart, _tuned, request, *parts, progress=progress, time_limit=time_limit)
+    return agreed(make) if agrees else make()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +147,6 @@ class _Request:
     headroom: float | None
     prove: bool
     cache: bool | Literal["confirm"]
-    limit: int | None = None  # the largest micro-batch to consider
 
     @property
     def samples_per_rank(self) -> int:
@@ -215,7 +209,7 @@ def _tuned(
 def _probed(request: _Request, probe: Probe) -> Plan:
     """Search, and put the answer together."""
     device, workload = probe.device, probe.workload
-    limit = min(_limit(workload, device, request.samples_per_rank), request.limit or sys.maxsize)
+    limit = _limit(workload, device, request.samples_per_rank)
     is_measured = device.evidence == "measured"
     one_go = request.samples_per_rank if probe.accumulation_steps > 1 else None
     found = find_ceiling(
@@ -270,7 +264,6 @@ def _key(request: _Request, probe: Probe) -> str:
         {
             "target": request.target,
             "world_size": request.world_size,
-            "limit": request.limit,
             "headroom": probe.headroom,
             "prove": request.prove,
             "evidence": device.evidence,

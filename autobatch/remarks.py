@@ -34,7 +34,12 @@ def warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
         )
-    if run.loss == "output.loss":
+    if run.loss == "mean of output.loss":
+        yield (
+            "the model's own loss has several values, and their mean was taken: reduce it as your "
+            "loop does, with loss=lambda model, batch: …"
+        )
+    if run.loss in ("output.loss", "mean of output.loss"):
         yield (
             "the model's output counts until the next one has been computed, as in loops that say "
             "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "

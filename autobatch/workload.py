@@ -54,8 +54,8 @@ class Workload:
     Attributes:
         model: the module to train; on any device, `meta` included; never moved or changed.
         batch: makes one micro-batch of n samples, any pytree of tensors, on the CPU.
-        loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss`, a scalar output, or
-            as a last resort the sum of the outputs.
+        loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss` (or its mean where it
+            has one value a sample), a scalar output, or as a last resort the sum of the outputs.
         optimizer: an instance over the model's parameters, a class, or a callable on parameters.
         window: `window(model, optimizer, batches)` runs one training window of your own over the
             micro-batches that it is given, up to the optimizer's step and `zero_grad`; None runs
@@ -294,7 +294,8 @@ class DefaultLoss:
     `outputs = model(**batch)`, then `outputs.loss`.
 
     Attributes:
-        kind: "output.loss", "scalar output" or "surrogate sum"; None before the first call.
+        kind: "output.loss", "mean of output.loss", "scalar output" or "surrogate sum"; None before
+            the first call.
     """
 
     def __init__(self) -> None:
@@ -320,8 +321,11 @@ class DefaultLoss:
         self._output = output
         named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(named, Tensor):
-            self.kind = "output.loss"
-            return named
+            if named.numel() == 1:
+                self.kind = "output.loss"
+                return named
+            self.kind = "mean of output.loss"  # one value a sample: a loop has to reduce it
+            return named.mean()
         if isinstance(output, Tensor) and output.numel() == 1:
             self.kind = "scalar output"
             return output

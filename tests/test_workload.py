@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from rehearsal import RehearsedCard
 from torch import nn
 
-from autobatch import UsageError, Workload, WorkloadError
+from autobatch import UsageError, Workload, WorkloadError, tune
+from autobatch.advice import training_loop
 from autobatch.devices.cuda import CudaGpu
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import find_gpu
@@ -186,3 +187,18 @@ def test_the_surrogate_of_a_loss_is_known_by_its_kind():
     assert run("rehearsed", workload()).loss == "surrogate sum"
     named = run("rehearsed", workload(loss=lambda m, b: F.mse_loss(m(b), b), loss_name="mse"))
     assert named.loss == "mse"
+
+
+class PerSample(nn.Linear):
+    """Returns one loss a sample, as some audio codecs do."""
+
+    def forward(self, x):
+        return SimpleNamespace(loss=super().forward(x).square().mean(-1))
+
+
+def test_a_loss_of_one_value_a_sample_is_averaged_and_that_is_said():
+    job = workload(model=PerSample(WIDTH, WIDTH))
+    assert run("rehearsed", job).loss == "mean of output.loss"
+    plan = tune(job, target=8, gpu="t4")
+    assert any("their mean was taken" in warning for warning in plan.warnings)
+    assert "model(**batch).loss.mean()" in training_loop(plan)

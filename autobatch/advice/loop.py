@@ -142,6 +142,8 @@ def _forward_backward(plan: Plan, weight: str) -> list[str]:
 def _loss_call(plan: Plan) -> str:
     if plan.model.loss == "output.loss":
         return "model(**batch).loss"
+    if plan.model.loss == "mean of output.loss":
+        return "model(**batch).loss.mean()"
     if plan.model.loss == "scalar output":
         return "model(batch)"
     return "loss_fn(model, batch)"

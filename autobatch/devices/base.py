@@ -29,7 +29,8 @@ class Run:
         seconds: wall time of the whole run on the machine that ran it.
         window_seconds: median time of a window after warm-up; None where nothing was computed.
         shortage: which request failed for lack of memory, in one line; None where none did.
-        loss: how the loss was obtained: "user", "output.loss", "scalar output", "surrogate sum".
+        loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
+            "scalar output" or "surrogate sum".
         optimizer: class name of the optimizer.
         warnings: what the user should know about this run.
     """

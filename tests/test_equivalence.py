@@ -104,6 +104,18 @@ class MixesItself(nn.Module):
         return self.second(hidden * torch.sigmoid(hidden.mean(0)))
 
 
+class DropPath(nn.Module):
+    """Leaves out whole samples, by a draw in its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(len(x), 1).bernoulli_(0.6) / 0.6
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x)
+
+
 class LayerDrop(nn.Module):
     """Leaves out a layer by Python's random numbers."""
 
@@ -231,13 +243,13 @@ def test_a_planted_difference_is_found_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "where"),
-    [(nn.Dropout(0.4), "1"), (nn.RReLU(), "1"), (LayerDrop(), "1")],
-    ids=["dropout", "random slopes", "layer drop"],
+    "module",
+    [nn.Dropout(0.4), DropPath(), Noise(), nn.RReLU(), LayerDrop()],
+    ids=lambda module: type(module).__name__,
 )
-def test_random_draws_are_named_and_do_not_spoil_the_verdict(module: nn.Module, where: str) -> None:
+def test_random_draws_are_named_and_do_not_spoil_the_verdict(module: nn.Module) -> None:
     result = check_equivalence(network(module), samples(), loss=mean_square)
-    assert found(result) == [("random", (where,))]
+    assert found(result) == [("random", ("1",))]
     assert result.equivalent
     assert result.difference > 1e-3
     assert result.held_difference < EXACT

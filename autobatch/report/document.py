@@ -148,7 +148,11 @@ def full_report(plan: Plan) -> Document:
                 (
                     Paragraph(advice.accumulation_summary(plan)),
                     *_accumulation_table(plan),
-                    Paragraph("The accumulated gradient equals that of the whole batch where:"),
+                    Paragraph(
+                        "The accumulated gradient equals that of the whole batch under these "
+                        "conditions; `autobatch check SPEC --plan plan.json` compares the two for "
+                        "your model, and names what breaks which:"
+                    ),
                     Bullets(advice.equivalence_conditions(plan)),
                 ),
             ),

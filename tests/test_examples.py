@@ -80,3 +80,26 @@ def test_the_workload_with_two_inputs_runs_by_itself() -> None:
 def test_the_command_line_plans_the_same_workload() -> None:
     probe = ("probe", "examples/two_inputs.py:build", "--target", "64", "--gpu", "t4")
     assert "effective batch 64" in run("-m", "autobatch", *probe)
+
+
+def test_the_tuned_trainer_learns_to_reverse_numbers() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    printed = run("examples/hf_trainer.py")
+    micro_batch, steps, effective = numbers(r"(\d+) x (\d+) = (\d+) samples", printed)
+    assert steps > 1
+    assert micro_batch * steps == effective == 256
+    assert numbers(r"(\d+) updates", printed) == [90]  # 30 epochs of 768 samples
+    (percent,) = numbers(r"held out: (\d+)", printed)
+    assert percent >= 95
+
+
+def test_the_tuned_lightning_module_learns_the_digits() -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("sklearn")
+    printed = run("examples/lightning_trainer.py")
+    micro_batch, steps, effective = numbers(r"(\d+) x (\d+) = (\d+) samples", printed)
+    assert steps > 1
+    assert micro_batch * steps == effective == 256
+    (percent,) = numbers(r"held-out digits: (\d+)", printed)
+    assert percent >= 95

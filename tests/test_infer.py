@@ -434,6 +434,62 @@ def test_a_mask_of_truth_values_is_one():
     assert infer(model_of(forward)).batch(2)["padding_mask"].dtype is torch.bool
 
 
+def test_boxes_are_parts_of_a_page_where_whole_numbers_do_not_run():
+    def forward(self, input_ids, bbox):
+        return input_ids * bbox.mean(-1)
+
+    batch = infer(model_of(forward)).batch(2)
+    assert batch["bbox"].shape == (2, 16, 4) and batch["bbox"].dtype is torch.float32
+
+
+def test_one_number_of_each_sample_makes_a_column_where_a_row_does_not_run():
+    def forward(self, past_values, freq):
+        """Run.
+
+        freq (`torch.LongTensor` of shape `(batch_size,)`):
+            How often.
+        """
+        return past_values[:, :2] + freq @ torch.ones(1, 2, dtype=torch.int64)
+
+    assert shapes_of(model_of(forward, main="past_values"))["freq"] == (3, 1)
+
+
+def test_a_waveform_has_a_channel_where_the_docstring_says_so():
+    def forward(self, input_values):
+        """Hear.
+
+        input_values (`torch.Tensor` of shape `(batch_size, 1, sequence_length)`):
+            A waveform.
+        """
+        return input_values
+
+    shapes = shapes_of(model_of(forward, main="input_values"))
+    assert shapes["input_values"] == (3, 1, 160_000)
+
+
+def test_a_model_that_hears_while_it_writes_gets_as_many_frames_as_tokens_need():
+    def forward(self, input_ids, input_features):
+        return input_features[:, 0].unflatten(1, (-1, 4)).mean(2) + input_ids
+
+    shapes = shapes_of(model_of(forward))
+    assert shapes["input_features"] == (3, 80, 4 * 16)
+
+
+def test_inputs_of_any_kind_give_way_to_what_an_error_asks_for():
+    def forward(self, inputs=None, input_values=None, input_features=None):
+        """Run.
+
+        inputs (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            One of the others.
+        """
+        if input_values is None and input_features is None:
+            raise ValueError("You have to specify either input_values or input_features")
+        return input_values
+
+    shapes = shapes_of(model_of(forward, main="inputs"))
+    assert shapes == {"input_values": (3, 160_000)}
+
+
 def test_two_sizes_are_changed_where_each_alone_is_not_enough():
     class SeesAndHears(nn.Module):
         main_input_name = "input_values"

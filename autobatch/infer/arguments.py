@@ -12,7 +12,14 @@ from autobatch.infer.fields import Field
 from autobatch.infer.labels import labels_of
 from autobatch.infer.named import NamedFields
 from autobatch.infer.signature import Signature
-from autobatch.infer.sizes import LARGER_SIDES, STACKED_FRAMES, WHOLE_WAVE, Sizes, sizes_of
+from autobatch.infer.sizes import (
+    ALIGNED_FRAMES,
+    LARGER_SIDES,
+    STACKED_FRAMES,
+    WHOLE_WAVE,
+    Sizes,
+    sizes_of,
+)
 
 __all__ = ["Arguments"]
 
@@ -38,11 +45,11 @@ class Arguments:
         self._signature = Signature.of(model)
         self._named = NamedFields(model, self._signature)
         self.main_inputs = self._signature.main_inputs
-        self.sizes = sizes_of(model, self._signature.main, seq, image_size)
-        # some are known by a name that tells nothing, and take one that does as well
-        stated_main = self._signature.main
-        is_told = stated_main and self._named.field(stated_main, self.sizes) is not None
-        self._main = stated_main if is_told else next(iter(self.main_inputs), None)
+        self._main = self._signature.main
+        self.sizes = sizes_of(model, self._main, seq, image_size)
+        wave = self._signature.documented.get("input_values")
+        if wave is not None and wave.sizes[1:2] == ("1",):
+            self.sizes = replace(self.sizes, wave=(1,))
 
     def usual(self, sizes: Sizes) -> dict[str, Field | bool]:
         """Return the arguments that training needs: the main input, labels, and those required."""
@@ -78,6 +85,8 @@ class Arguments:
             height, width = sizes.image
             if height == 2 * width:  # two images make one
                 yield replace(sizes, image=(width, width))
+        if {"input_ids", "input_features"} <= main:  # so many frames to a token, in both
+            yield from (replace(sizes, frames=ratio * sizes.tokens) for ratio in ALIGNED_FRAMES)
         if {"input_features", "audio_mel"} & main:
             yield replace(sizes, is_turned=True)
             yield replace(sizes, is_turned=True, channels=(1,))
@@ -85,8 +94,12 @@ class Arguments:
             for number in bins:
                 yield from (replace(sizes, is_turned=way, bins=number) for way in (False, True))
         if "input_values" in main:
-            yield from (replace(sizes, wave=wave) for wave in ((1,), None))
+            yield from (replace(sizes, wave=wave) for wave in ((), (1,), None))
             yield replace(sizes, samples=WHOLE_WAVE)
+        if "bbox" in self._signature.accepts:
+            yield replace(sizes, is_normalised=True)
+        if any(self._signature.is_vector(name) for name in self._signature.required):
+            yield replace(sizes, is_column=True)
         codebooks = stated(self._config, "num_codebooks")
         if codebooks and "input_ids" in main:
             yield from (replace(sizes, codebooks=codebooks + more) for more in (0, 1))
@@ -96,9 +109,9 @@ class Arguments:
     ) -> dict[str, Field | bool]:
         """Return what a model's error says is missing.
 
-        That is what the error names; where only something is None, the other inputs, then what
-        goes beside an input, such as its mask.
-        Of several names the first is taken, as in "specify either input_ids or inputs_embeds".
+        That is what the error names; where only something is None, the other inputs, else what goes
+        beside an input, such as its mask, else what the docstring describes. Of several names the
+        first is taken, as in "specify either input_ids or inputs_embeds", but labels are all given.
         """
         text = f"{type(error).__name__}: {error}"
         words = re.findall(r"\w+", text.lower())

@@ -29,7 +29,7 @@ PLACES = tuple(place for row in range(GRID) for column in range(GRID) for place 
 PATCH_PAIRS = re.compile(r"spatial_shapes$|pixel_position_ids$|target_sizes$")
 # Names of whole numbers that count something, and of sizes in docstrings that are those of a text.
 COUNTS = re.compile(r"sizes?$|structure$|lengths?$|counts?$|duration|^num_")
-LENGTH = re.compile(r"(length|tokens|seq_len)$")
+LENGTH = re.compile(r"(length|tokens|seq_len|frames)$")
 
 
 class NamedFields:
@@ -56,7 +56,9 @@ class NamedFields:
             return Field(tokens)
         if name.endswith("bbox"):
             # equal corners: a box of no width is in order, one of negative width is not
-            return Field((*tokens, 4), low=1, high=2)
+            return Field(
+                (*tokens, 4), self._dtype if sizes.is_normalised else torch.int64, low=1, high=2
+            )
         if name.endswith("pixel_values_videos"):
             return Field((self._clip(), self._channels(), *sizes.image), self._dtype)
         if name.endswith("pixel_values") or (self._signature.is_packed and name == "hidden_states"):
@@ -77,18 +79,25 @@ class NamedFields:
         if name == "input_values":
             shape = self._spectrogram(sizes) if sizes.wave is None else (*sizes.wave, sizes.samples)
             return Field(shape, self._dtype)
+        if name == "past_values_padding":
+            return Field(self._series("past_values"))
         if name.startswith(("past_", "future_")) and name.endswith(("_values", "_features")):
             return Field(self._series(name), self._dtype)
         if name.endswith(("hidden_states", "embeds")):
             side = "encoder_hidden_size" if name.startswith("encoder") else "hidden_size"
             width = stated(config, side, "hidden_size", "d_model")
-        else:  # such as visual_feats of visual_feat_dim numbers each
-            width = stated(config, f"{name}_dim", f"{name.removesuffix('s')}_dim")
+            return Field((*tokens, width), self._dtype) if width else None
+        return self._documented(name, sizes) or self._vectors(name, sizes)
+
+    def _vectors(self, name: str, sizes: Sizes) -> Field | None:
+        """Return an argument whose width the config states under the same name."""
+        # such as visual_feats of visual_feat_dim numbers each
+        width = stated(self._config, f"{name}_dim", f"{name.removesuffix('s')}_dim")
         if width:
-            return Field((*tokens, width), self._dtype)
+            return Field((sizes.tokens, width), self._dtype)
         # one vector, padded to the most there may be, such as the state of a robot
-        most = stated(config, f"max_{name}_dim")
-        return Field((most,), self._dtype) if most else self._documented(name, sizes)
+        most = stated(self._config, f"max_{name}_dim")
+        return Field((most,), self._dtype) if most else None
 
     def label_tokens(self, sizes: Sizes) -> Field:
         """Return labels that are tokens."""
@@ -123,6 +132,8 @@ class NamedFields:
         shape = [size for size in rest if size is not None]
         if len(shape) < len(rest):
             return None
+        if sizes.is_column and self._signature.is_vector(name):
+            shape = [1]
         value = int(bool(COUNTS.search(name)))  # zero is an index of every table
         dtype = found.dtype or self._dtype
         return Field(tuple(shape), dtype, low=value, high=value + 1, rows=rows or 1)

@@ -8,7 +8,7 @@ from typing import Any
 from autobatch.infer.configs import SIGHT, SOUND, context_of, stated, text_configs
 from autobatch.infer.fields import pair
 
-__all__ = ["LARGER_SIDES", "STACKED_FRAMES", "WHOLE_WAVE", "Sizes", "sizes_of"]
+__all__ = ["ALIGNED_FRAMES", "LARGER_SIDES", "STACKED_FRAMES", "WHOLE_WAVE", "Sizes", "sizes_of"]
 
 TOKENS = 128
 IMAGE_SIZE = 224
@@ -16,9 +16,11 @@ SECONDS_OF_SPEECH = 10
 SPEECH_HERTZ = 16_000
 FRAMES_OF_SPEECH = 100 * SECONDS_OF_SPEECH
 # Tried where a model does not run at its own size.
-LARGER_SIDES = (336, 384, 512, 640, 1024, 1536)
+LARGER_SIDES = (336, 384, 448, 512, 640, 1024, 1536)
 # Feature extractors stack so many frames of a spectrogram in one.
 STACKED_FRAMES = (2, 4, 7)
+# Of speech to a token, where a model hears and writes at once.
+ALIGNED_FRAMES = (2, 4, 8)
 # Of many parts into which models cut a waveform, a multiple: 12 s.
 WHOLE_WAVE = 192_000
 # How configs call the bins of a spectrogram.
@@ -53,6 +55,8 @@ class Sizes:
         wave: dimensions of a waveform without its length; None for a spectrogram in its place.
         samples: length of a waveform.
         is_complete: whether inputs of all modalities are given.
+        is_normalised: whether corners of boxes are parts of the page, not whole numbers.
+        is_column: whether one number of each sample makes a column, where the docstring says row.
     """
 
     tokens: int
@@ -68,6 +72,8 @@ class Sizes:
     wave: tuple[int, ...] | None = ()
     samples: int = SECONDS_OF_SPEECH * SPEECH_HERTZ
     is_complete: bool = False
+    is_normalised: bool = False
+    is_column: bool = False
 
 
 def sizes_of(model: Any, main: str | None, seq: int | None, image_size: int | None) -> Sizes:
@@ -84,7 +90,7 @@ def sizes_of(model: Any, main: str | None, seq: int | None, image_size: int | No
         names = ("max_target_positions", "max_position_embeddings")
         limits = (getattr(text, name, None) for name in names)
         tokens = min(TOKENS, *(n for n in limits if isinstance(n, int) and n > 0), TOKENS)
-    side = stated(config, "image_size", prefer=SIGHT)
+    side = stated(config, "image_size", "max_img_size", prefer=SIGHT)
     positions = stated(config, "max_source_positions", prefer=SOUND)
     frames = 2 * positions if positions else None
     return Sizes(

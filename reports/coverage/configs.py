@@ -63,6 +63,15 @@ STATED: Mapping[str, Mapping[str, Any]] = {
     "reformer": {"axial_pos_shape": [8, 16], "max_position_embeddings": 128},
     "step3p7": {"text_config": {"sliding_window": 512}},
     "timm_backbone": {"backbone": "resnet18"},
+    "uvdoc": {
+        "backbone_config": {
+            "out_features": [f"stage{stage}" for stage in range(1, 7)],
+            "out_indices": [1, 2, 3, 4, 5, 6],
+        }
+    },
+    "vitmatte": {
+        "backbone_config": {"hidden_size": 384, "num_attention_heads": 6, "num_channels": 4}
+    },
     # its hybrid layers share weights, which takes two of them
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 38},
     "xmod": {"default_language": "en_XX"},

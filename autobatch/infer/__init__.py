@@ -25,9 +25,9 @@ __all__ = ["Inferred", "infer"]
 def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = None) -> Inferred:
     """Infer a model's inputs and training loss from what it says about itself.
 
-    Hugging Face models: from `config` and the signature of `forward`, and from what its errors ask
-    for; the sequence is as long as the positions allow, at most 1,024 tokens (512 where there is no
-    limit), and speech lasts 10 s.
+    Hugging Face models: from `config`, the signature and the docstring of `forward`, and from what
+    its errors ask for; the sequence is as long as the positions allow, at most 1,024 tokens (512
+    where there is no limit), and speech lasts 10 s.
     timm: from `pretrained_cfg`. torchvision: from the module path. Lightning: from
     `example_input_array`, with the loss of `training_step` where that accepts the example as a
     whole batch. Anything else: from the first Linear, Embedding, convolution, attention or

@@ -318,9 +318,11 @@ def test_what_is_not_simulated_is_refused(tmp_path: Path) -> None:
 def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"effective batch of 47 needs sizes"):
         tune_trainer(trainer(tmp_path), target=47, gpu=CARD)
-    run = trainer(tmp_path, samples=96, num_train_epochs=1)
+    run = trainer(tmp_path, num_train_epochs=1, save_strategy="steps", save_steps=1)
     plan = tune_trainer(run, target=47, gpu=CARD, nearest=True)
     assert plan.target in (46, 48)
     assert any(f"{plan.target} in place of the 47" in warning for warning in plan.warnings)
     run.train()
     assert run.updates[0] == plan.target
+    again = tune_trainer(trainer(tmp_path), target=47, gpu="cuda:7", resume_from_checkpoint=True)
+    assert again.split == plan.split

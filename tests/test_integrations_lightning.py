@@ -186,6 +186,15 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     assert any(f"{taken} in place of the 251" in warning for warning in callback.plan.warnings)
 
 
+def test_a_sample_of_ones_own_is_probed_and_its_length_limits_nothing(tmp_path: Path) -> None:
+    few = TensorDataset(torch.zeros(300, 1, 8, 8), torch.zeros(300, dtype=torch.int64))
+    module, callback = Images(), AutobatchCallback(target=256, gpu=CARD, sample=few)
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module)
+    assert run.limit_train_batches == 1.0
+    assert module.updates == [256] * 4 + [SAMPLES - 4 * 256]
+
+
 def test_a_loader_whose_size_cannot_follow_is_noticed(tmp_path: Path) -> None:
     class Fixed(Images):
         def train_dataloader(self) -> Any:

@@ -11,8 +11,8 @@ from plans import example_plan
 from ranks import Ranks
 
 import autobatch
+from autobatch.agreement import agreed
 from autobatch.errors import DoesNotFitError, WorkloadError
-from autobatch.integrations.ranks import agreed
 from autobatch.split import split
 
 pytestmark = pytest.mark.slow

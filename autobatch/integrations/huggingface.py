@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from autobatch.errors import UsageError
 from autobatch.integrations.accelerate import return_fp32
-from autobatch.integrations.ranks import agreed
-from autobatch.integrations.settings import checked, one_size
+from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan, Timeline
 from autobatch.progress import ProgressCallback, silent
 from autobatch.randomness import random_state_kept
@@ -109,7 +108,7 @@ def tune_trainer(
     _refuse_the_unknown(trainer)
     checkpoint = _checkpoint_of(trainer, resume_from_checkpoint)
     if checkpoint is not None:
-        plan = _kept_plan(checkpoint, target, trainer.args.world_size, nearest=nearest)
+        plan = _kept_plan(checkpoint, target, trainer.args.world_size)
     else:
         with _as_trained(trainer), random_state_kept():
             make = partial(
@@ -119,16 +118,15 @@ def tune_trainer(
                 loss=_Loss(trainer),
                 optimizer=trainer.create_optimizer(),
                 gpu=gpu,
-                world_size=trainer.args.world_size,
                 headroom=headroom,
                 autocast=_autocast(trainer.args),
                 clip_norm=trainer.args.max_grad_norm or None,
                 cache=cache,
                 progress=progress,
             )
-            plan = _of_one_size(make, target, nearest=nearest)
+            plan = tuned_to_one_size(partial(_roomy, make), target, _TRAINER, nearest=nearest)
     _set_sizes(trainer, plan)
-    trainer.add_callback(AutobatchCallback(plan))
+    trainer.add_callback(AutobatchCallback(plan, target=target))
     return plan
 
 
@@ -140,19 +138,22 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         plan: of one size; or the dict that a checkpoint holds of it.
+        target: the effective batch that was asked for, if the plan's is the nearest to it.
 
     Raises:
         UsageError: the plan is ragged.
     """
 
-    def __init__(self, plan: Plan | Mapping[str, Any]) -> None:
+    def __init__(self, plan: Plan | Mapping[str, Any], target: int | None = None) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.from_json(json.dumps(plan))
+        self.target = target or self.plan.target
         one_size(self.plan, _TRAINER)
 
     def state(self) -> dict[str, Any]:
         """Return what goes into a checkpoint's trainer_state.json: the plan, less its timeline."""
         kept = replace(self.plan, timeline=Timeline(samples=(), marks=(), peak_event=0))
-        return {"args": {"plan": json.loads(kept.to_json())}, "attributes": {}}
+        args = {"plan": json.loads(kept.to_json()), "target": self.target}
+        return {"args": args, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compare the sizes that training begins with, and those of a checkpoint, with the plan.
@@ -199,28 +200,18 @@ def _refuse_the_unknown(trainer: Trainer) -> None:
         )
 
 
-def _of_one_size(make: Any, target: int, *, nearest: bool) -> Plan:
-    plan = _roomy(make, target)
-    split = one_size(plan, _TRAINER, nearest=nearest)
-    if split == plan.split:
-        return plan
-    plan = _roomy(make, split.target)
-    one_size(plan, _TRAINER)
-    return replace(plan, warnings=(*plan.warnings, _replaced(target, split.target)))
-
-
-def _roomy(make: Any, target: int) -> Plan:
+def _roomy(make: Callable[..., Plan], target: int) -> Plan:
     """Return a plan that leaves room for the other micro-batches of a window.
 
     Trainer moves all of them to the GPU before the first one runs (`get_batch_samples`).
     """
-    plan = agreed(partial(make, target=target))
+    plan = make(target=target)
     samples = -(-target // plan.world_size)
     window_bytes = plan.footprint.inputs_bytes * samples // plan.micro_batch
     if plan.slack_bytes < window_bytes - plan.footprint.inputs_bytes:
         usable_bytes = plan.budget_bytes / (1 - plan.headroom)
         headroom = plan.headroom + window_bytes / usable_bytes
-        plan = agreed(partial(make, target=target, headroom=min(headroom, 0.99)))
+        plan = make(target=target, headroom=min(headroom, 0.99))
     if window_bytes < _WORTH_SAYING * plan.budget_bytes:
         return plan
     note = (
@@ -228,13 +219,6 @@ def _roomy(make: Any, target: int) -> Plan:
         "which the footprint counts one micro-batch; there is room for them"
     )
     return replace(plan, warnings=(*plan.warnings, note))
-
-
-def _replaced(target: int, effective_batch: int) -> str:
-    return (
-        f"an effective batch of {effective_batch} in place of the {target} asked for, which needs "
-        "micro-batches of several sizes (nearest=True)"
-    )
 
 
 def _set_sizes(trainer: Trainer, plan: Plan) -> None:
@@ -316,24 +300,21 @@ def _checkpoint_of(trainer: Trainer, resume: str | bool | None) -> Path | None:
     return Path(found)
 
 
-def _kept_plan(checkpoint: Path, target: int, world_size: int, *, nearest: bool) -> Plan:
+def _kept_plan(checkpoint: Path, target: int, world_size: int) -> Plan:
     """Return the plan that a checkpoint was made with."""
     state_file = checkpoint / _STATE_FILE
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
-        kept = state["stateful_callbacks"]["AutobatchCallback"]["args"]["plan"]
+        kept = AutobatchCallback.from_state(state["stateful_callbacks"]["AutobatchCallback"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{str(state_file)!r} holds no plan: the run that wrote it was not tuned; resume it "
             "without tune_trainer, with the sizes that it had"
         ) from error
-    plan = Plan.from_json(json.dumps(kept))
-    asked_before = plan.target == target or (
-        nearest and any(_replaced(target, plan.target) == warning for warning in plan.warnings)
-    )
-    if not asked_before or plan.world_size != world_size:
+    plan: Plan = kept.plan
+    if (kept.target, plan.world_size) != (target, world_size):
         raise UsageError(
-            f"{str(checkpoint)!r} was trained with an effective batch of {plan.target} on "
+            f"{str(checkpoint)!r} was trained with an effective batch of {kept.target} on "
             f"{plan.world_size} ranks, and this run asks for {target} on {world_size}: resume with "
             "what it had, or start a new run from its weights"
         )

@@ -9,7 +9,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ from torch.optim import Optimizer
 
 from autobatch.dataset import dataset_length
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.integrations.ranks import agreed
-from autobatch.integrations.settings import checked, one_size
+from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan
 from autobatch.progress import ProgressCallback, silent
 from autobatch.randomness import random_state_kept
@@ -152,41 +150,31 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
                 "train_dataloader could follow: give it one (a loader passed to fit() cannot "
                 "change its batch size)"
             )
-        loader = _loader(trainer, pl_module) if self._sample is None else self._sample
-        if self.plan is None:
-            self.plan = self._tuned(trainer, pl_module, loader)
-        self._set_sizes(trainer, pl_module, self.plan, samples=dataset_length(loader))
+        plan = self.plan or self._tuned(trainer, pl_module)
+        self._set_sizes(trainer, pl_module, plan)
+        self.plan = plan
 
-    def _tuned(self, trainer: Trainer, module: LightningModule, loader: Any) -> Plan:
+    def _tuned(self, trainer: Trainer, module: LightningModule) -> Plan:
         with random_state_kept():
+            sample, optimizer = self._sample, self._optimizer
             make = partial(
                 tune,
                 module,
-                sample=loader,
+                sample=_loader(trainer, module) if sample is None else sample,
                 loss=_training_step,
-                optimizer=_optimizer_of(trainer, module)
-                if self._optimizer is None
-                else self._optimizer,
-                world_size=trainer.world_size,
+                optimizer=_optimizer_of(trainer, module) if optimizer is None else optimizer,
                 autocast=_AUTOCASTS[trainer.precision],
                 clip_norm=trainer.gradient_clip_val or None,
                 **self._options,
             )
-            plan = agreed(partial(make, target=self._target))
-            split = one_size(plan, _TRAINER, nearest=self._nearest)
-            if split == plan.split:
-                return plan
-            plan = agreed(partial(make, target=split.target))
-            one_size(plan, _TRAINER)
-        note = (
-            f"an effective batch of {split.target} in place of the {self._target} asked for, which "
-            "needs micro-batches of several sizes (nearest=True)"
-        )
-        return replace(plan, warnings=(*plan.warnings, note))
+            return tuned_to_one_size(
+                lambda target: make(target=target), self._target, _TRAINER, nearest=self._nearest
+            )
 
-    def _set_sizes(
-        self, trainer: Trainer, module: LightningModule, plan: Plan, *, samples: int | None
-    ) -> None:
+    def _set_sizes(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
+        # the length of a sample of the user's says nothing of the training set's
+        data = _loader(trainer, module) if self._sample is None else None
+        samples = dataset_length(data)
         whole = None if samples is None else _whole_windows(plan.target, samples)
         trainer.accumulate_grad_batches = plan.accumulation_steps
         lightning_setattr(module, self._batch_size, plan.micro_batch)
@@ -220,9 +208,8 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
                 f"{plan.world_size} ranks, and this run asks for {self._target} on "
                 f"{trainer.world_size}: resume with what it had, or load its weights only"
             )
+        self._set_sizes(trainer, pl_module, plan)
         self.plan = plan
-        loader = _loader(trainer, pl_module) if self._sample is None else self._sample
-        self._set_sizes(trainer, pl_module, plan, samples=dataset_length(loader))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the sizes that training begins with to the plan.

@@ -92,6 +92,25 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
+class Experts(nn.Module):
+    """Sends each sample to one of three layers, which serve the first two that come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.choice(x).softmax(-1)
+        result = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            served = (shares.argmax(-1) == index).nonzero().flatten()[:2]
+            if len(served):
+                answer = expert(x[served]) * shares[served, index : index + 1]
+                result = result.index_add(0, served, answer)
+        return result
+
+
 class MixesItself(nn.Module):
     """Looks across samples in its own code, between layers that do not."""
 
@@ -183,6 +202,12 @@ PLANTED: dict[str, tuple[nn.Module, Any, Any, list[tuple[str, tuple[str, ...]]]]
     ),
     "code across samples between layers": (
         network(MixesItself()),
+        samples(),
+        mean_square,
+        [("layer", ("1",))],
+    ),
+    "experts of limited capacity": (
+        network(Experts()),
         samples(),
         mean_square,
         [("layer", ("1",))],
@@ -378,6 +403,18 @@ def test_a_small_sample_still_shows_batch_norm() -> None:
     result = check_equivalence(network(nn.BatchNorm1d(8)), few, plan, loss=mean_square)
     assert ("batchnorm", ("1",)) in found(result)
     assert any("4 different rows" in note for note in result.notes)
+
+
+def test_items_of_a_data_set_differ() -> None:
+    data = torch.utils.data.TensorDataset(*sentences(RAGGED).values())
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return token_mean(model, {"input_ids": batch[0], "labels": batch[1]})
+
+    for sample in (data, torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)):
+        result = check_equivalence(tagger(), sample, loss=loss)
+        assert found(result) == [("weight", ("(batch[1] != -100).sum()",))]
+        assert result.notes == ()
 
 
 def test_samples_may_lie_in_another_dimension() -> None:

@@ -18,7 +18,7 @@ from autobatch.devices.undisturbed import undisturbed
 from autobatch.equivalence.gradients import Weigh
 from autobatch.equivalence.investigation import TOLERANCES, Investigation
 from autobatch.equivalence.records import Equivalence
-from autobatch.equivalence.subject import Subject
+from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.plan import Plan
@@ -78,6 +78,8 @@ def check_equivalence(
         raise UsageError(f"dtype is {dtype}: use torch.float64, torch.float32 or None")
     if isinstance(model, Workload) and loss is not None:
         model = replace(model, window=None)
+    window = _asked(plan, micro_batch, accumulation_steps)
+    sample = one_batch(sample, samples if plan is not None else sum(window))
     workload = workload_of(model, sample, loss, None, None, None, 1, None)
     if workload.window is not None:
         raise UsageError(
@@ -85,7 +87,6 @@ def check_equivalence(
             "itself, with loss=lambda model, batch: …"
         )
     workload = replace(workload, autocast=autocast)
-    window = _asked(plan, micro_batch, accumulation_steps)
     precise = torch.float64 if autocast is None else torch.float32
     types = (dtype,) if dtype else tuple(dict.fromkeys((precise, torch.float32)))
     notes: list[str] = []

@@ -9,7 +9,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,10 +59,6 @@ class Experiment:
         """Return the micro-batches."""
         starts = [sum(self.window[:step]) for step in range(len(self.window))]
         return [self.rows.cut(a, a + size) for a, size in zip(starts, self.window, strict=True)]
-
-    def with_layout(self, layout: Layout) -> Experiment:
-        """Return the experiment with what is needed to mend layers."""
-        return replace(self, layout=layout)
 
     def whole(self, mends: Mends, seed: int = 1) -> Gradients:
         """Return the gradient of all samples at once, with random numbers from a seed.

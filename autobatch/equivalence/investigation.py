@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from autobatch.advice import count
 from autobatch.equivalence import culprits
 from autobatch.equivalence.gradients import (
     Experiment,
@@ -21,7 +22,7 @@ from autobatch.equivalence.gradients import (
     combined,
     differences,
 )
-from autobatch.equivalence.layers import OWN_LOSS
+from autobatch.equivalence.layers import OWN_LOSS, Layout
 from autobatch.equivalence.records import Comparison, Culprit, Equivalence
 from autobatch.equivalence.subject import Subject
 from autobatch.equivalence.suspects import (
@@ -156,21 +157,20 @@ class Investigation:
     def _investigate(self, experiment: Experiment, held: float, drawing: Sequence[str]) -> None:
         """Find the culprits of a window that differs by `held` while random draws are held."""
         mends = Mends(draws=True, state=True)
-        layers: list[str] = []
-        layout = layout_of(experiment) if held > self.tolerance else None
-        if layout is not None:
-            experiment = replace(experiment, layout=layout)
-            layers = [name for name in mixing_modules(experiment, layout) if name != OWN_LOSS]
-            mends = replace(mends, layers=frozenset(layers))
+        if held <= self.tolerance:
+            self._blame_draws(experiment, mends, drawing)
+            return
+        layout = layout_of(experiment)
+        experiment = replace(experiment, layout=layout)
+        layers = [name for name in mixing_modules(experiment, layout) if name != OWN_LOSS]
+        mends = replace(mends, layers=frozenset(layers))
         if drawing:
             self._blame_draws(experiment, mends, drawing)
-        if held <= self.tolerance:
-            return
         mended = self._measured(experiment, mends)
         self._blame_layers(experiment, mends, layers, mended.whole)
-        self._blame_state(experiment, mends, mended.parts)
+        self._blame_state(experiment, mends, mended.parts, layout)
         if mended.worst > self.tolerance:
-            self.culprits.append(self._of_the_loss(experiment, mends, mended))
+            self.culprits.append(self._of_the_loss(experiment, mends, mended, layout))
 
     def _blame_draws(self, experiment: Experiment, mends: Mends, drawing: Sequence[str]) -> None:
         drawn = replace(mends, draws=False)
@@ -193,28 +193,33 @@ class Investigation:
                 self.culprits.append(culprit(names, apart))
 
     def _blame_state(
-        self, experiment: Experiment, mends: Mends, mended: Sequence[Gradients]
+        self,
+        experiment: Experiment,
+        mends: Mends,
+        mended: Sequence[Gradients],
+        layout: Layout,
     ) -> None:
         weights = self._shares(experiment)
         carried = experiment.parts(replace(mends, state=False))
         apart = _apart(combined(mended, weights), combined(carried, weights))
-        buffers, layout = changed_buffers(experiment), experiment.layout
+        buffers = changed_buffers(experiment)
         if apart > self.tolerance:
-            names = buffers if layout is None else stateful_modules(experiment, layout)
+            names = stateful_modules(experiment, layout)
             self.culprits.append(culprits.state(names, apart, len(weights)))
         elif buffers:
             self.notes.append(
-                f"{len(buffers)} buffers change with every forward pass, so once per micro-batch "
-                f"instead of once per update; the gradient does not depend on them ({buffers[0]})"
+                f"every forward pass changes {count(len(buffers), 'buffer')} ({buffers[0]}), so "
+                "once per micro-batch, not once per update; the gradient does not depend on that"
             )
 
-    def _of_the_loss(self, experiment: Experiment, mends: Mends, mended: _Measured) -> Culprit:
+    def _of_the_loss(
+        self, experiment: Experiment, mends: Mends, mended: _Measured, layout: Layout
+    ) -> Culprit:
         """Try other weights; then see whether samples interact."""
         for expression, weights in tried_weights(experiment.pieces()):
             if _apart(mended.whole, combined(mended.parts, weights)) <= self.tolerance:
                 return culprits.wrong_weight(expression, weights, mended.worst)
-        layout = experiment.layout
-        share = 0.0 if layout is None else interaction(experiment, mends, layout)
+        share = interaction(experiment, mends, layout)
         if share > _INTERACTIONS[self.subject.dtype]:
             return culprits.interacting_loss(share, mended.worst)
         fitted = fitted_weights(mended.whole, mended.parts)

@@ -7,7 +7,8 @@ module answers for itself alone and not for those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,43 +53,63 @@ class Axis:
         return tensor.narrow(self.dim, start * self.entries, (stop - start) * self.entries)
 
 
+Axes = tuple[Axis | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A call of a module, and where the samples of its tensors lie; None where nowhere."""
+
+    call: Call
+    inputs: Axes
+    outputs: Axes
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The axes of every tensor of a run, found from two batches of different size.
+    """A recorded run, with the axes of its tensors, found from two batches of different size.
 
     Attributes:
         samples: of the larger batch.
-        calls: its calls, in the order in which they ended.
-        inputs, outputs: an axis for each of a call's tensors; None where there is none.
+        calls: its calls by module, each with how many of the same module came before; those that
+            both batches made.
     """
 
     samples: int
-    calls: tuple[Call, ...]
-    inputs: tuple[tuple[Axis | None, ...], ...]
-    outputs: tuple[tuple[Axis | None, ...], ...]
+    calls: Mapping[tuple[str, int], Located]
 
     @classmethod
     def of(
         cls, calls: Sequence[Call], samples: int, fewer: Sequence[Call], fewer_samples: int
-    ) -> Layout | None:
-        """Compare two runs; None where they did not call the same modules."""
-        if [call.name for call in calls] != [call.name for call in fewer]:
-            return None
+    ) -> Layout:
+        """Compare two runs."""
 
-        def axes(
-            tensors: Callable[[Call], tuple[Tensor, ...]],
-        ) -> tuple[tuple[Axis | None, ...], ...]:
+        def axes(some: Sequence[Tensor], others: Sequence[Tensor]) -> Axes:
             return tuple(
-                tuple(
-                    _axis(a.shape, samples, b.shape, fewer_samples)
-                    for a, b in zip(tensors(call), tensors(other), strict=False)
-                )
-                for call, other in zip(calls, fewer, strict=True)
+                _axis(a.shape, samples, b.shape, fewer_samples)
+                for a, b in zip(some, others, strict=False)
             )
 
+        smaller = dict(_counted(fewer))
         return cls(
-            samples, tuple(calls), axes(lambda call: call.inputs), axes(lambda call: call.outputs)
+            samples,
+            {
+                key: Located(
+                    call,
+                    axes(call.inputs, smaller[key].inputs),
+                    axes(call.outputs, smaller[key].outputs),
+                )
+                for key, call in _counted(calls)
+                if key in smaller
+            },
         )
+
+
+def _counted(calls: Sequence[Call]) -> Iterator[tuple[tuple[str, int], Call]]:
+    seen: Counter[str] = Counter()
+    for call in calls:
+        yield (call.name, seen[call.name]), call
+        seen[call.name] += 1
 
 
 def _axis(
@@ -123,14 +144,14 @@ class Replay:
 
     Attributes:
         layout: the recorded run.
-        kept: how many of the first samples must not change; None if nothing may.
+        kept: first sample that must not change, and the end of those; None if nothing may.
         blamed: modules of which something changed that should not have.
     """
 
     layout: Layout
-    kept: int | None = None
+    kept: tuple[int, int] | None = None
     blamed: list[str] = field(default_factory=list)
-    _position: int = 0
+    _seen: Counter[str] = field(default_factory=Counter)
 
     def run(self, model: nn.Module, run: Callable[[], Any]) -> list[str]:
         """Run, and return the names of the modules to blame."""
@@ -139,20 +160,18 @@ class Replay:
         return list(dict.fromkeys(self.blamed))
 
     def _end(self, name: str, caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        position, self._position = self._position, self._position + 1
-        calls = self.layout.calls
-        if position >= len(calls) or calls[position].name != name:
-            return output  # it took another way through the model
-        call = calls[position]
-        if self._changed(inputs, call.inputs, self.layout.inputs[position]):
+        located = self.layout.calls.get((name, self._seen[name]))
+        self._seen[name] += 1
+        if located is None:
+            return output  # called for this batch only
+        call = located.call
+        if self._changed(inputs, call.inputs, located.inputs):
             self.blamed.append(caller)
-        elif self._changed(_tensors(output), call.outputs, self.layout.outputs[position]):
+        elif self._changed(_tensors(output), call.outputs, located.outputs):
             self.blamed.append(name)
-        return self._put_back(output, call.outputs, self.layout.outputs[position])
+        return self._put_back(output, call.outputs, located.outputs)
 
-    def _changed(
-        self, now: Sequence[Tensor], then: Sequence[Tensor], axes: Sequence[Axis | None]
-    ) -> bool:
+    def _changed(self, now: Sequence[Tensor], then: Sequence[Tensor], axes: Axes) -> bool:
         return any(
             _differ(self._kept(a, axis), self._kept(b, axis))
             for a, b, axis in zip(now, then, axes, strict=False)
@@ -162,9 +181,9 @@ class Replay:
     def _kept(self, tensor: Tensor, axis: Axis | None) -> Tensor:
         if self.kept is None or axis is None:
             return tensor
-        return axis.cut(tensor, 0, self.kept)
+        return axis.cut(tensor, *self.kept)
 
-    def _put_back(self, output: Any, then: Sequence[Tensor], axes: Sequence[Axis | None]) -> Any:
+    def _put_back(self, output: Any, then: Sequence[Tensor], axes: Axes) -> Any:
         """Restore what must not change, and change what may."""
         leaves, structure = tree_flatten(output)
         tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -175,9 +194,11 @@ class Replay:
             if self.kept is None:
                 leaves[index] = old.clone()
             elif axis is not None:
-                first = axis.cut(old, 0, self.kept)
-                rest = axis.cut(leaf, self.kept, self.layout.samples)
-                leaves[index] = torch.cat([first, otherwise(rest)], axis.dim)
+                start, stop = self.kept
+                earlier = axis.cut(leaf, 0, start)
+                later = axis.cut(leaf, stop, self.layout.samples)
+                parts = [otherwise(earlier), axis.cut(old, start, stop), otherwise(later)]
+                leaves[index] = torch.cat(parts, axis.dim)
         return tree_unflatten(leaves, structure)
 
 
@@ -192,8 +213,8 @@ def one_micro_batch_at_a_time(
 ) -> None:
     """Let a module of a copied model see the whole batch in micro-batches only."""
     module = model.get_submodule(name)
-    position = next(i for i, call in enumerate(layout.calls) if call.name == name)
-    before, after = layout.inputs[position], layout.outputs[position]
+    located = layout.calls[name, 0]
+    before, after = located.inputs, located.outputs
     whole = layout.samples
     original = module.forward
 
@@ -216,7 +237,7 @@ def one_micro_batch_at_a_time(
     module.forward = forward
 
 
-def _joined(outputs: Sequence[Any], axes: Sequence[Axis | None], window: Sequence[int]) -> Any:
+def _joined(outputs: Sequence[Any], axes: Axes, window: Sequence[int]) -> Any:
     """Put the outputs of micro-batches together; what has no samples is averaged over them."""
     flat = [tree_flatten(output) for output in outputs]
     leaves, structure = list(flat[0][0]), flat[0][1]
@@ -295,9 +316,9 @@ def embeddings_changed(
 ) -> Iterator[None]:
     """Give some samples other values where integers become numbers, as in an embedding."""
     axes = {
-        call.name: outputs[0]
-        for call, outputs in zip(layout.calls, layout.outputs, strict=True)
-        if not any(tensor.is_floating_point() for tensor in call.inputs) and outputs
+        name: located.outputs[0]
+        for (name, _), located in layout.calls.items()
+        if located.outputs and not any(t.is_floating_point() for t in located.call.inputs)
     }
 
     def changed(axis: Axis) -> Callable[..., Any]:

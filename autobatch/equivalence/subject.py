@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from autobatch.dataset import dataset_length
 from autobatch.devices.copies import Copier
 from autobatch.errors import SampleError
+from autobatch.randomness import random_state_kept
 from autobatch.sample import Rows, map_tensors, named_tensors, rows_of
 from autobatch.workload import DefaultLoss, Loss, Workload, checked_loss
 from autobatch.wrappers import unwrapped
 
-__all__ = ["Copy", "Subject", "cut_batch"]
+__all__ = ["Copy", "Subject", "cut_batch", "one_batch"]
 
 
 class _MeanOfOutputs(DefaultLoss):
@@ -93,6 +96,25 @@ class Subject:
                     self._made[id(tensor)] = self._cast(_invented(tensor, seed=len(self._made)))
                 return self._made[id(tensor)].clone()
             return self._cast(tensor.detach().to("cpu", copy=True))
+
+
+def one_batch(sample: Any, samples: int) -> Any:
+    """Return a batch of items spread over a data set or a loader's; any other sample as it is.
+
+    `tune` repeats the largest item, for memory; gradients need items that differ.
+    """
+    loader = isinstance(sample, DataLoader)
+    dataset = sample.dataset if loader else sample
+    is_batched = not loader or sample.batch_size is not None or sample.batch_sampler is not None
+    length = dataset_length(sample)
+    if length is None or not is_batched or not hasattr(dataset, "__getitem__"):
+        return sample
+    if not isinstance(dataset, Dataset):
+        return sample
+    number = min(samples, length)
+    collate = sample.collate_fn if loader else default_collate
+    with random_state_kept():
+        return collate([dataset[index * length // number] for index in range(number)])
 
 
 def cut_batch(build: Callable[[int], Any], samples: int, cast: Callable[[Tensor], Tensor]) -> Rows:

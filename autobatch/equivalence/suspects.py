@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def _drawn(arithmetic: Arithmetic) -> tuple[Any, ...]:
     return arithmetic.draws, random.getstate(), *others
 
 
-def layout_of(experiment: Experiment) -> Layout | None:
-    """Run the whole batch and its first micro-batch; None where they go different ways."""
+def layout_of(experiment: Experiment) -> Layout:
+    """Run the whole batch and its first micro-batch, and compare their tensors."""
     rows, first = experiment.rows, experiment.window[0]
 
     def calls(samples: int) -> list[Call]:
@@ -90,12 +91,16 @@ def mixing_modules(experiment: Experiment, layout: Layout) -> list[str]:
     """Return the modules in which a sample's output depends on other samples.
 
     The samples after the first micro-batch get other values; what comes out for those of the first
-    must stay as it was.
+    must stay as it was. Then the other way round: who comes first may be served first.
     """
-    first = experiment.window[0]
-    copy = experiment.subject.copy()
-    batch = _with_other_values(experiment.rows, [(first, experiment.rows.size)])
-    return Replay(layout, kept=first).run(copy.model, lambda: _forward(experiment, copy, batch))
+    first, size = experiment.window[0], experiment.rows.size
+    names: list[str] = []
+    for kept, changed in (((0, first), (first, size)), ((first, size), (0, first))):
+        copy = experiment.subject.copy()
+        batch = _with_other_values(experiment.rows, [changed])
+        replay = Replay(layout, kept=kept)
+        names += replay.run(copy.model, partial(_forward, experiment, copy, batch))
+    return list(dict.fromkeys(names))
 
 
 def stateful_modules(experiment: Experiment, layout: Layout) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from autobatch.advice import count
 from autobatch.equivalence.layers import otherwise
 from autobatch.equivalence.subject import Subject
 from autobatch.sample import Rows, map_tensors, named_tensors
@@ -56,8 +57,8 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
     if different < rows.size:
         rows = _varied(rows, different)
         notes.append(
-            f"the sample has {different} different rows, {rows.size} were compared: where "
-            "rows repeat, numbers that are not integers were varied"
+            f"the sample has {count(different, 'different row')}, and {rows.size} were compared: "
+            "where rows repeat, numbers that are not integers were varied"
         )
     return Choice(tuple((each, _first(rows, sum(each))) for each in windows), tuple(notes))
 

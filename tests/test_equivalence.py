@@ -70,6 +70,18 @@ def tagger(*middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Embedding(11, 8), nn.GELU(), *middle, nn.Linear(8, 5))
 
 
+class Residual(nn.Module):
+    """As in ResNets, whose last gain is zero at first: so far nothing mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        nn.init.zeros_(self.branch[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
 class Codebook(nn.Module):
     """Adds the nearest entry of a codebook, which follows the inputs."""
 
@@ -193,6 +205,12 @@ PLANTED: dict[str, tuple[nn.Module, Any, Any, list[tuple[str, tuple[str, ...]]]]
         samples(),
         mean_square,
         [("batchnorm", ("1", "3"))],
+    ),
+    "batch norm at the end of a residual branch that begins as zeros": (
+        network(Residual()),
+        samples(),
+        mean_square,
+        [("batchnorm", ("1.branch.1",))],
     ),
     "another layer across samples": (
         network(nn.ReLU(), Centred()),

@@ -46,7 +46,8 @@ def check_equivalence(
 
     Runs on copies on the CPU. Where the gradients differ, experiments take one suspect away at a
     time and measure again, until what remains is rounding. A window of unequal micro-batches is
-    always compared, too.
+    always compared, too. Parameters that are zero throughout take small numbers, as they do after
+    the first update.
 
     Args:
         model: the module to train, on any device (`meta` gets random weights), or a Workload.

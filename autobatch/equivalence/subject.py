@@ -89,11 +89,19 @@ class Subject:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _with_values(self, tensor: Tensor, _: torch.device) -> Tensor:
-        """Copy a tensor to the CPU; has the form of `Copier`'s `make`."""
+        """Copy a tensor to the CPU; has the form of `Copier`'s `make`.
+
+        A parameter of zeros, such as the last gain of a residual branch, would hide all that comes
+        before it from the experiments, and not for longer than the first update: small numbers
+        take its place.
+        """
         with torch.no_grad():
-            if tensor.is_meta:
+            is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            hides = is_weight and not tensor.is_meta and not tensor.any()
+            if tensor.is_meta or hides:
                 if id(tensor) not in self._made:
-                    self._made[id(tensor)] = self._cast(_invented(tensor, seed=len(self._made)))
+                    made = _invented(tensor, seed=len(self._made)) * (0.1 if hides else 1.0)
+                    self._made[id(tensor)] = self._cast(made)
                 return self._made[id(tensor)].clone()
             return self._cast(tensor.detach().to("cpu", copy=True))
 

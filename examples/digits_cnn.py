@@ -52,7 +52,6 @@ def main() -> None:
                 window.backward(loss(model, batch))
             window.step()
         print(f"epoch {epoch}: loss {window.loss:.3f}, norm {window.grad_norm:.2f}")
-
     right = model(held_out[:][0]).argmax(1) == held_out[:][1]
     print(f"accuracy on {len(held_out)} held-out digits: {right.float().mean():.1%}")
 

@@ -83,7 +83,8 @@ def _figures(listed: int, records: Sequence[Record]) -> Facts:
         "rss_of_the_process": sum(r["peak_rss_of"] == "process" for r in predicted),
         "with_warnings": sum(bool(record.get("warnings")) for record in predicted),
         "with_a_loss_of_their_own": sum(
-            record.get("loss") in ("output.loss", "mean of output.loss", "inferred") for record in predicted
+            record.get("loss") in ("output.loss", "mean of output.loss", "inferred")
+            for record in predicted
         ),
     }
 

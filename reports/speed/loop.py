@@ -68,8 +68,8 @@ def by_hand(run: Run, loader: DataLoader[Any]) -> None:
             total = torch.zeros(())
 
 
-def by_windows(run: Run, loader: DataLoader[Any]) -> None:
-    windows = autobatch.windows(
+def windows_of(run: Run, loader: DataLoader[Any]) -> autobatch.Windows:
+    return autobatch.windows(
         loader,
         run.optimizer,
         micro_batch=MICRO_BATCH,
@@ -77,7 +77,10 @@ def by_windows(run: Run, loader: DataLoader[Any]) -> None:
         scheduler=run.scheduler,
         clip_norm=1.0,
     )
-    for window in windows:
+
+
+def by_windows(run: Run, loader: DataLoader[Any]) -> None:
+    for window in windows_of(run, loader):
         for batch in window:
             window.backward(run.loss(batch))
         window.step()
@@ -86,15 +89,7 @@ def by_windows(run: Run, loader: DataLoader[Any]) -> None:
 
 def by_function(run: Run, loader: DataLoader[Any]) -> None:
     """As `by_windows`, with recovery from a lack of memory."""
-    windows = autobatch.windows(
-        loader,
-        run.optimizer,
-        micro_batch=MICRO_BATCH,
-        accumulation_steps=STEPS,
-        scheduler=run.scheduler,
-        clip_norm=1.0,
-    )
-    for window in windows:
+    for window in windows_of(run, loader):
         window.run(run.loss)
         window.step()
         run.losses.append(window.loss)

@@ -272,3 +272,36 @@ def tune(
     except autobatch.AutobatchError as error:
         return (type(error).__name__, str(error))
     return plan.split.windows, plan.ceiling_at_least, plan.warnings
+
+
+def count_reductions(rank: int, *, how: str) -> int:
+    """Reductions of one window of three micro-batches on an FSDP2 model of one layer."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    from autobatch.patching import patched
+
+    model: Any = nn.Linear(5, 3).double()
+    wrapped: Any = _wrapped(model, "fsdp")
+    optimizer = _Watched(wrapped)
+    batches = data(rank, 12).split(4)
+    count = 0
+    reduce = groups.foreach_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return reduce(*args, **kwargs)
+
+    with patched(groups, foreach_reduce=counted):
+        if how == "windows":
+            run = windows(batches, optimizer, micro_batch=4, accumulation_steps=3, model=wrapped)
+            for window in run:
+                for x in window:
+                    window.backward(wrapped(x).square().mean())
+                window.step()
+        else:
+            for step, x in enumerate(batches):
+                silent = getattr(wrapped, "no_sync", _nothing)  # the wrapper of DDP has it
+                with silent() if step < 2 else _nothing():
+                    (wrapped(x).square().mean() / 3).backward()
+    return count

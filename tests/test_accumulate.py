@@ -21,6 +21,7 @@ from autobatch import (
     Window,
     Windows,
     WorkloadError,
+    check_equivalence,
     windows,
 )
 from autobatch.split import split
@@ -641,3 +642,37 @@ def test_a_plan_clips_as_it_was_probed() -> None:
     clipped = torch.stack([g.norm() for g in optimizer.seen[0]]).norm()
     assert window.grad_norm > 1
     assert clipped.item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_batchnorm_sees_micro_batches() -> None:
+    """pytorch #46516, Lightning #17446: nothing in a loop mends it, so it has to be said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
+    whole, naive = copy.deepcopy(model), copy.deepcopy(model)
+    data = torch.randn(8, 5, dtype=torch.float64)
+    whole(data).square().mean().backward()
+    for part in data.split(2):
+        (naive(part).square().mean() / 4).backward()
+    assert differs(gradients(naive), gradients(whole)) > 0.1
+    found = check_equivalence(
+        model, data, loss=lambda m, x: m(x).square().mean(), micro_batch=2, accumulation_steps=4
+    )
+    assert not found.equivalent
+    assert [culprit.kind for culprit in found.culprits] == ["batchnorm"]
+
+
+def test_in_batch_negatives_shrink() -> None:
+    """sentence-transformers #2916: of 8 pairs in 4 micro-batches, each sees 1 negative, not 7."""
+
+    def contrastive(model: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x) @ model(x + 0.1).T, torch.arange(len(x)))
+
+    whole, naive = mlp(), mlp()
+    data = torch.randn(8, 5, dtype=torch.float64)
+    contrastive(whole, data).backward()
+    for part in data.split(2):
+        (contrastive(naive, part) / 4).backward()
+    assert differs(gradients(naive), gradients(whole)) > 0.1
+    found = check_equivalence(mlp(), data, loss=contrastive, micro_batch=2, accumulation_steps=4)
+    assert not found.equivalent
+    assert [culprit.kind for culprit in found.culprits] == ["loss"]

@@ -187,3 +187,9 @@ def test_a_rank_that_finds_no_plan_ends_the_others_too(ranks: Ranks) -> None:
     assert first[0] == "WorkloadError"
     assert "rank 1 found no plan (WorkloadError" in first[1]
     assert "no loss on this rank" in first[1]
+
+
+def test_no_sync_does_nothing_under_fsdp2(ranks: Ranks) -> None:
+    """What `no_sync` is for DDP, `set_requires_gradient_sync` is here."""
+    assert ranks.run(rank_work.count_reductions, how="no_sync") == [3, 3]
+    assert ranks.run(rank_work.count_reductions, how="windows") == [1, 1]

@@ -421,3 +421,10 @@ def test_the_committed_readme_is_rendered_from_the_committed_results(tmp_path):
     render.render(None, tmp_path)
     for name in names:
         assert (tmp_path / name).read_bytes() == (render.FOLDER / name).read_bytes()
+
+
+def test_errors_do_not_say_where_files_lie_on_this_machine() -> None:
+    from reports.coverage.trial import _FOLDERS
+
+    said = "neither in <module 'a.b' from '/home/me/lib/a/b.py'> nor for //: 'NoneType'"
+    assert _FOLDERS.sub("", said) == "neither in <module 'a.b' from 'b.py'> nor for //: 'NoneType'"

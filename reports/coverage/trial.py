@@ -6,6 +6,7 @@ Invariant: whatever a model raises ends up in a record; only a crash of the proc
 from __future__ import annotations
 
 import gc
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ MODEL_FAILS = "its forward or backward pass fails on the simulated GPU"
 BAD_LOSS = "its loss cannot be used"
 INSIDE = "an error inside autobatch"
 
+_FOLDERS = re.compile(r"(?<=['\" ])/\w[^'\" ]*/(?=[^/'\" ]+)")
+"""Where a file lies on this machine, as messages say it."""
+
 
 def attempt(subject: Subject) -> Record:
     """Return the record of a subject: of its first model that is predicted, else of the last."""
@@ -42,6 +46,8 @@ def attempt(subject: Subject) -> Record:
                 break
     except NotBuiltError as error:
         record = {"outcome": NOT_BUILT, "cause": error.cause, "error": str(error)}
+    if "error" in record:
+        record["error"] = _FOLDERS.sub("", record["error"])
     return {"key": subject.key, "library": subject.library, "name": subject.name, **record}
 
 

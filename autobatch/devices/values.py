@@ -176,7 +176,9 @@ def _is_few(tensor: Tensor) -> bool:
 
 
 def _copy_values(fake: Tensor, real: Tensor) -> None:
-    if real.dtype in _WHOLE and real.device.type == "cpu" and type(fake) is FakeTensor:
+    if real.dtype not in _WHOLE or real.device.type != "cpu" or type(fake) is not FakeTensor:
+        return
+    if real.untyped_storage().nbytes():  # a model that waits in the shelter has empty storages
         mirror(fake, real)
 
 

@@ -1,0 +1,11 @@
+"""Doctests are looked for in every module; the ones of libraries that are not installed are left."""
+
+from importlib.util import find_spec
+
+_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers", "lightning": "lightning"}
+
+collect_ignore = [
+    f"autobatch/integrations/{module}.py"
+    for module, library in _NEEDS.items()
+    if find_spec(library) is None
+]

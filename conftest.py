@@ -1,4 +1,4 @@
-"""Doctests are looked for in every module; the ones of libraries that are not installed are left."""
+"""Doctests are looked for in all modules but those whose library is not installed."""
 
 from importlib.util import find_spec
 

@@ -264,3 +264,11 @@ def test_the_report_says_how_many_samples_are_in_batchnorms_statistics() -> None
     row = next(line for line in report.splitlines() if "each layer's statistics" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["256", "64"]
     assert "53 BatchNorm layers" in report
+
+
+def test_markdown_leaves_code_as_it_is() -> None:
+    from autobatch.report import markdown
+
+    assert markdown._escape("a_b `plan.scale_lr` *c*") == r"a\_b `plan.scale_lr` \*c\*"
+    assert markdown._escape("a ` b_c") == r"a ` b\_c"
+    assert markdown._escape("`a|b`") == r"`a\|b`"

@@ -172,7 +172,9 @@ def full_report(plan: Plan) -> Document:
                     Paragraph(
                         "Plain PyTorch with this plan's sizes. It expects your `model`, "
                         "`optimizer`, `dataset`, `epochs` and a `loss_fn(model, batch)` that is a "
-                        "mean over samples. An incomplete last window of an epoch is left out."
+                        "mean over samples. An incomplete last window of an epoch is left out; "
+                        "`for window in plan.windows(loader, optimizer)` keeps it, and takes any "
+                        "loader."
                     ),
                     Code(advice.training_loop(plan)),
                 ),

@@ -64,8 +64,11 @@ def _row(cells: list[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown would read as markup; backticks and URLs stay as written."""
-    return re.sub(r"([\\*_\[\]<>|#])", _unless_in_url, text)
+    """Escape what Markdown would read as markup; URLs stay as written, and code but for pipes."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = (re.sub(r"([\\*_\[\]<>|#])", _unless_in_url, part) for part in parts[::2])
+    parts[1::2] = (part.replace("|", r"\|") for part in parts[1::2])  # they would end a cell
+    return "".join(parts)
 
 
 def _unless_in_url(match: re.Match[str]) -> str:

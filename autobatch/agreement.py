@@ -17,9 +17,9 @@ from autobatch.plan import Plan
 __all__ = ["agreed", "ranks_here"]
 
 
-def ranks_here() -> int:
-    """Return the number of ranks of the process group that this process belongs to."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def ranks_here(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks of a process group, by default of all; 1 where there is none."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def agreed(make: Callable[[], Plan]) -> Plan:

@@ -585,9 +585,9 @@ def test_a_second_step_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (torch.ones(2, requires_grad=True), r"the loss is \(2,\), not one value"),
+        (torch.ones(2, requires_grad=True), r"the loss has shape \(2,\), not one value"),
         (torch.ones(()), "has no gradient"),
-        (1.0, "the loss is float"),
+        (1.0, "the loss is a float, not a tensor"),
     ],
 )
 def test_a_loss_that_is_no_scalar_with_a_gradient_is_an_error(loss: Any, message: str) -> None:

@@ -63,6 +63,14 @@ def test_a_micro_batch_that_runs_out_of_memory_is_split(
     assert "the effective batch stays 12 samples" in said[0]
 
 
+def test_halves_share_the_weight_that_their_micro_batch_had() -> None:
+    """Also where weights do not add up, such as one for every micro-batch."""
+    expected, _, _ = trained(Stumble(None, 0, 0), weight=lambda x: 1.0)
+    parameters, _, sizes = trained(Stumble("forward", 4, 1), weight=lambda x: 1.0)
+    assert sizes[4] == (4, 2, 2, 4)
+    assert_close(parameters, expected)
+
+
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_halves_are_split_again(place: str, undisturbed: list[torch.Tensor]) -> None:
     parameters, _, sizes = trained(Stumble(place, 2, 1, times=2))

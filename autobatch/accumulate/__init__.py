@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from autobatch.accumulate.ranks import group_of
 from autobatch.accumulate.window import Window, Windows
+from autobatch.agreement import ranks_here
 from autobatch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,9 +98,8 @@ def planned_windows(
     Raises:
         UsageError: the plan is for another number of ranks, or as from `windows`.
     """
-    group = options.get("group")
-    together = dist.is_available() and dist.is_initialized()
-    ranks = dist.get_world_size(group) if together else 1
+    group = group_of(options.get("model"), options.get("group"))
+    ranks = ranks_here(group)
     if ranks != plan.world_size:
         raise UsageError(
             f"the plan is for {plan.world_size} GPUs and {ranks} train here, which would make the "
@@ -109,5 +110,5 @@ def planned_windows(
         "clip_norm": plan.model.clip_norm,
         "sync": "each" if plan.sharding in ("fsdp", "custom") else None,
     }
-    rank = dist.get_rank(group) if together else 0
+    rank = dist.get_rank(group) if ranks > 1 else 0
     return Windows(loader, optimizer, sizes=plan.split.windows[rank], **(defaults | options))

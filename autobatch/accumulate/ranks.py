@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autobatch.agreement import ranks_here
 from autobatch.errors import UsageError
 from autobatch.wrappers import is_data_parallel
 
-__all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "ranks_of"]
+__all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "group_of", "ranks_of"]
 
 Sync = Literal["last", "each"]
 
@@ -154,8 +155,8 @@ class Replicas(_Group):
     `no_sync` covers the forward pass, too: DDP decides there whether the backward pass averages.
     """
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model.process_group)
+    def __init__(self, model: Any, group: dist.ProcessGroup | None) -> None:
+        super().__init__(group)
         self._model = model
         # with those, which parameters a backward pass will reach is decided within DDP
         self.recovers = not (model.find_unused_parameters or model.static_graph)
@@ -247,6 +248,14 @@ class Shards(_Group):
             module.set_requires_gradient_sync(reduces, recurse=False)
 
 
+def group_of(model: nn.Module | None, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the ranks with different samples: those given, or DDP's own; None for all."""
+    whole: Any = getattr(model, "_orig_mod", model)
+    if group is None and whole is not None and is_data_parallel(whole):
+        group = whole.process_group
+    return group
+
+
 def ranks_of(
     model: nn.Module | None, *, group: dist.ProcessGroup | None = None, sync: Sync | None = None
 ) -> Ranks:
@@ -260,9 +269,10 @@ def ranks_of(
     Raises:
         UsageError: several ranks, and the model is unknown or does not average its gradients.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+    group = group_of(model, group)
+    ranks = ranks_here(group)
+    if ranks == 1:
         return Alone()
-    ranks = dist.get_world_size(group)
     if model is None:
         raise UsageError(
             f"{ranks} ranks train together: pass model=, the module that "
@@ -271,7 +281,7 @@ def ranks_of(
         )
     whole: Any = getattr(model, "_orig_mod", model)
     if is_data_parallel(whole):
-        return Replicas(whole)
+        return Replicas(whole, group)
     sharded = _sharded_modules(whole)
     if sharded:
         return Shards(sharded, group, sync or "last")

@@ -23,6 +23,7 @@ from autobatch.accumulate.update import Updater, free_caches
 from autobatch.devices.oom import Shortage, attempt
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.sample import BatchDims
+from autobatch.workload import checked_loss
 
 __all__ = ["Window", "Windows"]
 
@@ -339,7 +340,7 @@ class Window:
             raise WorkloadError(
                 "window.backward(loss) without a micro-batch: call it in `for batch in window`"
             )
-        _require_scalar(loss)
+        loss = checked_loss(loss)
         share = (0.0 if micro.repeats else 1.0) if self._windows._sums else micro.weight
         share /= self.weight
         factor = share * self._ranks.size  # DDP and FSDP2 average over the ranks
@@ -447,24 +448,15 @@ class Window:
 
     def _halved(self, micro: _Micro) -> list[_Micro]:
         pieces = micro.piece.halves()
-        weights = [self._windows._weigh(piece) for piece in pieces]
         if micro.repeats:
             return [_Micro(piece, 0.0, True) for piece in pieces]
-        return [_Micro(piece, w) for piece, w in zip(pieces, weights, strict=True) if w]
+        weights = [self._windows._weigh(piece) for piece in pieces]
+        # the other micro-batches, and ranks, count on the weight that the whole one had
+        scale = micro.weight / sum(weights)
+        return [_Micro(piece, w * scale) for piece, w in zip(pieces, weights, strict=True) if w]
 
 
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _require_scalar(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise WorkloadError(f"the loss is {what}, not one value: reduce it with .mean() or .sum()")
-    if not loss.requires_grad:
-        raise WorkloadError(
-            "the loss has no gradient: check that parameters require gradients and that it was "
-            "not detached or computed under no_grad"
-        )

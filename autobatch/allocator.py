@@ -17,7 +17,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal
 
 from autobatch.allocconf import LARGE_SEGMENT_BYTES, AllocatorSettings
-from autobatch.units import MIB, format_bytes
+from autobatch.support.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from autobatch.errors import UsageError
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autobatch.units import MIB, format_bytes
+from autobatch.support.units import MIB, format_bytes
 
 __all__ = [
     "CardReading",

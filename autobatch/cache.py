@@ -22,8 +22,8 @@ from autobatch.errors import FileError
 from autobatch.fingerprint import digest, surroundings
 from autobatch.gpus import GpuSpec
 from autobatch.plan import Plan
-from autobatch.randomness import random_state_kept
 from autobatch.records import RecordError
+from autobatch.support.randomness import random_state_kept
 from autobatch.workload import Workload
 
 __all__ = ["find", "folder", "plan_key", "store"]

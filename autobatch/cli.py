@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autobatch import process
 from autobatch._version import __version__
 from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.support import process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,8 +85,8 @@ def entry() -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    from autobatch.files import check_writable, prepare_folder
     from autobatch.report.document import summary
+    from autobatch.support.files import check_writable, prepare_folder
     from autobatch.terminal import follow, show
 
     if arguments.report:
@@ -139,8 +139,8 @@ def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from autobatch.files import check_writable, write_text
     from autobatch.report.document import footprint_summary
+    from autobatch.support.files import check_writable, write_text
     from autobatch.terminal import follow, show
 
     if arguments.json and arguments.json != "-":
@@ -168,9 +168,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from autobatch.equivalence import check_equivalence
-    from autobatch.files import check_writable, write_text
     from autobatch.plan import Plan
     from autobatch.report.equivalence import equivalence_summary
+    from autobatch.support.files import check_writable, write_text
     from autobatch.terminal import show
 
     if arguments.json and arguments.json != "-":

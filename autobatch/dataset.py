@@ -23,7 +23,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import SampleError
-from autobatch.randomness import random_state_kept
+from autobatch.support.randomness import random_state_kept
 
 __all__ = ["Drawn", "dataset_length", "draw"]
 

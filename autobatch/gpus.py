@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.units import GIB, MIB, format_bytes, parse_bytes
+from autobatch.support.units import GIB, MIB, format_bytes, parse_bytes
 
 __all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "is_device"]
 

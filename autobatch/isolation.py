@@ -27,12 +27,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from autobatch import errors, process
+from autobatch import errors
 from autobatch.errors import AutobatchError, FileError, ProbeDiedError, UsageError
-from autobatch.files import prepare_folder
 from autobatch.plan import Plan, Trial
 from autobatch.progress import Progress, ProgressCallback, silent
 from autobatch.records import decode, encode, parse_json
+from autobatch.support import process
+from autobatch.support.files import prepare_folder
 
 __all__ = ["RemoteTraceback", "apart"]
 

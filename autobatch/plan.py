@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch.errors import FileError, UsageError
-from autobatch.files import read_text, write_text
 from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.records import RecordError, decode, dump_json, encode, parse_json
 from autobatch.split import Split
+from autobatch.support.files import read_text, write_text
 from autobatch.uncertainty import likelihood_of
 
 if TYPE_CHECKING:

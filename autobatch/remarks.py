@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from autobatch.ceiling import Ceiling, Probe
 from autobatch.devices.base import Run
 from autobatch.gpus import CATALOGUE
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 __all__ = ["warnings", "what_is_missing"]
 

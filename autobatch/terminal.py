@@ -22,7 +22,7 @@ from autobatch.report.document import (
     Paragraph,
     Table,
 )
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

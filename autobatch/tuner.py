@@ -44,9 +44,9 @@ from autobatch.remarks import warnings, what_is_missing
 from autobatch.replay import Replay
 from autobatch.sample import prepare
 from autobatch.split import Split, split
+from autobatch.support.units import GIB, MIB
 from autobatch.trace import Trace
 from autobatch.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
-from autobatch.units import GIB, MIB
 from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune", "workload_of"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 from autobatch.trace import Phase
 
 __all__ = [

@@ -12,10 +12,10 @@ from typing import Any
 
 from plans import example_plan
 
-from autobatch import process
 from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
 from autobatch.plan import Plan
 from autobatch.progress import Progress, ProgressCallback
+from autobatch.support import process
 
 TRIALS = example_plan().trials
 

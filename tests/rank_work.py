@@ -278,7 +278,7 @@ def count_reductions(rank: int, *, how: str) -> int:
     """Reductions of one window of three micro-batches on an FSDP2 model of one layer."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
-    from autobatch.patching import patched
+    from autobatch.support.patching import patched
 
     model: Any = nn.Linear(5, 3).double()
     wrapped: Any = _wrapped(model, "fsdp")

@@ -18,8 +18,8 @@ from autobatch.allocator import CachingAllocator, OutOfMemory
 from autobatch.allocconf import AllocatorSettings
 from autobatch.budget import CardReading
 from autobatch.devices.card import Stats
-from autobatch.patching import patched
 from autobatch.snapshot import Snapshot, TraceEvent
+from autobatch.support.patching import patched
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from autobatch.allocator import Block, CachingAllocator, OutOfMemory, round_size
 from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import UsageError
 from autobatch.replay import simulate
-from autobatch.units import GIB, KIB, MIB
+from autobatch.support.units import GIB, KIB, MIB
 
 
 def reserved_by(settings: AllocatorSettings, *sizes: int) -> int:

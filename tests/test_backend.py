@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autobatch import process
 from autobatch.devices import backend
 from autobatch.errors import AutobatchError
+from autobatch.support import process
 
 
 @pytest.fixture

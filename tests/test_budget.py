@@ -16,7 +16,7 @@ from autobatch.budget import (
     spilled_bytes,
     usable_bytes,
 )
-from autobatch.units import GIB, MIB
+from autobatch.support.units import GIB, MIB
 
 TYPICAL = 500 * MIB
 sizes = st.integers(0, 200 * GIB)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # reports are no part of the installed package
 
-from autobatch.units import GIB, MIB  # noqa: E402
+from autobatch.support.units import GIB, MIB  # noqa: E402
 from reports.accuracy.journal import append, read_journal  # noqa: E402
 from reports.coverage import __main__ as command  # noqa: E402
 from reports.coverage import memory, models, render, results, summary, text  # noqa: E402

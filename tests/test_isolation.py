@@ -17,7 +17,7 @@ import isolated_work
 import pytest
 from plans import example_plan
 
-from autobatch import cache, isolation, process
+from autobatch import cache, isolation
 from autobatch.errors import (
     AutobatchError,
     DoesNotFitError,
@@ -29,6 +29,7 @@ from autobatch.errors import (
 from autobatch.isolation import RemoteTraceback, apart
 from autobatch.progress import Progress
 from autobatch.records import decode, parse_json
+from autobatch.support import process
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 
-from autobatch.devices.oom import LEGACY, Shortage, attempt, shortage_in
+from autobatch.support.oom import LEGACY, Shortage, attempt, shortage_in
 
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB "

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from plans import example_plan, ragged_plan
 
 from autobatch.errors import FileError
-from autobatch.files import check_writable, prepare_folder, write_text
 from autobatch.gpus import CATALOGUE
 from autobatch.plan import Plan, Timeline
 from autobatch.records import RecordError, decode, encode, parse_json
+from autobatch.support.files import check_writable, prepare_folder, write_text
 
 DOCUMENT = encode(
     dataclasses.replace(example_plan(), timeline=Timeline(samples=(), marks=(), peak_event=0))
@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_the_old_file_whole(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("autobatch.files.os.replace", full)
+    monkeypatch.setattr("autobatch.support.files.os.replace", full)
     with pytest.raises(FileError, match="No space left"):
         example_plan().save(path)
     assert path.read_text() == "old"

@@ -16,7 +16,7 @@ from autobatch.allocator import Block, CachingAllocator, OutOfMemory, SegmentInf
 from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import FileError
 from autobatch.snapshot import Snapshot, TraceEvent, load_snapshot, rewind
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
 from reports.allocator.replay import Score, replay
 

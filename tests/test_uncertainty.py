@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autobatch
+from autobatch.support.units import GIB, MIB
 from autobatch.uncertainty import (
     CONFIDENCE,
     NEEDED,
@@ -19,7 +20,6 @@ from autobatch.uncertainty import (
     likelihood_of,
     peak_range,
 )
-from autobatch.units import GIB, MIB
 
 RESULTS = Path(__file__).parent.parent / "reports" / "accuracy" / "results.json"
 

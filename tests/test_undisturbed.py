@@ -14,7 +14,7 @@ import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
 from autobatch.devices import shelter
 from autobatch.devices.card import Card
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autobatch.devices.oom import Shortage, attempt
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError
+from autobatch.support.oom import Shortage, attempt
 
 __all__ = ["Updated", "Updater", "free_caches"]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from autobatch.accumulate.batches import Count, Cut, Piece, Pieces, Position, Reader
 from autobatch.accumulate.ranks import Ranks, Share, Sync, Total, ranks_of
 from autobatch.accumulate.update import Updater, free_caches
-from autobatch.devices.oom import Shortage, attempt
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.sample import BatchDims
+from autobatch.support.oom import Shortage, attempt
 from autobatch.workload import checked_loss
 
 __all__ = ["Window", "Windows"]

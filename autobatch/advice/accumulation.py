@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from autobatch.advice.wording import count, window_text
 from autobatch.footprint import Evidence
 from autobatch.plan import MemoryPoint, Plan
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 __all__ = [
     "AccumulationRow",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 
 __all__ = ["mirrored", "register"]
 

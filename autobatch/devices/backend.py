@@ -22,14 +22,14 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autobatch import process
 from autobatch.devices import autocast, fused
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
 from autobatch.devices.guard import VirtualDeviceGuard
 from autobatch.errors import AutobatchError
 from autobatch.gpus import GpuSpec
-from autobatch.patching import patched
+from autobatch.support import process
+from autobatch.support.patching import patched
 
 __all__ = ["pretend", "virtual_device"]
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autobatch.devices.standins import standin_of
 from autobatch.devices.values import forget, values_of
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 
 __all__ = ["CudaCalls"]
 

@@ -25,7 +25,6 @@ from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.card import Card, Stats
 from autobatch.devices.copies import Copier
 from autobatch.devices.history import HistoryRecorder
-from autobatch.devices.oom import Shortage, attempt, let_go
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.shelter import Shelter, uninterrupted
 from autobatch.devices.undisturbed import undisturbed
@@ -34,7 +33,8 @@ from autobatch.footprint import Evidence
 from autobatch.gpus import GpuSpec, find_gpu
 from autobatch.replay import Replay
 from autobatch.snapshot import Snapshot
-from autobatch.units import format_bytes
+from autobatch.support.oom import Shortage, attempt, let_go
+from autobatch.support.units import format_bytes
 from autobatch.workload import Workload
 from autobatch.wrappers import is_compiled, unwrapped
 

@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from autobatch.errors import WorkloadError
-from autobatch.units import MIB, format_bytes
+from autobatch.support.units import MIB, format_bytes
 
 __all__ = ["MOST_BYTES", "run_on_cpu"]
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from autobatch.gpus import GpuSpec
-from autobatch.units import KIB, MIB
+from autobatch.support.units import KIB, MIB
 
 __all__ = [
     "contiguous_copies",

@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from autobatch.devices.fake import VirtualMode
 from autobatch.devices.recorder import StorageRecorder
 from autobatch.errors import UsageError
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 from autobatch.trace import Trace
 from autobatch.workload import Workload
 

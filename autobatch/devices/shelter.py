@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autobatch.devices.copies import blank
 from autobatch.errors import AutobatchError, WorkloadError
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 __all__ = ["Shelter", "free_host_bytes", "uninterrupted"]
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.devices import rnn
 from autobatch.devices.attention import attend
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 
 __all__ = ["cuda_kernels"]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from autobatch.randomness import random_state_kept
+from autobatch.support.randomness import random_state_kept
 
 __all__ = ["undisturbed"]
 

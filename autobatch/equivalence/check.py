@@ -22,8 +22,8 @@ from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.plan import Plan
+from autobatch.support.units import format_bytes
 from autobatch.tuner import workload_of
-from autobatch.units import format_bytes
 from autobatch.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from autobatch.dataset import dataset_length
 from autobatch.devices.copies import Copier
 from autobatch.errors import SampleError
-from autobatch.randomness import random_state_kept
 from autobatch.sample import Rows, map_tensors, named_tensors, rows_of
+from autobatch.support.randomness import random_state_kept
 from autobatch.workload import DefaultLoss, Loss, Workload, checked_loss
 from autobatch.wrappers import unwrapped
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from autobatch.infer.fields import Fields, builder, describe, unknown
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 
 __all__ = ["TRIED_SAMPLES", "Refused", "Trial", "fake_copy", "first_that_runs", "quiet"]
 

@@ -24,7 +24,7 @@ from autobatch.errors import UsageError, WorkloadError
 from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan
 from autobatch.progress import ProgressCallback, silent
-from autobatch.randomness import random_state_kept
+from autobatch.support.randomness import random_state_kept
 from autobatch.tuner import Gpu, tune
 
 __all__ = ["AutobatchCallback", "LightningSettings", "settings"]

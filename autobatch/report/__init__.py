@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from autobatch.files import prepare_folder, write_text
 from autobatch.plan import Plan
+from autobatch.support.files import prepare_folder, write_text
 
 __all__ = ["prepare_folder", "write_report"]
 

@@ -24,10 +24,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from autobatch.errors import FileError
-from autobatch.files import write_text
 from autobatch.footprint import Evidence, Footprint
 from autobatch.plan import Plan
-from autobatch.units import GIB, MIB, format_bytes
+from autobatch.support.files import write_text
+from autobatch.support.units import GIB, MIB, format_bytes
 
 __all__ = [
     "BreakdownBar",

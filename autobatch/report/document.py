@@ -15,7 +15,7 @@ from autobatch.devices.nvml import InstalledGpu
 from autobatch.footprint import Footprint
 from autobatch.gpus import GpuSpec
 from autobatch.plan import Plan, Trial
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 __all__ = [
     "Block",

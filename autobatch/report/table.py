@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from autobatch.files import write_text
 from autobatch.plan import Plan
 from autobatch.records import encode
+from autobatch.support.files import write_text
 
 __all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from autobatch.report.charts import FAINT, INK
-from autobatch.units import GIB
+from autobatch.support.units import GIB
 from reports.accuracy.predict import LARGEST
 from reports.accuracy.score import CLOSE, Bracket, Peak, Verdict
 

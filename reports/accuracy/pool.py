@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from autobatch.units import GIB, format_bytes
+from autobatch.support.units import GIB, format_bytes
 from reports.accuracy.tables import Record
 
 TIME_LIMIT_S = 120.0

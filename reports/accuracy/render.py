@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autobatch.files import write_text
+from autobatch.support.files import write_text
 from reports.accuracy.text import (
     budget,
     context_note,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from autobatch import __version__
-from autobatch.files import write_text
-from autobatch.units import MIB
+from autobatch.support.files import write_text
+from autobatch.support.units import MIB
 from reports.accuracy import charts
 from reports.accuracy.predict import card_of
 from reports.accuracy.score import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 from typing import Any, Literal
 
-from autobatch.units import GIB, MIB
+from autobatch.support.units import GIB, MIB
 from reports.accuracy.tables import Record, Row
 
 Verdict = Literal["inside", "below", "above"]

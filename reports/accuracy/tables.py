@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 
 Record = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 
 Facts = Mapping[str, Any]
 

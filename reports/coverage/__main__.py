@@ -28,7 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from autobatch.units import GIB
+from autobatch.support.units import GIB
 from reports.accuracy.journal import append, read_journal
 from reports.accuracy.pool import WorkersFailError, run_tasks
 from reports.accuracy.tables import Record

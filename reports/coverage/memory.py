@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 from reports.accuracy.pool import resident_bytes
 from reports.speed.child import peak_rss_bytes
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from autobatch.files import write_text
+from autobatch.support.files import write_text
 from reports.coverage.text import result
 
 FOLDER = Path(__file__).parent

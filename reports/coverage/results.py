@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from autobatch import __version__
-from autobatch.files import write_text
-from autobatch.units import MIB
+from autobatch.support.files import write_text
+from autobatch.support.units import MIB
 from reports.accuracy.charts import write
 from reports.accuracy.tables import Record
 from reports.coverage.charts import histograms

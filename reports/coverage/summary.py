@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from autobatch.units import GIB
+from autobatch.support.units import GIB
 from reports.accuracy.tables import Record
 from reports.coverage.subjects import LIBRARIES, Subject
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 from reports.coverage.models import NO_HEAD
 
 Facts = Mapping[str, Any]

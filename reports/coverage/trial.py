@@ -17,7 +17,7 @@ import autobatch
 from autobatch.devices.base import Run
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, SampleError, WorkloadError
-from autobatch.patching import patched
+from autobatch.support.patching import patched
 from autobatch.workload import Workload
 from reports.accuracy.predict import cause_of
 from reports.accuracy.tables import Record

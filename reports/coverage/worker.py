@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import autobatch
-from autobatch.units import MIB
+from autobatch.support.units import MIB
 from reports.coverage.memory import resident_now_bytes
 from reports.coverage.subjects import Subject
 from reports.coverage.summary import GPU

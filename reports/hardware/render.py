@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 UNKNOWN = "–"

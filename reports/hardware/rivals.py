@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from autobatch.devices.oom import shortage_in
+from autobatch.support.oom import shortage_in
 from autobatch.workload import Workload
 from reports.hardware.bench import Bench
 from reports.hardware.measure import PlainTraining, run_plain

@@ -13,7 +13,7 @@ from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus import GpuSpec
 from autobatch.progress import silent
-from autobatch.units import format_bytes
+from autobatch.support.units import format_bytes
 from autobatch.workload import Workload
 
 HEADROOM = 0.05

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from autobatch import __version__
-from autobatch.units import GIB, format_bytes
+from autobatch.support.units import GIB, format_bytes
 from reports.search.zoo import random_names
 
 GPU = "a100-40gb"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         WorkloadError,
     )
     from autobatch.footprint import Footprint
-    from autobatch.gpus import GpuSpec, find_gpu
+    from autobatch.gpus.catalogue import GpuSpec, find_gpu
     from autobatch.plan import Plan
     from autobatch.progress import Progress
     from autobatch.sample import batch_builder
@@ -53,7 +53,7 @@ _HOMES = {
         "WorkloadError",
     ),
     "autobatch.footprint": ("Footprint",),
-    "autobatch.gpus": ("GpuSpec", "find_gpu"),
+    "autobatch.gpus.catalogue": ("GpuSpec", "find_gpu"),
     "autobatch.plan": ("Plan",),
     "autobatch.progress": ("Progress",),
     "autobatch.sample": ("batch_builder",),

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable
 
 from autobatch.allocator import CachingAllocator
 from autobatch.footprint import Evidence, Footprint
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.uncertainty import peak_range
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
-from autobatch.uncertainty import peak_range
 
 __all__ = [
     "curve_sizes",

@@ -20,7 +20,7 @@ from typing import Any
 
 from autobatch.errors import FileError
 from autobatch.fingerprint import digest, surroundings
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import Plan
 from autobatch.records import RecordError
 from autobatch.support.randomness import random_state_kept

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from autobatch.budget import budget_bytes
 from autobatch.devices.base import Device, Run
 from autobatch.errors import WorkloadError
+from autobatch.gpus.budget import budget_bytes
 from autobatch.plan import Trial
 from autobatch.progress import Progress, ProgressCallback
 from autobatch.replay import Replay, simulate

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autobatch.footprint import Footprint
-    from autobatch.gpus import GpuSpec
+    from autobatch.gpus.catalogue import GpuSpec
     from autobatch.plan import Plan
     from autobatch.progress import ProgressCallback
     from autobatch.workload import OptimizerSpec, Workload
@@ -121,7 +121,7 @@ def _plan(
     arguments: argparse.Namespace, options: dict[str, Any], progress: ProgressCallback
 ) -> Plan:
     """Tune here where the GPU is simulated, in a child process where it is real."""
-    from autobatch.gpus import is_device
+    from autobatch.gpus.catalogue import is_device
 
     if not is_device(options["gpu"]) or arguments.no_isolate:
         return _tune_spec(arguments.spec, options, progress=progress)
@@ -191,8 +191,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _gpus(arguments: argparse.Namespace) -> None:
-    from autobatch.devices.nvml import installed_gpus
-    from autobatch.gpus import CATALOGUE
+    from autobatch.gpus.catalogue import CATALOGUE
+    from autobatch.gpus.nvml import installed_gpus
     from autobatch.report.document import gpu_list
     from autobatch.terminal import show
 
@@ -215,7 +215,7 @@ def _subject(spec: str) -> nn.Module | Workload:
 
 def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:
     """Return the card to simulate, or the device of this machine that is named."""
-    from autobatch.gpus import find_gpu, is_device
+    from autobatch.gpus.catalogue import find_gpu, is_device
 
     named: str | None = arguments.gpu
     return named if named is None or is_device(named) else find_gpu(named)

@@ -28,7 +28,7 @@ class Footprint:
         peak_reserved_bytes: most bytes held in segments by the caching allocator.
         context_bytes: CUDA context and kernels, outside the allocator.
         low_device_bytes, high_device_bytes: what the device would hold in nine of ten runs, by the
-            errors of `autobatch.uncertainty`; None where a GPU was measured.
+            errors of `autobatch.gpus.uncertainty`; None where a GPU was measured.
     """
 
     micro_batch: int

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch.errors import FileError, UsageError
 from autobatch.footprint import Evidence, Footprint
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.uncertainty import likelihood_of
 from autobatch.records import RecordError, decode, dump_json, encode, parse_json
 from autobatch.split import Split
 from autobatch.support.files import read_text, write_text
-from autobatch.uncertainty import likelihood_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -188,7 +188,7 @@ class Plan:
 
     @property
     def ceiling_likelihood(self) -> float | None:
-        """How likely the ceiling is to fit a real card, by `autobatch.uncertainty`.
+        """How likely the ceiling is to fit a real card, by `autobatch.gpus.uncertainty`.
 
         None where it ran on the card.
         """

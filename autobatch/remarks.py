@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from autobatch.ceiling import Ceiling, Probe
 from autobatch.devices.base import Run
-from autobatch.gpus import CATALOGUE
+from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.support.units import format_bytes
 
 __all__ = ["warnings", "what_is_missing"]

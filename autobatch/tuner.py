@@ -30,12 +30,13 @@ from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Device, Run
 from autobatch.devices.card import Card
 from autobatch.devices.cuda import CudaGpu, describe
-from autobatch.devices.nvml import driver_version
 from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
 from autobatch.footprint import Evidence, Footprint
-from autobatch.gpus import GpuSpec, find_gpu, is_device
+from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
+from autobatch.gpus.nvml import driver_version
+from autobatch.gpus.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
@@ -46,7 +47,6 @@ from autobatch.sample import prepare
 from autobatch.split import Split, split
 from autobatch.support.units import GIB, MIB
 from autobatch.trace import Trace
-from autobatch.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune", "workload_of"]
@@ -99,7 +99,7 @@ def tune(
         sharding: "ddp" (None on several GPUs), "fsdp" for PyTorch's FSDP2, or a function that
             applies `fully_shard` to the model; figures are those of rank 0. See `Workload`.
         headroom: share of the usable memory to leave free, in [0, 1); None leaves 0.05 on a GPU
-            that is measured, and on a simulated one what `autobatch.uncertainty` asks for.
+            that is measured, and on a simulated one what `autobatch.gpus.uncertainty` asks for.
         autocast: "bf16", "fp16" or None.
         clip_norm: norm that gradients are clipped to, or None.
         prove: also run the size above the ceiling, and show that it does not fit.

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from autobatch.footprint import Footprint
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import MemoryPoint, ModelFacts, Plan, Timeline, TimelineSegment, Trial
 from autobatch.split import Split
 

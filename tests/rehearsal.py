@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from autobatch import tuner
 from autobatch.allocator import CachingAllocator, OutOfMemory
 from autobatch.allocconf import AllocatorSettings
-from autobatch.budget import CardReading
 from autobatch.devices.card import Stats
+from autobatch.gpus.budget import CardReading
 from autobatch.snapshot import Snapshot, TraceEvent
 from autobatch.support.patching import patched
 

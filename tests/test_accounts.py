@@ -16,7 +16,7 @@ from autobatch.accounts import (
 )
 from autobatch.allocator import CachingAllocator
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.replay import simulate
 from autobatch.trace import CATEGORIES, Block, Mark, Trace
 from autobatch.tracemodel import TraceModel

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.budget import (
+from autobatch.gpus.budget import (
     CardReading,
     Holdings,
     budget_bytes,

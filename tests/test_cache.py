@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from autobatch import cache
 from autobatch.cache import find, folder, plan_key, store
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload import Workload
 
 GPU = find_gpu("a100-40gb")
@@ -425,7 +425,7 @@ import torch
 from torch import nn
 import user_model
 from autobatch.cache import plan_key
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload import Workload
 nn.Linear(1, 1).register_forward_hook(print) if "history" in sys.argv else None
 model = user_model.Net()

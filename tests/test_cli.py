@@ -14,8 +14,8 @@ import pytest
 from plans import example_plan, footprint_at
 
 from autobatch import cli
-from autobatch.devices import nvml
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
+from autobatch.gpus import nvml
 from autobatch.plan import Plan
 from autobatch.progress import Progress
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from autobatch.devices.fused import FUSED
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.sample import batch_builder
 from autobatch.trace import Block
 from autobatch.workload import Workload

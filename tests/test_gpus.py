@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu
+from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autobatch.devices.nvml import (
+from autobatch.gpus.nvml import (
     Occupancy,
     OtherProcess,
     driver_version,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plans import example_plan, ragged_plan
 
 from autobatch.errors import FileError
-from autobatch.gpus import CATALOGUE
+from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.plan import Plan, Timeline
 from autobatch.records import RecordError, decode, encode, parse_json
 from autobatch.support.files import check_writable, prepare_folder, write_text

@@ -20,7 +20,7 @@ from autobatch.cache import plan_key
 from autobatch.devices.session import _gradient_buckets
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.plan import Plan
 from autobatch.report.document import summary
 from autobatch.report.text import render

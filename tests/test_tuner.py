@@ -24,8 +24,8 @@ from autobatch import (
     Workload,
     WorkloadError,
 )
+from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.support.units import MIB
-from autobatch.uncertainty import SIMULATED_HEADROOM
 
 SMALL_CARD = GpuSpec(name="small-card", capacity_bytes=200 * MIB, context_bytes=20 * MIB)
 SAMPLE = (torch.zeros(4, 64), torch.zeros(4, dtype=torch.int64))

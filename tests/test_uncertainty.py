@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autobatch
-from autobatch.support.units import GIB, MIB
-from autobatch.uncertainty import (
+from autobatch.gpus.uncertainty import (
     CONFIDENCE,
     NEEDED,
     SIMULATED_HEADROOM,
     likelihood_of,
     peak_range,
 )
+from autobatch.support.units import GIB, MIB
 
 RESULTS = Path(__file__).parent.parent / "reports" / "accuracy" / "results.json"
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.sample import batch_builder
 from autobatch.trace import Trace
 from autobatch.workload import Workload

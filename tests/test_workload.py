@@ -14,7 +14,7 @@ from autobatch import UsageError, Workload, WorkloadError, tune
 from autobatch.advice import training_loop
 from autobatch.devices.cuda import CudaGpu
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.sample import batch_builder
 from autobatch.wrappers import is_compiled, unwrapped
 

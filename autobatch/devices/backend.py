@@ -27,7 +27,7 @@ from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.fallback import run_on_cpu
 from autobatch.devices.guard import VirtualDeviceGuard
 from autobatch.errors import AutobatchError
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process
 from autobatch.support.patching import patched
 

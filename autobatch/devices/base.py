@@ -8,7 +8,7 @@ from typing import Protocol
 
 from autobatch.allocator import CachingAllocator
 from autobatch.footprint import Evidence
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.replay import Replay
 from autobatch.trace import Trace
 from autobatch.workload import Workload

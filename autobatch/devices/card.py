@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from autobatch.budget import CardReading
-from autobatch.devices import nvml
 from autobatch.errors import UsageError
+from autobatch.gpus import nvml
+from autobatch.gpus.budget import CardReading
 from autobatch.snapshot import Snapshot, read_snapshot
 
 __all__ = ["Card", "Clock", "Stats"]

@@ -20,7 +20,6 @@ from torch import nn
 
 from autobatch.allocator import CachingAllocator
 from autobatch.allocconf import AllocatorSettings
-from autobatch.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.card import Card, Stats
 from autobatch.devices.copies import Copier
@@ -30,7 +29,8 @@ from autobatch.devices.shelter import Shelter, uninterrupted
 from autobatch.devices.undisturbed import undisturbed
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.footprint import Evidence
-from autobatch.gpus import GpuSpec, find_gpu
+from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
+from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.replay import Replay
 from autobatch.snapshot import Snapshot
 from autobatch.support.oom import Shortage, attempt, let_go

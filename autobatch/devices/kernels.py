@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.units import KIB, MIB
 
 __all__ = [

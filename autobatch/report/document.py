@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from autobatch import advice
 from autobatch.advice import count
-from autobatch.devices.nvml import InstalledGpu
 from autobatch.footprint import Footprint
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.nvml import InstalledGpu
 from autobatch.plan import Plan, Trial
 from autobatch.support.units import format_bytes
 

@@ -43,7 +43,7 @@ from rich.progress import (
 )
 
 from autobatch.errors import AutobatchError
-from autobatch.gpus import find_gpu
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.units import parse_bytes
 from reports.accuracy.journal import append, read_journal
 from reports.accuracy.pool import TIME_LIMIT_S, WorkersFailError, run_tasks

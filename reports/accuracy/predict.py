@@ -10,7 +10,7 @@ from dataclasses import replace
 from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UnknownGpuError
-from autobatch.gpus import GpuSpec, find_gpu
+from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.progress import silent
 from autobatch.replay import Replay
 from autobatch.tracemodel import Misaligned, TraceModel

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from autobatch.devices import nvml
 from autobatch.devices.card import Card
+from autobatch.gpus import nvml
 
 _INTERVAL_S = 0.01
 

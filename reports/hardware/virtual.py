@@ -10,7 +10,7 @@ from autobatch.accounts import footprint_of
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.cuda import describe
 from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus import GpuSpec
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.progress import silent
 from autobatch.replay import Replay
 from autobatch.trace import Trace

@@ -24,7 +24,7 @@ import torch
 
 from autobatch import __version__
 from autobatch.errors import AutobatchError
-from autobatch.gpus import CATALOGUE, GpuSpec, find_gpu
+from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
 from autobatch.infer import infer
 from autobatch.support.units import MIB
 from autobatch.workload import Workload

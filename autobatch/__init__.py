@@ -28,10 +28,10 @@ if TYPE_CHECKING:
         UsageError,
         WorkloadError,
     )
-    from autobatch.footprint import Footprint
     from autobatch.gpus.catalogue import GpuSpec, find_gpu
     from autobatch.plan import Plan
-    from autobatch.progress import Progress
+    from autobatch.records.footprint import Footprint
+    from autobatch.records.progress import Progress
     from autobatch.sample import batch_builder
     from autobatch.tuner import predict, tune
     from autobatch.workload import Workload
@@ -52,10 +52,10 @@ _HOMES = {
         "UsageError",
         "WorkloadError",
     ),
-    "autobatch.footprint": ("Footprint",),
+    "autobatch.records.footprint": ("Footprint",),
     "autobatch.gpus.catalogue": ("GpuSpec", "find_gpu"),
     "autobatch.plan": ("Plan",),
-    "autobatch.progress": ("Progress",),
+    "autobatch.records.progress": ("Progress",),
     "autobatch.sample": ("batch_builder",),
     "autobatch.tuner": ("predict", "tune"),
     "autobatch.workload": ("Workload",),

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from autobatch.allocator import CachingAllocator
-from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import peak_range
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment, WindowMemory
+from autobatch.records.footprint import Evidence, Footprint
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Category, Trace
 

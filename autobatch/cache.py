@@ -22,7 +22,7 @@ from autobatch.errors import FileError
 from autobatch.fingerprint import digest, surroundings
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import Plan
-from autobatch.records import RecordError
+from autobatch.records.codec import RecordError
 from autobatch.support.randomness import random_state_kept
 from autobatch.workload import Workload
 

@@ -16,7 +16,7 @@ from autobatch.devices.base import Device, Run
 from autobatch.errors import WorkloadError
 from autobatch.gpus.budget import budget_bytes
 from autobatch.plan import Trial
-from autobatch.progress import Progress, ProgressCallback
+from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.replay import Replay, simulate
 from autobatch.search import CeilingSearch
 from autobatch.tracemodel import Misaligned, TraceModel

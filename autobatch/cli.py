@@ -22,10 +22,10 @@ from autobatch.support import process
 if TYPE_CHECKING:
     from torch import nn
 
-    from autobatch.footprint import Footprint
     from autobatch.gpus.catalogue import GpuSpec
     from autobatch.plan import Plan
-    from autobatch.progress import ProgressCallback
+    from autobatch.records.footprint import Footprint
+    from autobatch.records.progress import ProgressCallback
     from autobatch.workload import OptimizerSpec, Workload
 
 __all__ = ["entry", "main"]
@@ -242,7 +242,7 @@ def _optimizer(name: str | None) -> OptimizerSpec | None:
 
 def _footprint_json(footprint: Footprint) -> str:
     from autobatch.plan import SCHEMA_VERSION
-    from autobatch.records import dump_json, encode
+    from autobatch.records.codec import dump_json, encode
 
     header = {"schema_version": SCHEMA_VERSION, "peak_device_bytes": footprint.peak_device_bytes}
     return dump_json(header | encode(footprint))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch.errors import FileError, UsageError
-from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import likelihood_of
-from autobatch.records import RecordError, decode, dump_json, encode, parse_json
-from autobatch.split import Split
+from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_json
+from autobatch.records.footprint import Evidence, Footprint
+from autobatch.records.split import Split
 from autobatch.support.files import read_text, write_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from autobatch.progress import Progress, ProgressCallback
+from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.report import text
 from autobatch.report.document import (
     Block,

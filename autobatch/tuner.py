@@ -33,18 +33,18 @@ from autobatch.devices.cuda import CudaGpu, describe
 from autobatch.devices.shelter import free_host_bytes
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
-from autobatch.footprint import Evidence, Footprint
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
 from autobatch.gpus.nvml import driver_version
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
-from autobatch.progress import ProgressCallback, silent
+from autobatch.records.footprint import Evidence, Footprint
+from autobatch.records.progress import ProgressCallback, silent
+from autobatch.records.split import Split, split
 from autobatch.remarks import warnings, what_is_missing
 from autobatch.replay import Replay
 from autobatch.sample import prepare
-from autobatch.split import Split, split
 from autobatch.support.units import GIB, MIB
 from autobatch.trace import Trace
 from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload

@@ -14,7 +14,7 @@ from plans import example_plan
 
 from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
 from autobatch.plan import Plan
-from autobatch.progress import Progress, ProgressCallback
+from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.support import process
 
 TRIALS = example_plan().trials

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from autobatch.footprint import Footprint
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import MemoryPoint, ModelFacts, Plan, Timeline, TimelineSegment, Trial
-from autobatch.split import Split
+from autobatch.records.footprint import Footprint
+from autobatch.records.split import Split
 
 MIB = 2**20
 

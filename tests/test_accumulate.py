@@ -24,7 +24,7 @@ from autobatch import (
     check_equivalence,
     windows,
 )
-from autobatch.split import split
+from autobatch.records.split import split
 from tests.plans import example_plan
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -10,7 +10,7 @@ from autobatch.allocator import CachingAllocator
 from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.progress import silent
+from autobatch.records.progress import silent
 from autobatch.trace import Block, Mark, Trace
 from autobatch.workload import Workload
 

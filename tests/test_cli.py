@@ -17,7 +17,7 @@ from autobatch import cli
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
 from autobatch.gpus import nvml
 from autobatch.plan import Plan
-from autobatch.progress import Progress
+from autobatch.records.progress import Progress
 
 PROBE = ["probe", "m.py:f", "--target", "256", "--gpu", "a100-40gb"]
 PREDICT = ["predict", "m.py:f", "--micro-batch", "32", "--gpu", "a100-40gb"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import autobatch
 from autobatch import UsageError, Workload, WorkloadError, check_equivalence, cli
 from autobatch.equivalence import Equivalence
-from autobatch.records import decode
+from autobatch.records.codec import decode
 
 EXACT = 1e-12
 

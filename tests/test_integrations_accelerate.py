@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch.errors import UsageError
 from autobatch.plan import Plan
-from autobatch.split import split
+from autobatch.records.split import split
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 

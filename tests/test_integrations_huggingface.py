@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import autobatch
 from autobatch.errors import DoesNotFitError, UsageError
-from autobatch.split import split
+from autobatch.records.split import split
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")

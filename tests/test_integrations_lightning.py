@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
 from autobatch.errors import DoesNotFitError, UsageError
-from autobatch.split import Split, split
+from autobatch.records.split import Split, split
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 

@@ -13,7 +13,7 @@ from ranks import Ranks
 import autobatch
 from autobatch.agreement import agreed
 from autobatch.errors import DoesNotFitError, WorkloadError
-from autobatch.split import split
+from autobatch.records.split import split
 
 pytestmark = pytest.mark.slow
 

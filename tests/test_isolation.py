@@ -27,8 +27,8 @@ from autobatch.errors import (
     WorkloadError,
 )
 from autobatch.isolation import RemoteTraceback, apart
-from autobatch.progress import Progress
-from autobatch.records import decode, parse_json
+from autobatch.records.codec import decode, parse_json
+from autobatch.records.progress import Progress
 from autobatch.support import process
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

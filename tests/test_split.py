@@ -3,7 +3,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autobatch.errors import UsageError
-from autobatch.split import split, uniform_alternatives
+from autobatch.records.split import split, uniform_alternatives
 
 targets = st.integers(1, 5000)
 ceilings = st.integers(1, 300)

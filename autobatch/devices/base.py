@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autobatch.allocator import CachingAllocator
-from autobatch.footprint import Evidence
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.records.footprint import Evidence
 from autobatch.replay import Replay
 from autobatch.trace import Trace
 from autobatch.workload import Workload

@@ -28,9 +28,9 @@ from autobatch.devices.session import Session, user_errors
 from autobatch.devices.shelter import Shelter, uninterrupted
 from autobatch.devices.undisturbed import undisturbed
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.footprint import Evidence
 from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.records.footprint import Evidence
 from autobatch.replay import Replay
 from autobatch.snapshot import Snapshot
 from autobatch.support.oom import Shortage, attempt, let_go

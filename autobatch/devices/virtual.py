@@ -39,8 +39,8 @@ from autobatch.devices.standins import StandIns
 from autobatch.devices.substitutes import cuda_kernels
 from autobatch.devices.undisturbed import undisturbed
 from autobatch.devices.values import Values
-from autobatch.footprint import Evidence
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.records.footprint import Evidence
 from autobatch.trace import Category, Phase
 from autobatch.workload import Workload
 from autobatch.wrappers import is_compiled, unwrapped

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from autobatch.records import dump_json, encode
+from autobatch.records.codec import dump_json, encode
 
 __all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind"]
 

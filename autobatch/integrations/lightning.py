@@ -23,7 +23,7 @@ from autobatch.dataset import dataset_length
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan
-from autobatch.progress import ProgressCallback, silent
+from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.tuner import Gpu, tune
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from autobatch.errors import UsageError
 from autobatch.plan import Plan
-from autobatch.split import Split, uniform_alternatives
+from autobatch.records.split import Split, uniform_alternatives
 
 __all__ = ["checked", "one_size", "tuned_to_one_size"]
 

@@ -24,8 +24,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from autobatch.errors import FileError
-from autobatch.footprint import Evidence, Footprint
 from autobatch.plan import Plan
+from autobatch.records.footprint import Evidence, Footprint
 from autobatch.support.files import write_text
 from autobatch.support.units import GIB, MIB, format_bytes
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from autobatch import advice
 from autobatch.advice import count
-from autobatch.footprint import Footprint
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.nvml import InstalledGpu
 from autobatch.plan import Plan, Trial
+from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
 
 __all__ = [

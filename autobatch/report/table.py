@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from autobatch.plan import Plan
-from autobatch.records import encode
+from autobatch.records.codec import encode
 from autobatch.support.files import write_text
 
 __all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]

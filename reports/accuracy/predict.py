@@ -11,7 +11,7 @@ from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UnknownGpuError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
-from autobatch.progress import silent
+from autobatch.records.progress import silent
 from autobatch.replay import Replay
 from autobatch.tracemodel import Misaligned, TraceModel
 from reports.accuracy.models import UnknownModelError, workload_of

@@ -17,7 +17,7 @@ from autobatch.accounts import footprint_of
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Run
 from autobatch.devices.cuda import CudaGpu
-from autobatch.progress import Progress
+from autobatch.records.progress import Progress
 from autobatch.replay import Replay, simulate
 from autobatch.trace import Phase
 from autobatch.tracemodel import Misaligned, TraceModel

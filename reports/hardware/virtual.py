@@ -11,7 +11,7 @@ from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.cuda import describe
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.progress import silent
+from autobatch.records.progress import silent
 from autobatch.replay import Replay
 from autobatch.trace import Trace
 from autobatch.workload import Workload

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.progress import silent
+from autobatch.records.progress import silent
 from autobatch.support.units import format_bytes
 from autobatch.workload import Workload
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from autobatch.devices.base import Device, Run
 from autobatch.errors import WorkloadError
 from autobatch.gpus.budget import budget_bytes
+from autobatch.memory.replay import Replay, simulate
+from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.plan import Trial
 from autobatch.records.progress import Progress, ProgressCallback
-from autobatch.replay import Replay, simulate
 from autobatch.search import CeilingSearch
-from autobatch.tracemodel import Misaligned, TraceModel
 from autobatch.workload import Workload
 
 __all__ = ["Ceiling", "Probe", "find_ceiling"]

@@ -18,13 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from autobatch import _version
 from autobatch import cache as plan_cache
-from autobatch.accounts import (
-    curve_sizes,
-    footprint_of,
-    memory_point,
-    timeline_of,
-    whole_window,
-)
 from autobatch.agreement import agreed, ranks_here
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Device, Run
@@ -38,15 +31,22 @@ from autobatch.gpus.nvml import driver_version
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
 from autobatch.infer import infer
 from autobatch.isolation import apart
+from autobatch.memory.accounting import (
+    curve_sizes,
+    footprint_of,
+    memory_point,
+    timeline_of,
+    whole_window,
+)
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
 from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
 from autobatch.remarks import warnings, what_is_missing
-from autobatch.replay import Replay
 from autobatch.sample import prepare
 from autobatch.support.units import GIB, MIB
-from autobatch.trace import Trace
 from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune", "workload_of"]

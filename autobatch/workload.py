@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autobatch.errors import UsageError, WorkloadError
+from autobatch.memory.trace import Phase
 from autobatch.support.patching import patched
-from autobatch.trace import Phase
 
 __all__ = [
     "AUTOCAST_DTYPES",

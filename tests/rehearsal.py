@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch import tuner
-from autobatch.allocator import CachingAllocator, OutOfMemory
-from autobatch.allocconf import AllocatorSettings
 from autobatch.devices.card import Stats
 from autobatch.gpus.budget import CardReading
-from autobatch.snapshot import Snapshot, TraceEvent
+from autobatch.memory.allocator import CachingAllocator, OutOfMemory
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.snapshot import Snapshot, TraceEvent
 from autobatch.support.patching import patched
 
 MIB = 2**20

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.accounts import (
+from autobatch.devices.virtual import VirtualGpu
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.accounting import (
     curve_sizes,
     footprint_of,
     memory_point,
@@ -14,12 +16,10 @@ from autobatch.accounts import (
     timeline_of,
     whole_window,
 )
-from autobatch.allocator import CachingAllocator
-from autobatch.devices.virtual import VirtualGpu
-from autobatch.gpus.catalogue import GpuSpec
-from autobatch.replay import simulate
-from autobatch.trace import CATEGORIES, Block, Mark, Trace
-from autobatch.tracemodel import TraceModel
+from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.replay import simulate
+from autobatch.memory.trace import CATEGORIES, Block, Mark, Trace
+from autobatch.memory.trace_model import TraceModel
 from autobatch.workload import Workload
 
 MIB = 2**20

@@ -8,10 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.allocator import Block, CachingAllocator, OutOfMemory, round_size, segment_size
-from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import UsageError
-from autobatch.replay import simulate
+from autobatch.memory.allocator import (
+    Block,
+    CachingAllocator,
+    OutOfMemory,
+    round_size,
+    segment_size,
+)
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.replay import simulate
 from autobatch.support.units import GIB, KIB, MIB
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 import autobatch
 from autobatch import DoesNotFitError, UsageError, Workload, WorkloadError
-from autobatch.accounts import replay
 from autobatch.devices.base import Run
 from autobatch.devices.card import Card
 from autobatch.devices.cuda import CudaGpu, describe
-from autobatch.replay import Replay
+from autobatch.memory.accounting import replay
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
 from autobatch.sample import batch_builder
 from autobatch.support.units import GIB, MIB
-from autobatch.trace import Trace
 
 SAMPLE = (torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")

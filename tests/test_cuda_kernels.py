@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from autobatch.devices.fused import FUSED
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.memory.trace import Block
 from autobatch.sample import batch_builder
-from autobatch.trace import Block
 from autobatch.workload import Workload
 
 WIDTH, SAMPLES = 16, 4

@@ -19,8 +19,8 @@ from torch import nn
 
 from autobatch import Workload, find_gpu
 from autobatch.devices.virtual import VirtualGpu
+from autobatch.memory.trace import Block, Mark, Trace
 from autobatch.support.units import MIB
-from autobatch.trace import Block, Mark, Trace
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # reports are no part of the installed package

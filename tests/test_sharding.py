@@ -21,10 +21,10 @@ from autobatch.devices.session import _gradient_buckets
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.memory.trace import Trace
 from autobatch.plan import Plan
 from autobatch.report.document import summary
 from autobatch.report.text import render
-from autobatch.trace import Trace
 from autobatch.workload import Workload
 
 dist = pytest.importorskip("torch.distributed")

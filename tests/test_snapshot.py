@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autobatch.allocator import Block, CachingAllocator, OutOfMemory, SegmentInfo
-from autobatch.allocconf import AllocatorSettings
 from autobatch.errors import FileError
-from autobatch.snapshot import Snapshot, TraceEvent, load_snapshot, rewind
+from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory, SegmentInfo
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.snapshot import Snapshot, TraceEvent, load_snapshot, rewind
 from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
 from reports.allocator.replay import Score, replay

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.trace import CATEGORIES, Block, Mark, Trace
-from autobatch.tracemodel import Misaligned, TraceModel, scratch_blocks
+from autobatch.memory.trace import CATEGORIES, Block, Mark, Trace
+from autobatch.memory.trace_model import Misaligned, TraceModel, scratch_blocks
 
 MARKS = (Mark(0, "forward", 0, 0),)
 

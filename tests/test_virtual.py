@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.memory.trace import Trace
 from autobatch.sample import batch_builder
-from autobatch.trace import Trace
 from autobatch.workload import Workload
 
 WIDTH = 64

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from autobatch.allocator import CachingAllocator
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
-from autobatch.replay import Replay
-from autobatch.trace import Trace
 from autobatch.workload import Workload
 
 __all__ = ["WINDOWS", "Device", "Run"]

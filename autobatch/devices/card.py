@@ -16,7 +16,7 @@ import torch
 from autobatch.errors import UsageError
 from autobatch.gpus import nvml
 from autobatch.gpus.budget import CardReading
-from autobatch.snapshot import Snapshot, read_snapshot
+from autobatch.memory.snapshot import Snapshot, read_snapshot
 
 __all__ = ["Card", "Clock", "Stats"]
 

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.allocator import CachingAllocator
-from autobatch.allocconf import AllocatorSettings
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.card import Card, Stats
 from autobatch.devices.copies import Copier
@@ -30,9 +28,11 @@ from autobatch.devices.undisturbed import undisturbed
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.replay import Replay
+from autobatch.memory.snapshot import Snapshot
 from autobatch.records.footprint import Evidence
-from autobatch.replay import Replay
-from autobatch.snapshot import Snapshot
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
 from autobatch.workload import Workload

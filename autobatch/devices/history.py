@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.devices.card import Card
 from autobatch.errors import AutobatchError
-from autobatch.snapshot import TraceEvent
-from autobatch.trace import Block, Category, Mark, Phase, Trace
+from autobatch.memory.snapshot import TraceEvent
+from autobatch.memory.trace import Block, Category, Mark, Phase, Trace
 
 __all__ = ["HistoryRecorder"]
 

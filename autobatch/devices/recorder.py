@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.trace import Block, Category, Mark, Phase, Trace
+from autobatch.memory.trace import Block, Category, Mark, Phase, Trace
 
 __all__ = ["StorageRecorder"]
 

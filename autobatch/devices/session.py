@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from autobatch.devices.copies import Copier
 from autobatch.devices.guard import lost_error
 from autobatch.errors import AutobatchError, WorkloadError
-from autobatch.trace import Category, Phase
+from autobatch.memory.trace import Category, Phase
 from autobatch.workload import DefaultLoss, Loss, Workload, run_windows
 from autobatch.wrappers import is_data_parallel
 

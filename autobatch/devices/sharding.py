@@ -34,8 +34,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from autobatch.devices.fake import VirtualMode
 from autobatch.devices.recorder import StorageRecorder
 from autobatch.errors import UsageError
+from autobatch.memory.trace import Trace
 from autobatch.support.patching import patched
-from autobatch.trace import Trace
 from autobatch.workload import Workload
 
 __all__ = ["RankRecorder", "as_rank_zero", "rank_mode", "repeated_blocks", "sharded"]

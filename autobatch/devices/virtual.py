@@ -17,9 +17,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autobatch.accounts import replay
-from autobatch.allocator import CachingAllocator
-from autobatch.allocconf import AllocatorSettings
 from autobatch.devices import fused, norms, rnn
 from autobatch.devices.backend import pretend, virtual_device
 from autobatch.devices.base import WINDOWS, Run
@@ -40,8 +37,11 @@ from autobatch.devices.substitutes import cuda_kernels
 from autobatch.devices.undisturbed import undisturbed
 from autobatch.devices.values import Values
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.accounting import replay
+from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.trace import Category, Phase
 from autobatch.records.footprint import Evidence
-from autobatch.trace import Category, Phase
 from autobatch.workload import Workload
 from autobatch.wrappers import is_compiled, unwrapped
 

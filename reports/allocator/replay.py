@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autobatch.allocator import CachingAllocator, SegmentInfo, round_size, segment_size
-from autobatch.allocconf import AllocatorSettings
-from autobatch.snapshot import MemoryMap, Recording, TraceEvent
+from autobatch.memory.allocator import CachingAllocator, SegmentInfo, round_size, segment_size
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.snapshot import MemoryMap, Recording, TraceEvent
 
 __all__ = ["Score", "replay"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from autobatch.allocator import round_size
-from autobatch.trace import Phase, Trace
-from autobatch.tracemodel import scratch_blocks
+from autobatch.memory.allocator import round_size
+from autobatch.memory.trace import Phase, Trace
+from autobatch.memory.trace_model import scratch_blocks
 
 _TOP = 15
 

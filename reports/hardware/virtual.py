@@ -6,14 +6,14 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from autobatch.accounts import footprint_of
 from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.cuda import describe
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.accounting import footprint_of
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
 from autobatch.records.progress import silent
-from autobatch.replay import Replay
-from autobatch.trace import Trace
 from autobatch.workload import Workload
 from reports.hardware.alignment import summary
 from reports.hardware.record import Record

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from autobatch.trace import Block, Trace, running_bytes
+from autobatch.memory.trace import Block, Trace, running_bytes
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 

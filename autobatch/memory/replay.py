@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autobatch.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
 
 __all__ = ["Replay", "simulate"]
 

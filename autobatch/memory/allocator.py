@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal
 
-from autobatch.allocconf import LARGE_SEGMENT_BYTES, AllocatorSettings
+from autobatch.memory.allocator_settings import LARGE_SEGMENT_BYTES, AllocatorSettings
 from autobatch.support.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from autobatch.snapshot import Snapshot
+    from autobatch.memory.snapshot import Snapshot
 
 __all__ = [
     "Block",

@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
-from autobatch.allocator import (
+from autobatch.errors import FileError, UsageError
+from autobatch.memory.allocator import (
     DEFAULT_POOL,
     SMALL_BYTES,
     SMALL_SEGMENT_BYTES,
@@ -24,8 +25,7 @@ from autobatch.allocator import (
     SegmentInfo,
     round_size,
 )
-from autobatch.allocconf import SIZE_CLASSES, AllocatorSettings
-from autobatch.errors import FileError, UsageError
+from autobatch.memory.allocator_settings import SIZE_CLASSES, AllocatorSettings
 
 __all__ = [
     "Action",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from autobatch.allocator import CachingAllocator
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import peak_range
+from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.replay import Replay, simulate
+from autobatch.memory.trace import Category, Trace
 from autobatch.plan import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
-from autobatch.replay import Replay, simulate
-from autobatch.trace import Category, Trace
 
 __all__ = [
     "curve_sizes",

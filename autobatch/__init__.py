@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import Progress
-    from autobatch.sample import batch_builder
     from autobatch.tuner import predict, tune
-    from autobatch.workload import Workload
+    from autobatch.workload.sample import batch_builder
+    from autobatch.workload.workload import Workload
 
 _HOMES = {
     "autobatch.accumulate": ("Window", "Windows", "windows"),
@@ -56,9 +56,9 @@ _HOMES = {
     "autobatch.gpus.catalogue": ("GpuSpec", "find_gpu"),
     "autobatch.plan": ("Plan",),
     "autobatch.records.progress": ("Progress",),
-    "autobatch.sample": ("batch_builder",),
+    "autobatch.workload.sample": ("batch_builder",),
     "autobatch.tuner": ("predict", "tune"),
-    "autobatch.workload": ("Workload",),
+    "autobatch.workload.workload": ("Workload",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

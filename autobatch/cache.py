@@ -24,7 +24,7 @@ from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import Plan
 from autobatch.records.codec import RecordError
 from autobatch.support.randomness import random_state_kept
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 __all__ = ["find", "folder", "plan_key", "store"]
 

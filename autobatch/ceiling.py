@@ -20,7 +20,7 @@ from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.plan import Trial
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.search import CeilingSearch
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 __all__ = ["Ceiling", "Probe", "find_ceiling"]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import ProgressCallback
-    from autobatch.workload import OptimizerSpec, Workload
+    from autobatch.workload.workload import OptimizerSpec, Workload
 
 __all__ = ["entry", "main"]
 
@@ -208,7 +208,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _subject(spec: str) -> nn.Module | Workload:
-    from autobatch.spec import load_spec
+    from autobatch.workload.spec import load_spec
 
     return load_spec(spec).subject
 

@@ -29,7 +29,6 @@ from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageE
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
 from autobatch.gpus.nvml import driver_version
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
-from autobatch.infer import infer
 from autobatch.isolation import apart
 from autobatch.memory.accounting import (
     curve_sizes,
@@ -45,9 +44,10 @@ from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
 from autobatch.remarks import warnings, what_is_missing
-from autobatch.sample import prepare
 from autobatch.support.units import GIB, MIB
-from autobatch.workload import Loss, OptimizerSpec, Sharding, Workload
+from autobatch.workload.infer import infer
+from autobatch.workload.sample import prepare
+from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune", "workload_of"]
 

@@ -20,7 +20,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import simulate
 from autobatch.memory.trace import CATEGORIES, Block, Mark, Trace
 from autobatch.memory.trace_model import TraceModel
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 MIB = 2**20
 GPU = GpuSpec(name="card", capacity_bytes=8 * 2**30, context_bytes=300 * MIB)

@@ -27,7 +27,7 @@ from autobatch import cache
 from autobatch.cache import find, folder, plan_key, store
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 GPU = find_gpu("a100-40gb")
 OPTIONS = {"target": 256, "world_size": 1, "headroom": 0.05, "driver": None}
@@ -426,7 +426,7 @@ from torch import nn
 import user_model
 from autobatch.cache import plan_key
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 nn.Linear(1, 1).register_forward_hook(print) if "history" in sys.argv else None
 model = user_model.Net()
 if "transformers" in sys.argv:

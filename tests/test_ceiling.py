@@ -12,7 +12,7 @@ from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.trace import Block, Mark, Trace
 from autobatch.records.progress import silent
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 KIB = 2**10
 MIB = 2**20

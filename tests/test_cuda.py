@@ -16,8 +16,8 @@ from autobatch.devices.cuda import CudaGpu, describe
 from autobatch.memory.accounting import replay
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
-from autobatch.sample import batch_builder
 from autobatch.support.units import GIB, MIB
+from autobatch.workload.sample import batch_builder
 
 SAMPLE = (torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")

@@ -12,8 +12,8 @@ from autobatch.devices.fused import FUSED
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Block
-from autobatch.sample import batch_builder
-from autobatch.workload import Workload
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.workload import Workload
 
 WIDTH, SAMPLES = 16, 4
 TENSOR_BYTES = WIDTH * SAMPLES * 4

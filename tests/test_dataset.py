@@ -25,9 +25,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from autobatch import dataset as looking
-from autobatch.dataset import _refining, _sized_leaves, dataset_length, draw
 from autobatch.errors import SampleError
+from autobatch.workload import dataset as looking
+from autobatch.workload.dataset import _refining, _sized_leaves, dataset_length, draw
 
 Example = namedtuple("Example", "tokens label")
 LENGTHS = [5 + (7 * index) % 20 for index in range(60)]

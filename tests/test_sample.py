@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autobatch.errors import SampleError
-from autobatch.sample import batch_builder, prepare
+from autobatch.workload.sample import batch_builder, prepare
 
 Pair = namedtuple("Pair", "image label")
 

@@ -25,7 +25,7 @@ from autobatch.memory.trace import Trace
 from autobatch.plan import Plan
 from autobatch.report.document import summary
 from autobatch.report.text import render
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from autobatch.errors import AutobatchError, SampleError, SpecError, WorkloadError
-from autobatch.spec import load_spec
-from autobatch.workload import Workload
+from autobatch.workload.spec import load_spec
+from autobatch.workload.workload import Workload
 
 USER_FILE = """
 import torch
 from torch import nn
 from sibling import FEATURES
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 def build_model():
     from sibling import CLASSES

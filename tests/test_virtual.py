@@ -14,8 +14,8 @@ from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
-from autobatch.sample import batch_builder
-from autobatch.workload import Workload
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.workload import Workload
 
 WIDTH = 64
 

@@ -15,8 +15,8 @@ from autobatch.advice import training_loop
 from autobatch.devices.cuda import CudaGpu
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.sample import batch_builder
-from autobatch.wrappers import is_compiled, unwrapped
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.wrappers import is_compiled, unwrapped
 
 WIDTH = 256
 DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "rehearsed": RehearsedCard}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from autobatch.errors import AutobatchWarning, SampleError
-from autobatch.sample import BatchDims, rows_of
+from autobatch.workload.sample import BatchDims, rows_of
 
 __all__ = ["Count", "Cut", "Piece", "Pieces", "Position", "Reader"]
 

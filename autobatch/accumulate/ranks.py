@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autobatch.agreement import ranks_here
 from autobatch.errors import UsageError
-from autobatch.wrappers import is_data_parallel
+from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "group_of", "ranks_of"]
 

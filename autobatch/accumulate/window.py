@@ -21,9 +21,9 @@ from autobatch.accumulate.batches import Count, Cut, Piece, Pieces, Position, Re
 from autobatch.accumulate.ranks import Ranks, Share, Sync, Total, ranks_of
 from autobatch.accumulate.update import Updater, free_caches
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
-from autobatch.sample import BatchDims
 from autobatch.support.oom import Shortage, attempt
-from autobatch.workload import checked_loss
+from autobatch.workload.sample import BatchDims
+from autobatch.workload.workload import checked_loss
 
 __all__ = ["Window", "Windows"]
 

@@ -11,7 +11,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 __all__ = ["WINDOWS", "Device", "Run"]
 

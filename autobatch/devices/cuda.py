@@ -35,8 +35,8 @@ from autobatch.memory.snapshot import Snapshot
 from autobatch.records.footprint import Evidence
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
-from autobatch.workload import Workload
-from autobatch.wrappers import is_compiled, unwrapped
+from autobatch.workload.workload import Workload
+from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["CudaGpu", "describe"]
 

@@ -20,8 +20,8 @@ from autobatch.devices.copies import Copier
 from autobatch.devices.guard import lost_error
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
-from autobatch.workload import DefaultLoss, Loss, Workload, run_windows
-from autobatch.wrappers import is_data_parallel
+from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows
+from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Copies", "Recorder", "Session", "user_errors"]
 

@@ -36,7 +36,7 @@ from autobatch.devices.recorder import StorageRecorder
 from autobatch.errors import UsageError
 from autobatch.memory.trace import Trace
 from autobatch.support.patching import patched
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 __all__ = ["RankRecorder", "as_rank_zero", "rank_mode", "repeated_blocks", "sharded"]
 

@@ -42,8 +42,8 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Category, Phase
 from autobatch.records.footprint import Evidence
-from autobatch.workload import Workload
-from autobatch.wrappers import is_compiled, unwrapped
+from autobatch.workload.workload import Workload
+from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
 

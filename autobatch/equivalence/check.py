@@ -24,7 +24,7 @@ from autobatch.errors import UsageError, WorkloadError
 from autobatch.plan import Plan
 from autobatch.support.units import format_bytes
 from autobatch.tuner import workload_of
-from autobatch.workload import Loss, Workload
+from autobatch.workload.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]
 

@@ -19,8 +19,8 @@ from autobatch.equivalence.arithmetic import Arithmetic
 from autobatch.equivalence.layers import Layout, one_micro_batch_at_a_time
 from autobatch.equivalence.subject import Copy, Subject
 from autobatch.errors import WorkloadError
-from autobatch.sample import Rows
-from autobatch.workload import AUTOCAST_DTYPES
+from autobatch.workload.sample import Rows
+from autobatch.workload.workload import AUTOCAST_DTYPES
 
 __all__ = ["Experiment", "Gradients", "Mends", "Weigh", "combined", "differences"]
 

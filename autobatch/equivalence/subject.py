@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from autobatch.dataset import dataset_length
 from autobatch.devices.copies import Copier
 from autobatch.errors import SampleError
-from autobatch.sample import Rows, map_tensors, named_tensors, rows_of
 from autobatch.support.randomness import random_state_kept
-from autobatch.workload import DefaultLoss, Loss, Workload, checked_loss
-from autobatch.wrappers import unwrapped
+from autobatch.workload.dataset import dataset_length
+from autobatch.workload.sample import Rows, map_tensors, named_tensors, rows_of
+from autobatch.workload.workload import DefaultLoss, Loss, Workload, checked_loss
+from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Copy", "Subject", "cut_batch", "one_batch"]
 

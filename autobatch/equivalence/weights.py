@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autobatch.equivalence.gradients import Gradients
-from autobatch.sample import named_tensors
+from autobatch.workload.sample import named_tensors
 
 __all__ = ["IGNORED", "SUM", "fitted_weights", "shares", "tried_weights"]
 

@@ -19,13 +19,13 @@ from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_set
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autobatch.dataset import dataset_length
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.tuner import Gpu, tune
+from autobatch.workload.dataset import dataset_length
 
 __all__ = ["AutobatchCallback", "LightningSettings", "settings"]
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.infer import infer
-from autobatch.workload import AUTOCAST_DTYPES, Window, Workload
+from autobatch.workload.infer import infer
+from autobatch.workload.workload import AUTOCAST_DTYPES, Window, Workload
 from reports.accuracy.tables import Run
 from reports.accuracy.transformers_configs import CONFIGS
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.spec import _auto_class, _offline, _on_meta
+from autobatch.workload.spec import _auto_class, _offline, _on_meta
 from reports.coverage.configs import STATED
 from reports.coverage.shrink import LEVELS, merged, shrink
 from reports.coverage.subjects import Subject

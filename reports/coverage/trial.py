@@ -18,7 +18,7 @@ from autobatch.devices.base import Run
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import AutobatchError, SampleError, WorkloadError
 from autobatch.support.patching import patched
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 from reports.accuracy.predict import cause_of
 from reports.accuracy.tables import Record
 from reports.coverage.memory import begin_peak, resident_now_bytes

@@ -21,7 +21,7 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
-from autobatch.workload import DefaultLoss, Workload, run_windows
+from autobatch.workload.workload import DefaultLoss, Workload, run_windows
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record
 from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, peaks

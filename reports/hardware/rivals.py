@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from autobatch.support.oom import shortage_in
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 from reports.hardware.bench import Bench
 from reports.hardware.measure import PlainTraining, run_plain
 from reports.hardware.record import Record, one_line

@@ -14,7 +14,7 @@ from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.records.progress import silent
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 from reports.hardware.alignment import summary
 from reports.hardware.record import Record
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autobatch.support.units import GIB
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 from reports.hardware.language import T5, Bert, Gpt2, Llama, LstmLanguageModel, TwoTowers
 from reports.hardware.vision import ConvNext, ResNet, Swin, UNet, VisionTransformer
 

@@ -25,9 +25,9 @@ import torch
 from autobatch import __version__
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
-from autobatch.infer import infer
 from autobatch.support.units import MIB
-from autobatch.workload import Workload
+from autobatch.workload.infer import infer
+from autobatch.workload.workload import Workload
 from reports.search.check import HEADER, Row, check, markdown
 from reports.search.models import CASES
 from reports.search.zoo import build, random_names

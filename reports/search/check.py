@@ -14,7 +14,7 @@ from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.records.progress import silent
 from autobatch.support.units import format_bytes
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 HEADROOM = 0.05
 LIMIT = 2**16

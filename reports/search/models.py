@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from autobatch.infer.arguments import Arguments
-from autobatch.infer.fields import SURROGATE, Field, Inferred, builder, describe, unknown
-from autobatch.infer.labels import LM_HEAD
-from autobatch.infer.sizes import Sizes
-from autobatch.infer.trial import Refused, Trial
+from autobatch.workload.infer.arguments import Arguments
+from autobatch.workload.infer.fields import SURROGATE, Field, Inferred, builder, describe, unknown
+from autobatch.workload.infer.labels import LM_HEAD
+from autobatch.workload.infer.sizes import Sizes
+from autobatch.workload.infer.trial import Refused, Trial
 
 __all__ = ["infer_transformers"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import SampleError
-from autobatch.workload import Workload
+from autobatch.workload.workload import Workload
 
 __all__ = [
     "SURROGATE",

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from autobatch.infer.fields import Field, Inferred, float_dtype, pair
-from autobatch.infer.images import classification, last_features
+from autobatch.workload.infer.fields import Field, Inferred, float_dtype, pair
+from autobatch.workload.infer.images import classification, last_features
 
 __all__ = ["infer_timm", "pretrained_cfg"]
 

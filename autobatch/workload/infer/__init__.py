@@ -11,13 +11,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from autobatch.infer.example import infer_example
-from autobatch.infer.fields import Inferred, unknown
-from autobatch.infer.plain import infer_plain
-from autobatch.infer.timm import infer_timm, pretrained_cfg
-from autobatch.infer.torchvision import infer_torchvision
-from autobatch.infer.transformers import infer_transformers
-from autobatch.wrappers import unwrapped
+from autobatch.workload.infer.example import infer_example
+from autobatch.workload.infer.fields import Inferred, unknown
+from autobatch.workload.infer.plain import infer_plain
+from autobatch.workload.infer.timm import infer_timm, pretrained_cfg
+from autobatch.workload.infer.torchvision import infer_torchvision
+from autobatch.workload.infer.transformers import infer_transformers
+from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Inferred", "infer"]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from autobatch.infer.configs import SIGHT, stated, text_configs
-from autobatch.infer.documented import evaluated
-from autobatch.infer.fields import Field, float_dtype, pair
-from autobatch.infer.labels import CHOICES
-from autobatch.infer.plain import TOKENS
-from autobatch.infer.signature import PATCH_GRID, Signature
-from autobatch.infer.sizes import Sizes
+from autobatch.workload.infer.configs import SIGHT, stated, text_configs
+from autobatch.workload.infer.documented import evaluated
+from autobatch.workload.infer.fields import Field, float_dtype, pair
+from autobatch.workload.infer.labels import CHOICES
+from autobatch.workload.infer.plain import TOKENS
+from autobatch.workload.infer.signature import PATCH_GRID, Signature
+from autobatch.workload.infer.sizes import Sizes
 
 __all__ = ["NamedFields"]
 

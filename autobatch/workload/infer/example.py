@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autobatch.infer.fields import SURROGATE, Inferred
-from autobatch.infer.trial import TRIED_SAMPLES, fake_copy, quiet
-from autobatch.sample import batch_builder
+from autobatch.workload.infer.fields import SURROGATE, Inferred
+from autobatch.workload.infer.trial import TRIED_SAMPLES, fake_copy, quiet
+from autobatch.workload.sample import batch_builder
 
 __all__ = ["infer_example"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SampleError
-from autobatch.infer.plain import POSITIONS
+from autobatch.workload.infer.plain import POSITIONS
 
 __all__ = ["SIGHT", "SOUND", "context_of", "stated", "text_configs"]
 

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from autobatch.infer.fields import Fields, builder, describe, unknown
 from autobatch.support.patching import patched
+from autobatch.workload.infer.fields import Fields, builder, describe, unknown
 
 __all__ = ["TRIED_SAMPLES", "Refused", "Trial", "fake_copy", "first_that_runs", "quiet"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autobatch.infer.configs import SIGHT, SOUND, context_of, stated, text_configs
-from autobatch.infer.fields import pair
+from autobatch.workload.infer.configs import SIGHT, SOUND, context_of, stated, text_configs
+from autobatch.workload.infer.fields import pair
 
 __all__ = ["ALIGNED_FRAMES", "LARGER_SIDES", "STACKED_FRAMES", "WHOLE_WAVE", "Sizes", "sizes_of"]
 

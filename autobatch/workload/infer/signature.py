@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autobatch.infer.documented import Documented, documented
+from autobatch.workload.infer.documented import Documented, documented
 
 __all__ = ["PATCH_GRID", "Signature"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from autobatch.infer.fields import (
+from autobatch.workload.infer.fields import (
     SURROGATE,
     Field,
     Fields,
@@ -19,8 +19,8 @@ from autobatch.infer.fields import (
     float_dtype,
     unknown,
 )
-from autobatch.infer.images import HEAD_LAYERS
-from autobatch.infer.trial import first_that_runs
+from autobatch.workload.infer.images import HEAD_LAYERS
+from autobatch.workload.infer.trial import first_that_runs
 
 __all__ = ["POSITIONS", "TOKENS", "infer_plain"]
 

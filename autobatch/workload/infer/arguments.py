@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from autobatch.infer.configs import stated
-from autobatch.infer.fields import Field
-from autobatch.infer.labels import labels_of
-from autobatch.infer.named import NamedFields
-from autobatch.infer.signature import Signature
-from autobatch.infer.sizes import (
+from autobatch.workload.infer.configs import stated
+from autobatch.workload.infer.fields import Field
+from autobatch.workload.infer.labels import labels_of
+from autobatch.workload.infer.named import NamedFields
+from autobatch.workload.infer.signature import Signature
+from autobatch.workload.infer.sizes import (
     ALIGNED_FRAMES,
     LARGER_SIDES,
     STACKED_FRAMES,

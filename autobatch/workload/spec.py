@@ -33,8 +33,8 @@ import torch
 from torch import nn
 
 from autobatch.errors import SpecError, WorkloadError
-from autobatch.infer import Inferred, infer
-from autobatch.workload import Workload
+from autobatch.workload.infer import Inferred, infer
+from autobatch.workload.workload import Workload
 
 __all__ = ["LoadedSpec", "load_spec"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autobatch.infer.fields import Field
+from autobatch.workload.infer.fields import Field
 
 __all__ = ["CHOICES", "LM_HEAD", "labels_of"]
 

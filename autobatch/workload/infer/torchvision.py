@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from autobatch.infer.fields import Field, Inferred, builder, float_dtype, pair, unknown
-from autobatch.infer.images import classification, cross_entropy, last_features
-from autobatch.infer.trial import first_that_runs
+from autobatch.workload.infer.fields import Field, Inferred, builder, float_dtype, pair, unknown
+from autobatch.workload.infer.images import classification, cross_entropy, last_features
+from autobatch.workload.infer.trial import first_that_runs
 
 __all__ = ["infer_torchvision"]
 

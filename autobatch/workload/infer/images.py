@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.infer.fields import SURROGATE, Field, Inferred, builder
+from autobatch.workload.infer.fields import SURROGATE, Field, Inferred, builder
 
 __all__ = ["HEAD_LAYERS", "classification", "cross_entropy", "last_features"]
 

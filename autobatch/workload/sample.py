@@ -20,8 +20,8 @@ from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
 
-from autobatch.dataset import draw
 from autobatch.errors import SampleError
+from autobatch.workload.dataset import draw
 
 __all__ = [
     "BatchDims",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from autobatch.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import Progress
-    from autobatch.tuner import predict, tune
+    from autobatch.tuning.tuner import predict, tune
     from autobatch.workload.sample import batch_builder
     from autobatch.workload.workload import Workload
 
@@ -57,7 +57,7 @@ _HOMES = {
     "autobatch.plan": ("Plan",),
     "autobatch.records.progress": ("Progress",),
     "autobatch.workload.sample": ("batch_builder",),
-    "autobatch.tuner": ("predict", "tune"),
+    "autobatch.tuning.tuner": ("predict", "tune"),
     "autobatch.workload.workload": ("Workload",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -125,7 +125,7 @@ def _plan(
 
     if not is_device(options["gpu"]) or arguments.no_isolate:
         return _tune_spec(arguments.spec, options, progress=progress)
-    from autobatch.isolation import apart
+    from autobatch.tuning.isolation import apart
 
     return apart(
         _tune_spec, arguments.spec, options, progress=progress, time_limit=arguments.time_limit
@@ -133,7 +133,7 @@ def _plan(
 
 
 def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Plan:
-    from autobatch.tuner import tune
+    from autobatch.tuning.tuner import tune
 
     return tune(_subject(spec), progress=progress, **options)
 
@@ -147,7 +147,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json)
     gpu = _gpu(arguments)
     with follow(sys.stderr) as progress:
-        from autobatch.tuner import predict
+        from autobatch.tuning.tuner import predict
 
         footprint = predict(
             _subject(arguments.spec),

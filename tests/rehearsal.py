@@ -13,13 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autobatch import tuner
 from autobatch.devices.card import Stats
 from autobatch.gpus.budget import CardReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.snapshot import Snapshot, TraceEvent
 from autobatch.support.patching import patched
+from autobatch.tuning import tuner
 
 MIB = 2**20
 

@@ -23,10 +23,10 @@ from plans import example_plan
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch import cache
-from autobatch.cache import find, folder, plan_key, store
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.tuning import cache
+from autobatch.tuning.cache import find, folder, plan_key, store
 from autobatch.workload.workload import Workload
 
 GPU = find_gpu("a100-40gb")
@@ -424,7 +424,7 @@ sys.path[:0] = [{folder!r}]
 import torch
 from torch import nn
 import user_model
-from autobatch.cache import plan_key
+from autobatch.tuning.cache import plan_key
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.workload import Workload
 nn.Linear(1, 1).register_forward_hook(print) if "history" in sys.argv else None

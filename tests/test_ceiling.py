@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.trace import Block, Mark, Trace
 from autobatch.records.progress import silent
+from autobatch.tuning.ceiling import Probe, find_ceiling
 from autobatch.workload.workload import Workload
 
 KIB = 2**10

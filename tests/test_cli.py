@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return footprint_at(32)
 
     monkeypatch.setitem(
-        sys.modules, "autobatch.tuner", types.SimpleNamespace(tune=tune, predict=predict)
+        sys.modules, "autobatch.tuning.tuner", types.SimpleNamespace(tune=tune, predict=predict)
     )
     monkeypatch.setattr(cli, "_subject", lambda spec: spec)
     return asked

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autobatch import fingerprint
-from autobatch.fingerprint import UndescribableError, digest, surroundings
+from autobatch.tuning import fingerprint
+from autobatch.tuning.fingerprint import UndescribableError, digest, surroundings
 
 
 @settings(max_examples=60, deadline=None)
@@ -185,4 +185,4 @@ def test_a_switch_that_this_torch_does_not_have_is_unknown():
 def test_the_users_files_are_among_the_surroundings_and_libraries_are_not():
     sources = surroundings()["sources"]
     assert isinstance(sources, dict) and __name__ in sources
-    assert not sources.keys() & {"torch", "numpy", "itertools", "autobatch.cache"}
+    assert not sources.keys() & {"torch", "numpy", "itertools", "autobatch.tuning.cache"}

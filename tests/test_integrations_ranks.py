@@ -11,9 +11,9 @@ from plans import example_plan
 from ranks import Ranks
 
 import autobatch
-from autobatch.agreement import agreed
 from autobatch.errors import DoesNotFitError, WorkloadError
 from autobatch.records.split import split
+from autobatch.tuning.agreement import agreed
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,6 @@ import isolated_work
 import pytest
 from plans import example_plan
 
-from autobatch import cache, isolation
 from autobatch.errors import (
     AutobatchError,
     DoesNotFitError,
@@ -26,10 +25,11 @@ from autobatch.errors import (
     UsageError,
     WorkloadError,
 )
-from autobatch.isolation import RemoteTraceback, apart
 from autobatch.records.codec import decode, parse_json
 from autobatch.records.progress import Progress
 from autobatch.support import process
+from autobatch.tuning import cache, isolation
+from autobatch.tuning.isolation import RemoteTraceback, apart
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -261,7 +261,7 @@ GUARDED = """
 import sys
 from pathlib import Path
 import isolated_work
-from autobatch.isolation import apart
+from autobatch.tuning.isolation import apart
 
 if __name__ == "__main__":
     try:
@@ -309,7 +309,7 @@ def test_a_parent_that_is_killed_leaves_no_child_behind(work: str, tmp_path: Pat
 def test_a_script_that_cannot_be_imported_again_is_told_so_in_one_line(
     text: str, message: str, records: Path, tmp_path: Path
 ) -> None:
-    imports = "import sys, isolated_work\nfrom autobatch.isolation import apart\n"
+    imports = "import sys, isolated_work\nfrom autobatch.tuning.isolation import apart\n"
     with running(tmp_path / "script.py", imports + text) as script:
         _, err = script.communicate(timeout=20)
     *above, last = err.splitlines()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.search import CeilingSearch
+from autobatch.tuning.search import CeilingSearch
 
 MIB = 2**20
 

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
-from autobatch import advice, cli, tuner
-from autobatch.cache import plan_key
+from autobatch import advice, cli
 from autobatch.devices.session import _gradient_buckets
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
@@ -25,6 +24,8 @@ from autobatch.memory.trace import Trace
 from autobatch.plan import Plan
 from autobatch.report.document import summary
 from autobatch.report.text import render
+from autobatch.tuning import tuner
+from autobatch.tuning.cache import plan_key
 from autobatch.workload.workload import Workload
 
 dist = pytest.importorskip("torch.distributed")

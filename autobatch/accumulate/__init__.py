@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from autobatch.accumulate.ranks import group_of
 from autobatch.accumulate.window import Window, Windows
-from autobatch.agreement import ranks_here
 from autobatch.errors import UsageError
+from autobatch.tuning.agreement import ranks_here
 
 if TYPE_CHECKING:
     from autobatch.plan import Plan

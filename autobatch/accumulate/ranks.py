@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autobatch.agreement import ranks_here
 from autobatch.errors import UsageError
+from autobatch.tuning.agreement import ranks_here
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "group_of", "ranks_of"]

@@ -23,7 +23,7 @@ from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.plan import Plan
 from autobatch.support.units import format_bytes
-from autobatch.tuner import workload_of
+from autobatch.tuning.tuner import workload_of
 from autobatch.workload.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]

@@ -31,7 +31,7 @@ from autobatch.plan import Plan, Timeline
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
-from autobatch.tuner import Gpu, tune
+from autobatch.tuning.tuner import Gpu, tune
 
 __all__ = ["AutobatchCallback", "training_arguments", "tune_trainer"]
 

@@ -24,7 +24,7 @@ from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
 from autobatch.plan import Plan
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
-from autobatch.tuner import Gpu, tune
+from autobatch.tuning.tuner import Gpu, tune
 from autobatch.workload.dataset import dataset_length
 
 __all__ = ["AutobatchCallback", "LightningSettings", "settings"]

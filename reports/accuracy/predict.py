@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UnknownGpuError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import silent
+from autobatch.tuning.ceiling import Probe, find_ceiling
 from reports.accuracy.models import UnknownModelError, workload_of
 from reports.accuracy.tables import Record, Run
 

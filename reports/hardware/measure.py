@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Run
 from autobatch.devices.cuda import CudaGpu
 from autobatch.memory.accounting import footprint_of
@@ -21,6 +20,7 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
+from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.workload.workload import DefaultLoss, Workload, run_windows
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record

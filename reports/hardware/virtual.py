@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.cuda import describe
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
@@ -14,6 +13,7 @@ from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.records.progress import silent
+from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.workload.workload import Workload
 from reports.hardware.alignment import summary
 from reports.hardware.record import Record

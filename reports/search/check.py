@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autobatch.ceiling import Probe, find_ceiling
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.records.progress import silent
 from autobatch.support.units import format_bytes
+from autobatch.tuning.ceiling import Probe, find_ceiling
 from autobatch.workload.workload import Workload
 
 HEADROOM = 0.05

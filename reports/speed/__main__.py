@@ -69,7 +69,7 @@ def measure_start() -> Figures:
 
 
 def _start_once() -> tuple[float, float, float]:
-    code = "import torch, autobatch, autobatch.tuner"
+    code = "import torch, autobatch, autobatch.tuning.tuner"
     done = _run_python("-X", "importtime", "-c", code)
     cumulative = {
         name.strip(): int(microseconds) / 1e6
@@ -80,7 +80,7 @@ def _start_once() -> tuple[float, float, float]:
     started = time.perf_counter()
     _run_python("-m", "autobatch", "--help")
     command = time.perf_counter() - started
-    return cumulative["autobatch"], cumulative["autobatch.tuner"], command
+    return cumulative["autobatch"], cumulative["autobatch.tuning.tuner"], command
 
 
 def _run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

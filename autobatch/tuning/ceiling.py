@@ -19,7 +19,7 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.plan import Trial
 from autobatch.records.progress import Progress, ProgressCallback
-from autobatch.search import CeilingSearch
+from autobatch.tuning.search import CeilingSearch
 from autobatch.workload.workload import Workload
 
 __all__ = ["Ceiling", "Probe", "find_ceiling"]

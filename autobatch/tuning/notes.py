@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autobatch.ceiling import Ceiling, Probe
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.support.units import format_bytes
+from autobatch.tuning.ceiling import Ceiling, Probe
 
 __all__ = ["warnings", "what_is_missing"]
 

@@ -19,11 +19,11 @@ from types import FunctionType
 from typing import Any
 
 from autobatch.errors import FileError
-from autobatch.fingerprint import digest, surroundings
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan import Plan
 from autobatch.records.codec import RecordError
 from autobatch.support.randomness import random_state_kept
+from autobatch.tuning.fingerprint import digest, surroundings
 from autobatch.workload.workload import Workload
 
 __all__ = ["find", "folder", "plan_key", "store"]

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autobatch import _version
-from autobatch import cache as plan_cache
-from autobatch.agreement import agreed, ranks_here
-from autobatch.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.devices.base import Device, Run
 from autobatch.devices.card import Card
 from autobatch.devices.cuda import CudaGpu, describe
@@ -29,7 +26,6 @@ from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageE
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
 from autobatch.gpus.nvml import driver_version
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM, SIMULATED_HEADROOM
-from autobatch.isolation import apart
 from autobatch.memory.accounting import (
     curve_sizes,
     footprint_of,
@@ -43,8 +39,12 @@ from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
-from autobatch.remarks import warnings, what_is_missing
 from autobatch.support.units import GIB, MIB
+from autobatch.tuning import cache as plan_cache
+from autobatch.tuning.agreement import agreed, ranks_here
+from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.tuning.isolation import apart
+from autobatch.tuning.notes import warnings, what_is_missing
 from autobatch.workload.infer import infer
 from autobatch.workload.sample import prepare
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload

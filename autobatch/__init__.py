@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         WorkloadError,
     )
     from autobatch.gpus.catalogue import GpuSpec, find_gpu
-    from autobatch.plan import Plan
+    from autobatch.plan.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import Progress
     from autobatch.tuning.tuner import predict, tune
@@ -54,7 +54,7 @@ _HOMES = {
     ),
     "autobatch.records.footprint": ("Footprint",),
     "autobatch.gpus.catalogue": ("GpuSpec", "find_gpu"),
-    "autobatch.plan": ("Plan",),
+    "autobatch.plan.plan": ("Plan",),
     "autobatch.records.progress": ("Progress",),
     "autobatch.workload.sample": ("batch_builder",),
     "autobatch.tuning.tuner": ("predict", "tune"),

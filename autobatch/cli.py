@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autobatch.gpus.catalogue import GpuSpec
-    from autobatch.plan import Plan
+    from autobatch.plan.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import ProgressCallback
     from autobatch.workload.workload import OptimizerSpec, Workload
@@ -168,7 +168,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from autobatch.equivalence import check_equivalence
-    from autobatch.plan import Plan
+    from autobatch.plan.plan import Plan
     from autobatch.report.equivalence import equivalence_summary
     from autobatch.support.files import check_writable, write_text
     from autobatch.terminal import show
@@ -200,7 +200,7 @@ def _gpus(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from autobatch.plan import Plan
+    from autobatch.plan.plan import Plan
 
     plan = Plan.load(arguments.plan)
     source = Path(arguments.plan)
@@ -241,7 +241,7 @@ def _optimizer(name: str | None) -> OptimizerSpec | None:
 
 
 def _footprint_json(footprint: Footprint) -> str:
-    from autobatch.plan import SCHEMA_VERSION
+    from autobatch.plan.plan import SCHEMA_VERSION
     from autobatch.records.codec import dump_json, encode
 
     header = {"schema_version": SCHEMA_VERSION, "peak_device_bytes": footprint.peak_device_bytes}

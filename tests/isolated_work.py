@@ -13,7 +13,7 @@ from typing import Any
 from plans import example_plan
 
 from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.support import process
 

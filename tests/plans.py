@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.plan import MemoryPoint, ModelFacts, Plan, Timeline, TimelineSegment, Trial
+from autobatch.plan.plan import MemoryPoint, ModelFacts, Plan, Timeline, TimelineSegment, Trial
 from autobatch.records.footprint import Footprint
 from autobatch.records.split import Split
 

@@ -14,7 +14,7 @@ from plans import GPU, example_plan, footprint_at, ragged_plan
 from torch import nn
 
 from autobatch import FileError, UsageError, advice
-from autobatch.plan import Plan, WindowMemory
+from autobatch.plan.plan import Plan, WindowMemory
 
 
 class Linear(nn.Module):

@@ -16,7 +16,7 @@ from plans import example_plan, footprint_at
 from autobatch import cli
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
 from autobatch.gpus import nvml
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress
 
 PROBE = ["probe", "m.py:f", "--target", "256", "--gpu", "a100-40gb"]

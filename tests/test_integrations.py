@@ -13,7 +13,7 @@ from plans import example_plan, ragged_plan
 
 from autobatch.errors import FileError, UsageError
 from autobatch.integrations.settings import checked, one_size
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.split import Split, split
 
 ROOT = Path(__file__).parents[1]

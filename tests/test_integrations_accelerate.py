@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autobatch.errors import UsageError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.split import split
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")

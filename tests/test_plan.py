@@ -14,7 +14,7 @@ from plans import example_plan, ragged_plan
 
 from autobatch.errors import FileError
 from autobatch.gpus.catalogue import CATALOGUE
-from autobatch.plan import Plan, Timeline
+from autobatch.plan.plan import Plan, Timeline
 from autobatch.records.codec import RecordError, decode, encode, parse_json
 from autobatch.support.files import check_writable, prepare_folder, write_text
 

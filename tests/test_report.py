@@ -15,7 +15,7 @@ from rich.console import Console
 
 from autobatch import terminal
 from autobatch.errors import FileError
-from autobatch.plan import Plan, Timeline
+from autobatch.plan.plan import Plan, Timeline
 from autobatch.report import charts, html, markdown, table, text
 from autobatch.report.document import Paragraph, Table, footprint_summary, full_report, summary
 

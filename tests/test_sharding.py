@@ -21,7 +21,7 @@ from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.report.document import summary
 from autobatch.report.text import render
 from autobatch.tuning import tuner

@@ -20,7 +20,7 @@ from autobatch.errors import UsageError
 from autobatch.tuning.agreement import ranks_here
 
 if TYPE_CHECKING:
-    from autobatch.plan import Plan
+    from autobatch.plan.plan import Plan
 
 __all__ = ["Window", "Windows", "planned_windows", "windows"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autobatch.advice.wording import count, window_text
-from autobatch.plan import MemoryPoint, Plan
+from autobatch.plan.plan import MemoryPoint, Plan
 from autobatch.records.footprint import Evidence
 from autobatch.support.units import format_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["training_loop"]
 

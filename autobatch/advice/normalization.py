@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autobatch.advice.accumulation import samples_per_update
 from autobatch.advice.wording import count
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["BatchNormRow", "batchnorm", "batchnorm_rows"]
 

@@ -11,7 +11,7 @@ import math
 from typing import Literal
 
 from autobatch.errors import UsageError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = [
     "LearningRateRule",

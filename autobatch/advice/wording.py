@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["count", "effective_batch", "window_text"]
 

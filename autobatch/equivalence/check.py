@@ -21,7 +21,7 @@ from autobatch.equivalence.records import Equivalence
 from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.support.units import format_bytes
 from autobatch.tuning.tuner import workload_of
 from autobatch.workload.workload import Loss, Workload

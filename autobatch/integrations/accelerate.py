@@ -9,7 +9,7 @@ from accelerate.utils import GradientAccumulationPlugin, convert_outputs_to_fp32
 from torch import nn
 
 from autobatch.integrations.settings import checked, one_size
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["AccelerateSettings", "return_fp32", "settings"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from autobatch.errors import UsageError
 from autobatch.integrations.settings import one_size
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["configuration"]
 

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from autobatch.errors import UsageError
 from autobatch.integrations.accelerate import return_fp32
 from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
-from autobatch.plan import Plan, Timeline
+from autobatch.plan.plan import Plan, Timeline
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes

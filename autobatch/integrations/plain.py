@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from autobatch.integrations.settings import one_size
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["environment", "yaml"]
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from autobatch.errors import UsageError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.split import Split, uniform_alternatives
 
 __all__ = ["checked", "one_size", "tuned_to_one_size"]

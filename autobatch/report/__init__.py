@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.support.files import prepare_folder, write_text
 
 __all__ = ["prepare_folder", "write_report"]

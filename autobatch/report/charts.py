@@ -24,7 +24,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from autobatch.errors import FileError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.support.files import write_text
 from autobatch.support.units import GIB, MIB, format_bytes

@@ -13,7 +13,7 @@ from autobatch import advice
 from autobatch.advice import count
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.nvml import InstalledGpu
-from autobatch.plan import Plan, Trial
+from autobatch.plan.plan import Plan, Trial
 from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
 

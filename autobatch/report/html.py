@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.report.document import (
     Block,
     Bullets,

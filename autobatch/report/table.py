@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.codec import encode
 from autobatch.support.files import write_text
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from autobatch.errors import WorkloadError
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 
 __all__ = ["agreed", "ranks_here"]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from autobatch.errors import FileError
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.plan import Plan
+from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError
 from autobatch.support.randomness import random_state_kept
 from autobatch.tuning.fingerprint import digest, surroundings

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from autobatch import errors
 from autobatch.errors import AutobatchError, FileError, ProbeDiedError, UsageError
-from autobatch.plan import Plan, Trial
+from autobatch.plan.plan import Plan, Trial
 from autobatch.records.codec import decode, encode, parse_json
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process

@@ -35,7 +35,7 @@ from autobatch.memory.accounting import (
 )
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
-from autobatch.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
+from autobatch.plan.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split

@@ -1,5 +1,5 @@
 """`python -m autobatch`."""
 
-from autobatch.cli import entry
+from autobatch.cli.commands import entry
 
 entry()

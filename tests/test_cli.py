@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from plans import example_plan, footprint_at
 
-from autobatch import cli
+from autobatch.cli import commands as cli
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
 from autobatch.gpus import nvml
 from autobatch.plan.plan import Plan
@@ -280,7 +280,7 @@ def test_an_ascii_terminal_still_gets_an_answer() -> None:
 
 def test_help_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from autobatch.cli import main; main(['--help']);"
+        "import sys; from autobatch.cli.commands import main; main(['--help']);"
         "sys.exit(', '.join({'torch', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)) or None)"
     )
     done = subprocess.run(

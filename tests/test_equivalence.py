@@ -15,7 +15,8 @@ from plans import example_plan, ragged_plan
 from torch import Tensor, nn
 
 import autobatch
-from autobatch import UsageError, Workload, WorkloadError, check_equivalence, cli
+from autobatch import UsageError, Workload, WorkloadError, check_equivalence
+from autobatch.cli import commands as cli
 from autobatch.equivalence import Equivalence
 from autobatch.records.codec import decode
 

@@ -13,7 +13,7 @@ import pytest
 from plans import BUDGET, example_plan, ragged_plan
 from rich.console import Console
 
-from autobatch import terminal
+from autobatch.cli import terminal
 from autobatch.errors import FileError
 from autobatch.plan.plan import Plan, Timeline
 from autobatch.report import charts, html, markdown, table, text

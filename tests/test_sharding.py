@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
-from autobatch import advice, cli
+from autobatch import advice
+from autobatch.cli import commands as cli
 from autobatch.devices.session import _gradient_buckets
 from autobatch.devices.virtual import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError

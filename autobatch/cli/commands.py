@@ -85,9 +85,9 @@ def entry() -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
+    from autobatch.cli.terminal import follow, show
     from autobatch.report.document import summary
     from autobatch.support.files import check_writable, prepare_folder
-    from autobatch.terminal import follow, show
 
     if arguments.report:
         prepare_folder(arguments.report)
@@ -139,9 +139,9 @@ def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from autobatch.cli.terminal import follow, show
     from autobatch.report.document import footprint_summary
     from autobatch.support.files import check_writable, write_text
-    from autobatch.terminal import follow, show
 
     if arguments.json and arguments.json != "-":
         check_writable(arguments.json)
@@ -167,11 +167,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from autobatch.cli.terminal import show
     from autobatch.equivalence import check_equivalence
     from autobatch.plan.plan import Plan
     from autobatch.report.equivalence import equivalence_summary
     from autobatch.support.files import check_writable, write_text
-    from autobatch.terminal import show
 
     if arguments.json and arguments.json != "-":
         check_writable(arguments.json)
@@ -191,10 +191,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _gpus(arguments: argparse.Namespace) -> None:
+    from autobatch.cli.terminal import show
     from autobatch.gpus.catalogue import CATALOGUE
     from autobatch.gpus.nvml import installed_gpus
     from autobatch.report.document import gpu_list
-    from autobatch.terminal import show
 
     show(gpu_list(CATALOGUE.values(), installed_gpus()), sys.stdout)
 

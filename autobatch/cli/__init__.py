@@ -1,0 +1,8 @@
+"""The command line: its verbs, its parser and what a terminal shows.
+
+It may import everything, and nothing imports it.
+"""
+
+from autobatch.cli.commands.commands import entry, main
+
+__all__ = ["entry", "main"]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import autobatch
-from autobatch.integrations.huggingface import tune_trainer
+from autobatch.integrations.transformers import tune_trainer
 
 CARD = autobatch.GpuSpec(name="tiny-card", capacity_bytes=40 * 2**20)
 

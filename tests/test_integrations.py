@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import example_plan, ragged_plan
 
 from autobatch.errors import FileError, UsageError
-from autobatch.integrations.settings import checked, one_size
+from autobatch.exports.one_size import checked, one_size
 from autobatch.plan.plan import Plan
 from autobatch.records.split import Split, split
 

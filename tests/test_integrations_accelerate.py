@@ -15,7 +15,7 @@ from autobatch.records.split import split
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from autobatch.integrations.accelerate import return_fp32  # noqa: E402
+from autobatch.exports.accelerate import return_fp32  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from autobatch.records.split import split
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from autobatch.integrations.huggingface import (  # noqa: E402
+from autobatch.integrations.transformers import (  # noqa: E402
     AutobatchCallback,
     training_arguments,
     tune_trainer,

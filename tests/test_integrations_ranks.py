@@ -80,7 +80,7 @@ def train(rank: int, folder: str) -> dict[str, Any]:
     launched(rank, folder)
     from test_integrations_huggingface import trainer
 
-    from autobatch.integrations.huggingface import tune_trainer
+    from autobatch.integrations.transformers import tune_trainer
 
     run = trainer(Path(folder), ddp_backend="gloo", num_train_epochs=1)
     card = autobatch.GpuSpec(name="card", capacity_bytes=(400, 33)[rank] * 2**20)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
+from autobatch.exports.one_size import checked, one_size, tuned_to_one_size
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from autobatch.accumulate import Windows
-    from autobatch.integrations.accelerate import AccelerateSettings
+    from autobatch.exports.accelerate import AccelerateSettings
     from autobatch.integrations.lightning import LightningSettings
 
 __all__ = [
@@ -319,7 +319,7 @@ class Plan:
                 or its version lacks an argument.
         """
         with _extra("hf"):
-            from autobatch.integrations import huggingface
+            from autobatch.integrations import transformers as huggingface
         return huggingface.training_arguments(self, nearest=nearest)
 
     def to_accelerate(self, *, nearest: bool = False) -> AccelerateSettings:
@@ -335,7 +335,7 @@ class Plan:
             UsageError: as `to_training_arguments`, of accelerate.
         """
         with _extra("accelerate"):
-            from autobatch.integrations import accelerate
+            from autobatch.exports import accelerate
         return accelerate.settings(self, nearest=nearest)
 
     def to_lightning(
@@ -374,7 +374,7 @@ class Plan:
             UsageError: the plan is ragged and `nearest` is not set; the stage is unknown, as with a
                 sharding function.
         """
-        from autobatch.integrations import deepspeed
+        from autobatch.exports import deepspeed
 
         return deepspeed.configuration(self, zero_stage=zero_stage, nearest=nearest)
 
@@ -391,13 +391,13 @@ class Plan:
         Raises:
             UsageError: the plan is ragged and `nearest` is not set.
         """
-        from autobatch.integrations import plain
+        from autobatch.exports import plain
 
         return plain.environment(self, nearest=nearest)
 
     def to_yaml(self) -> str:
         """Return the answer as a few lines of YAML, with every window's sizes if it is ragged."""
-        from autobatch.integrations import plain
+        from autobatch.exports import plain
 
         return plain.yaml(self)
 

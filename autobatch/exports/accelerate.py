@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, convert_outputs_to_fp32
 from torch import nn
 
-from autobatch.integrations.settings import checked, one_size
+from autobatch.exports.one_size import checked, one_size
 from autobatch.plan.plan import Plan
 
 __all__ = ["AccelerateSettings", "return_fp32", "settings"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from autobatch.integrations.settings import one_size
+from autobatch.exports.one_size import one_size
 from autobatch.plan.plan import Plan
 
 __all__ = ["environment", "yaml"]

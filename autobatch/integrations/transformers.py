@@ -25,8 +25,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from autobatch.errors import UsageError
-from autobatch.integrations.accelerate import return_fp32
-from autobatch.integrations.settings import checked, one_size, tuned_to_one_size
+from autobatch.exports.accelerate import return_fp32
+from autobatch.exports.one_size import checked, one_size, tuned_to_one_size
 from autobatch.plan.plan import Plan, Timeline
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from autobatch.errors import UsageError
-from autobatch.integrations.settings import one_size
+from autobatch.exports.one_size import one_size
 from autobatch.plan.plan import Plan
 
 __all__ = ["configuration"]

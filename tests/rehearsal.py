@@ -1,6 +1,6 @@
 """A GPU played on the CPU: real tensors and arithmetic, the allocator simulated, with a limit.
 
-It stands in for `autobatch.devices.card.Card`, so that everything above it runs as on a real GPU.
+It stands in for `autobatch.devices.cuda.runtime.Card`, so that everything above it runs as on a real GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autobatch.devices.card import Stats
+from autobatch.devices.cuda.runtime import Stats
 from autobatch.gpus.budget import CardReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import (
     curve_sizes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autobatch.devices import backend
+from autobatch.devices.virtual import backend
 from autobatch.errors import AutobatchError
 from autobatch.support import process
 

@@ -23,7 +23,7 @@ from plans import example_plan
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.tuning import cache
 from autobatch.tuning.cache import find, folder, plan_key, store

@@ -11,8 +11,8 @@ from torch import nn
 import autobatch
 from autobatch import DoesNotFitError, UsageError, Workload, WorkloadError
 from autobatch.devices.base import Run
-from autobatch.devices.card import Card
-from autobatch.devices.cuda import CudaGpu, describe
+from autobatch.devices.cuda.gpu import CudaGpu, describe
+from autobatch.devices.cuda.runtime import Card
 from autobatch.memory.accounting import replay
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from autobatch.devices.fused import FUSED
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.kernels.fused import FUSED
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Block
 from autobatch.workload.sample import batch_builder

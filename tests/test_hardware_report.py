@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch import Workload, find_gpu
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.memory.trace import Block, Mark, Trace
 from autobatch.support.units import MIB
 

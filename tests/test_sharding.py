@@ -18,7 +18,7 @@ import autobatch
 from autobatch import advice
 from autobatch.cli import commands as cli
 from autobatch.devices.session import _gradient_buckets
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
@@ -37,7 +37,7 @@ if not hasattr(fsdp, "fully_shard"):
     pytest.skip("no FSDP2 in this PyTorch", allow_module_level=True)
 
 from autobatch.devices import sharding  # noqa: E402
-from autobatch.devices.sharding import repeated_blocks  # noqa: E402
+from autobatch.devices.virtual.sharding.rank import repeated_blocks  # noqa: E402
 
 GPU = find_gpu("a100-40gb")
 WIDTH, HIDDEN, LAYERS = 24, 100, 3

@@ -12,8 +12,8 @@ from rehearsal import RehearsedCard, played
 
 import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
-from autobatch.devices import shelter
-from autobatch.devices.card import Card
+from autobatch.devices.cuda import offload as shelter
+from autobatch.devices.cuda.runtime import Card
 from autobatch.support.units import MIB
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")

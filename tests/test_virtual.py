@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
@@ -265,7 +265,7 @@ class Attention(nn.Module):
     ],
 )
 def test_attention_takes_the_kernel_of_the_target_gpu(gpu, autocast, kernel, monkeypatch):
-    monkeypatch.setattr("autobatch.devices.attention._cudnn_version", lambda: 92000)
+    monkeypatch.setattr("autobatch.devices.virtual.kernels.attention._cudnn_version", lambda: 92000)
     trace = run(Attention(), gpu=gpu, autocast=autocast, sample=torch.zeros(2, 32, WIDTH))
     assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
 

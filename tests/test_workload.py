@@ -12,8 +12,8 @@ from torch import nn
 
 from autobatch import UsageError, Workload, WorkloadError, tune
 from autobatch.advice import training_loop
-from autobatch.devices.cuda import CudaGpu
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.cuda.gpu import CudaGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.wrappers import is_compiled, unwrapped

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from autobatch.devices.copies import Copier
-from autobatch.devices.guard import lost_error
+from autobatch.devices.virtual.device_guard import lost_error
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from autobatch.devices.cuda.offload import free_host_bytes
+from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import user_errors
-from autobatch.devices.shelter import free_host_bytes
-from autobatch.devices.undisturbed import undisturbed
 from autobatch.equivalence.gradients import Weigh
 from autobatch.equivalence.investigation import TOLERANCES, Investigation
 from autobatch.equivalence.records import Equivalence

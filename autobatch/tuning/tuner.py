@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
-from autobatch.devices.card import Card
-from autobatch.devices.cuda import CudaGpu, describe
-from autobatch.devices.shelter import free_host_bytes
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.cuda.gpu import CudaGpu, describe
+from autobatch.devices.cuda.offload import free_host_bytes
+from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import AutobatchError, DoesNotFitError, NoGpuError, UsageError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
 from autobatch.gpus.nvml import driver_version

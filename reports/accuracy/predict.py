@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UnknownGpuError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.memory.replay import Replay

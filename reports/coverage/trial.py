@@ -15,7 +15,7 @@ from typing import Any
 
 import autobatch
 from autobatch.devices.base import Run
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import AutobatchError, SampleError, WorkloadError
 from autobatch.support.patching import patched
 from autobatch.workload.workload import Workload

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autobatch.devices.card import Card
+from autobatch.devices.cuda.runtime import Card
 from autobatch.gpus import nvml
 
 _INTERVAL_S = 0.01

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from autobatch.devices.base import Run
-from autobatch.devices.cuda import CudaGpu
+from autobatch.devices.cuda.gpu import CudaGpu
 from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from autobatch.devices.cuda import describe
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.cuda.gpu import describe
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay

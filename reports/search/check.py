@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autobatch.devices.virtual import VirtualGpu
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.records.progress import silent
 from autobatch.support.units import format_bytes

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from autobatch.devices.values import Values, values_of
+from autobatch.devices.virtual.known_values import Values, values_of
 from autobatch.errors import WorkloadError
 
 __all__ = ["StandIns", "standin_of"]

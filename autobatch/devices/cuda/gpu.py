@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from autobatch.devices.base import WINDOWS, Run
-from autobatch.devices.card import Card, Stats
 from autobatch.devices.copies import Copier
-from autobatch.devices.history import HistoryRecorder
+from autobatch.devices.cuda.memory_history import HistoryRecorder
+from autobatch.devices.cuda.offload import Shelter, uninterrupted
+from autobatch.devices.cuda.runtime import Card, Stats
+from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import Session, user_errors
-from autobatch.devices.shelter import Shelter, uninterrupted
-from autobatch.devices.undisturbed import undisturbed
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.gpus.catalogue import GpuSpec, find_gpu

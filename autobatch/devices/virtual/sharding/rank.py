@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from autobatch.devices.fake import VirtualMode
-from autobatch.devices.recorder import StorageRecorder
+from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.errors import UsageError
 from autobatch.memory.trace import Trace
 from autobatch.support.patching import patched

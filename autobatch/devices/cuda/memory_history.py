@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autobatch.devices.card import Card
+from autobatch.devices.cuda.runtime import Card
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Block, Category, Mark, Phase, Trace

@@ -17,25 +17,26 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autobatch.devices import fused, norms, rnn
-from autobatch.devices.backend import pretend, virtual_device
 from autobatch.devices.base import WINDOWS, Run
-from autobatch.devices.calls import CudaCalls
 from autobatch.devices.copies import Copier
-from autobatch.devices.fake import VirtualMode
-from autobatch.devices.kernels import (
+from autobatch.devices.preserve import undisturbed
+from autobatch.devices.session import Session, user_errors
+from autobatch.devices.virtual.backend import pretend, virtual_device
+from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.virtual.function_mode import CudaCalls
+from autobatch.devices.virtual.kernels import fused, rnn
+from autobatch.devices.virtual.kernels import outputs as norms
+from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
+from autobatch.devices.virtual.kernels.workspaces import (
     contiguous_copies,
     convolution_workspaces,
     cublas_workspace_bytes,
     takes_workspace,
     uses_cublas,
 )
-from autobatch.devices.recorder import StorageRecorder
-from autobatch.devices.session import Session, user_errors
-from autobatch.devices.standins import StandIns
-from autobatch.devices.substitutes import cuda_kernels
-from autobatch.devices.undisturbed import undisturbed
-from autobatch.devices.values import Values
+from autobatch.devices.virtual.known_values import Values
+from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.unknown_values import StandIns
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
@@ -103,7 +104,7 @@ class VirtualGpu:
         device = virtual_device()
         if workload.shares not in ("fsdp", "custom"):
             return self._run(workload, micro_batch, accumulation_steps, _Part(device))
-        from autobatch.devices.sharding import as_rank_zero, rank_mode, sharded
+        from autobatch.devices.virtual.sharding.rank import as_rank_zero, rank_mode, sharded
 
         with as_rank_zero(workload.world_size, device) as recorder:
             part = _Part(device, recorder, rank_mode(), sharded)

@@ -22,10 +22,11 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autobatch.devices import autocast, fused
 from autobatch.devices.copies import apply_without_swapping
-from autobatch.devices.fallback import run_on_cpu
-from autobatch.devices.guard import VirtualDeviceGuard
+from autobatch.devices.virtual import autocast
+from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
+from autobatch.devices.virtual.kernels import fused
+from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process

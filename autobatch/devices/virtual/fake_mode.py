@@ -27,7 +27,7 @@ from torch._subclasses.fake_impls import op_implementations_checks
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autobatch.devices.engine import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
 
 __all__ = ["Recorder", "VirtualMode"]
 

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autobatch.devices.standins import standin_of
-from autobatch.devices.values import forget, values_of
+from autobatch.devices.virtual.known_values import forget, values_of
+from autobatch.devices.virtual.unknown_values import standin_of
 from autobatch.support.patching import patched
 
 __all__ = ["CudaCalls"]

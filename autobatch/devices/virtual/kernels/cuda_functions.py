@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autobatch.devices import rnn
-from autobatch.devices.attention import attend
+from autobatch.devices.virtual.kernels import rnn
+from autobatch.devices.virtual.kernels.attention import attend
 from autobatch.support.patching import patched
 
 __all__ = ["cuda_kernels"]

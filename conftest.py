@@ -2,10 +2,12 @@
 
 from importlib.util import find_spec
 
-_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers", "lightning": "lightning"}
+_NEEDS = {
+    "exports/accelerate.py": "accelerate",
+    "integrations/lightning.py": "lightning",
+    "integrations/transformers.py": "transformers",
+}
 
 collect_ignore = [
-    f"autobatch/integrations/{module}.py"
-    for module, library in _NEEDS.items()
-    if find_spec(library) is None
+    f"autobatch/{module}" for module, library in _NEEDS.items() if find_spec(library) is None
 ]

@@ -112,7 +112,7 @@ def _require_a_parent() -> None:
 @contextmanager
 def _record() -> Iterator[Path]:
     """Give a folder for the log; of a probe that died, the log stays."""
-    from autobatch import cache  # imports torch, which the child may not need
+    from autobatch.tuning import cache  # imports torch, which the child may not need
 
     prefix = time.strftime("%Y%m%d-%H%M%S-")
     try:

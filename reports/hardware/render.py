@@ -31,7 +31,7 @@ when this was written. Unmeasured are therefore, on every card:
 - what accelerate's and Lightning's batch-size finders need for the same windows.
 
 Every test of the package runs on CPUs; there a card is simulated, or played by
-`tests/rehearsal.py`, with which `tests/test_hardware_report.py` rehearses this command."""
+`tests/support/rehearsal.py`, with which `tests/reports/test_hardware.py` rehearses this command."""
 
 
 def render(folder: Path) -> None:

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autobatch.cli import commands as cli
+from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
+from autobatch.gpus import nvml
+from autobatch.plan.plan import Plan
+from autobatch.records.progress import Progress
+from tests.support import ROOT
+from tests.support.plans import example_plan, footprint_at
+
+PROBE = ["probe", "m.py:f", "--target", "256", "--gpu", "a100-40gb"]
+PREDICT = ["predict", "m.py:f", "--micro-batch", "32", "--gpu", "a100-40gb"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace the tuner by one that answers at once and remembers what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def tune(model: object, *, progress: Callable[[Progress], None], **options: Any) -> Plan:
+        asked.append(options)
+        progress(Progress(step="running", executions=0, expected=3, micro_batch=2))
+        return example_plan()
+
+    def predict(model: object, *, progress: Callable[[Progress], None], **options: Any) -> Any:
+        asked.append(options)
+        return footprint_at(32)
+
+    monkeypatch.setitem(
+        sys.modules, "autobatch.tuning.tuner", types.SimpleNamespace(tune=tune, predict=predict)
+    )
+    monkeypatch.setattr(cli, "_subject", lambda spec: spec)
+    return asked
+
+
+def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(spec: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_subject", fail)
+
+
+def test_probe_answers_on_stdout_and_reports_progress_on_stderr(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(PROBE) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{example_plan()}\n"
+    assert err == "1 of about 3: running, micro-batch 2\n"
+
+
+def test_options_reach_the_tuner(calls: list[dict[str, Any]]) -> None:
+    options = ["--world-size", "2", "--headroom", "0.1", "--autocast", "bf16", "--clip-norm", "1"]
+    assert cli.main([*PROBE, *options, "--optimizer", "sgd"]) == 0
+    (asked,) = calls
+    assert asked["gpu"].name == "a100-40gb"
+    assert (asked["target"], asked["world_size"], asked["headroom"]) == (256, 2, 0.1)
+    assert (asked["autocast"], asked["clip_norm"]) == ("bf16", 1.0)
+    assert asked["optimizer"].__name__ == "SGD"
+
+
+def test_every_optimizer_name_makes_an_optimizer() -> None:
+    import torch
+
+    for name in cli._OPTIMIZERS:
+        make: Any = cli._optimizer(name)
+        optimizer = make([torch.nn.Parameter(torch.ones(2))])
+        assert optimizer.defaults.get("momentum", 0) == (0.9 if name == "sgd-momentum" else 0)
+
+
+def test_json_on_stdout_is_nothing_but_json(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main([*PROBE, "--json", "-", "--report", str(tmp_path / "r")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["answer"]["micro_batch"] == 64
+    assert "report.html" in err
+
+
+def test_json_into_a_file_loads_as_the_plan(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert cli.main([*PROBE, "--json", str(tmp_path / "plan.json")]) == 0
+    assert Plan.load(tmp_path / "plan.json") == example_plan()
+
+
+def test_outputs_are_checked_before_the_work(
+    calls: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for options in (["--report", str(tmp_path / "file")], ["--json", str(tmp_path / "no" / "x")]):
+        assert cli.main([*PROBE, *options]) == 2
+        assert capsys.readouterr().err.startswith("autobatch: error: cannot write")
+    assert calls == []
+
+
+def test_predict_accounts_for_the_micro_batch(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*PREDICT, "--accumulation-steps", "4"]) == 0
+    assert "on the device at micro-batch 32" in capsys.readouterr().out
+    assert (calls[0]["micro_batch"], calls[0]["accumulation_steps"]) == (32, 4)
+    assert cli.main([*PREDICT, "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["peak_device_bytes"] == footprint_at(32).peak_device_bytes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("no"), 2),
+        (DoesNotFitError("no"), 3),
+        (WorkloadError("no"), 1),
+        (AutobatchError("no"), 1),
+    ],
+)
+def test_an_error_is_one_line_and_its_exit_code(
+    error: AutobatchError,
+    code: int,
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing_with(error, monkeypatch)
+    assert cli.main(PROBE) == code
+    assert capsys.readouterr() == ("", "autobatch: error: no\n")
+
+
+def test_the_users_own_traceback_is_kept(
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = WorkloadError("the model failed")
+    try:
+        raise KeyError("their mistake")
+    except KeyError as cause:
+        error.__cause__ = cause
+    failing_with(error, monkeypatch)
+    assert cli.main(PROBE) == 1
+    err = capsys.readouterr().err
+    assert "test_the_users_own_traceback_is_kept" in err
+    assert "KeyError: 'their mistake'" in err
+    assert err.splitlines()[-1] == "autobatch: error: the model failed"
+    assert "WorkloadError" not in err
+
+
+def test_ctrl_c_is_quiet(
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing_with(KeyboardInterrupt(), monkeypatch)
+    assert cli.main(PROBE) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["probe"],
+        ["probe", "m.py:f"],
+        ["probe", "m.py:f", "--target", "many"],
+        [*PROBE, "--optimizer", "no-such"],
+        [*PROBE, "--gpu", "no-such-gpu"],
+        ["report", "no-such-file.json"],
+    ],
+)
+def test_bad_usage_exits_with_2_and_without_traceback(
+    arguments: list[str], calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_help_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["probe", "--help"], ["--version"]):
+        assert cli.main(arguments) == 0
+    assert "autobatch 0" in capsys.readouterr().out
+
+
+def test_a_saved_plan_is_rendered_again_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = example_plan().save(tmp_path / "run.json")
+    assert cli.main(["report", str(saved)]) == 0
+    assert (tmp_path / "run-report" / "report.html").exists()
+    assert cli.main(["report", str(saved), "--out", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+
+
+def test_the_gpu_list_names_the_catalogue_and_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = nvml.InstalledGpu(index=0, name="NVIDIA Test", total_bytes=2**34, used_bytes=2**30)
+    monkeypatch.setattr(nvml, "installed_gpus", lambda: (card,))
+    assert cli.main(["gpus"]) == 0
+    out = capsys.readouterr().out
+    assert "a100-40gb" in out
+    assert "NVIDIA Test" in out
+    assert "16.0 GiB" in out
+
+
+def test_no_driver_means_no_installed_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def fail() -> None:
+        raise NVMLError
+
+    fake = types.SimpleNamespace(NVMLError=NVMLError, nvmlInit=fail)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert nvml.installed_gpus() == ()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml.installed_gpus() == ()
+
+
+def run_gpus(stdout: int, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autobatch", "gpus"],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def on_a_terminal(**environment: str) -> bytes:
+    leader, follower = pty.openpty()
+    process = run_gpus(follower, **environment)
+    os.close(follower)
+    received = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            received += chunk
+    except OSError:  # Linux ends a terminal's last read with EIO
+        pass
+    os.close(leader)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return received
+
+
+def test_a_terminal_gets_colours_unless_no_color_is_set() -> None:
+    assert b"\x1b[" in on_a_terminal(TERM="xterm-256color", NO_COLOR="")
+    plain = on_a_terminal(TERM="xterm-256color", NO_COLOR="1")
+    assert b"\x1b[" not in plain
+    assert b"a100-40gb" in plain
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = run_gpus(write)
+    os.close(write)
+    _, errors = process.communicate()
+    assert errors == b""
+    assert process.returncode == 141
+
+
+def test_an_ascii_terminal_still_gets_an_answer() -> None:
+    process = run_gpus(subprocess.PIPE, PYTHONIOENCODING="ascii")
+    out, errors = process.communicate()
+    assert (process.returncode, errors) == (0, b"")
+    assert b"a100-40gb" in out
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from autobatch.cli.commands import main; main(['--help']);"
+        "sys.exit(', '.join({'torch', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

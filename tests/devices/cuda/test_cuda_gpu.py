@@ -1,0 +1,410 @@
+"""Everything above the card, on a card that is played on the CPU; and on a real one, if any."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import autobatch
+from autobatch import DoesNotFitError, UsageError, Workload, WorkloadError
+from autobatch.devices.base import Run
+from autobatch.devices.cuda.gpu import CudaGpu, describe
+from autobatch.devices.cuda.runtime import Card
+from autobatch.memory.accounting import replay
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
+from autobatch.support.units import GIB, MIB
+from autobatch.workload.sample import batch_builder
+from tests.support.rehearsal import RehearsedCard, played
+
+SAMPLE = (torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(8),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 10),
+    )
+
+
+def workload(model=None, **options):
+    given = {"model": model or cnn(), "batch": batch_builder(SAMPLE), "loss": cross_entropy}
+    return Workload(**given | options)
+
+
+def tune(card, **options):
+    given = {"target": 4096, "cache": False, "headroom": 0.0} | options
+    with played(card):
+        return autobatch.tune(given.pop("workload", None) or workload(), **given)
+
+
+def run(card, n=2, steps=2, model=None, labelled=False, **options):
+    gpu = CudaGpu(card, labelled=labelled)
+    job = workload(model, **options)
+    with gpu.hosting(job):
+        return gpu.run(job, micro_batch=n, accumulation_steps=steps)
+
+
+# What a run tells
+
+
+def test_a_run_says_what_every_byte_is_for():
+    model = cnn()
+    result = run(RehearsedCard(), n=8, model=model)
+    elements = sum(p.numel() for p in model.parameters())
+    account = result.trace.by_category(result.replay.peak_event)
+    assert account["parameters"] == account["gradients"] == 4 * elements
+    assert account["buffers"] == 4 * 32 + 8
+    assert account["inputs"] == 8 * (3 * 32 * 32 * 4 + 8)
+    assert account["activations"] > 8 * 16 * 32 * 32 * 4
+    assert account["workspace"] == account["other"] == 0
+    after_step = result.trace.by_category(len(result.trace.events) - 1)
+    assert after_step["optimizer_state"] == 2 * 4 * elements
+    assert (result.loss, result.optimizer, result.shortage) == ("user", "AdamW", None)
+    assert result.window_seconds > 0
+
+
+def test_the_trace_replays_to_the_peaks_that_were_measured():
+    card = RehearsedCard()
+    result = run(card, n=8)
+    simulated = replay(result.trace)
+    assert simulated.peak_reserved_bytes == result.replay.peak_reserved_bytes
+    assert simulated.peak_allocated_bytes == result.replay.peak_allocated_bytes
+
+
+def test_phases_are_where_they_begin():
+    trace = run(RehearsedCard()).trace
+    phases = [(m.phase, m.window, m.micro_batch) for m in trace.marks]
+    window = [("inputs", 0), ("forward", 0), ("backward", 0)]
+    window += [("inputs", 1), ("forward", 1), ("backward", 1), ("step", 1)]
+    assert phases == [("setup", 0, 0)] + [(p, w, m) for w in (0, 1) for p, m in window]
+    assert [m.event for m in trace.marks] == sorted(m.event for m in trace.marks)
+
+
+def test_ops_are_named_on_request():
+    assert {block.op for block in run(RehearsedCard()).trace.blocks} == {""}
+    ops = {block.op for block in run(RehearsedCard(), labelled=True).trace.blocks}
+    assert {"aten::convolution", "aten::native_batch_norm"} & ops
+
+
+def test_a_library_that_keeps_memory_of_its_own_is_seen():
+    kept = []
+
+    def loss(model, batch):
+        if not kept:
+            kept.append(torch.zeros(1000))
+        return cross_entropy(model, batch)
+
+    trace = run(RehearsedCard(), loss=loss).trace
+    assert [b.size_bytes for b in trace.blocks if b.category == "workspace"] == [4000]
+
+
+def test_out_of_memory_is_a_value_and_leaves_the_allocator_as_it_was():
+    card = RehearsedCard(24 * MIB, context_bytes=0)
+    before = card.stats()
+    result = run(card, n=512)
+    assert result.shortage.startswith("CUDA out of memory. Tried to allocate")
+    assert card.ooms == 1
+    assert not result.fits(2**40)
+    assert result.trace.events  # up to the request that failed
+    now = card.stats()
+    assert (now.allocated_bytes, now.reserved_bytes) == (0, 0)
+    assert now.peak_allocated_bytes == before.peak_allocated_bytes
+
+
+def test_what_fits_only_after_a_retry_does_not_fit():
+    trace = Trace(micro_batch=1, accumulation_steps=1, blocks=(), events=(), marks=())
+    facts = {"seconds": 0.0, "loss": "user", "optimizer": "SGD", "warnings": (), "trace": trace}
+    peaks = {"peak_allocated_bytes": 5, "peak_reserved_bytes": 5, "peak_event": 0}
+    calm = Run(replay=Replay(**peaks, alloc_retries=0, oom_event=None), **facts)
+    retried = Run(replay=Replay(**peaks, alloc_retries=1, oom_event=None), **facts)
+    assert calm.fits(5) and not calm.fits(4) and not retried.fits(100)
+    assert not replace(calm, shortage="no room").fits(100)
+
+
+def test_tensors_that_survive_a_run_are_reported():
+    kept = []
+
+    def loss(model, batch):
+        kept.append(model(batch[0]))
+        return F.cross_entropy(kept[-1], batch[1])
+
+    warning = " ".join(run(RehearsedCard(), loss=loss).warnings)
+    assert "still allocated after a run at micro-batch 2" in warning
+
+
+def test_a_users_error_is_theirs_and_nothing_stays_on_the_card():
+    card = RehearsedCard()
+
+    def loss(model, batch):
+        held = model(batch[0])
+        raise ValueError(f"labels of {held.shape}")
+
+    with pytest.raises(WorkloadError, match="failed at micro-batch 2: ValueError: labels"):
+        run(card, loss=loss)
+    assert card.stats().allocated_bytes == 0
+
+
+def test_a_model_that_is_compiled_runs_compiled():
+    seen = set()
+
+    def loss(model, batch):
+        seen.add(type(model).__name__)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    compiled = torch.compile(net, backend="eager")
+    assert run(RehearsedCard(), model=compiled, loss=loss).shortage is None
+    assert seen == {"OptimizedModule"}
+
+
+# The search on it
+
+
+def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
+    card = RehearsedCard(96 * MIB)
+    plan = tune(card, prove=True)
+    sizes = [trial.micro_batch for trial in plan.trials]
+    assert sizes[:4] == [2, 3, plan.ceiling, plan.ceiling + 1]
+    assert [trial.fits for trial in plan.trials[:4]] == [True, True, True, False]
+    assert plan.proven and plan.method == "trace model" and card.ooms == plan.ooms <= 1
+    assert plan.ceiling_footprint.evidence == plan.footprint.evidence == "measured"
+    assert plan.footprint.micro_batch == plan.micro_batch
+    assert plan.micro_batch in sizes  # what is promised has run
+    assert plan.budget_bytes == 80 * MIB
+    assert all(trial.window_seconds for trial in plan.trials if not trial.oom)
+
+
+def test_without_proof_nothing_is_run_that_does_not_fit():
+    card = RehearsedCard(96 * MIB)
+    plan = tune(card)
+    assert card.ooms == 0 and all(trial.fits for trial in plan.trials)
+    assert not plan.proven
+
+
+def varying_scratch(name, shapes):
+    """A convolution whose kernels choose another workspace for every other size."""
+    if name != "aten::convolution":
+        return 0
+    n = shapes[0][0]
+    return 4096 * n + (MIB if n % 2 else 0) if n % 3 else 0
+
+
+def test_scratch_memory_that_changes_with_the_size_does_not_end_the_model():
+    card = RehearsedCard(96 * MIB, scratch=varying_scratch)
+    plan = tune(card, prove=True)
+    assert plan.method == "trace model" and plan.proven
+    assert len([t for t in plan.trials if t.micro_batch <= plan.ceiling]) <= 6
+    assert sum(trial.oom for trial in plan.trials if trial.micro_batch <= plan.ceiling) == 0
+
+
+def test_a_smaller_size_that_needs_more_is_reported_and_not_planned():
+    def scratch(name, shapes):
+        if name != "aten::convolution":
+            return 0
+        return 60 * MIB if shapes[0][0] == 192 else 0
+
+    plan = tune(RehearsedCard(96 * MIB, scratch=scratch), target=384)
+    assert plan.ceiling > 192  # of which two would have made the target
+    assert (plan.micro_batch, plan.accumulation_steps, plan.effective_batch) == (128, 3, 384)
+    assert any("memory is not monotone here: micro-batch 192" in w for w in plan.warnings)
+
+
+def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling():
+    class Shifty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cnn()
+
+        def forward(self, images):
+            for _ in range(len(images) % 5):
+                images = images + 1
+            return self.net(images)
+
+    card = RehearsedCard(64 * MIB)
+    plan = tune(card, workload=workload(Shifty()))
+    assert plan.method == "bisection"
+    fits = {trial.micro_batch: trial.fits for trial in plan.trials}
+    assert fits[plan.ceiling] and not fits[plan.ceiling + 1]
+    assert plan.executions <= 9
+    first_guess = plan.trials[2].micro_batch
+    assert abs(first_guess - plan.ceiling) < plan.ceiling / 2
+
+
+def test_nothing_fits_says_by_how_much():
+    with pytest.raises(DoesNotFitError, match="not even micro-batch 1 fits on rehearsed"):
+        tune(RehearsedCard(96 * MIB), headroom=0.99)
+    with pytest.raises(DoesNotFitError, match="ran out of memory"):
+        tune(RehearsedCard(17 * MIB))
+
+
+# The card
+
+
+def test_the_budget_leaves_out_context_and_other_processes():
+    card = RehearsedCard(300 * MIB, context_bytes=20 * MIB, others_bytes=180 * MIB)
+    plan = tune(card, headroom=0.1)
+    assert plan.budget_bytes == int(100 * MIB * 0.9)
+    assert (plan.gpu.context_bytes, plan.others_bytes) == (20 * MIB, 180 * MIB)
+    assert any("other processes hold 180 MiB" in warning for warning in plan.warnings)
+    assert "- 180 MiB others) × (1 - 0.1 headroom) = 90.0 MiB" in str(plan)
+
+
+def test_the_processes_fraction_is_obeyed():
+    plan = tune(RehearsedCard(300 * MIB, allowed_bytes=64 * MIB), prove=True)
+    assert plan.budget_bytes == plan.allowed_bytes == 64 * MIB
+    assert "64.0 MiB allowed to the process × (1 - 0 headroom)" in str(plan)
+    assert plan.proven
+
+
+def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():
+    card = RehearsedCard(96 * MIB)
+    grown = iter(range(1, 100))
+
+    def scratch(name, shapes):
+        if name == "aten::convolution" and card.context_bytes < 24 * MIB:
+            card.context_bytes += next(grown) * 1024
+        return 0
+
+    card.scratch = scratch
+    plan = tune(card)
+    assert plan.gpu.context_bytes == card.context_bytes > 16 * MIB
+    assert plan.budget_bytes == 96 * MIB - card.context_bytes
+    assert plan.ceiling_footprint.peak_reserved_bytes <= plan.budget_bytes
+
+
+def test_a_neighbour_that_grows_during_the_probe_is_reported():
+    card = RehearsedCard(300 * MIB, others_bytes=MIB)
+    calls = []
+
+    def scratch(name, shapes):
+        calls.append(name)
+        if len(calls) == 50:
+            card.others_bytes += 100 * MIB
+        return 0
+
+    card.scratch = scratch
+    plan = tune(card)
+    assert any("grew by 100 MiB during the probe" in warning for warning in plan.warnings)
+    assert plan.others_bytes == 101 * MIB
+
+
+def test_a_driver_that_hides_processes_is_said_to():
+    plan = tune(RehearsedCard(96 * MIB, knows_own=False))
+    assert any("does not say what this process holds" in warning for warning in plan.warnings)
+    assert plan.budget_bytes == 80 * MIB
+
+
+def test_spilling_into_the_hosts_memory_is_not_believed():
+    card = RehearsedCard(64 * MIB, knows_own=False)
+    card.allocator = type(card.allocator)()  # a driver that never says no
+    plan = tune(card, prove=True)
+    assert plan.budget_bytes == 48 * MIB
+    assert plan.ceiling_footprint.peak_reserved_bytes <= 48 * MIB
+    assert card.ooms == 0 and not plan.trials[3].fits
+
+
+def test_a_recording_of_the_users_own_is_not_ended():
+    card = RehearsedCard()
+    card.is_recording = True
+    with pytest.raises(UsageError, match="isolate=True"):
+        tune(card)
+
+
+def test_a_known_card_keeps_its_figures_and_takes_the_drivers_capacity():
+    spec = describe("NVIDIA H100 80GB HBM3", 85_000_000_000, (9, 0))
+    assert (spec.name, spec.capacity_bytes) == ("NVIDIA H100 80GB HBM3", 85_000_000_000)
+    assert spec.flops["bf16"] > 9e14
+    unknown = describe("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4 * GIB, (8, 0))
+    assert (unknown.capacity_bytes, unknown.compute_capability) == (4 * GIB, (8, 0))
+
+
+# The cache of plans
+
+
+def test_a_second_tune_answers_without_running_anything():
+    card = RehearsedCard(96 * MIB)
+    first = tune(card, cache=True)
+    ran = card.calls
+    second = tune(card, cache=True)
+    assert card.calls == ran
+    assert (second.split, second.trials) == (first.split, first.trials)
+    assert "answered from the plan of" in second.warnings[-1]
+    third = tune(card, cache=True, target=8192)
+    assert card.calls > ran and third.target == 8192
+
+
+def test_a_known_plan_is_confirmed_by_one_window_on_request():
+    card = RehearsedCard(96 * MIB)
+    first = tune(card, cache=True)
+    second = tune(card, cache="confirm")
+    assert second.executions == first.executions + 1
+    assert second.trials[-1].micro_batch == first.micro_batch and second.trials[-1].fits
+
+
+def test_a_plan_made_beside_smaller_neighbours_is_made_again():
+    card = RehearsedCard(400 * MIB)
+    tune(card, cache=True)
+    ran = card.calls
+    card.others_bytes = 200 * MIB
+    card.allocator = RehearsedCard(400 * MIB, others_bytes=200 * MIB).allocator
+    assert tune(card, cache=True).others_bytes == 200 * MIB
+    assert card.calls > ran
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("limit", [2 * GIB, 4 * GIB])
+def test_on_a_gpu_the_ceiling_is_exact(limit):
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        plan = autobatch.tune(workload(), target=2**16, headroom=0.0, prove=True, cache=False)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    before_proof = [t for t in plan.trials if t.micro_batch <= plan.ceiling]
+    assert plan.proven and not any(trial.oom for trial in before_proof)
+    assert len({trial.micro_batch for trial in before_proof}) <= 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_the_trace_replays_to_the_measured_peak():
+    result = run(Card(), n=64)
+    simulated = replay(result.trace)
+    assert abs(simulated.peak_reserved_bytes / result.replay.peak_reserved_bytes - 1) < 0.01
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_model_there_is_not_duplicated():
+    model = cnn().cuda()
+    gpu = CudaGpu(Card())
+    job = workload(model)
+    before = torch.cuda.memory_allocated()
+    with gpu.hosting(job):
+        assert torch.cuda.memory_allocated() < before
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_an_oom_leaves_the_allocator_as_it_was():
+    before = torch.cuda.memory_allocated()
+    result = run(Card(), n=2**21)
+    assert result.shortage is not None
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+from rich.console import Console
+
+from autobatch.cli import terminal
+from autobatch.errors import FileError
+from autobatch.plan.plan import Plan, Timeline
+from autobatch.report import charts, html, markdown, table, text
+from autobatch.report.document import Paragraph, Table, footprint_summary, full_report, summary
+from tests.support.plans import BUDGET, example_plan, ragged_plan
+
+FILES = {
+    "breakdown.csv",
+    "charts/breakdown.png",
+    "charts/breakdown.svg",
+    "charts/memory.png",
+    "charts/memory.svg",
+    "charts/timeline.png",
+    "charts/timeline.svg",
+    "curve.csv",
+    "plan.json",
+    "report.html",
+    "report.md",
+    "timeline.csv",
+    "trials.csv",
+}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load or run, and checks that tags close in order."""
+
+    VOID = frozenset({"meta", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.scripts += tag == "script"
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag != "a":
+            self.loads += [values[k] or "" for k in ("src", "href", "xlink:href") if k in values]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    assert example_plan().report(path / "new") == path / "new" / "report.html"
+    return path / "new"
+
+
+def hostile_plan() -> Plan:
+    plan = example_plan(warnings=("| <img src=x onerror=alert(1)> `</code>` $x_$ \n# title",))
+    name = "<b>$\\frac</b>|`"
+    return dataclasses.replace(
+        plan,
+        model=dataclasses.replace(plan.model, name=name, optimizer=name),
+        gpu=dataclasses.replace(plan.gpu, name=name),
+    )
+
+
+def test_a_report_folder_holds_every_file(folder: Path) -> None:
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert found == FILES
+
+
+def test_the_saved_plan_in_the_folder_is_the_plan(folder: Path) -> None:
+    assert Plan.load(folder / "plan.json") == example_plan()
+
+
+def test_the_page_is_well_formed_and_loads_nothing(folder: Path) -> None:
+    page = Page()
+    page.feed((folder / "report.html").read_text())
+    assert page.open == []
+    assert page.scripts == 0
+    assert all(target.startswith("#") for target in page.loads)
+    assert len(page.ids) == len(set(page.ids))
+    assert (folder / "report.html").read_text().count("<svg") == 3
+
+
+def test_charts_are_valid_svg_and_png(folder: Path) -> None:
+    for name in ("memory", "breakdown", "timeline"):
+        ElementTree.parse(folder / "charts" / f"{name}.svg")
+        assert (folder / "charts" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_leaves_the_users_matplotlib_alone(tmp_path: Path) -> None:
+    with mpl.rc_context({"font.size": 33.0, "axes.facecolor": "red"}):
+        before = dict(mpl.rcParams)
+        charts.write_charts(example_plan(), tmp_path)
+        assert dict(mpl.rcParams) == before
+        styled = (tmp_path / "memory.svg").read_bytes()
+    charts.write_charts(example_plan(), tmp_path)
+    assert (tmp_path / "memory.svg").read_bytes() == styled
+
+
+def test_the_report_answers_the_questions_with_this_models_figures(folder: Path) -> None:
+    report = (folder / "report.md").read_text()
+    for words in (
+        "micro-batch 64 × 4 accumulation steps × 1 GPU = effective batch 256",
+        "With and without accumulation",
+        "79.1 GiB (predicted",
+        "no BatchNorm",
+        "Malladi et al. 2022",
+        "2 / (1 - beta2) updates",
+        "https://arxiv.org/abs/2205.10287",
+        "(loss / steps).backward()",
+        "![Bytes by category at the peak, against the budget.](charts/breakdown.svg)",
+    ):
+        assert words in report
+
+
+def test_sgd_gets_the_linear_rule() -> None:
+    report = markdown.render(full_report(ragged_plan(8, ((4, 4),), optimizer="SGD")))
+    assert "Goyal et al. 2017" in report
+    assert "Malladi" not in report
+
+
+def test_the_same_words_are_in_markdown_html_and_text() -> None:
+    document = full_report(example_plan())
+    pages = (
+        markdown.render(document),
+        html.page(document, dict.fromkeys(("memory", "breakdown", "timeline"), "<svg></svg>")),
+        text.render(document),
+    )
+    prose = [b.text for s in document.sections for b in s.blocks if isinstance(b, Paragraph)]
+    for words in prose:
+        opening = " ".join(re.split(r"[`(<'&]", words)[0].split()[:5])
+        assert all(opening in page for page in pages)
+
+
+def test_hostile_names_stay_text_in_every_format(tmp_path: Path) -> None:
+    plan = hostile_plan()
+    page = plan.report(tmp_path).read_text()
+    parsed = Page()
+    parsed.feed(page)
+    assert "<img" not in page
+    assert "<b>" not in page
+    assert "<img" not in (tmp_path / "report.md").read_text().replace("\\<img", "")
+    assert "\n# title" not in (tmp_path / "report.md").read_text()
+    assert "<img" not in plan._repr_html_()
+    console = Console(file=StringIO(), width=120)
+    terminal.draw(summary(plan), console)
+
+
+def test_every_row_of_a_markdown_table_has_the_same_number_of_cells() -> None:
+    report = markdown.render(full_report(hostile_plan()))
+    for block in report.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("| ")]
+        cells = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+        assert len(cells) <= 1
+
+
+def test_the_account_sums_to_what_the_device_holds() -> None:
+    plan = example_plan()
+    account = next(
+        block
+        for section in summary(plan).sections
+        for block in section.blocks
+        if isinstance(block, Table) and block.columns[0] == "category"
+    )
+    sizes = [int(row[1].replace(",", "")) for row in account.rows]
+    parts = [size for index, size in enumerate(sizes) if index not in account.totals]
+    assert sum(parts) == sizes[-1] == plan.footprint.peak_device_bytes
+
+
+def test_a_breakdown_frame_sums_to_what_the_device_holds() -> None:
+    plan = example_plan()
+    sums = table.breakdown(plan).groupby("at")["size_bytes"].sum()
+    assert sums["plan"] == plan.footprint.peak_device_bytes
+    assert sums["ceiling"] == plan.ceiling_footprint.peak_device_bytes
+
+
+def test_the_curve_frame_says_what_fits(folder: Path) -> None:
+    rows = list(csv.DictReader(StringIO((folder / "curve.csv").read_text())))
+    assert [int(row["micro_batch"]) for row in rows] == sorted(int(r["micro_batch"]) for r in rows)
+    for row in rows:
+        assert (row["fits"] == "True") == (int(row["peak_reserved_bytes"]) <= BUDGET)
+
+
+def test_the_memory_chart_always_has_the_chosen_size() -> None:
+    plan = example_plan(curve=example_plan().curve[:2])
+    chart = charts.memory_chart(plan)
+    assert chart.chosen in chart.points
+    assert chart.chosen.micro_batch == 64
+
+
+def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
+    plan = example_plan()
+    chart = charts.breakdown_chart(plan)
+    assert [sum(size for _, size in bar.parts) for bar in chart.bars] == [
+        plan.footprint.peak_device_bytes,
+        plan.ceiling_footprint.peak_device_bytes,
+    ]
+    assert chart.limit_bytes - plan.footprint.context_bytes == plan.budget_bytes
+
+
+def test_the_timelines_series_sum_to_the_allocated_bytes() -> None:
+    chart = charts.timeline_chart(example_plan())
+    for index, allocated in enumerate(chart.allocated_bytes):
+        assert sum(sizes[index] for _, sizes in chart.series) == allocated
+    assert chart.peak_bytes == max(chart.allocated_bytes)
+
+
+def test_labels_never_overlap_each_other(tmp_path: Path) -> None:
+    tight = example_plan()
+    tight = dataclasses.replace(tight, ceiling=66, ceiling_at_least=66)
+    for plan in (example_plan(), tight, ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))):
+        for figure in (
+            charts.draw_memory(charts.memory_chart(plan)),
+            charts.draw_breakdown(charts.breakdown_chart(plan)),
+            charts.draw_timeline(charts.timeline_chart(plan)),
+        ):
+            charts.FigureCanvasAgg(figure).draw()
+            frame = figure.bbox
+            labels = [t for axes in figure.axes for t in axes.texts if t.get_text()]
+            boxes = [label.get_window_extent() for label in labels]
+            for index, box in enumerate(boxes):
+                assert frame.x0 <= box.x0, labels[index].get_text()
+                assert box.x1 <= frame.x1, labels[index].get_text()
+                assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+def test_a_plan_without_trials_timeline_or_curve_still_reports(tmp_path: Path) -> None:
+    plan = example_plan(
+        trials=(), curve=(), timeline=Timeline(samples=(), marks=(), peak_event=0), versions={}
+    )
+    assert plan.report(tmp_path).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_file_error(tmp_path: Path) -> None:
+    (tmp_path / "charts").write_text("in the way")
+    with pytest.raises(FileError, match="charts"):
+        example_plan().report(tmp_path)
+
+
+def test_a_footprint_over_the_capacity_says_by_how_much() -> None:
+    footprint = example_plan().ceiling_footprint
+    document = footprint_summary(footprint, footprint.peak_device_bytes - 2**20)
+    assert "1.00 MiB too much" in text.render(document)
+
+
+def test_the_report_says_how_many_samples_are_in_batchnorms_statistics() -> None:
+    report = markdown.render(full_report(ragged_plan(256, ((64,) * 4,), batchnorm_layers=53)))
+    row = next(line for line in report.splitlines() if "each layer's statistics" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["256", "64"]
+    assert "53 BatchNorm layers" in report
+
+
+def test_markdown_leaves_code_as_it_is() -> None:
+    from autobatch.report import markdown
+
+    assert markdown._escape("a_b `plan.scale_lr` *c*") == r"a\_b `plan.scale_lr` \*c\*"
+    assert markdown._escape("a ` b_c") == r"a ` b\_c"
+    assert markdown._escape("`a|b`") == r"`a\|b`"

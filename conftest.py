@@ -4,6 +4,9 @@ from importlib.util import find_spec
 
 _NEEDS = {
     "exports/accelerate.py": "accelerate",
+    "exports/lightning.py": "lightning",
+    "exports/transformers.py": "transformers",
+    "integrations/huggingface.py": "transformers",
     "integrations/lightning.py": "lightning",
     "integrations/transformers.py": "transformers",
 }

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from autobatch.accumulate.ranks import group_of
 from autobatch.accumulate.window import Window, Windows
 from autobatch.errors import UsageError
-from autobatch.tuning.agreement import ranks_here
+from autobatch.support.ranks import ranks_here
 
 if TYPE_CHECKING:
-    from autobatch.plan.plan import Plan
+    from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["Window", "Windows", "planned_windows", "windows"]
 
@@ -88,7 +88,7 @@ def windows(
 
 
 def planned_windows(
-    plan: Plan,
+    plan: PlanRecord,
     loader: Iterable[Any],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     **options: Any,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autobatch.errors import UsageError
-from autobatch.tuning.agreement import ranks_here
+from autobatch.support.ranks import ranks_here
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "group_of", "ranks_of"]

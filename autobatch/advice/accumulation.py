@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autobatch.advice.wording import count, window_text
-from autobatch.plan.plan import MemoryPoint, Plan
+from autobatch.records.evidence import MemoryPoint
 from autobatch.records.footprint import Evidence
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.units import format_bytes
 
 __all__ = [
@@ -36,12 +37,12 @@ class AccumulationRow:
     note: str
 
 
-def samples_per_update(plan: Plan) -> int:
+def samples_per_update(plan: PlanRecord) -> int:
     """Return the samples that the busiest GPU runs between two optimizer updates."""
     return max(map(sum, plan.split.windows))
 
 
-def extrapolate_peak(plan: Plan, micro_batch: int) -> int | None:
+def extrapolate_peak(plan: PlanRecord, micro_batch: int) -> int | None:
     """Extend the memory curve in a straight line to a micro-batch, in allocated bytes.
 
     The line goes through the upper half of the curve, where constant terms no longer hide the
@@ -60,7 +61,7 @@ def extrapolate_peak(plan: Plan, micro_batch: int) -> int | None:
     return round(high.peak_allocated_bytes + growth * (micro_batch - high.micro_batch))
 
 
-def other_window(plan: Plan) -> tuple[int, int] | None:
+def other_window(plan: PlanRecord) -> tuple[int, int] | None:
     """Return (steps, micro-batch) to compare the plan with: all at once, or two halves.
 
     None where a single sample cannot be divided.
@@ -71,12 +72,12 @@ def other_window(plan: Plan) -> tuple[int, int] | None:
     return (2, math.ceil(samples / 2)) if samples > 1 else None
 
 
-def other_evidence(plan: Plan) -> Evidence:
+def other_evidence(plan: PlanRecord) -> Evidence:
     """Say how the memory of `other_window` is known."""
     return "predicted" if plan.otherwise is None else plan.otherwise.evidence
 
 
-def accumulation_rows(plan: Plan) -> tuple[AccumulationRow, ...]:
+def accumulation_rows(plan: PlanRecord) -> tuple[AccumulationRow, ...]:
     """Compare the planned window with the one of `other_window`, at the peak of each."""
     if other_window(plan) is None:
         return ()
@@ -119,7 +120,7 @@ def _parts(categories: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _other_parts(plan: Plan) -> Mapping[str, int | None]:
+def _other_parts(plan: PlanRecord) -> Mapping[str, int | None]:
     """Return the parts of the other window; a straight line tells them with all gradients."""
     if plan.otherwise is not None:
         return _parts(plan.otherwise.categories)
@@ -133,14 +134,14 @@ def _other_parts(plan: Plan) -> Mapping[str, int | None]:
     return {**parts, "activations and the rest": rest}
 
 
-def _other_peak(plan: Plan) -> int | None:
+def _other_peak(plan: PlanRecord) -> int | None:
     other = other_window(plan)
     if plan.otherwise is not None:
         return plan.otherwise.peak_allocated_bytes
     return extrapolate_peak(plan, other[1]) if other else None
 
 
-def accumulation_summary(plan: Plan) -> str:
+def accumulation_summary(plan: PlanRecord) -> str:
     """Say in words what accumulation saves on this model and what it costs."""
     samples = samples_per_update(plan)
     other, peak = other_window(plan), _other_peak(plan)
@@ -182,7 +183,7 @@ def accumulation_summary(plan: Plan) -> str:
     )
 
 
-def equivalence_conditions(plan: Plan) -> tuple[str, ...]:
+def equivalence_conditions(plan: PlanRecord) -> tuple[str, ...]:
     """List what must hold for the accumulated gradient to equal that of the whole batch."""
     weight = (
         f"1/{plan.accumulation_steps}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["training_loop"]
 
 _AUTOCAST = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
-def training_loop(plan: Plan) -> str:
+def training_loop(plan: PlanRecord) -> str:
     """Write the training loop of the plan as Python to paste, in plain PyTorch.
 
     It expects `model`, `optimizer`, `dataset`, `epochs` and, where the loss is the user's own,
@@ -41,11 +41,11 @@ def training_loop(plan: Plan) -> str:
     return "\n".join([*setup, *loop]) + "\n"
 
 
-def _is_sharded(plan: Plan) -> bool:
+def _is_sharded(plan: PlanRecord) -> bool:
     return plan.sharding in ("fsdp", "custom")
 
 
-def _uniform_epoch(plan: Plan) -> list[str]:
+def _uniform_epoch(plan: PlanRecord) -> list[str]:
     steps = plan.accumulation_steps
     order = "sampler=sampler" if plan.world_size > 1 else "shuffle=True"
     lines = ["sampler = DistributedSampler(dataset)"] if plan.world_size > 1 else []
@@ -74,7 +74,7 @@ def _uniform_epoch(plan: Plan) -> list[str]:
     ]
 
 
-def _ragged_epoch(plan: Plan) -> list[str]:
+def _ragged_epoch(plan: PlanRecord) -> list[str]:
     target, world, steps = plan.effective_batch, plan.world_size, plan.accumulation_steps
     if world == 1:
         sizes, epoch, shuffle = f"{plan.split.windows[0]}", "", "torch.randperm(len(dataset))"
@@ -113,7 +113,7 @@ def _ragged_epoch(plan: Plan) -> list[str]:
     ]
 
 
-def _micro_batch(plan: Plan, weight: str) -> list[str]:
+def _micro_batch(plan: PlanRecord, weight: str) -> list[str]:
     body = _forward_backward(plan, weight)
     if plan.world_size == 1 or plan.accumulation_steps == 1 or _is_sharded(plan):
         return body
@@ -124,7 +124,7 @@ def _micro_batch(plan: Plan, weight: str) -> list[str]:
     ]
 
 
-def _forward_backward(plan: Plan, weight: str) -> list[str]:
+def _forward_backward(plan: PlanRecord, weight: str) -> list[str]:
     loss = f"loss = {_loss_call(plan)}"
     autocast = plan.model.autocast
     forward = [loss]
@@ -139,7 +139,7 @@ def _forward_backward(plan: Plan, weight: str) -> list[str]:
     return [*forward, f"{weighted}.backward()"]
 
 
-def _loss_call(plan: Plan) -> str:
+def _loss_call(plan: PlanRecord) -> str:
     if plan.model.loss == "output.loss":
         return "model(**batch).loss"
     if plan.model.loss == "mean of output.loss":
@@ -149,7 +149,7 @@ def _loss_call(plan: Plan) -> str:
     return "loss_fn(model, batch)"
 
 
-def _update(plan: Plan) -> list[str]:
+def _update(plan: PlanRecord) -> list[str]:
     scaled = plan.model.autocast == "fp16"
     clip = [f"torch.nn.utils.clip_grad_norm_(model.parameters(), {plan.model.clip_norm})"]
     lines = ["scaler.unscale_(optimizer)"] if scaled and plan.model.clip_norm is not None else []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from autobatch.advice.accumulation import samples_per_update
 from autobatch.advice.wording import count
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["BatchNormRow", "batchnorm", "batchnorm_rows"]
 
@@ -24,7 +24,7 @@ class BatchNormRow:
     after: tuple[int, ...]
 
 
-def batchnorm_rows(plan: Plan) -> tuple[BatchNormRow, ...]:
+def batchnorm_rows(plan: PlanRecord) -> tuple[BatchNormRow, ...]:
     """Compare what BatchNorm sees with and without accumulation; nothing where there is none."""
     if not plan.model.batchnorm_layers:
         return ()
@@ -42,7 +42,7 @@ def batchnorm_rows(plan: Plan) -> tuple[BatchNormRow, ...]:
     )
 
 
-def batchnorm(plan: Plan) -> str:
+def batchnorm(plan: PlanRecord) -> str:
     """Say whether the model has BatchNorm and what accumulation means for it."""
     layers = plan.model.batchnorm_layers
     if layers == 0:

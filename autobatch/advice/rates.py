@@ -11,7 +11,7 @@ import math
 from typing import Literal
 
 from autobatch.errors import UsageError
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = [
     "LearningRateRule",
@@ -87,7 +87,7 @@ def scaled_rate(
     return lr * (growth if chosen == "linear" else math.sqrt(growth))
 
 
-def learning_rate(plan: Plan) -> str:
+def learning_rate(plan: PlanRecord) -> str:
     """Say what the learning rate should do if the effective batch differs from the tuned one."""
     optimizer = plan.model.optimizer
     unchanged = (
@@ -114,7 +114,7 @@ def learning_rate(plan: Plan) -> str:
     )
 
 
-def warm_up(plan: Plan) -> str:
+def warm_up(plan: PlanRecord) -> str:
     """Say over how many updates to raise the learning rate to its full value."""
     counted = "Count optimizer updates, not micro-batches: the schedule steps once per window."
     rule = learning_rate_rule(plan.model.optimizer)
@@ -131,9 +131,14 @@ def warm_up(plan: Plan) -> str:
     return f"Warm up as your optimizer's authors did. {counted}"
 
 
-def learning_rate_factors(plan: Plan) -> tuple[tuple[int, float], ...]:
+def learning_rate_factors(plan: PlanRecord) -> tuple[tuple[int, float], ...]:
     """Return (effective batch it was tuned for, factor on the learning rate), smallest first."""
     if learning_rate_rule(plan.model.optimizer) is None:
         return ()
-    sizes = sorted({max(1, plan.effective_batch // part) for part in (8, 4, 2, 1)})
-    return tuple((size, plan.scale_lr(1.0, size)) for size in sizes)
+    target = plan.effective_batch
+    sizes = sorted({max(1, target // part) for part in (8, 4, 2, 1)})
+    optimizer = plan.model.optimizer
+    return tuple(
+        (size, scaled_rate(1.0, from_batch=size, to_batch=target, optimizer=optimizer))
+        for size in sizes
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["count", "effective_batch", "window_text"]
 
@@ -31,7 +31,7 @@ def window_text(window: Sequence[int]) -> str:
     )
 
 
-def effective_batch(plan: Plan) -> str:
+def effective_batch(plan: PlanRecord) -> str:
     """Say how micro-batch, accumulation steps and GPUs make the effective batch."""
     steps = count(plan.accumulation_steps, "accumulation step")
     gpus = count(plan.world_size, "GPU")

@@ -169,8 +169,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from autobatch.cli.terminal import show
     from autobatch.equivalence import check_equivalence
+    from autobatch.equivalence.result import equivalence_summary
     from autobatch.plan.plan import Plan
-    from autobatch.report.equivalence import equivalence_summary
     from autobatch.support.files import check_writable, write_text
 
     if arguments.json and arguments.json != "-":
@@ -241,8 +241,8 @@ def _optimizer(name: str | None) -> OptimizerSpec | None:
 
 
 def _footprint_json(footprint: Footprint) -> str:
-    from autobatch.plan.plan import SCHEMA_VERSION
     from autobatch.records.codec import dump_json, encode
+    from autobatch.records.plan_json import SCHEMA_VERSION
 
     header = {"schema_version": SCHEMA_VERSION, "peak_device_bytes": footprint.peak_device_bytes}
     return dump_json(header | encode(footprint))

@@ -5,6 +5,6 @@
 """
 
 from autobatch.equivalence.check import check_equivalence
-from autobatch.equivalence.records import Comparison, Culprit, Equivalence
+from autobatch.equivalence.result import Comparison, Culprit, Equivalence
 
 __all__ = ["Comparison", "Culprit", "Equivalence", "check_equivalence"]

@@ -17,11 +17,11 @@ from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.gradients import Weigh
 from autobatch.equivalence.investigation import TOLERANCES, Investigation
-from autobatch.equivalence.records import Equivalence
+from autobatch.equivalence.result import Equivalence
 from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.units import format_bytes
 from autobatch.tuning.tuner import workload_of
 from autobatch.workload.workload import Loss, Workload
@@ -32,7 +32,7 @@ __all__ = ["check_equivalence"]
 def check_equivalence(
     model: nn.Module | Workload,
     sample: Any = None,
-    plan: Plan | None = None,
+    plan: PlanRecord | None = None,
     *,
     micro_batch: int | None = None,
     accumulation_steps: int | None = None,
@@ -112,7 +112,7 @@ def check_equivalence(
 
 
 def _asked(
-    plan: Plan | None, micro_batch: int | None, accumulation_steps: int | None
+    plan: PlanRecord | None, micro_batch: int | None, accumulation_steps: int | None
 ) -> tuple[int, ...]:
     if plan is not None:
         return max(plan.split.windows, key=sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autobatch.equivalence.records import Culprit
+from autobatch.equivalence.result import Culprit
 from autobatch.equivalence.weights import SUM
 
 __all__ = [

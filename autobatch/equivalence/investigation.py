@@ -23,7 +23,7 @@ from autobatch.equivalence.gradients import (
     differences,
 )
 from autobatch.equivalence.layers import OWN_LOSS, Layout
-from autobatch.equivalence.records import Comparison, Culprit, Equivalence
+from autobatch.equivalence.result import Comparison, Culprit, Equivalence
 from autobatch.equivalence.subject import Subject
 from autobatch.equivalence.suspects import (
     changed_buffers,

@@ -1,17 +1,16 @@
-"""A plan in Accelerate's words; the only module that imports accelerate."""
+"""A plan in Accelerate's words."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, convert_outputs_to_fp32
-from torch import nn
+from accelerate.utils import GradientAccumulationPlugin
 
 from autobatch.exports.one_size import checked, one_size
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
-__all__ = ["AccelerateSettings", "return_fp32", "settings"]
+__all__ = ["AccelerateSettings", "settings"]
 
 
 class AccelerateSettings(NamedTuple):
@@ -26,7 +25,7 @@ class AccelerateSettings(NamedTuple):
     dataloader: dict[str, Any]
 
 
-def settings(plan: Plan, *, nearest: bool = False) -> AccelerateSettings:
+def settings(plan: PlanRecord, *, nearest: bool = False) -> AccelerateSettings:
     """Return the plan in Accelerate's words; see `Plan.to_accelerate`."""
     split = one_size(plan, "Accelerate", nearest=nearest)
     arguments = {
@@ -39,12 +38,3 @@ def settings(plan: Plan, *, nearest: bool = False) -> AccelerateSettings:
         accelerator=checked(arguments, takes=Accelerator, package="accelerate"),
         dataloader={"batch_size": split.micro_batch, "drop_last": True},
     )
-
-
-def return_fp32(model: nn.Module) -> None:
-    """Let a model return fp32 in place of half precision, as `Accelerator.prepare` does in place.
-
-    The copy that this makes of the output is memory that a run under autocast needs.
-    """
-    if "forward" not in vars(model):
-        model.forward = convert_outputs_to_fp32(model.forward)

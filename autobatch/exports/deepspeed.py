@@ -9,7 +9,7 @@ from typing import Any
 
 from autobatch.errors import UsageError
 from autobatch.exports.one_size import one_size
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["configuration"]
 
@@ -17,7 +17,7 @@ _STAGES = {None: 0, "ddp": 0, "fsdp": 3}
 
 
 def configuration(
-    plan: Plan, *, zero_stage: int | None = None, nearest: bool = False
+    plan: PlanRecord, *, zero_stage: int | None = None, nearest: bool = False
 ) -> dict[str, Any]:
     """Return the part of a DeepSpeed configuration that the plan decides.
 
@@ -36,7 +36,7 @@ def configuration(
     }
 
 
-def _stage(plan: Plan, zero_stage: int | None) -> int:
+def _stage(plan: PlanRecord, zero_stage: int | None) -> int:
     if zero_stage is not None:
         if isinstance(zero_stage, bool) or zero_stage not in (0, 1, 2, 3):
             raise UsageError(f"zero_stage is {zero_stage!r}: DeepSpeed has stages 0, 1, 2 and 3")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from autobatch.errors import UsageError
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 from autobatch.records.split import Split, uniform_alternatives
 
-__all__ = ["checked", "one_size", "tuned_to_one_size"]
+__all__ = ["checked", "one_size"]
 
 
-def one_size(plan: Plan, trainer: str, *, nearest: bool = False) -> Split:
+def one_size(plan: PlanRecord, trainer: str, *, nearest: bool = False) -> Split:
     """Return the plan's split for a trainer whose micro-batches all have one size.
 
     Args:
@@ -40,27 +39,6 @@ def one_size(plan: Plan, trainer: str, *, nearest: bool = False) -> Split:
         f"sizes {' and '.join(map(str, sizes))}: of one size there are {others}; pass nearest=True "
         f"for {closest.target}, or keep {plan.target} in your own loop with plan.windows"
     )
-
-
-def tuned_to_one_size(
-    make: Callable[[int], Plan], target: int, trainer: str, *, nearest: bool
-) -> Plan:
-    """Return the plan that `make` finds for a target, made again for the nearest one where asked.
-
-    Raises:
-        UsageError: the plan is ragged and `nearest` is not set.
-    """
-    plan = make(target)
-    split = one_size(plan, trainer, nearest=nearest)
-    if split == plan.split:
-        return plan
-    plan = make(split.target)
-    one_size(plan, trainer)
-    remark = (
-        f"an effective batch of {split.target} in place of the {target} asked for, which needs "
-        "micro-batches of several sizes (nearest=True)"
-    )
-    return replace(plan, warnings=(*plan.warnings, remark))
 
 
 def _described(split: Split) -> str:

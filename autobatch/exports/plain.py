@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from autobatch.exports.one_size import one_size
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 
 __all__ = ["environment", "yaml"]
 
 
-def environment(plan: Plan, *, nearest: bool = False) -> dict[str, str]:
+def environment(plan: PlanRecord, *, nearest: bool = False) -> dict[str, str]:
     """Return the answer as environment variables; see `Plan.to_env`."""
     split = one_size(plan, "a set of environment variables", nearest=nearest)
     variables = {
@@ -24,7 +24,7 @@ def environment(plan: Plan, *, nearest: bool = False) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items() if value is not None}
 
 
-def yaml(plan: Plan) -> str:
+def yaml(plan: PlanRecord) -> str:
     """Return the answer as YAML; see `Plan.to_yaml`."""
     answer = {
         "micro_batch": plan.micro_batch,

@@ -1,10 +1,4 @@
-"""Plans in the words of trainers, and tuning from inside of them.
+"""Tuning from inside a trainer: each library is imported by the module that bears its name.
 
-Every library is imported by the module that bears its name and by no other. What a plan means for
-a trainer is a plain dict of that trainer's own arguments; `Plan.to_lightning` and its siblings call
-the functions here.
-
-Invariant: no target is changed unless `nearest=True` was passed.
+Imports tuning, plan and exports; only the user and cli import it.
 """
-
-from __future__ import annotations

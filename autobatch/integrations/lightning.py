@@ -1,7 +1,4 @@
-"""A plan in Lightning's words, and a callback that tunes a Trainer before it trains.
-
-The only module that imports lightning.
-"""
+"""A callback that tunes Lightning's Trainer before it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -20,62 +17,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.exports.one_size import checked, one_size, tuned_to_one_size
+from autobatch.exports.lightning import PRECISIONS, TRAINER, whole_windows
+from autobatch.integrations.nearest import tuned_to_one_size
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.tuning.tuner import Gpu, tune
 from autobatch.workload.dataset import dataset_length
 
-__all__ = ["AutobatchCallback", "LightningSettings", "settings"]
+__all__ = ["AutobatchCallback"]
 
-_TRAINER = "Lightning's Trainer"
-_PRECISIONS = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-_AUTOCASTS = {precision: autocast for autocast, precision in _PRECISIONS.items()}
-
-
-class LightningSettings(NamedTuple):
-    """What a plan means for Lightning.
-
-    Attributes:
-        trainer: keyword arguments for `lightning.Trainer`.
-        dataloader: keyword arguments for the training set's `DataLoader`, one process's share.
-    """
-
-    trainer: dict[str, Any]
-    dataloader: dict[str, Any]
-
-
-def settings(plan: Plan, *, samples: int | None = None, nearest: bool = False) -> LightningSettings:
-    """Return the plan in Lightning's words; see `Plan.to_lightning`."""
-    split = one_size(plan, _TRAINER, nearest=nearest)
-    arguments: dict[str, Any] = {
-        "accumulate_grad_batches": split.accumulation_steps,
-        "gradient_clip_val": plan.model.clip_norm,
-        "precision": _PRECISIONS[plan.model.autocast],
-        "devices": split.world_size,
-    }
-    if plan.model.clip_norm is not None:
-        arguments["gradient_clip_algorithm"] = "norm"
-    if plan.sharding == "ddp":
-        arguments["strategy"] = "ddp"
-    if samples is not None:
-        arguments["limit_train_batches"] = _whole_windows(split.target, samples) * (
-            split.accumulation_steps
-        )
-    return LightningSettings(
-        trainer=checked(arguments, takes=Trainer, package="lightning"),
-        dataloader={"batch_size": split.micro_batch, "drop_last": True},
-    )
-
-
-def _whole_windows(target: int, samples: int) -> int:
-    if samples < target:
-        raise UsageError(
-            f"{samples} samples do not fill one effective batch of {target}: use a smaller target, "
-            "or a training set of at least as many"
-        )
-    return samples // target
+_AUTOCASTS = {precision: autocast for autocast, precision in PRECISIONS.items()}
 
 
 class AutobatchCallback(Callback):  # type: ignore[misc]
@@ -168,14 +120,14 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
                 **self._options,
             )
             return tuned_to_one_size(
-                lambda target: make(target=target), self._target, _TRAINER, nearest=self._nearest
+                lambda target: make(target=target), self._target, TRAINER, nearest=self._nearest
             )
 
     def _set_sizes(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
         # the length of a sample of the user's says nothing of the training set's
         data = _loader(trainer, module) if self._sample is None else None
         samples = dataset_length(data)
-        whole = None if samples is None else _whole_windows(plan.target, samples)
+        whole = None if samples is None else whole_windows(plan.target, samples)
         trainer.accumulate_grad_batches = plan.accumulation_steps
         lightning_setattr(module, self._batch_size, plan.micro_batch)
         if whole is not None and trainer.limit_train_batches in (1.0, self._limit):

@@ -1,6 +1,4 @@
-"""A plan in the words of transformers' Trainer, and tuning one before it trains.
-
-The only module that imports transformers' Trainer.
+"""Tuning transformers' Trainer before it trains.
 
 A callback cannot do the tuning by itself: `Trainer.__init__` has read the micro-batch when it calls
 `on_init_end`, no hook hands the trainer over, and the next one, `on_train_begin`, comes after the
@@ -19,23 +17,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from autobatch.errors import UsageError
-from autobatch.exports.accelerate import return_fp32
-from autobatch.exports.one_size import checked, one_size, tuned_to_one_size
-from autobatch.plan.plan import Plan, Timeline
+from autobatch.exports.one_size import one_size
+from autobatch.exports.transformers import TRAINER
+from autobatch.integrations.nearest import tuned_to_one_size
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import Timeline
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
 from autobatch.tuning.tuner import Gpu, tune
 
-__all__ = ["AutobatchCallback", "training_arguments", "tune_trainer"]
+__all__ = ["AutobatchCallback", "return_fp32", "tune_trainer"]
 
-_TRAINER = "transformers' Trainer"
 _STATE_FILE = "trainer_state.json"
 
 _RECOMPUTE = next(
@@ -46,24 +46,6 @@ _RECOMPUTE = next(
 
 _WORTH_SAYING = 0.01
 """Share of the budget from which on inputs that wait are mentioned."""
-
-
-def training_arguments(plan: Plan, *, nearest: bool = False) -> dict[str, Any]:
-    """Return keyword arguments for TrainingArguments; see `Plan.to_training_arguments`."""
-    split = one_size(plan, _TRAINER, nearest=nearest)
-    arguments: dict[str, Any] = {
-        "per_device_train_batch_size": split.micro_batch,
-        "gradient_accumulation_steps": split.accumulation_steps,
-        "max_grad_norm": plan.model.clip_norm or 0.0,
-        "bf16": plan.model.autocast == "bf16",
-        "fp16": plan.model.autocast == "fp16",
-        "average_tokens_across_devices": True,
-    }
-    if plan.model.optimizer == "AdamW":
-        # the same update as any AdamW of torch; of its three implementations the one without
-        # temporaries, so that it needs no more memory than the one that was planned for
-        arguments["optim"] = "adamw_torch_fused"
-    return checked(arguments, takes=TrainingArguments, package="transformers")
 
 
 def tune_trainer(
@@ -124,7 +106,7 @@ def tune_trainer(
                 cache=cache,
                 progress=progress,
             )
-            plan = tuned_to_one_size(partial(_roomy, make), target, _TRAINER, nearest=nearest)
+            plan = tuned_to_one_size(partial(_roomy, make), target, TRAINER, nearest=nearest)
     _set_sizes(trainer, plan)
     trainer.add_callback(AutobatchCallback(plan, target=target))
     return plan
@@ -147,7 +129,7 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, plan: Plan | Mapping[str, Any], target: int | None = None) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.from_json(json.dumps(plan))
         self.target = target or self.plan.target
-        one_size(self.plan, _TRAINER)
+        one_size(self.plan, TRAINER)
 
     def state(self) -> dict[str, Any]:
         """Return what goes into a checkpoint's trainer_state.json: the plan, less its timeline."""
@@ -232,6 +214,15 @@ def _autocast(args: TrainingArguments) -> str | None:
     if args.bf16:
         return "bf16"
     return "fp16" if args.fp16 else None
+
+
+def return_fp32(model: nn.Module) -> None:
+    """Let a model return fp32 in place of half precision, as `Accelerator.prepare` does in place.
+
+    The copy that this makes of the output is memory that a run under autocast needs.
+    """
+    if "forward" not in vars(model):
+        model.forward = convert_outputs_to_fp32(model.forward)
 
 
 class _Loss:

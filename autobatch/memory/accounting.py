@@ -13,7 +13,7 @@ from autobatch.gpus.uncertainty import peak_range
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Category, Trace
-from autobatch.plan.plan import MemoryPoint, Timeline, TimelineSegment, WindowMemory
+from autobatch.records.evidence import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 
 __all__ = [

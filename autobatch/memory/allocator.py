@@ -12,37 +12,28 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
-from autobatch.memory.allocator_settings import LARGE_SEGMENT_BYTES, AllocatorSettings
-from autobatch.support.units import MIB, format_bytes
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.blocks import (
+    DEFAULT_POOL,
+    MIN_BLOCK_BYTES,
+    SMALL_BYTES,
+    SMALL_SEGMENT_BYTES,
+    BlockInfo,
+    BlockState,
+    SegmentInfo,
+    round_size,
+    segment_size,
+)
+from autobatch.support.units import format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from autobatch.memory.snapshot import Snapshot
+__all__ = ["Block", "CachingAllocator", "OutOfMemory"]
 
-__all__ = [
-    "Block",
-    "BlockInfo",
-    "BlockState",
-    "CachingAllocator",
-    "OutOfMemory",
-    "SegmentInfo",
-    "round_size",
-    "segment_size",
-]
-
-MIN_BLOCK_BYTES: Final = 512
-SMALL_BYTES: Final = MIB
-SMALL_SEGMENT_BYTES: Final = 2 * MIB
-MIN_LARGE_BYTES: Final = 10 * MIB
-
-DEFAULT_POOL: Final = (0, 0)
-
-BlockState = Literal["free", "allocated", "awaiting_free"]
 _STATES: Final[tuple[BlockState, ...]] = ("free", "allocated", "awaiting_free")
 _FREE, _ALLOCATED, _AWAITING, _UNMAPPED = range(4)
 
@@ -51,63 +42,6 @@ _UNBOUNDED_RESERVE: Final = 1 << 42
 _FIRST_ADDRESS: Final = 1 << 40
 _ADDRESS_BITS: Final = 64
 _ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
-
-
-def round_size(size_bytes: int, divisions: int = 0) -> int:
-    """Return the bytes that the allocator looks for when `size_bytes` are requested.
-
-    A multiple of 512 B; with `divisions` above 1, the next of that many equal steps between two
-    powers of two, for requests larger than 512 B times `divisions`.
-
-    >>> round_size(1), round_size(513), round_size(1_200_000, divisions=4)
-    (512, 1024, 1310720)
-    """
-    if divisions > 1 and size_bytes > MIN_BLOCK_BYTES * divisions:
-        step = (1 << (size_bytes.bit_length() - 1)) // divisions
-        return -(-size_bytes // step) * step
-    return max(-(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES, MIN_BLOCK_BYTES)
-
-
-def segment_size(rounded_bytes: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
-    """Return the size of the segment that is made for a request already rounded.
-
-    >>> [segment_size(n * MIB) // MIB for n in (1, 2, 11)]
-    [2, 20, 12]
-    """
-    if rounded_bytes <= SMALL_BYTES:
-        return SMALL_SEGMENT_BYTES
-    if rounded_bytes < MIN_LARGE_BYTES:
-        return large_segment_bytes
-    return -(-rounded_bytes // (2 * MIB)) * 2 * MIB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockInfo:
-    """One block as a snapshot shows it; `requested_bytes` is 0 for a free block."""
-
-    address: int
-    size_bytes: int
-    requested_bytes: int
-    state: BlockState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentInfo:
-    """One segment as a snapshot shows it; of an expandable one, a contiguous mapped range.
-
-    Attributes:
-        small: whether it serves requests of at most 1 MiB.
-        pool_id: (0, 0), or the private pool (CUDA graphs, `torch.cuda.MemPool`) that owns it.
-        blocks: all of its blocks, in order of address, without gaps.
-    """
-
-    address: int
-    size_bytes: int
-    stream: int
-    small: bool
-    pool_id: tuple[int, int]
-    expandable: bool
-    blocks: tuple[BlockInfo, ...]
 
 
 class OutOfMemory(Exception):
@@ -267,23 +201,6 @@ class CachingAllocator:
         self.peak_active_bytes = self.active_bytes
         self.peak_reserved_bytes = self.reserved_bytes
         return self
-
-    @classmethod
-    def from_snapshot(
-        cls,
-        snapshot: Snapshot,
-        device: int = 0,
-        *,
-        capacity_bytes: int | None = None,
-        limit_bytes: int | None = None,
-    ) -> Self:
-        """Start in the state, and with the settings, that a snapshot shows of one device."""
-        return cls.from_segments(
-            snapshot.segments.get(device, ()),
-            snapshot.settings,
-            capacity_bytes=capacity_bytes,
-            limit_bytes=limit_bytes,
-        )
 
     @property
     def active_bytes(self) -> int:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autobatch.errors import FileError, UsageError
-from autobatch.gpus.catalogue import GpuSpec
-from autobatch.gpus.uncertainty import likelihood_of
-from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_json
-from autobatch.records.footprint import Evidence, Footprint
-from autobatch.records.split import Split
+from autobatch.records.codec import RecordError
+from autobatch.records.plan_json import read_plan, write_plan
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import read_text, write_text
 
 if TYPE_CHECKING:
@@ -26,230 +24,19 @@ if TYPE_CHECKING:
 
     from autobatch.accumulate import Windows
     from autobatch.exports.accelerate import AccelerateSettings
-    from autobatch.integrations.lightning import LightningSettings
+    from autobatch.exports.lightning import LightningSettings
 
-__all__ = [
-    "MemoryPoint",
-    "ModelFacts",
-    "Plan",
-    "Timeline",
-    "TimelineSegment",
-    "Trial",
-    "WindowMemory",
-]
+__all__ = ["Plan"]
 
-SCHEMA_VERSION = 1
 FILE_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Two consecutive training windows that really ran, on a GPU or on the virtual one.
+class Plan(PlanRecord):
+    """What to run on each device, and how it is known; what can be done with it.
 
-    `seconds` is wall time of the whole trial on the machine that ran it, `window_seconds` the
-    median time of a window after warm-up on the GPU; None where it was simulated.
+    The fields are those of `PlanRecord`.
     """
-
-    micro_batch: int
-    accumulation_steps: int
-    fits: bool
-    oom: bool
-    alloc_retries: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    seconds: float
-    evidence: Evidence
-    window_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPoint:
-    """One point of the memory curve: peaks at one micro-batch, without the context."""
-
-    micro_batch: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    evidence: Evidence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowMemory:
-    """Bytes by category at the peak of a training window other than the planned one.
-
-    Attributes:
-        micro_batch: samples in each forward/backward.
-        accumulation_steps: micro-batches in the window.
-        categories: bytes by category, names as in `Footprint.categories`; they sum to the peak.
-        peak_allocated_bytes: most bytes of live blocks at once.
-    """
-
-    micro_batch: int
-    accumulation_steps: int
-    categories: Mapping[str, int]
-    peak_allocated_bytes: int
-    evidence: Evidence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimelineSegment:
-    """Bytes alive over part of the traced windows, for the memory-over-time chart.
-
-    Attributes:
-        event: index of the trace event at which these figures hold.
-        categories: live requested bytes by category, names as in `Footprint.categories`.
-        allocated_bytes, reserved_bytes: as the caching allocator counts them.
-    """
-
-    event: int
-    categories: Mapping[str, int]
-    allocated_bytes: int
-    reserved_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """The traced windows, thinned for drawing; the peak's sample is always kept."""
-
-    samples: tuple[TimelineSegment, ...]
-    marks: tuple[tuple[int, str, int, int], ...]  # (event, phase, window, micro_batch)
-    peak_event: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """What the report says of the model itself.
-
-    Attributes:
-        name: class name of the module.
-        parameters: number of elements of all parameters; `trainable_parameters` of those with grad.
-        batchnorm_layers: modules whose statistics depend on the micro-batch.
-        optimizer: class name of the optimizer that was probed.
-        loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
-            "scalar output" or "surrogate sum".
-        autocast: "bf16", "fp16" or None.
-        clip_norm: the gradient norm clipped to, or None.
-    """
-
-    name: str
-    parameters: int
-    trainable_parameters: int
-    batchnorm_layers: int
-    optimizer: str
-    loss: str
-    autocast: str | None
-    clip_norm: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to run on each device, and how it is known.
-
-    Attributes:
-        target: the effective batch asked for.
-        split: how the target is divided into micro-batches over ranks and accumulation steps.
-        ceiling: largest micro-batch that fits; None where the search stopped at its upper limit.
-        ceiling_at_least: largest micro-batch known to fit (the ceiling where that is known).
-        budget_bytes: what the run may reserve: (capacity - context - others) x (1 - headroom).
-        others_bytes: what other processes hold on the GPU; 0 where the GPU is virtual.
-        allowed_bytes: what `set_per_process_memory_fraction` lets the process reserve; None where
-            it sets no limit.
-        footprint: bytes by category at the planned micro-batch.
-        ceiling_footprint: the same at the ceiling.
-        curve: memory against micro-batch, for the chart.
-        method: "trace model", "trace model (quadratic)" or "bisection".
-        sharding: what the ranks share: "ddp", "fsdp", or "custom" for a function of the user's;
-            None where there is one, and in plans from before.
-        otherwise: the samples of one update on one GPU all at once, or where that is the plan, in
-            two halves; None where the sizes that ran do not tell, and in plans from before.
-        warnings: what the user should know, one line each.
-    """
-
-    split: Split
-    ceiling: int | None
-    ceiling_at_least: int
-    headroom: float
-    budget_bytes: int
-    gpu: GpuSpec
-    model: ModelFacts
-    footprint: Footprint
-    ceiling_footprint: Footprint
-    trials: tuple[Trial, ...]
-    curve: tuple[MemoryPoint, ...]
-    timeline: Timeline
-    method: str
-    warnings: tuple[str, ...]
-    versions: Mapping[str, str]
-    created: str
-    seconds: float
-    others_bytes: int = 0
-    allowed_bytes: int | None = None
-    sharding: Literal["ddp", "fsdp", "custom"] | None = None
-    otherwise: WindowMemory | None = None
-
-    @property
-    def ceiling_likelihood(self) -> float | None:
-        """How likely the ceiling is to fit a real card, by `autobatch.gpus.uncertainty`.
-
-        None where it ran on the card.
-        """
-        if self.ceiling_footprint.low_device_bytes is None:
-            return None
-        usable = round(self.budget_bytes / (1 - self.headroom))
-        return likelihood_of(self.ceiling_footprint.peak_reserved_bytes, usable)
-
-    @property
-    def likelihood(self) -> float | None:
-        """How likely the planned micro-batch is to fit a real card; None where it ran on it."""
-        if self.footprint.low_device_bytes is None:
-            return None
-        usable = round(self.budget_bytes / (1 - self.headroom))
-        return likelihood_of(self.footprint.peak_reserved_bytes, usable)
-
-    @property
-    def target(self) -> int:
-        """The effective batch asked for."""
-        return self.split.target
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples in one forward/backward on one GPU; the largest where sizes differ by one."""
-        return self.split.micro_batch
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches between two optimizer updates."""
-        return self.split.accumulation_steps
-
-    @property
-    def world_size(self) -> int:
-        """GPUs that share the effective batch."""
-        return self.split.world_size
-
-    @property
-    def effective_batch(self) -> int:
-        """Samples in one optimizer update, over all ranks and accumulation steps."""
-        return self.split.effective_batch
-
-    @property
-    def executions(self) -> int:
-        """Trials that ran."""
-        return len(self.trials)
-
-    @property
-    def ooms(self) -> int:
-        """Trials that ran out of memory."""
-        return sum(trial.oom for trial in self.trials)
-
-    @property
-    def proven(self) -> bool:
-        """Whether the size above the ceiling ran, and did not fit."""
-        above = self.ceiling_at_least + 1
-        return any(trial.micro_batch == above and not trial.fits for trial in self.trials)
-
-    @property
-    def slack_bytes(self) -> int:
-        """What the planned micro-batch leaves of the budget."""
-        return self.budget_bytes - self.footprint.peak_reserved_bytes
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path.
@@ -268,7 +55,7 @@ class Plan:
         """
         text = read_text(path, limit_bytes=FILE_LIMIT_BYTES)
         try:
-            return _from_document(parse_json(text))
+            return read_plan(cls, text)
         except RecordError as error:
             raise FileError(f"{os.fspath(path)!r} is not a plan: {error}") from error
 
@@ -280,14 +67,13 @@ class Plan:
             FileError: the text is no sound plan of this schema.
         """
         try:
-            return _from_document(parse_json(text))
+            return read_plan(cls, text)
         except RecordError as error:
             raise FileError(f"the JSON text is not a plan: {error}") from error
 
     def to_json(self) -> str:
         """Render the plan as the JSON text that `save` writes."""
-        header = {"schema_version": SCHEMA_VERSION, "answer": _answer(self)}
-        return dump_json(header | encode(self))
+        return write_plan(self)
 
     def report(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report into `folder` and return the path of its report.html.
@@ -319,8 +105,8 @@ class Plan:
                 or its version lacks an argument.
         """
         with _extra("hf"):
-            from autobatch.integrations import transformers as huggingface
-        return huggingface.training_arguments(self, nearest=nearest)
+            from autobatch.exports import transformers
+        return transformers.training_arguments(self, nearest=nearest)
 
     def to_accelerate(self, *, nearest: bool = False) -> AccelerateSettings:
         """Return (keyword arguments for `accelerate.Accelerator`, those for the DataLoader).
@@ -353,7 +139,7 @@ class Plan:
             UsageError: as `to_training_arguments`, of lightning; `samples` make no whole window.
         """
         with _extra("lightning"):
-            from autobatch.integrations import lightning
+            from autobatch.exports import lightning
         return lightning.settings(self, samples=samples, nearest=nearest)
 
     def to_deepspeed(
@@ -469,70 +255,3 @@ def _extra(name: str) -> Iterator[None]:
             f"{error.name} is not installed: pip install 'autobatch-gpu[{name}]', where the "
             "training will run, and load the saved plan there"
         ) from error
-
-
-def _answer(plan: Plan) -> dict[str, int | None]:
-    """What readers of the JSON want first; derived, and checked when a plan is loaded."""
-    return {
-        "micro_batch": plan.micro_batch,
-        "accumulation_steps": plan.accumulation_steps,
-        "world_size": plan.world_size,
-        "effective_batch": plan.effective_batch,
-        "ceiling": plan.ceiling,
-    }
-
-
-def _from_document(document: object) -> Plan:
-    if not isinstance(document, dict):
-        raise RecordError("it does not hold a JSON object")
-    version = document.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"its schema_version is {str(version)[:20]!r}, and this autobatch reads "
-            f"{SCHEMA_VERSION}; make the plan again, or use the autobatch that wrote it"
-        )
-    answer = document.pop("answer", None)
-    plan = decode(Plan, document)
-    _check_sound(plan)
-    if answer != _answer(plan):
-        raise RecordError("its answer does not agree with its split")
-    return plan
-
-
-def _check_sound(plan: Plan) -> None:
-    """Refuse what no tuner writes and no report can render."""
-    windows = plan.split.windows
-    footprints = (plan.footprint, plan.ceiling_footprint)
-    rules = {
-        "split.windows must hold sizes of at least 1, as many for each rank": (
-            bool(windows)
-            and len({len(window) for window in windows}) == 1
-            and all(window and min(window) >= 1 for window in windows)
-        ),
-        "split.windows must sum to split.target": sum(map(sum, windows)) == plan.target,
-        "gpu.capacity_bytes and budget_bytes must be positive": (
-            plan.gpu.capacity_bytes > 0 and plan.budget_bytes > 0
-        ),
-        "headroom must be at least 0 and below 1": 0 <= plan.headroom < 1,
-        "model.autocast must be bf16, fp16 or null": plan.model.autocast in (None, "bf16", "fp16"),
-        "every ceiling must be at least 1": plan.ceiling_at_least >= 1
-        and (plan.ceiling is None or plan.ceiling >= 1),
-        "every micro_batch must be at least 1": (
-            all(footprint.micro_batch >= 1 for footprint in footprints)
-            and all(trial.micro_batch >= 1 for trial in plan.trials)
-            and all(point.micro_batch >= 1 for point in plan.curve)
-        ),
-        "every footprint's categories must sum to its peak_allocated_bytes, above 0": all(
-            sum(footprint.categories.values()) == footprint.peak_allocated_bytes > 0
-            for footprint in footprints
-        ),
-    }
-    if plan.otherwise is not None:
-        parts = plan.otherwise.categories
-        rules["otherwise's categories must sum to its peak_allocated_bytes, above 0"] = (
-            set(parts) == set(plan.footprint.categories)
-            and sum(parts.values()) == plan.otherwise.peak_allocated_bytes > 0
-        )
-    for rule, holds in rules.items():
-        if not holds:
-            raise RecordError(rule)

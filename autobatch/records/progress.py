@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autobatch.plan.plan import Trial
+from autobatch.records.evidence import Trial
 
 __all__ = ["Progress", "ProgressCallback", "silent"]
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_json import write_plan
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import prepare_folder, write_text
 
 __all__ = ["prepare_folder", "write_report"]
 
 
-def write_report(plan: Plan, folder: str | os.PathLike[str]) -> Path:
+def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
     """Write report.html, report.md, plan.json, the CSV tables and the charts into a folder.
 
     Returns:
@@ -29,7 +30,7 @@ def write_report(plan: Plan, folder: str | os.PathLike[str]) -> Path:
     target = prepare_folder(folder)
     drawings = charts.write_charts(plan, prepare_folder(target / "charts"))
     table.write_csv(plan, target)
-    plan.save(target / "plan.json")
+    write_text(target / "plan.json", write_plan(plan))
     document = full_report(plan)
     write_text(target / "report.md", markdown.render(document))
     return write_text(target / "report.html", html.page(document, drawings))

@@ -24,8 +24,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from autobatch.errors import FileError
-from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Evidence, Footprint
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import write_text
 from autobatch.support.units import GIB, MIB, format_bytes
 
@@ -155,7 +155,7 @@ class TimelineChart:
     peak_bytes: int
 
 
-def memory_chart(plan: Plan) -> MemoryChart:
+def memory_chart(plan: PlanRecord) -> MemoryChart:
     """Collect the curve, with what really ran in place of what was predicted."""
     footprint = plan.footprint
     chosen = CurvePoint(
@@ -181,7 +181,7 @@ def memory_chart(plan: Plan) -> MemoryChart:
     )
 
 
-def breakdown_chart(plan: Plan) -> BreakdownChart:
+def breakdown_chart(plan: PlanRecord) -> BreakdownChart:
     """Collect the footprints at the planned micro-batch and, where it differs, at the ceiling."""
     chosen, ceiling = plan.footprint, plan.ceiling_footprint
     bars = [_bar("plan", chosen, plan.others_bytes)]
@@ -195,7 +195,7 @@ def breakdown_chart(plan: Plan) -> BreakdownChart:
     )
 
 
-def timeline_chart(plan: Plan) -> TimelineChart:
+def timeline_chart(plan: PlanRecord) -> TimelineChart:
     """Collect the traced windows; what the categories leave of the allocated bytes is rounding."""
     samples = plan.timeline.samples
     names = [name for name in COLOURS if any(sample.categories.get(name) for sample in samples)]
@@ -419,7 +419,7 @@ def draw_timeline(chart: TimelineChart) -> Figure:
     return figure
 
 
-def write_charts(plan: Plan, folder: Path) -> dict[str, str]:
+def write_charts(plan: PlanRecord, folder: Path) -> dict[str, str]:
     """Draw every chart as NAME.png and NAME.svg, and return each SVG for inlining.
 
     Raises:

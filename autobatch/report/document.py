@@ -13,8 +13,9 @@ from autobatch import advice
 from autobatch.advice import count
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.nvml import InstalledGpu
-from autobatch.plan.plan import Plan, Trial
+from autobatch.records.evidence import Trial
 from autobatch.records.footprint import Footprint
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.units import format_bytes
 
 __all__ = [
@@ -104,7 +105,7 @@ class Document:
     sections: tuple[Section, ...]
 
 
-def summary(plan: Plan) -> Document:
+def summary(plan: PlanRecord) -> Document:
     """Return the plan on one screen: the answer, the account, the evidence, the warnings."""
     return Document(
         title=advice.effective_batch(plan),
@@ -118,7 +119,7 @@ def summary(plan: Plan) -> Document:
     )
 
 
-def full_report(plan: Plan) -> Document:
+def full_report(plan: PlanRecord) -> Document:
     """Return the whole report: the summary, the charts and what the plan means for training."""
     head = summary(plan)
     facts, account, evidence, *warnings = head.sections
@@ -277,7 +278,7 @@ def _gpu_row(gpu: GpuSpec) -> tuple[str, ...]:
     )
 
 
-def _facts(plan: Plan) -> Facts:
+def _facts(plan: PlanRecord) -> Facts:
     model, footprint = plan.model, plan.footprint
     trained = (
         ""
@@ -309,7 +310,7 @@ def _facts(plan: Plan) -> Facts:
     )
 
 
-def _certainty(plan: Plan) -> list[tuple[str, str]]:
+def _certainty(plan: PlanRecord) -> list[tuple[str, str]]:
     """Say how sure a simulated plan is; nothing where a GPU was measured."""
     if plan.likelihood is None or plan.ceiling_likelihood is None:
         return []
@@ -329,7 +330,7 @@ def _range(footprint: Footprint) -> str:
     return f"{format_bytes(low)} to {format_bytes(high)} on the device in 9 of 10 runs"
 
 
-def _ranks(plan: Plan) -> str:
+def _ranks(plan: PlanRecord) -> str:
     shared = {
         "ddp": "DistributedDataParallel: a whole copy on each, and buckets to average gradients in",
         "fsdp": "FSDP2: each keeps its share of parameters, gradients and optimizer state",
@@ -338,7 +339,7 @@ def _ranks(plan: Plan) -> str:
     return f"{count(plan.world_size, 'GPU')}, {shared[plan.sharding or 'ddp']}; figures of rank 0"
 
 
-def _ceiling(plan: Plan) -> str:
+def _ceiling(plan: PlanRecord) -> str:
     evidence = plan.ceiling_footprint.evidence
     if plan.ceiling is None:
         return (
@@ -349,7 +350,7 @@ def _ceiling(plan: Plan) -> str:
     return f"micro-batch {plan.ceiling:,} is the largest that fits ({evidence}{proof})"
 
 
-def _slack(plan: Plan) -> str:
+def _slack(plan: PlanRecord) -> str:
     spare = plan.ceiling_at_least - plan.micro_batch
     if spare == 0:
         return f"none in samples; {format_bytes(plan.slack_bytes)} of the budget stay free"
@@ -359,7 +360,7 @@ def _slack(plan: Plan) -> str:
     )
 
 
-def _budget(plan: Plan) -> str:
+def _budget(plan: PlanRecord) -> str:
     others = f" - {format_bytes(plan.others_bytes)} others" if plan.others_bytes else ""
     usable = (
         f"({format_bytes(plan.gpu.capacity_bytes)} capacity - "
@@ -371,7 +372,7 @@ def _budget(plan: Plan) -> str:
     return f"{usable} × (1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
 
 
-def _why(plan: Plan) -> str:
+def _why(plan: PlanRecord) -> str:
     if plan.micro_batch == plan.ceiling_at_least:
         return f"{_sentence(_ceiling(plan))} The plan uses it."
     return (
@@ -405,7 +406,7 @@ def _account(footprint: Footprint) -> Table:
     )
 
 
-def _evidence(plan: Plan) -> str:
+def _evidence(plan: PlanRecord) -> str:
     return (
         f"{count(plan.executions, 'execution')}, {count(plan.ooms, 'OOM')}, "
         f"{printable(plan.method)}, {plan.seconds:.1f} s"
@@ -451,13 +452,13 @@ def _result(trial: Trial) -> str:
     return "fits" if trial.fits else "over the budget"
 
 
-def _warnings(plan: Plan) -> tuple[Section, ...]:
+def _warnings(plan: PlanRecord) -> tuple[Section, ...]:
     if not plan.warnings:
         return ()
     return (Section("Warnings", (Bullets(tuple(map(printable, plan.warnings))),)),)
 
 
-def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
+def _accumulation_table(plan: PlanRecord) -> tuple[Table, ...]:
     other = advice.other_window(plan)
     if other is None:
         return ()
@@ -487,7 +488,7 @@ def _accumulation_table(plan: Plan) -> tuple[Table, ...]:
     )
 
 
-def _batchnorm_table(plan: Plan) -> tuple[Table, ...]:
+def _batchnorm_table(plan: PlanRecord) -> tuple[Table, ...]:
     rows = advice.batchnorm_rows(plan)
     if not rows:
         return ()
@@ -503,7 +504,7 @@ def _batchnorm_table(plan: Plan) -> tuple[Table, ...]:
     )
 
 
-def _effective_batch_facts(plan: Plan) -> Facts:
+def _effective_batch_facts(plan: PlanRecord) -> Facts:
     ranks = [
         (f"rank {rank}", _window(window)) for rank, window in enumerate(plan.split.windows[:8])
     ]
@@ -517,7 +518,7 @@ def _window(window: Sequence[int]) -> str:
     return total if len(window) == 1 else f"{advice.window_text(window)} = {total}"
 
 
-def _factors(plan: Plan) -> tuple[Table, ...]:
+def _factors(plan: PlanRecord) -> tuple[Table, ...]:
     factors = advice.learning_rate_factors(plan)
     if len(factors) < 2:
         return ()
@@ -530,7 +531,7 @@ def _factors(plan: Plan) -> tuple[Table, ...]:
     )
 
 
-def _provenance(plan: Plan) -> Facts:
+def _provenance(plan: PlanRecord) -> Facts:
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     sources = tuple(
         (f"GPU: {printable(name)}", printable(source)) for name, source in plan.gpu.sources.items()

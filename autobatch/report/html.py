@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 
-from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import PlanRecord
 from autobatch.report.document import (
     Block,
     Bullets,
@@ -79,7 +79,7 @@ def page(document: Document, drawings: Mapping[str, str]) -> str:
 """
 
 
-def notebook(plan: Plan) -> str:
+def notebook(plan: PlanRecord) -> str:
     """Return the plan's summary as a small HTML fragment, styled by the notebook itself."""
     document = summary(plan)
     body = "\n".join(_section(section, {}) for section in document.sections)

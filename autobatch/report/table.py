@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from autobatch.plan.plan import Plan
 from autobatch.records.codec import encode
+from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import write_text
 
 __all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]
 
 
-def trials(plan: Plan) -> pd.DataFrame:
+def trials(plan: PlanRecord) -> pd.DataFrame:
     """Return every window that ran, in order."""
     return pd.DataFrame(
         [encode(trial) for trial in plan.trials],
@@ -35,7 +35,7 @@ def trials(plan: Plan) -> pd.DataFrame:
     )
 
 
-def breakdown(plan: Plan) -> pd.DataFrame:
+def breakdown(plan: PlanRecord) -> pd.DataFrame:
     """Return the bytes by category at the planned micro-batch and at the ceiling.
 
     With `cached` and `context`, the bytes of one footprint sum to what the device holds.
@@ -58,7 +58,7 @@ def breakdown(plan: Plan) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def curve(plan: Plan) -> pd.DataFrame:
+def curve(plan: PlanRecord) -> pd.DataFrame:
     """Return memory against micro-batch, smallest first, and whether each size fits the budget."""
     points = sorted(plan.curve, key=lambda point: point.micro_batch)
     frame = pd.DataFrame(
@@ -68,7 +68,7 @@ def curve(plan: Plan) -> pd.DataFrame:
     return frame.assign(fits=frame["peak_reserved_bytes"] <= plan.budget_bytes)
 
 
-def timeline(plan: Plan) -> pd.DataFrame:
+def timeline(plan: PlanRecord) -> pd.DataFrame:
     """Return live bytes by category over the traced windows, one row per sample."""
     return pd.DataFrame(
         [
@@ -86,7 +86,7 @@ def timeline(plan: Plan) -> pd.DataFrame:
     )
 
 
-def write_csv(plan: Plan, folder: Path) -> None:
+def write_csv(plan: PlanRecord, folder: Path) -> None:
     """Write trials.csv, breakdown.csv, curve.csv and timeline.csv.
 
     Raises:

@@ -13,13 +13,9 @@ import torch.distributed as dist
 
 from autobatch.errors import WorkloadError
 from autobatch.plan.plan import Plan
+from autobatch.support.ranks import ranks_here
 
-__all__ = ["agreed", "ranks_here"]
-
-
-def ranks_here(group: dist.ProcessGroup | None = None) -> int:
-    """Return the number of ranks of a process group, by default of all; 1 where there is none."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+__all__ = ["agreed"]
 
 
 def agreed(make: Callable[[], Plan]) -> Plan:

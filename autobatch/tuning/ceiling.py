@@ -17,7 +17,7 @@ from autobatch.errors import WorkloadError
 from autobatch.gpus.budget import budget_bytes
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace_model import Misaligned, TraceModel
-from autobatch.plan.plan import Trial
+from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.tuning.search import CeilingSearch
 from autobatch.workload.workload import Workload

@@ -29,8 +29,9 @@ from typing import Any, BinaryIO
 
 from autobatch import errors
 from autobatch.errors import AutobatchError, FileError, ProbeDiedError, UsageError
-from autobatch.plan.plan import Plan, Trial
+from autobatch.plan.plan import Plan
 from autobatch.records.codec import decode, encode, parse_json
+from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
 from autobatch.support.files import prepare_folder

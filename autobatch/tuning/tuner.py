@@ -35,13 +35,15 @@ from autobatch.memory.accounting import (
 )
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
-from autobatch.plan.plan import MemoryPoint, ModelFacts, Plan, WindowMemory
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
+from autobatch.support.ranks import ranks_here
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning import cache as plan_cache
-from autobatch.tuning.agreement import agreed, ranks_here
+from autobatch.tuning.agreement import agreed
 from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.tuning.isolation import apart
 from autobatch.tuning.notes import warnings, what_is_missing

@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autobatch.memory.allocator import CachingAllocator, SegmentInfo, round_size, segment_size
+from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.snapshot import MemoryMap, Recording, TraceEvent
+from autobatch.memory.blocks import SegmentInfo, round_size, segment_size
+from autobatch.memory.recording import MemoryMap, Recording
+from autobatch.memory.snapshot import TraceEvent
 
 __all__ = ["Score", "replay"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from autobatch.memory.allocator import round_size
+from autobatch.memory.blocks import round_size
 from autobatch.memory.trace import Phase, Trace
 from autobatch.memory.trace_model import scratch_blocks
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch import FileError, UsageError, advice
-from autobatch.plan.plan import Plan, WindowMemory
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import WindowMemory
 from tests.support.plans import GPU, example_plan, footprint_at, ragged_plan
 
 

@@ -15,8 +15,6 @@ from tests.support.plans import example_plan, ragged_plan
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from autobatch.exports.accelerate import return_fp32  # noqa: E402
-
 
 @pytest.fixture(autouse=True)
 def _no_state_of_an_earlier_accelerator() -> None:
@@ -79,13 +77,3 @@ def test_a_ragged_plan_is_refused_and_nearest_gives_one_size() -> None:
     with pytest.raises(UsageError, match="Accelerate takes micro-batches of one size"):
         plan.to_accelerate()
     assert plan.to_accelerate(nearest=True).dataloader["batch_size"] == 64
-
-
-def test_a_model_returns_fp32_as_one_that_accelerate_prepared() -> None:
-    model = nn.Linear(2, 2).bfloat16()
-    for _ in range(2):  # once however often it is asked for
-        return_fp32(model)
-    output = model(torch.zeros(1, 2, dtype=torch.bfloat16))
-    assert output.dtype == torch.float32
-    output.sum().backward()
-    assert model.weight.grad is not None

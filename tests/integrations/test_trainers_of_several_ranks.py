@@ -58,7 +58,7 @@ def launched(rank: int, folder: str) -> None:
 def fit(rank: int, folder: str) -> dict[str, Any]:
     """Tune and train under Lightning's DDP strategy; each rank imagines another card."""
     launched(rank, folder)
-    from test_integrations_lightning import Images, trainer
+    from tests.integrations.test_lightning import Images, trainer
 
     from autobatch.integrations.lightning import AutobatchCallback
 
@@ -78,7 +78,7 @@ def fit(rank: int, folder: str) -> dict[str, Any]:
 def train(rank: int, folder: str) -> dict[str, Any]:
     """Tune and train transformers' Trainer in the same way."""
     launched(rank, folder)
-    from test_integrations_huggingface import trainer
+    from tests.integrations.test_transformers import trainer
 
     from autobatch.integrations.transformers import tune_trainer
 

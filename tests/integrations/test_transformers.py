@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import autobatch
@@ -19,9 +19,10 @@ from tests.support.plans import example_plan, ragged_plan
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from autobatch.exports.transformers import training_arguments  # noqa: E402
 from autobatch.integrations.transformers import (  # noqa: E402
     AutobatchCallback,
-    training_arguments,
+    return_fp32,
     tune_trainer,
 )
 
@@ -326,3 +327,13 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     assert run.updates[0] == plan.target
     again = tune_trainer(trainer(tmp_path), target=47, gpu="cuda:7", resume_from_checkpoint=True)
     assert again.split == plan.split
+
+
+def test_a_model_returns_fp32_as_one_that_accelerate_prepared() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    for _ in range(2):  # once however often it is asked for
+        return_fp32(model)
+    output = model(torch.zeros(1, 2, dtype=torch.bfloat16))
+    assert output.dtype == torch.float32
+    output.sum().backward()
+    assert model.weight.grad is not None

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autobatch.errors import FileError
-from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory, SegmentInfo
+from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.snapshot import Snapshot, TraceEvent, load_snapshot, rewind
+from autobatch.memory.blocks import SegmentInfo
+from autobatch.memory.recording import rewind
+from autobatch.memory.snapshot import Snapshot, TraceEvent, load_snapshot
 from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
 from reports.allocator.replay import Score, replay
@@ -164,7 +166,10 @@ def test_an_allocator_starts_from_a_snapshot(tmp_path: Path) -> None:
     made = recorder()
     made.free(made.alloc(20 * MIB))
     made.alloc(MIB)
-    allocator = CachingAllocator.from_snapshot(loaded(tmp_path, made), capacity_bytes=22 * MIB)
+    snapshot = loaded(tmp_path, made)
+    allocator = CachingAllocator.from_segments(
+        snapshot.segments[0], snapshot.settings, capacity_bytes=22 * MIB
+    )
     assert (allocator.reserved_bytes, allocator.allocated_bytes) == (22 * MIB, MIB)
     allocator.malloc(20 * MIB)
     assert allocator.alloc_retries == 0

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from autobatch.errors import FileError
 from autobatch.gpus.catalogue import CATALOGUE
-from autobatch.plan.plan import Plan, Timeline
+from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError, decode, encode, parse_json
+from autobatch.records.evidence import Timeline
 from autobatch.support.files import check_writable, prepare_folder, write_text
 from tests.support import ROOT
 from tests.support.plans import example_plan, ragged_plan
@@ -223,7 +224,7 @@ def test_the_notebook_form_is_a_small_escaped_fragment() -> None:
 
 def test_printing_a_plan_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from plans import example_plan; p = example_plan(); str(p); p._repr_html_();"
+        "import sys; from tests.support.plans import example_plan; p = example_plan(); str(p); p._repr_html_();"
         "heavy = {'torch', 'pandas', 'matplotlib', 'rich', 'optuna'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or None)"
     )

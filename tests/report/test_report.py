@@ -14,7 +14,8 @@ from rich.console import Console
 
 from autobatch.cli import terminal
 from autobatch.errors import FileError
-from autobatch.plan.plan import Plan, Timeline
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import Timeline
 from autobatch.report import charts, html, markdown, table, text
 from autobatch.report.document import Paragraph, Table, footprint_summary, full_report, summary
 from tests.support.plans import BUDGET, example_plan, ragged_plan

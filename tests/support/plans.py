@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.plan.plan import MemoryPoint, ModelFacts, Plan, Timeline, TimelineSegment, Trial
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, TimelineSegment, Trial
 from autobatch.records.footprint import Footprint
 from autobatch.records.split import Split
 

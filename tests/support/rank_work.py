@@ -1,4 +1,4 @@
-"""What the ranks of tests/accumulate/test_ranks.py run; each function returns plain tensors and numbers."""
+"""What the ranks of tests/accumulate/test_ranks.py run; each returns tensors and numbers."""
 
 from __future__ import annotations
 

@@ -309,7 +309,10 @@ def test_a_parent_that_is_killed_leaves_no_child_behind(work: str, tmp_path: Pat
 def test_a_script_that_cannot_be_imported_again_is_told_so_in_one_line(
     text: str, message: str, records: Path, tmp_path: Path
 ) -> None:
-    imports = "import sys\nfrom tests.support import isolated_work\nfrom autobatch.tuning.isolation import apart\n"
+    imports = (
+        "import sys\nfrom autobatch.tuning.isolation import apart\n"
+        "from tests.support import isolated_work\n"
+    )
     with running(tmp_path / "script.py", imports + text) as script:
         _, err = script.communicate(timeout=20)
     *above, last = err.splitlines()

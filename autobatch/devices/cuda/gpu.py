@@ -105,7 +105,8 @@ class CudaGpu:
         """Return a simulated allocator in the state in which runs begin."""
         if self._start is None:
             return CachingAllocator(AllocatorSettings.of_environment())
-        return CachingAllocator.from_snapshot(self._start, self._card.index)
+        segments = self._start.segments.get(self._card.index, ())
+        return CachingAllocator.from_segments(segments, self._start.settings)
 
     def remarks(self) -> tuple[str, ...]:
         """Return what the user should know about the card: its neighbours, spilling, limits."""

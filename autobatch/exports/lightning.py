@@ -1,0 +1,68 @@
+"""A plan in the words of Lightning's Trainer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+
+from autobatch.errors import UsageError
+from autobatch.exports.one_size import checked, one_size
+from autobatch.records.plan_record import PlanRecord
+
+__all__ = ["PRECISIONS", "TRAINER", "LightningSettings", "settings", "whole_windows"]
+
+TRAINER = "Lightning's Trainer"
+PRECISIONS = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+"""Lightning's name of a precision by that of autocast."""
+
+
+class LightningSettings(NamedTuple):
+    """What a plan means for Lightning.
+
+    Attributes:
+        trainer: keyword arguments for `lightning.Trainer`.
+        dataloader: keyword arguments for the training set's `DataLoader`, one process's share.
+    """
+
+    trainer: dict[str, Any]
+    dataloader: dict[str, Any]
+
+
+def settings(
+    plan: PlanRecord, *, samples: int | None = None, nearest: bool = False
+) -> LightningSettings:
+    """Return the plan in Lightning's words; see `Plan.to_lightning`."""
+    split = one_size(plan, TRAINER, nearest=nearest)
+    arguments: dict[str, Any] = {
+        "accumulate_grad_batches": split.accumulation_steps,
+        "gradient_clip_val": plan.model.clip_norm,
+        "precision": PRECISIONS[plan.model.autocast],
+        "devices": split.world_size,
+    }
+    if plan.model.clip_norm is not None:
+        arguments["gradient_clip_algorithm"] = "norm"
+    if plan.sharding == "ddp":
+        arguments["strategy"] = "ddp"
+    if samples is not None:
+        arguments["limit_train_batches"] = whole_windows(split.target, samples) * (
+            split.accumulation_steps
+        )
+    return LightningSettings(
+        trainer=checked(arguments, takes=Trainer, package="lightning"),
+        dataloader={"batch_size": split.micro_batch, "drop_last": True},
+    )
+
+
+def whole_windows(target: int, samples: int) -> int:
+    """Return how many whole windows an epoch of so many samples has.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if samples < target:
+        raise UsageError(
+            f"{samples} samples do not fill one effective batch of {target}: use a smaller target, "
+            "or a training set of at least as many"
+        )
+    return samples // target

@@ -1,0 +1,32 @@
+"""A plan in the words of transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from autobatch.exports.one_size import checked, one_size
+from autobatch.records.plan_record import PlanRecord
+
+__all__ = ["TRAINER", "training_arguments"]
+
+TRAINER = "transformers' Trainer"
+
+
+def training_arguments(plan: PlanRecord, *, nearest: bool = False) -> dict[str, Any]:
+    """Return keyword arguments for TrainingArguments; see `Plan.to_training_arguments`."""
+    split = one_size(plan, TRAINER, nearest=nearest)
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation_steps,
+        "max_grad_norm": plan.model.clip_norm or 0.0,
+        "bf16": plan.model.autocast == "bf16",
+        "fp16": plan.model.autocast == "fp16",
+        "average_tokens_across_devices": True,
+    }
+    if plan.model.optimizer == "AdamW":
+        # the same update as any AdamW of torch; of its three implementations the one without
+        # temporaries, so that it needs no more memory than the one that was planned for
+        arguments["optim"] = "adamw_torch_fused"
+    return checked(arguments, takes=TrainingArguments, package="transformers")

@@ -1,0 +1,130 @@
+"""What a plan says, without what it can do: fields, and figures that follow from them.
+
+Modules below `autobatch.plan` take this record; users hold the `Plan` that extends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.uncertainty import likelihood_of
+from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, Trial, WindowMemory
+from autobatch.records.footprint import Footprint
+from autobatch.records.split import Split
+
+__all__ = ["PlanRecord"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRecord:
+    """What to run on each device, and how it is known.
+
+    Attributes:
+        target: the effective batch asked for.
+        split: how the target is divided into micro-batches over ranks and accumulation steps.
+        ceiling: largest micro-batch that fits; None where the search stopped at its upper limit.
+        ceiling_at_least: largest micro-batch known to fit (the ceiling where that is known).
+        budget_bytes: what the run may reserve: (capacity - context - others) x (1 - headroom).
+        others_bytes: what other processes hold on the GPU; 0 where the GPU is virtual.
+        allowed_bytes: what `set_per_process_memory_fraction` lets the process reserve; None where
+            it sets no limit.
+        footprint: bytes by category at the planned micro-batch.
+        ceiling_footprint: the same at the ceiling.
+        curve: memory against micro-batch, for the chart.
+        method: "trace model", "trace model (quadratic)" or "bisection".
+        sharding: what the ranks share: "ddp", "fsdp", or "custom" for a function of the user's;
+            None where there is one, and in plans from before.
+        otherwise: the samples of one update on one GPU all at once, or where that is the plan, in
+            two halves; None where the sizes that ran do not tell, and in plans from before.
+        warnings: what the user should know, one line each.
+    """
+
+    split: Split
+    ceiling: int | None
+    ceiling_at_least: int
+    headroom: float
+    budget_bytes: int
+    gpu: GpuSpec
+    model: ModelFacts
+    footprint: Footprint
+    ceiling_footprint: Footprint
+    trials: tuple[Trial, ...]
+    curve: tuple[MemoryPoint, ...]
+    timeline: Timeline
+    method: str
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    created: str
+    seconds: float
+    others_bytes: int = 0
+    allowed_bytes: int | None = None
+    sharding: Literal["ddp", "fsdp", "custom"] | None = None
+    otherwise: WindowMemory | None = None
+
+    @property
+    def ceiling_likelihood(self) -> float | None:
+        """How likely the ceiling is to fit a real card, by `autobatch.gpus.uncertainty`.
+
+        None where it ran on the card.
+        """
+        if self.ceiling_footprint.low_device_bytes is None:
+            return None
+        usable = round(self.budget_bytes / (1 - self.headroom))
+        return likelihood_of(self.ceiling_footprint.peak_reserved_bytes, usable)
+
+    @property
+    def likelihood(self) -> float | None:
+        """How likely the planned micro-batch is to fit a real card; None where it ran on it."""
+        if self.footprint.low_device_bytes is None:
+            return None
+        usable = round(self.budget_bytes / (1 - self.headroom))
+        return likelihood_of(self.footprint.peak_reserved_bytes, usable)
+
+    @property
+    def target(self) -> int:
+        """The effective batch asked for."""
+        return self.split.target
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward/backward on one GPU; the largest where sizes differ by one."""
+        return self.split.micro_batch
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches between two optimizer updates."""
+        return self.split.accumulation_steps
+
+    @property
+    def world_size(self) -> int:
+        """GPUs that share the effective batch."""
+        return self.split.world_size
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples in one optimizer update, over all ranks and accumulation steps."""
+        return self.split.effective_batch
+
+    @property
+    def executions(self) -> int:
+        """Trials that ran."""
+        return len(self.trials)
+
+    @property
+    def ooms(self) -> int:
+        """Trials that ran out of memory."""
+        return sum(trial.oom for trial in self.trials)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the size above the ceiling ran, and did not fit."""
+        above = self.ceiling_at_least + 1
+        return any(trial.micro_batch == above and not trial.fits for trial in self.trials)
+
+    @property
+    def slack_bytes(self) -> int:
+        """What the planned micro-batch leaves of the budget."""
+        return self.budget_bytes - self.footprint.peak_reserved_bytes

@@ -10,86 +10,55 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from autobatch._version import __version__
+from autobatch._version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from autobatch.accumulate import Window, Windows, windows
-    from autobatch.equivalence import Equivalence, check_equivalence
-    from autobatch.errors import (
-        AutobatchError,
-        AutobatchWarning,
-        DoesNotFitError,
-        FileError,
-        NoGpuError,
-        ProbeDiedError,
-        SampleError,
-        SpecError,
-        UnknownGpuError,
-        UsageError,
-        WorkloadError,
-    )
-    from autobatch.gpus.catalogue import GpuSpec, find_gpu
-    from autobatch.plan.plan import Plan
-    from autobatch.records.footprint import Footprint
-    from autobatch.records.progress import Progress
-    from autobatch.tuning.tuner import predict, tune
-    from autobatch.workload.sample import batch_builder
-    from autobatch.workload.workload import Workload
+if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` is what runs
+    from autobatch.accumulate.window import Window as Window
+    from autobatch.accumulate.windows import Windows as Windows
+    from autobatch.accumulate.windows import windows as windows
+    from autobatch.equivalence.check import check_equivalence as check_equivalence
+    from autobatch.equivalence.result import Equivalence as Equivalence
+    from autobatch.errors import AutobatchError as AutobatchError
+    from autobatch.errors import AutobatchWarning as AutobatchWarning
+    from autobatch.errors import DoesNotFitError as DoesNotFitError
+    from autobatch.errors import FileError as FileError
+    from autobatch.errors import NoGpuError as NoGpuError
+    from autobatch.errors import ProbeDiedError as ProbeDiedError
+    from autobatch.errors import SampleError as SampleError
+    from autobatch.errors import SpecError as SpecError
+    from autobatch.errors import UnknownGpuError as UnknownGpuError
+    from autobatch.errors import UsageError as UsageError
+    from autobatch.errors import WorkloadError as WorkloadError
+    from autobatch.gpus.catalogue import GpuSpec as GpuSpec
+    from autobatch.gpus.catalogue import find_gpu as find_gpu
+    from autobatch.plan.plan import Plan as Plan
+    from autobatch.records.footprint import Footprint as Footprint
+    from autobatch.records.progress import Progress as Progress
+    from autobatch.tuning.tuner import predict as predict
+    from autobatch.tuning.tuner import tune as tune
+    from autobatch.workload.sample import batch_builder as batch_builder
+    from autobatch.workload.workload import Workload as Workload
 
 _HOMES = {
-    "autobatch.accumulate": ("Window", "Windows", "windows"),
-    "autobatch.equivalence": ("Equivalence", "check_equivalence"),
-    "autobatch.errors": (
-        "AutobatchError",
-        "AutobatchWarning",
-        "DoesNotFitError",
-        "FileError",
-        "NoGpuError",
-        "ProbeDiedError",
-        "SampleError",
-        "SpecError",
-        "UnknownGpuError",
-        "UsageError",
-        "WorkloadError",
-    ),
-    "autobatch.records.footprint": ("Footprint",),
-    "autobatch.gpus.catalogue": ("GpuSpec", "find_gpu"),
-    "autobatch.plan.plan": ("Plan",),
-    "autobatch.records.progress": ("Progress",),
-    "autobatch.workload.sample": ("batch_builder",),
-    "autobatch.tuning.tuner": ("predict", "tune"),
-    "autobatch.workload.workload": ("Workload",),
+    "autobatch.accumulate.window": "Window",
+    "autobatch.accumulate.windows": "Windows windows",
+    "autobatch.equivalence.check": "check_equivalence",
+    "autobatch.equivalence.result": "Equivalence",
+    "autobatch.errors": """
+        AutobatchError AutobatchWarning DoesNotFitError FileError NoGpuError ProbeDiedError
+        SampleError SpecError UnknownGpuError UsageError WorkloadError
+    """,
+    "autobatch.gpus.catalogue": "GpuSpec find_gpu",
+    "autobatch.plan.plan": "Plan",
+    "autobatch.records.footprint": "Footprint",
+    "autobatch.records.progress": "Progress",
+    "autobatch.tuning.tuner": "predict tune",
+    "autobatch.workload.sample": "batch_builder",
+    "autobatch.workload.workload": "Workload",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [
-    "AutobatchError",
-    "AutobatchWarning",
-    "DoesNotFitError",
-    "Equivalence",
-    "FileError",
-    "Footprint",
-    "GpuSpec",
-    "NoGpuError",
-    "Plan",
-    "ProbeDiedError",
-    "Progress",
-    "SampleError",
-    "SpecError",
-    "UnknownGpuError",
-    "UsageError",
-    "Window",
-    "Windows",
-    "Workload",
-    "WorkloadError",
-    "__version__",
-    "batch_builder",
-    "check_equivalence",
-    "find_gpu",
-    "predict",
-    "tune",
-    "windows",
-]
+__all__ = sorted((*_HOME_OF, "__version__"))
 
 
 def __getattr__(name: str) -> Any:
@@ -99,3 +68,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Name what users may use, so that a plain interpreter completes it."""
+    return __all__

@@ -21,7 +21,7 @@ def training_loop(plan: PlanRecord) -> str:
     """
     setup = ["import torch", "from torch.utils.data import DataLoader"]
     if plan.world_size > 1:
-        wraps = not _is_sharded(plan)
+        wraps = not plan.is_sharded
         if plan.accumulation_steps > 1 and wraps:
             setup.insert(0, "from contextlib import nullcontext\n")
         if wraps:
@@ -39,10 +39,6 @@ def training_loop(plan: PlanRecord) -> str:
         setup.append('scaler = torch.amp.GradScaler("cuda")')
     loop = _uniform_epoch(plan) if plan.split.uniform else _ragged_epoch(plan)
     return "\n".join([*setup, *loop]) + "\n"
-
-
-def _is_sharded(plan: PlanRecord) -> bool:
-    return plan.sharding in ("fsdp", "custom")
 
 
 def _uniform_epoch(plan: PlanRecord) -> list[str]:
@@ -89,7 +85,7 @@ def _ragged_epoch(plan: PlanRecord) -> list[str]:
         ]
         comment = "this rank's micro-batches of one training window"
     weight = f" * size / {target}" if world == 1 else f" * size * {world} / {target}"
-    step = "step, size" if world > 1 and steps > 1 and not _is_sharded(plan) else "size"
+    step = "step, size" if world > 1 and steps > 1 and not plan.is_sharded else "size"
     return [
         *(["rank = torch.distributed.get_rank()"] if world > 1 else []),
         f"sizes = {sizes}  # {comment}",
@@ -115,7 +111,7 @@ def _ragged_epoch(plan: PlanRecord) -> list[str]:
 
 def _micro_batch(plan: PlanRecord, weight: str) -> list[str]:
     body = _forward_backward(plan, weight)
-    if plan.world_size == 1 or plan.accumulation_steps == 1 or _is_sharded(plan):
+    if plan.world_size == 1 or plan.accumulation_steps == 1 or plan.is_sharded:
         return body
     return [
         f"last = step == {plan.accumulation_steps - 1}  # gradients are reduced once per window",

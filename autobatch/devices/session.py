@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from autobatch.devices.copies import Copier
-from autobatch.devices.virtual.device_guard import lost_error
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows
@@ -263,10 +262,7 @@ def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
         yield
     except AutobatchError:
         raise
-    except Exception as caught:
-        error = lost_error(caught)
-        if isinstance(error, AutobatchError):
-            raise error from error.__cause__
+    except Exception as error:
         summary = str(error).strip().splitlines()
         raise WorkloadError(
             f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "

@@ -21,8 +21,9 @@ from autobatch.support.files import read_text, write_text
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from typing_extensions import Unpack
 
-    from autobatch.accumulate import Windows
+    from autobatch.accumulate.windows import WindowOptions, Windows
     from autobatch.exports.accelerate import AccelerateSettings
     from autobatch.exports.lightning import LightningSettings
 
@@ -191,7 +192,7 @@ class Plan(PlanRecord):
         self,
         loader: Iterable[Any],
         optimizer: Optimizer | Sequence[Optimizer],
-        **options: Any,
+        **options: Unpack[WindowOptions],
     ) -> Windows:
         """Return the plan's training windows over a loader, for a loop of your own.
 
@@ -202,7 +203,7 @@ class Plan(PlanRecord):
         Raises:
             UsageError: the plan is for another number of ranks, or as from `autobatch.windows`.
         """
-        from autobatch.accumulate import planned_windows
+        from autobatch.accumulate.windows import planned_windows
 
         return planned_windows(self, loader, optimizer, **options)
 

@@ -125,6 +125,11 @@ class PlanRecord:
         return any(trial.micro_batch == above and not trial.fits for trial in self.trials)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share parameters, as FSDP2 does."""
+        return self.sharding in ("fsdp", "custom")
+
+    @property
     def slack_bytes(self) -> int:
         """What the planned micro-batch leaves of the budget."""
         return self.budget_bytes - self.footprint.peak_reserved_bytes

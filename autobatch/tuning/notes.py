@@ -74,7 +74,7 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
          and (card.capacity_bytes - card.context_bytes) * (1 - probe.headroom) >= needed),
         key=lambda card: card.capacity_bytes,
     )  # fmt: skip
-    is_sharded = probe.workload.shares in ("fsdp", "custom")
+    is_sharded = probe.workload.is_sharded
     ideas = [] if probe.workload.autocast or is_sharded else ['autocast="bf16"']
     if is_sharded:
         ideas.append("MixedPrecisionPolicy(param_dtype=torch.bfloat16) for fully_shard")

@@ -180,7 +180,7 @@ def _tuned(
     if workload.world_size != ranks:
         split(request.target, ceiling=_LARGEST, world_size=workload.world_size)
         request = replace(request, world_size=workload.world_size)
-    if workload.shares not in (None, "ddp") and device.evidence == "measured":
+    if workload.is_sharded and device.evidence == "measured":
         raise UsageError(
             "sharding is simulated only, not yet run on the GPU in the machine: name the card, "
             'such as gpu="a100-40gb"'

@@ -124,6 +124,11 @@ class Workload:
             return "custom"
         return self.sharding or ("ddp" if self.world_size > 1 else None)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the GPUs share parameters, as FSDP2 does."""
+        return self.shares in ("fsdp", "custom")
+
 
 class Phases(Protocol):
     """Told where a run is; a device uses it to attribute memory."""

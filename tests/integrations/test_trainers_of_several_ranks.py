@@ -58,9 +58,8 @@ def launched(rank: int, folder: str) -> None:
 def fit(rank: int, folder: str) -> dict[str, Any]:
     """Tune and train under Lightning's DDP strategy; each rank imagines another card."""
     launched(rank, folder)
-    from tests.integrations.test_lightning import Images, trainer
-
     from autobatch.integrations.lightning import AutobatchCallback
+    from tests.integrations.test_lightning import Images, trainer
 
     card = autobatch.GpuSpec(name="card", capacity_bytes=(400, 26)[rank] * 2**20)
     module, callback = Images(), AutobatchCallback(target=256, gpu=card)
@@ -78,9 +77,8 @@ def fit(rank: int, folder: str) -> dict[str, Any]:
 def train(rank: int, folder: str) -> dict[str, Any]:
     """Tune and train transformers' Trainer in the same way."""
     launched(rank, folder)
-    from tests.integrations.test_transformers import trainer
-
     from autobatch.integrations.transformers import tune_trainer
+    from tests.integrations.test_transformers import trainer
 
     run = trainer(Path(folder), ddp_backend="gloo", num_train_epochs=1)
     card = autobatch.GpuSpec(name="card", capacity_bytes=(400, 33)[rank] * 2**20)

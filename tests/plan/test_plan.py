@@ -224,7 +224,8 @@ def test_the_notebook_form_is_a_small_escaped_fragment() -> None:
 
 def test_printing_a_plan_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from tests.support.plans import example_plan; p = example_plan(); str(p); p._repr_html_();"
+        "import sys; from tests.support.plans import example_plan;"
+        "p = example_plan(); str(p); p._repr_html_();"
         "heavy = {'torch', 'pandas', 'matplotlib', 'rich', 'optuna'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or None)"
     )

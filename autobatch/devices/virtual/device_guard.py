@@ -2,17 +2,20 @@
 
 While an error of Python code in the autograd thread unwinds through the engine, a destructor asks
 the guard for its device type with Python's error still set, and a Python function that returns in
-that state ends the process. So the error is set aside first, and `lost_error` gives it back.
+that state ends the process. So the error is set aside first, and `lost_errors_found` raises it
+again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["VirtualDeviceGuard", "lost_error"]
+__all__ = ["VirtualDeviceGuard", "lost_errors_found"]
 
 _error = tuple(ctypes.py_object() for _ in range(3))
 _slots = tuple(map(ctypes.byref, _error))
@@ -34,11 +37,15 @@ class VirtualDeviceGuard(torch._C._acc.DeviceGuard):
         return torch._C._autograd.DeviceType.PrivateUse1
 
 
-def lost_error(error: Exception) -> Exception:
-    """Return what really went wrong where the engine lost the error that the guard took."""
-    if not (isinstance(error, SystemError) and _lost):
-        return error
-    kind, value, traceback = _lost[-1]
-    _lost.clear()
-    original: Exception = value if isinstance(value, Exception) else kind(value)
-    return original.with_traceback(traceback)
+@contextlib.contextmanager
+def lost_errors_found() -> Iterator[None]:
+    """Raise what really went wrong where the engine lost the error that the guard took."""
+    try:
+        yield
+    except SystemError:
+        if not _lost:
+            raise
+        kind, value, traceback = _lost[-1]
+        _lost.clear()
+        original: Exception = value if isinstance(value, Exception) else kind(value)
+        raise original.with_traceback(traceback) from original.__cause__

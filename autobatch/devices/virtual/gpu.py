@@ -22,6 +22,7 @@ from autobatch.devices.copies import Copier
 from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import pretend, virtual_device
+from autobatch.devices.virtual.device_guard import lost_errors_found
 from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.devices.virtual.function_mode import CudaCalls
 from autobatch.devices.virtual.kernels import fused, rnn
@@ -102,7 +103,7 @@ class VirtualGpu:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         device = virtual_device()
-        if workload.shares not in ("fsdp", "custom"):
+        if not workload.is_sharded:
             return self._run(workload, micro_batch, accumulation_steps, _Part(device))
         from autobatch.devices.virtual.sharding.rank import as_rank_zero, rank_mode, sharded
 
@@ -134,6 +135,7 @@ class VirtualGpu:
             calls,
             calls.in_backward(),
             user_errors(workload, micro_batch),
+            lost_errors_found(),
         ):
 
             def wrapped(copied: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.devices.cuda.offload import free_host_bytes
 from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.gradients import Weigh
@@ -22,8 +21,9 @@ from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
+from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
-from autobatch.tuning.tuner import workload_of
+from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]
@@ -81,7 +81,7 @@ def check_equivalence(
         model = replace(model, window=None)
     window = _asked(plan, micro_batch, accumulation_steps)
     sample = one_batch(sample, samples if plan is not None else sum(window))
-    workload = workload_of(model, sample, loss, None, None, None, 1, None)
+    workload = Asked(model=model, sample=sample, loss=loss).workload()
     if workload.window is not None:
         raise UsageError(
             "a Workload with a window function computes its own gradients: check the loss by "

@@ -20,7 +20,8 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
-from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.tuning.ceiling import Ceiling, find_ceiling
+from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import DefaultLoss, Workload, run_windows
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record

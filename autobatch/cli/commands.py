@@ -86,7 +86,7 @@ def entry() -> None:
 
 def _probe(arguments: argparse.Namespace) -> None:
     from autobatch.cli.terminal import follow, show
-    from autobatch.report.document import summary
+    from autobatch.report.content import summary
     from autobatch.support.files import check_writable, prepare_folder
 
     if arguments.report:
@@ -140,7 +140,7 @@ def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback
 
 def _predict(arguments: argparse.Namespace) -> None:
     from autobatch.cli.terminal import follow, show
-    from autobatch.report.document import footprint_summary
+    from autobatch.report.footprint_summary import footprint_summary
     from autobatch.support.files import check_writable, write_text
 
     if arguments.json and arguments.json != "-":
@@ -194,7 +194,7 @@ def _gpus(arguments: argparse.Namespace) -> None:
     from autobatch.cli.terminal import show
     from autobatch.gpus.catalogue import CATALOGUE
     from autobatch.gpus.nvml import installed_gpus
-    from autobatch.report.document import gpu_list
+    from autobatch.report.gpu_list import gpu_list
 
     show(gpu_list(CATALOGUE.values(), installed_gpus()), sys.stdout)
 

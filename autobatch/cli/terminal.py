@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TextIO
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.report import text
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
@@ -82,7 +82,7 @@ def _progress_line(progress: Progress) -> str:
     return f"{progress.executions + 1} of about {progress.expected}: {progress.step}{size}"
 
 
-def _rendered(block: Block) -> RenderableType:
+def _rendered(block: ContentBlock) -> RenderableType:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from html import escape
 
 from autobatch.records.plan_record import PlanRecord
+from autobatch.report.content import summary
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
     Section,
     Table,
-    summary,
 )
 
 __all__ = ["notebook", "page"]
@@ -95,7 +95,7 @@ def _section(section: Section, drawings: Mapping[str, str]) -> str:
     return f"<section{kind}>\n{heading}{body}\n</section>"
 
 
-def _block(block: Block, drawings: Mapping[str, str]) -> str:
+def _block(block: ContentBlock, drawings: Mapping[str, str]) -> str:
     match block:
         case Paragraph(text):
             return f"<p>{_prose(text)}</p>"

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
@@ -34,7 +34,7 @@ def _section(section: Section) -> str:
     return "\n\n".join([*heading, *(_block(block) for block in section.blocks)])
 
 
-def _block(block: Block) -> str:
+def _block(block: ContentBlock) -> str:
     match block:
         case Paragraph(text):
             return _escape(text)

@@ -17,7 +17,9 @@ from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
 from autobatch.report import charts, html, markdown, table, text
-from autobatch.report.document import Paragraph, Table, footprint_summary, full_report, summary
+from autobatch.report.content import full_report, summary
+from autobatch.report.document import Paragraph, Table
+from autobatch.report.footprint_summary import footprint_summary
 from tests.support.plans import BUDGET, example_plan, ragged_plan
 
 FILES = {

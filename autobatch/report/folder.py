@@ -10,7 +10,8 @@ from pathlib import Path
 
 from autobatch.records.plan_json import write_plan
 from autobatch.records.plan_record import PlanRecord
-from autobatch.report import charts, html, markdown, table
+from autobatch.report import html, markdown, table
+from autobatch.report.charts.files import write_charts
 from autobatch.report.content import full_report
 from autobatch.support.files import prepare_folder, write_text
 
@@ -27,7 +28,7 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
         FileError: the folder or a file in it cannot be written.
     """
     target = prepare_folder(folder)
-    drawings = charts.write_charts(plan, prepare_folder(target / "charts"))
+    drawings = write_charts(plan, prepare_folder(target / "charts"))
     table.write_csv(plan, target)
     write_text(target / "plan.json", write_plan(plan))
     document = full_report(plan)

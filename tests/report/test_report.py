@@ -10,13 +10,18 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from autobatch.cli import terminal
 from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
-from autobatch.report import charts, html, markdown, table, text
+from autobatch.report import html, markdown, table, text
+from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
+from autobatch.report.charts.files import write_charts
+from autobatch.report.charts.memory import draw_memory, memory_chart
+from autobatch.report.charts.timeline import draw_timeline, timeline_chart
 from autobatch.report.content import full_report, summary
 from autobatch.report.document import Paragraph, Table
 from autobatch.report.footprint_summary import footprint_summary
@@ -109,10 +114,10 @@ def test_charts_are_valid_svg_and_png(folder: Path) -> None:
 def test_drawing_leaves_the_users_matplotlib_alone(tmp_path: Path) -> None:
     with mpl.rc_context({"font.size": 33.0, "axes.facecolor": "red"}):
         before = dict(mpl.rcParams)
-        charts.write_charts(example_plan(), tmp_path)
+        write_charts(example_plan(), tmp_path)
         assert dict(mpl.rcParams) == before
         styled = (tmp_path / "memory.svg").read_bytes()
-    charts.write_charts(example_plan(), tmp_path)
+    write_charts(example_plan(), tmp_path)
     assert (tmp_path / "memory.svg").read_bytes() == styled
 
 
@@ -202,14 +207,14 @@ def test_the_curve_frame_says_what_fits(folder: Path) -> None:
 
 def test_the_memory_chart_always_has_the_chosen_size() -> None:
     plan = example_plan(curve=example_plan().curve[:2])
-    chart = charts.memory_chart(plan)
+    chart = memory_chart(plan)
     assert chart.chosen in chart.points
     assert chart.chosen.micro_batch == 64
 
 
 def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
     plan = example_plan()
-    chart = charts.breakdown_chart(plan)
+    chart = breakdown_chart(plan)
     assert [sum(size for _, size in bar.parts) for bar in chart.bars] == [
         plan.footprint.peak_device_bytes,
         plan.ceiling_footprint.peak_device_bytes,
@@ -218,7 +223,7 @@ def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
 
 
 def test_the_timelines_series_sum_to_the_allocated_bytes() -> None:
-    chart = charts.timeline_chart(example_plan())
+    chart = timeline_chart(example_plan())
     for index, allocated in enumerate(chart.allocated_bytes):
         assert sum(sizes[index] for _, sizes in chart.series) == allocated
     assert chart.peak_bytes == max(chart.allocated_bytes)
@@ -229,11 +234,11 @@ def test_labels_never_overlap_each_other(tmp_path: Path) -> None:
     tight = dataclasses.replace(tight, ceiling=66, ceiling_at_least=66)
     for plan in (example_plan(), tight, ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))):
         for figure in (
-            charts.draw_memory(charts.memory_chart(plan)),
-            charts.draw_breakdown(charts.breakdown_chart(plan)),
-            charts.draw_timeline(charts.timeline_chart(plan)),
+            draw_memory(memory_chart(plan)),
+            draw_breakdown(breakdown_chart(plan)),
+            draw_timeline(timeline_chart(plan)),
         ):
-            charts.FigureCanvasAgg(figure).draw()
+            FigureCanvasAgg(figure).draw()
             frame = figure.bbox
             labels = [t for axes in figure.axes for t in axes.texts if t.get_text()]
             boxes = [label.get_window_extent() for label in labels]

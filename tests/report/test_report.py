@@ -23,7 +23,17 @@ from autobatch.report.charts.files import write_charts
 from autobatch.report.charts.memory import draw_memory, memory_chart
 from autobatch.report.charts.timeline import draw_timeline, timeline_chart
 from autobatch.report.content import full_report, summary
-from autobatch.report.document import Paragraph, Table
+from autobatch.report.document import (
+    Bullets,
+    Chart,
+    Code,
+    ContentBlock,
+    Document,
+    Facts,
+    Paragraph,
+    Section,
+    Table,
+)
 from autobatch.report.footprint_summary import footprint_summary
 from tests.support.plans import BUDGET, example_plan, ragged_plan
 
@@ -154,6 +164,22 @@ def test_the_same_words_are_in_markdown_html_and_text() -> None:
     for words in prose:
         opening = " ".join(re.split(r"[`(<'&]", words)[0].split()[:5])
         assert all(opening in page for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("block", "markup"),
+    [
+        (Paragraph("see `a<b` at https://x.org/y."), "<code>a&lt;b</code> at <a href"),
+        (Bullets(("`a`", "b")), "<li><code>a</code></li>"),
+        (Facts((("a", "b<"),)), "<dt>a</dt><dd>b&lt;</dd>"),
+        (Table(("a",), "r", (("1",), ("2",)), frozenset({1})), '<tr class="total">'),
+        (Code("x = 1 < 2\n"), "<pre><code>x = 1 &lt; 2\n</code></pre>"),
+        (Chart("memory", "a<"), "<figure><svg></svg><figcaption>a&lt;</figcaption></figure>"),
+    ],
+)
+def test_every_kind_of_block_has_its_markup(block: ContentBlock, markup: str) -> None:
+    page = html.page(Document("", "", (Section("", (block,)),)), {"memory": "<svg></svg>"})
+    assert markup in page
 
 
 def test_hostile_names_stay_text_in_every_format(tmp_path: Path) -> None:

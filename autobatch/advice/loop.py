@@ -48,7 +48,7 @@ def training_loop(plan: PlanRecord) -> str:
 
 
 def _weight(plan: PlanRecord) -> str:
-    """Return what makes the sum of the micro-batches' losses the mean over all their samples."""
+    """Return the factor on each loss that makes their sum over a window the mean over samples."""
     if plan.split.uniform:
         return " / steps" if plan.accumulation_steps > 1 else ""
     ranks = f" * {plan.world_size}" if plan.world_size > 1 else ""

@@ -52,7 +52,9 @@ def longest_chain(start: str, end: str) -> list[str]:
 
 
 def test_no_file_is_in_a_circle_of_imports() -> None:
-    order = list(TopologicalSorter(imports()).static_order())  # raises CycleError where there is one
+    order = list(
+        TopologicalSorter(imports()).static_order()
+    )  # raises CycleError where there is one
     assert len(order) == len(imports()) > 100
 
 

@@ -1,4 +1,4 @@
-"""What accumulation saves and costs in memory, and when it leaves the gradient as it was."""
+"""What accumulation saves and costs in memory, and when it leaves the gradient unchanged."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccumulationRow:
-    """One part of the memory in the planned window, and in the same samples divided otherwise.
+    """One part of the memory, in the planned window and in `other_window`.
 
-    `other_bytes` is None where the plan does not tell.
+    `other_bytes` is None where it is unknown.
     """
 
     part: str
@@ -43,7 +43,7 @@ def samples_per_update(plan: PlanRecord) -> int:
 
 
 def extrapolate_peak(plan: PlanRecord, micro_batch: int) -> int | None:
-    """Extend the memory curve in a straight line to a micro-batch, in allocated bytes.
+    """Extend the curve of allocated bytes in a straight line to a micro-batch.
 
     The line goes through the upper half of the curve, where constant terms no longer hide the
     growth. Returns None where the curve has fewer than two sizes.
@@ -62,9 +62,10 @@ def extrapolate_peak(plan: PlanRecord, micro_batch: int) -> int | None:
 
 
 def other_window(plan: PlanRecord) -> tuple[int, int] | None:
-    """Return (steps, micro-batch) to compare the plan with: all at once, or two halves.
+    """Return the (steps, micro-batch) to compare the plan with, for the same samples.
 
-    None where a single sample cannot be divided.
+    That is all of them at once, or two halves where the plan takes all at once; None where there is
+    a single sample.
     """
     samples = samples_per_update(plan)
     if plan.accumulation_steps > 1:
@@ -78,7 +79,7 @@ def other_evidence(plan: PlanRecord) -> Evidence:
 
 
 def accumulation_rows(plan: PlanRecord) -> tuple[AccumulationRow, ...]:
-    """Compare the planned window with the one of `other_window`, at the peak of each."""
+    """Compare the planned window with `other_window`, part by part, at the peak of each."""
     if other_window(plan) is None:
         return ()
     planned = _parts(plan.footprint.categories)
@@ -121,7 +122,10 @@ def _parts(categories: Mapping[str, int]) -> dict[str, int]:
 
 
 def _other_parts(plan: PlanRecord) -> Mapping[str, int | None]:
-    """Return the parts of the other window; a straight line tells them with all gradients."""
+    """Return the parts of the other window.
+
+    Where its peak is extrapolated, all gradients count as resident, as they are along the curve.
+    """
     if plan.otherwise is not None:
         return _parts(plan.otherwise.categories)
     peak = _other_peak(plan)

@@ -58,9 +58,9 @@ def scaled_rate(
 
     Args:
         lr: learning rate that was tuned for `from_batch`.
-        from_batch: samples of one update there.
-        to_batch: samples of one update now.
-        optimizer: class name, for "auto".
+        from_batch: effective batch that it was tuned for, in samples per update.
+        to_batch: effective batch to scale it to.
+        optimizer: name of its class, which "auto" looks up.
         rule: "linear", "sqrt", or "auto", which is `learning_rate_rule`.
 
     Raises:
@@ -88,7 +88,7 @@ def scaled_rate(
 
 
 def learning_rate(plan: PlanRecord) -> str:
-    """Say what the learning rate should do if the effective batch differs from the tuned one."""
+    """Say how to change the learning rate if it was tuned for another effective batch."""
     optimizer = plan.model.optimizer
     unchanged = (
         f"Accumulation alone changes nothing: if your learning rate was tuned for an effective "
@@ -132,7 +132,7 @@ def warm_up(plan: PlanRecord) -> str:
 
 
 def learning_rate_factors(plan: PlanRecord) -> tuple[tuple[int, float], ...]:
-    """Return (effective batch it was tuned for, factor on the learning rate), smallest first."""
+    """Return pairs (effective batch of the tuned rate, factor on that rate), smallest first."""
     if learning_rate_rule(plan.model.optimizer) is None:
         return ()
     target = plan.effective_batch

@@ -10,13 +10,13 @@ from autobatch.records.plan_record import PlanRecord
 __all__ = ["count", "effective_batch", "window_text"]
 
 
-def count(number: int, noun: str) -> str:
-    """Render a number with its noun, in the plural where it is not one.
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Render a number with its noun; the plural, where it is not given, ends in s.
 
-    >>> count(1, "GPU"), count(1024, "sample")
-    ('1 GPU', '1,024 samples')
+    >>> count(1, "GPU"), count(1024, "sample"), count(2, "retry", "retries")
+    ('1 GPU', '1,024 samples', '2 retries')
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def window_text(window: Sequence[int]) -> str:

@@ -45,7 +45,7 @@ OPTIMIZERS = {
 def probe(arguments: argparse.Namespace) -> None:
     """Plan a run: micro-batch and accumulation steps for an effective batch."""
     from autobatch.cli.terminal import follow, show
-    from autobatch.report.document import summary
+    from autobatch.report.content import summary
     from autobatch.support.files import check_writable, prepare_folder
 
     if arguments.report:
@@ -145,7 +145,7 @@ def _still_holds(plan: Plan, gpu: GpuSpec | str | None) -> bool:
 def predict(arguments: argparse.Namespace) -> None:
     """Account for the memory of one micro-batch."""
     from autobatch.cli.terminal import follow, show
-    from autobatch.report.document import footprint_summary
+    from autobatch.report.footprint_summary import footprint_summary
     from autobatch.support.files import check_writable, write_text
 
     if arguments.json and arguments.json != "-":
@@ -201,7 +201,7 @@ def gpus(arguments: argparse.Namespace) -> None:
     from autobatch.cli.terminal import show
     from autobatch.gpus.catalogue import CATALOGUE
     from autobatch.gpus.nvml import installed_gpus
-    from autobatch.report.document import gpu_list
+    from autobatch.report.gpu_list import gpu_list
 
     show(gpu_list(CATALOGUE.values(), installed_gpus()), sys.stdout)
 

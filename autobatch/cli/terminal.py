@@ -1,6 +1,6 @@
 """Documents and progress on a terminal; the only user of rich.
 
-Invariant: a stream that is no terminal, or a user who sets NO_COLOR, gets plain text.
+Invariant: text is plain where the stream is not a terminal or the user sets NO_COLOR.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TextIO
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.report import text
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
@@ -36,7 +36,7 @@ def is_rich(stream: TextIO) -> bool:
 
 
 def show(document: Document, stream: TextIO) -> None:
-    """Print a document: laid out on a terminal, plain elsewhere."""
+    """Print a document: with colours and boxes on a terminal, as plain text elsewhere."""
     if not is_rich(stream):
         print(text.render(document), file=stream)
         return
@@ -63,7 +63,7 @@ def draw(document: Document, console: Console) -> None:
 
 @contextmanager
 def follow(stream: TextIO) -> Iterator[ProgressCallback]:
-    """Give a callback that shows progress: a live line on a terminal, a line per step elsewhere."""
+    """Yield a callback that shows progress: one live line on a terminal, else a line per step."""
     if not is_rich(stream):
         yield lambda step: print(_progress_line(step), file=stream, flush=True)
         return
@@ -82,7 +82,7 @@ def _progress_line(progress: Progress) -> str:
     return f"{progress.executions + 1} of about {progress.expected}: {progress.step}{size}"
 
 
-def _rendered(block: Block) -> RenderableType:
+def _rendered(block: ContentBlock) -> RenderableType:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from autobatch.advice import count
+from autobatch.advice.wording import count
 from autobatch.equivalence import culprits
 from autobatch.equivalence.gradients import (
     Experiment,

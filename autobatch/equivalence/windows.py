@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autobatch.advice import count
+from autobatch.advice.wording import count
 from autobatch.equivalence.layers import otherwise
 from autobatch.equivalence.subject import Subject
 from autobatch.workload.sample import Rows, map_tensors, named_tensors

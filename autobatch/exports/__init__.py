@@ -1,4 +1,4 @@
-"""A plan in the words of each trainer, as plain data.
+"""A plan as the arguments and settings of each trainer: plain data, no training.
 
 Imports records; plan and integrations import it.
 """

@@ -1,4 +1,4 @@
-"""A plan in Accelerate's words."""
+"""A plan as settings for Accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AccelerateSettings(NamedTuple):
 
     Attributes:
         accelerator: keyword arguments for `accelerate.Accelerator`.
-        dataloader: keyword arguments for the training set's `DataLoader`, one process's share.
+        dataloader: keyword arguments for each process's `DataLoader` of the training set.
     """
 
     accelerator: dict[str, Any]
@@ -26,7 +26,7 @@ class AccelerateSettings(NamedTuple):
 
 
 def settings(plan: PlanRecord, *, nearest: bool = False) -> AccelerateSettings:
-    """Return the plan in Accelerate's words; see `Plan.to_accelerate`."""
+    """Return the plan as settings for Accelerate; see `Plan.to_accelerate`."""
     split = one_size(plan, "Accelerate", nearest=nearest)
     arguments = {
         "gradient_accumulation_plugin": GradientAccumulationPlugin(

@@ -1,6 +1,6 @@
-"""A plan as DeepSpeed's configuration, which is data: DeepSpeed itself is not needed here.
+"""A plan as a configuration for DeepSpeed: a dict, so DeepSpeed need not be installed.
 
-Keys as in https://www.deepspeed.ai/docs/config-json/.
+Its keys are those of https://www.deepspeed.ai/docs/config-json/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan in the words of Lightning's Trainer."""
+"""A plan as arguments for Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PRECISIONS", "TRAINER", "LightningSettings", "settings", "whole_wind
 
 TRAINER = "Lightning's Trainer"
 PRECISIONS = {None: "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-"""Lightning's name of a precision by that of autocast."""
+"""Lightning's name for each precision of autocast."""
 
 
 class LightningSettings(NamedTuple):
@@ -22,7 +22,7 @@ class LightningSettings(NamedTuple):
 
     Attributes:
         trainer: keyword arguments for `lightning.Trainer`.
-        dataloader: keyword arguments for the training set's `DataLoader`, one process's share.
+        dataloader: keyword arguments for each process's `DataLoader` of the training set.
     """
 
     trainer: dict[str, Any]
@@ -32,7 +32,7 @@ class LightningSettings(NamedTuple):
 def settings(
     plan: PlanRecord, *, samples: int | None = None, nearest: bool = False
 ) -> LightningSettings:
-    """Return the plan in Lightning's words; see `Plan.to_lightning`."""
+    """Return the plan as arguments for Lightning; see `Plan.to_lightning`."""
     split = one_size(plan, TRAINER, nearest=nearest)
     arguments: dict[str, Any] = {
         "accumulate_grad_batches": split.accumulation_steps,
@@ -55,10 +55,10 @@ def settings(
 
 
 def whole_windows(target: int, samples: int) -> int:
-    """Return how many whole windows an epoch of so many samples has.
+    """Return how many whole windows so many samples fill.
 
     Raises:
-        UsageError: it has none.
+        UsageError: they do not fill one.
     """
     if samples < target:
         raise UsageError(

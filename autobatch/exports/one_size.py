@@ -1,4 +1,4 @@
-"""What all trainers need: one micro-batch size, and names that the installed version knows."""
+"""What all exports share: one micro-batch size, and arguments that the trainer knows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_size(plan: PlanRecord, trainer: str, *, nearest: bool = False) -> Split:
 
     Args:
         plan: may be ragged.
-        trainer: how the error calls it.
+        trainer: its name, for the error.
         nearest: take the uniform split whose effective batch is nearest to the target, the smaller
             one of two equally near; otherwise a ragged plan is an error.
 
@@ -49,10 +49,10 @@ def _described(split: Split) -> str:
 def checked(
     arguments: dict[str, Any], *, takes: Callable[..., Any], package: str
 ) -> dict[str, Any]:
-    """Return the arguments, all of which the installed package's callable knows.
+    """Return the arguments after checking that the installed package's callable takes them all.
 
     Raises:
-        UsageError: it does not know one of them.
+        UsageError: it does not take one of them; the message names the version.
     """
     known: Mapping[str, Any] = inspect.signature(takes).parameters
     unknown = [name for name in arguments if name not in known]

@@ -1,4 +1,4 @@
-"""The answer as environment variables and as YAML, for trainers of one's own."""
+"""A plan's answer as environment variables and as YAML, for training scripts of your own."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def yaml(plan: PlanRecord) -> str:
         "gpu": plan.gpu.name,
         **({} if plan.split.uniform else {"windows": plan.split.windows}),
     }
-    # scalars and lists of JSON are those of YAML 1.2
+    # YAML 1.2 reads JSON's scalars and lists as they are
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in answer.items())

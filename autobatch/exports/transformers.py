@@ -1,4 +1,4 @@
-"""A plan in the words of transformers' Trainer."""
+"""A plan as arguments for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def training_arguments(plan: PlanRecord, *, nearest: bool = False) -> dict[str, 
         "average_tokens_across_devices": True,
     }
     if plan.model.optimizer == "AdamW":
-        # the same update as any AdamW of torch; of its three implementations the one without
-        # temporaries, so that it needs no more memory than the one that was planned for
+        # every AdamW of torch makes the same update, and the fused one has no temporaries: it
+        # never needs more memory than was planned
         arguments["optim"] = "adamw_torch_fused"
     return checked(arguments, takes=TrainingArguments, package="transformers")

@@ -85,7 +85,7 @@ class Plan(PlanRecord):
         Raises:
             FileError: the folder cannot be written.
         """
-        from autobatch.report import write_report
+        from autobatch.report.folder import write_report
 
         return write_report(self, folder)
 
@@ -222,7 +222,7 @@ class Plan(PlanRecord):
         Raises:
             UsageError: a number is not positive, or no rule is established for the optimizer.
         """
-        from autobatch.advice import scaled_rate
+        from autobatch.advice.rates import scaled_rate
 
         return scaled_rate(
             lr,
@@ -234,7 +234,7 @@ class Plan(PlanRecord):
 
     def __str__(self) -> str:
         """Render the plan as plain text, the answer first."""
-        from autobatch.report.document import summary
+        from autobatch.report.content import summary
         from autobatch.report.text import render
 
         return render(summary(self))

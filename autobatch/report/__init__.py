@@ -1,36 +1,4 @@
-"""The report folder: one plan, rendered for people, spreadsheets and slides.
+"""What is said about a plan and how it looks: as text, Markdown, HTML, tables and charts.
 
-Invariant: everything in the folder is derived from the plan, so it can be rendered again anywhere.
+Imports advice, records and what is below; plan, equivalence and cli import its modules.
 """
-
-from __future__ import annotations
-
-import os
-from pathlib import Path
-
-from autobatch.records.plan_json import write_plan
-from autobatch.records.plan_record import PlanRecord
-from autobatch.support.files import prepare_folder, write_text
-
-__all__ = ["prepare_folder", "write_report"]
-
-
-def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
-    """Write report.html, report.md, plan.json, the CSV tables and the charts into a folder.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        FileError: the folder or a file in it cannot be written.
-    """
-    from autobatch.report import charts, html, markdown, table
-    from autobatch.report.document import full_report
-
-    target = prepare_folder(folder)
-    drawings = charts.write_charts(plan, prepare_folder(target / "charts"))
-    table.write_csv(plan, target)
-    write_text(target / "plan.json", write_plan(plan))
-    document = full_report(plan)
-    write_text(target / "report.md", markdown.render(document))
-    return write_text(target / "report.html", html.page(document, drawings))

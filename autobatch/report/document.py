@@ -1,44 +1,30 @@
-"""The content of every report: sections of paragraphs, lists, tables, code and charts.
+"""What a report is made of: sections of paragraphs, lists, facts, tables, code and charts.
 
-Invariant: what is said is decided here and in `advice`; the renderers (text, terminal, Markdown,
-HTML) only lay it out. Every text is printable and on one line, whatever the plan's strings hold.
+Invariant: types only. `content`, `footprint_summary`, `gpu_list` and `equivalence` say what is in a
+document; the renderers (text, Markdown, HTML, the terminal) decide how it looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autobatch import advice
-from autobatch.advice import count
-from autobatch.gpus.catalogue import GpuSpec
-from autobatch.gpus.nvml import InstalledGpu
-from autobatch.records.evidence import Trial
-from autobatch.records.footprint import Footprint
-from autobatch.records.plan_record import PlanRecord
-from autobatch.support.units import format_bytes
-
 __all__ = [
-    "Block",
     "Bullets",
     "Chart",
     "Code",
+    "ContentBlock",
     "Document",
     "Facts",
     "Paragraph",
     "Section",
     "Table",
-    "footprint_summary",
-    "full_report",
-    "gpu_list",
     "printable",
-    "summary",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Running text; `code` stands between backticks."""
+    """Running text, with code between backticks."""
 
     text: str
 
@@ -52,14 +38,14 @@ class Bullets:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Names and what they are, one a line."""
+    """Pairs of a name and a short text about it."""
 
     pairs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells under column names; `align` has one of "l" and "r" for each column.
+    """Cells under column names; `align` holds "l" or "r" for each column.
 
     Rows whose index is in `totals` are sums of the rows above.
     """
@@ -79,474 +65,31 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing from `charts`, by name; `caption` says what to see in it."""
+    """A drawing of `report.charts`, by its name, and what it shows."""
 
     name: str
     caption: str
 
 
-Block = Paragraph | Bullets | Facts | Table | Code | Chart
+ContentBlock = Paragraph | Bullets | Facts | Table | Code | Chart
+"""What a section is made of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Blocks under a title; an empty title continues the section before."""
+    """Blocks under a title; without a title they follow what stands before."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[ContentBlock, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A title, what it is about, and sections."""
+    """Sections under a title and a subtitle."""
 
     title: str
     subtitle: str
     sections: tuple[Section, ...]
-
-
-def summary(plan: PlanRecord) -> Document:
-    """Return the plan on one screen: the answer, the account, the evidence, the warnings."""
-    return Document(
-        title=advice.effective_batch(plan),
-        subtitle=f"{printable(plan.model.name)} on {printable(plan.gpu.name)}",
-        sections=(
-            Section("", (_facts(plan),)),
-            Section(f"Memory at the peak ({plan.footprint.evidence})", (_account(plan.footprint),)),
-            Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
-            *_warnings(plan),
-        ),
-    )
-
-
-def full_report(plan: PlanRecord) -> Document:
-    """Return the whole report: the summary, the charts and what the plan means for training."""
-    head = summary(plan)
-    facts, account, evidence, *warnings = head.sections
-    return Document(
-        title=head.title,
-        subtitle=head.subtitle,
-        sections=(
-            facts,
-            *warnings,
-            Section(
-                "Why this micro-batch",
-                (
-                    Paragraph(_why(plan)),
-                    Chart("memory", "Peak reserved memory against the micro-batch."),
-                ),
-            ),
-            Section(
-                "What the memory is used for",
-                (
-                    Chart("breakdown", "Bytes by category at the peak, against the budget."),
-                    *account.blocks,
-                    Chart("timeline", "Live bytes over the traced training windows."),
-                ),
-            ),
-            Section(
-                "With and without accumulation",
-                (
-                    Paragraph(advice.accumulation_summary(plan)),
-                    *_accumulation_table(plan),
-                    Paragraph(
-                        "The accumulated gradient equals that of the whole batch under these "
-                        "conditions; `autobatch check SPEC --plan plan.json` compares the two for "
-                        "your model, and names what breaks which:"
-                    ),
-                    Bullets(advice.equivalence_conditions(plan)),
-                ),
-            ),
-            Section("The effective batch", (_effective_batch_facts(plan),)),
-            Section("BatchNorm", (Paragraph(advice.batchnorm(plan)), *_batchnorm_table(plan))),
-            Section(
-                "Learning rate",
-                (
-                    Paragraph(advice.learning_rate(plan)),
-                    *_factors(plan),
-                    Paragraph(advice.warm_up(plan)),
-                ),
-            ),
-            Section(
-                "The training loop",
-                (
-                    Paragraph(
-                        "Plain PyTorch with this plan's sizes. It expects your `model`, "
-                        "`optimizer`, `dataset`, `epochs` and a `loss_fn(model, batch)` that is a "
-                        "mean over samples. An incomplete last window of an epoch is left out; "
-                        "`for window in plan.windows(loader, optimizer)` keeps it, and takes any "
-                        "loader."
-                    ),
-                    Code(advice.training_loop(plan)),
-                ),
-            ),
-            Section(evidence.title, (*evidence.blocks, _provenance(plan))),
-        ),
-    )
-
-
-def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Document:
-    """Return the account of one predicted footprint; the capacity where the GPU is known."""
-    device = footprint.peak_device_bytes
-    pairs = [
-        (
-            "allocator",
-            f"{format_bytes(footprint.peak_allocated_bytes)} allocated, "
-            f"{format_bytes(footprint.peak_reserved_bytes)} reserved at the peak",
-        )
-    ]
-    if footprint.low_device_bytes is not None:
-        pairs.append(("range", f"{_range(footprint)} (errors of published measurements)"))
-    if capacity_bytes is not None:
-        free = capacity_bytes - device
-        verdict = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} too much"
-        pairs.append(
-            (
-                "capacity",
-                f"{format_bytes(capacity_bytes)}, {_share(device, capacity_bytes)} used: {verdict}",
-            )
-        )
-    return Document(
-        title=f"{format_bytes(device)} on the device at micro-batch {footprint.micro_batch:,}",
-        subtitle=(
-            f"{count(footprint.accumulation_steps, 'accumulation step')} on "
-            f"{printable(footprint.gpu)}, {footprint.evidence}"
-        ),
-        sections=(
-            Section("", (Facts(tuple(pairs)),)),
-            Section(f"Memory at the peak ({footprint.evidence})", (_account(footprint),)),
-        ),
-    )
-
-
-def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) -> Document:
-    """Return the known GPUs, and those that are in this machine."""
-    known = tuple(catalogue)
-    here = tuple(
-        (
-            str(gpu.index),
-            printable(gpu.name),
-            format_bytes(gpu.total_bytes),
-            format_bytes(gpu.used_bytes),
-        )
-        for gpu in installed
-    )
-    in_machine: Block = Paragraph("No NVIDIA GPU or no driver: plans are simulated.")
-    if here:
-        in_machine = Table(("index", "name", "total", "in use"), "llrr", here)
-    return Document(
-        title=f"{len(known)} known GPUs",
-        subtitle="capacity is what CUDA reports; TFLOP/s are dense peaks; - is unknown or absent",
-        sections=(
-            Section(
-                "",
-                (
-                    Table(
-                        columns=(
-                            "name",
-                            "capacity",
-                            "context",
-                            "compute",
-                            "GB/s",
-                            "fp32",
-                            "tf32",
-                            "fp16",
-                            "bf16",
-                        ),
-                        align="lrrrrrrrr",
-                        rows=tuple(map(_gpu_row, known)),
-                    ),
-                ),
-            ),
-            Section("In this machine", (in_machine,)),
-        ),
-    )
-
-
-def _gpu_row(gpu: GpuSpec) -> tuple[str, ...]:
-    bandwidth = gpu.bandwidth_bytes_per_s
-    return (
-        gpu.name,
-        format_bytes(gpu.capacity_bytes),
-        format_bytes(gpu.context_bytes),
-        "{}.{}".format(*gpu.compute_capability),
-        "-" if bandwidth is None else f"{bandwidth / 1e9:,.0f}",
-        *(
-            f"{gpu.flops[precision] / 1e12:,.0f}" if precision in gpu.flops else "-"
-            for precision in ("fp32", "tf32", "fp16", "bf16")
-        ),
-    )
-
-
-def _facts(plan: PlanRecord) -> Facts:
-    model, footprint = plan.model, plan.footprint
-    trained = (
-        ""
-        if model.trainable_parameters == model.parameters
-        else f" ({model.trainable_parameters:,} trained)"
-    )
-    settings = [
-        f"{model.parameters:,} parameters{trained}",
-        printable(model.optimizer),
-        f"{model.autocast} autocast" if model.autocast else "no autocast",
-        *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
-        f"loss: {'yours' if model.loss == 'user' else printable(model.loss)}",
-    ]
-    return Facts(
-        (
-            ("workload", ", ".join(settings)),
-            *([("ranks", _ranks(plan))] if plan.sharding else []),
-            ("ceiling", _ceiling(plan)),
-            ("slack", _slack(plan)),
-            ("budget", _budget(plan)),
-            (
-                "peak",
-                f"{format_bytes(footprint.peak_reserved_bytes)} reserved, "
-                f"{_share(footprint.peak_reserved_bytes, plan.budget_bytes)} of the budget; "
-                f"{format_bytes(footprint.peak_device_bytes)} on the device with the context",
-            ),
-            *_certainty(plan),
-        )
-    )
-
-
-def _certainty(plan: PlanRecord) -> list[tuple[str, str]]:
-    """Say how sure a simulated plan is; nothing where a GPU was measured."""
-    if plan.likelihood is None or plan.ceiling_likelihood is None:
-        return []
-    return [
-        (
-            "certainty",
-            f"{_range(plan.footprint)}; the plan is {plan.likelihood:.0%} likely to fit a real "
-            f"card, the ceiling {plan.ceiling_likelihood:.0%} (errors of published measurements)",
-        )
-    ]
-
-
-def _range(footprint: Footprint) -> str:
-    low, high = footprint.low_device_bytes, footprint.high_device_bytes
-    if low is None or high is None:
-        return ""
-    return f"{format_bytes(low)} to {format_bytes(high)} on the device in 9 of 10 runs"
-
-
-def _ranks(plan: PlanRecord) -> str:
-    shared = {
-        "ddp": "DistributedDataParallel: a whole copy on each, and buckets to average gradients in",
-        "fsdp": "FSDP2: each keeps its share of parameters, gradients and optimizer state",
-        "custom": "FSDP2 by a function of yours",
-    }
-    return f"{count(plan.world_size, 'GPU')}, {shared[plan.sharding or 'ddp']}; figures of rank 0"
-
-
-def _ceiling(plan: PlanRecord) -> str:
-    evidence = plan.ceiling_footprint.evidence
-    if plan.ceiling is None:
-        return (
-            f"at least micro-batch {plan.ceiling_at_least:,} ({evidence}): "
-            "the search stopped at its upper limit"
-        )
-    proof = f"; {plan.ceiling + 1:,} was run and does not" if plan.proven else ""
-    return f"micro-batch {plan.ceiling:,} is the largest that fits ({evidence}{proof})"
-
-
-def _slack(plan: PlanRecord) -> str:
-    spare = plan.ceiling_at_least - plan.micro_batch
-    if spare == 0:
-        return f"none in samples; {format_bytes(plan.slack_bytes)} of the budget stay free"
-    return (
-        f"{count(spare, 'sample')} below the ceiling; "
-        f"{format_bytes(plan.slack_bytes)} of the budget stay free"
-    )
-
-
-def _budget(plan: PlanRecord) -> str:
-    others = f" - {format_bytes(plan.others_bytes)} others" if plan.others_bytes else ""
-    usable = (
-        f"({format_bytes(plan.gpu.capacity_bytes)} capacity - "
-        f"{format_bytes(plan.gpu.context_bytes)} context{others})"
-    )
-    left = plan.gpu.capacity_bytes - plan.gpu.context_bytes - plan.others_bytes
-    if plan.allowed_bytes is not None and plan.allowed_bytes < left:
-        usable = f"{format_bytes(plan.allowed_bytes)} allowed to the process"
-    return f"{usable} × (1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
-
-
-def _why(plan: PlanRecord) -> str:
-    if plan.micro_batch == plan.ceiling_at_least:
-        return f"{_sentence(_ceiling(plan))} The plan uses it."
-    return (
-        f"{_sentence(_ceiling(plan))} The plan takes {plan.micro_batch:,}, because it divides the "
-        f"target of {plan.target:,} over the fewest equal steps; {_slack(plan)}."
-        if plan.split.uniform
-        else f"{_sentence(_ceiling(plan))} No equal size divides the target of {plan.target:,} in "
-        f"few steps, so sizes differ by one and the sum is exact; {_slack(plan)}."
-    )
-
-
-def _account(footprint: Footprint) -> Table:
-    """Every byte on the device at the peak, with subtotals; shares are of the whole."""
-    device = footprint.peak_device_bytes
-    lines = [(name, size) for name, size in footprint.categories.items() if size]
-    totals = [len(lines), len(lines) + 2, len(lines) + 4]
-    lines += [
-        ("= peak allocated", footprint.peak_allocated_bytes),
-        ("cached by the allocator", footprint.cached_bytes),
-        ("= peak reserved", footprint.peak_reserved_bytes),
-        ("CUDA context", footprint.context_bytes),
-        ("= on the device", device),
-    ]
-    return Table(
-        columns=("category", "bytes", "size", "share"),
-        align="lrrr",
-        rows=tuple(
-            (name, f"{size:,}", format_bytes(size), _share(size, device)) for name, size in lines
-        ),
-        totals=frozenset(totals),
-    )
-
-
-def _evidence(plan: PlanRecord) -> str:
-    return (
-        f"{count(plan.executions, 'execution')}, {count(plan.ooms, 'OOM')}, "
-        f"{printable(plan.method)}, {plan.seconds:.1f} s"
-    )
-
-
-def _trials(trials: Sequence[Trial]) -> Table:
-    timed = any(trial.window_seconds is not None for trial in trials)
-    return Table(
-        columns=(
-            *("micro-batch", "steps", "result", "allocated", "reserved", "seconds"),
-            *(("samples/s",) if timed else ()),
-            "how known",
-        ),
-        align="rrlrrr" + "r" * timed + "l",
-        rows=tuple(
-            (
-                f"{trial.micro_batch:,}",
-                f"{trial.accumulation_steps:,}",
-                _result(trial),
-                format_bytes(trial.peak_allocated_bytes),
-                format_bytes(trial.peak_reserved_bytes),
-                f"{trial.seconds:.2f}",
-                *((_throughput(trial),) if timed else ()),
-                trial.evidence,
-            )
-            for trial in trials
-        ),
-    )
-
-
-def _throughput(trial: Trial) -> str:
-    if trial.window_seconds is None:
-        return "-"
-    return f"{trial.micro_batch * trial.accumulation_steps / trial.window_seconds:,.1f}"
-
-
-def _result(trial: Trial) -> str:
-    if trial.oom:
-        return "out of memory"
-    if trial.alloc_retries:
-        return f"{count(trial.alloc_retries, 'allocation retry').replace('retrys', 'retries')}"
-    return "fits" if trial.fits else "over the budget"
-
-
-def _warnings(plan: PlanRecord) -> tuple[Section, ...]:
-    if not plan.warnings:
-        return ()
-    return (Section("Warnings", (Bullets(tuple(map(printable, plan.warnings))),)),)
-
-
-def _accumulation_table(plan: PlanRecord) -> tuple[Table, ...]:
-    other = advice.other_window(plan)
-    if other is None:
-        return ()
-    rows = advice.accumulation_rows(plan)
-    planned = advice.window_text(max(plan.split.windows, key=sum))
-    steps, micro_batch = other
-    return (
-        Table(
-            columns=(
-                "per GPU",
-                f"{planned if plan.accumulation_steps > 1 else f'1 × {planned}'} (planned)",
-                f"{steps} × {micro_batch:,} ({advice.other_evidence(plan)})",
-                "note",
-            ),
-            align="lrrl",
-            rows=tuple(
-                (
-                    row.part,
-                    format_bytes(row.planned_bytes),
-                    "unknown" if row.other_bytes is None else format_bytes(row.other_bytes),
-                    row.note,
-                )
-                for row in rows
-            ),
-            totals=frozenset({len(rows) - 1}),
-        ),
-    )
-
-
-def _batchnorm_table(plan: PlanRecord) -> tuple[Table, ...]:
-    rows = advice.batchnorm_rows(plan)
-    if not rows:
-        return ()
-    return (
-        Table(
-            columns=("per GPU", "all samples at once", "planned"),
-            align="lrr",
-            rows=tuple(
-                (row.what, f"{row.before:,}", " or ".join(f"{size:,}" for size in row.after))
-                for row in rows
-            ),
-        ),
-    )
-
-
-def _effective_batch_facts(plan: PlanRecord) -> Facts:
-    ranks = [
-        (f"rank {rank}", _window(window)) for rank, window in enumerate(plan.split.windows[:8])
-    ]
-    if plan.world_size > len(ranks):
-        ranks.append(("…", f"{plan.world_size - len(ranks)} more ranks in plan.json"))
-    return Facts((("effective batch", advice.effective_batch(plan)), *ranks))
-
-
-def _window(window: Sequence[int]) -> str:
-    total = count(sum(window), "sample")
-    return total if len(window) == 1 else f"{advice.window_text(window)} = {total}"
-
-
-def _factors(plan: PlanRecord) -> tuple[Table, ...]:
-    factors = advice.learning_rate_factors(plan)
-    if len(factors) < 2:
-        return ()
-    return (
-        Table(
-            columns=("tuned for", f"multiply by, for {plan.effective_batch:,}"),
-            align="rr",
-            rows=tuple((f"{size:,}", f"{factor:.3g}") for size, factor in factors),
-        ),
-    )
-
-
-def _provenance(plan: PlanRecord) -> Facts:
-    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    sources = tuple(
-        (f"GPU: {printable(name)}", printable(source)) for name, source in plan.gpu.sources.items()
-    )
-    return Facts(
-        (("created", printable(plan.created)), ("versions", printable(versions)), *sources)
-    )
-
-
-def _share(part_bytes: int, whole_bytes: int) -> str:
-    return f"{part_bytes / whole_bytes:.1%}" if whole_bytes else "-"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def printable(text: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
@@ -34,7 +34,7 @@ def _section(section: Section) -> str:
     return "\n\n".join([*heading, *(_block(block) for block in section.blocks)])
 
 
-def _block(block: Block) -> str:
+def _block(block: ContentBlock) -> str:
     match block:
         case Paragraph(text):
             return _escape(text)
@@ -64,7 +64,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown would read as markup; URLs stay as written, and code but for pipes."""
+    """Escape what Markdown would read as markup: nothing in URLs, only pipes in code."""
     parts = re.split(r"(`[^`]*`)", text)
     parts[::2] = (re.sub(r"([\\*_\[\]<>|#])", _unless_in_url, part) for part in parts[::2])
     parts[1::2] = (part.replace("|", r"\|") for part in parts[1::2])  # they would end a cell

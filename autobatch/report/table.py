@@ -1,6 +1,6 @@
 """A plan's numbers as data frames and CSV; the only user of pandas.
 
-Invariant: columns of bytes end in `_bytes` and hold whole numbers, one row per observation.
+Invariant: columns of bytes end in `_bytes` and hold whole numbers; each row is one observation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]
 
 
 def trials(plan: PlanRecord) -> pd.DataFrame:
-    """Return every window that ran, in order."""
+    """Return every trial, in the order in which they ran."""
     return pd.DataFrame(
         [encode(trial) for trial in plan.trials],
         columns=[

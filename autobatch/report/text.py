@@ -8,10 +8,10 @@ from __future__ import annotations
 import textwrap
 
 from autobatch.report.document import (
-    Block,
     Bullets,
     Chart,
     Code,
+    ContentBlock,
     Document,
     Facts,
     Paragraph,
@@ -37,7 +37,7 @@ def _section(section: Section) -> str:
     return "\n".join(lines)
 
 
-def _block(block: Block) -> list[str]:
+def _block(block: ContentBlock) -> list[str]:
     match block:
         case Paragraph(text):
             return _wrap(text, "  ", "  ")

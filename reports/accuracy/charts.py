@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from autobatch.report.charts import FAINT, INK
+from autobatch.report.charts.frame import FAINT, INK
 from autobatch.support.units import GIB
 from reports.accuracy.predict import LARGEST
 from reports.accuracy.score import CLOSE, Bracket, Peak, Verdict

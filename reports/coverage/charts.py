@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from autobatch.report.charts import FAINT, INK
+from autobatch.report.charts.frame import FAINT, INK
 
 _COLOURS = {"timm": "#332288", "transformers": "#CC6677"}
 _STYLE = {

@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from autobatch import FileError, UsageError, advice
+from autobatch import FileError, UsageError
+from autobatch.advice.accumulation import (
+    accumulation_rows,
+    accumulation_summary,
+    extrapolate_peak,
+    other_evidence,
+)
+from autobatch.advice.loop import training_loop
+from autobatch.advice.normalization import batchnorm, batchnorm_rows
+from autobatch.advice.rates import learning_rate, learning_rate_factors, learning_rate_rule, warm_up
+from autobatch.advice.wording import window_text
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import WindowMemory
 from tests.support.plans import GPU, example_plan, footprint_at, ragged_plan
@@ -56,7 +66,7 @@ def run_loop(plan: Plan, data: list[torch.Tensor], seed: int = 0) -> tuple[Linea
         "epochs": 1,
         "loss_fn": loss_fn,
     }
-    exec(compile(advice.training_loop(plan), "loop", "exec"), names)
+    exec(compile(training_loop(plan), "loop", "exec"), names)
     return model, updates
 
 
@@ -110,7 +120,7 @@ def test_the_pasted_loop_leaves_out_an_incomplete_last_window(window: tuple[int,
 
 
 def test_the_pasted_loop_unscales_before_it_clips() -> None:
-    loop = advice.training_loop(ragged_plan(8, ((4, 4),), autocast="fp16", clip_norm=0.5))
+    loop = training_loop(ragged_plan(8, ((4, 4),), autocast="fp16", clip_norm=0.5))
     order = [
         "GradScaler",
         "scaler.scale(",
@@ -134,7 +144,7 @@ def test_every_form_of_the_loop_is_valid_python(
     plan = ragged_plan(
         sum(map(sum, windows)), windows, autocast=autocast, clip_norm=clip_norm, loss=loss
     )
-    loop = advice.training_loop(plan)
+    loop = training_loop(plan)
     compile(loop, "loop", "exec")
     assert ("autocast(" in loop) == (autocast is not None)
     assert ("clip_grad_norm_" in loop) == (clip_norm is not None)
@@ -142,12 +152,12 @@ def test_every_form_of_the_loop_is_valid_python(
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_a_written_window_names_every_size(window: list[int]) -> None:
-    terms = [term.split(" × ") for term in advice.window_text(window).split(" + ")]
+    terms = [term.split(" × ") for term in window_text(window).split(" + ")]
     assert [int(t[-1]) for t in terms for _ in range(int(t[0]) if len(t) == 2 else 1)] == window
 
 
 def test_adam_and_rmsprop_scale_with_the_square_root_and_sgd_linearly() -> None:
-    rule: Callable[[str], str | None] = advice.learning_rate_rule
+    rule: Callable[[str], str | None] = learning_rate_rule
     assert {rule(name) for name in ("Adam", "AdamW", "NAdam", "FusedAdam", "RMSprop")} == {"sqrt"}
     assert rule("SGD") == "linear"
     assert {rule(name) for name in ("Shampoo", "Lion", "Adagrad", "Adafactor")} == {None}
@@ -188,14 +198,14 @@ def test_what_cannot_be_scaled_is_refused(
 
 def test_an_optimizer_without_a_rule_gets_no_invented_factor() -> None:
     plan = ragged_plan(8, ((4, 4),), optimizer="Shampoo")
-    assert advice.learning_rate_factors(plan) == ()
-    assert "no rule is established for Shampoo" in advice.learning_rate(plan)
+    assert learning_rate_factors(plan) == ()
+    assert "no rule is established for Shampoo" in learning_rate(plan)
     assert plan.scale_lr(0.1, 4, "linear") == pytest.approx(0.2)
 
 
 def test_warm_up_is_counted_in_updates_and_names_its_source() -> None:
     for optimizer, words in (("AdamW", "2,000"), ("SGD", "5 epochs"), ("Shampoo", "authors")):
-        text = advice.warm_up(ragged_plan(8, ((4, 4),), optimizer=optimizer))
+        text = warm_up(ragged_plan(8, ((4, 4),), optimizer=optimizer))
         assert words in text
         assert "not micro-batches" in text
         assert ("https://arxiv.org" in text) == (optimizer != "Shampoo")
@@ -204,20 +214,20 @@ def test_warm_up_is_counted_in_updates_and_names_its_source() -> None:
 def test_the_extrapolated_peak_continues_the_line() -> None:
     plan = example_plan()
     truth = footprint_at(256).peak_allocated_bytes
-    assert advice.extrapolate_peak(plan, 256) == pytest.approx(truth, rel=1e-9)
-    assert advice.extrapolate_peak(plan, 64) == footprint_at(64).peak_allocated_bytes
+    assert extrapolate_peak(plan, 256) == pytest.approx(truth, rel=1e-9)
+    assert extrapolate_peak(plan, 64) == footprint_at(64).peak_allocated_bytes
 
 
 def test_a_single_point_predicts_nothing() -> None:
     plan = example_plan(curve=example_plan().curve[:1])
-    assert advice.extrapolate_peak(plan, 256) is None
-    assert "unknown" in advice.accumulation_summary(plan)
-    assert advice.accumulation_rows(plan)[-1].other_bytes is None
+    assert extrapolate_peak(plan, 256) is None
+    assert "unknown" in accumulation_summary(plan)
+    assert accumulation_rows(plan)[-1].other_bytes is None
 
 
 def test_the_parts_with_and_without_accumulation_sum_to_the_peak() -> None:
     for plan in (example_plan(), ragged_plan(64, ((64,),))):
-        *parts, total = advice.accumulation_rows(plan)
+        *parts, total = accumulation_rows(plan)
         assert sum(row.planned_bytes for row in parts) == total.planned_bytes
         assert sum(row.other_bytes or 0 for row in parts) == total.other_bytes
 
@@ -232,12 +242,12 @@ def test_the_other_window_of_a_plan_is_taken_where_the_tuner_knows_it() -> None:
         evidence="simulated",
     )
     plan = example_plan(otherwise=other)
-    *parts, total = advice.accumulation_rows(plan)
+    *parts, total = accumulation_rows(plan)
     assert total.other_bytes == known.peak_allocated_bytes
     assert sum(row.other_bytes or 0 for row in parts) == total.other_bytes
-    assert advice.other_evidence(plan) == "simulated"
-    assert "(simulated)" in advice.accumulation_summary(plan)
-    assert "straight line" in advice.accumulation_summary(example_plan())
+    assert other_evidence(plan) == "simulated"
+    assert "(simulated)" in accumulation_summary(plan)
+    assert "straight line" in accumulation_summary(example_plan())
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(FileError, match="otherwise's categories"):
         Plan.from_json(
@@ -246,7 +256,7 @@ def test_the_other_window_of_a_plan_is_taken_where_the_tuner_knows_it() -> None:
 
 
 def test_accumulation_leaves_weights_and_optimizer_state_alone_and_saves_activations() -> None:
-    weights, optimizer, gradients, activations, peak = advice.accumulation_rows(example_plan())
+    weights, optimizer, gradients, activations, peak = accumulation_rows(example_plan())
     assert weights.planned_bytes == weights.other_bytes
     assert optimizer.planned_bytes == optimizer.other_bytes
     assert gradients.planned_bytes == gradients.other_bytes
@@ -257,19 +267,19 @@ def test_accumulation_leaves_weights_and_optimizer_state_alone_and_saves_activat
 
 
 def test_batchnorm_is_warned_of_only_where_it_is() -> None:
-    assert "no BatchNorm" in advice.batchnorm(ragged_plan(8, ((4, 4),)))
-    small = advice.batchnorm(ragged_plan(8, ((4, 4),), batchnorm_layers=53))
+    assert "no BatchNorm" in batchnorm(ragged_plan(8, ((4, 4),)))
+    small = batchnorm(ragged_plan(8, ((4, 4),), batchnorm_layers=53))
     assert "53 BatchNorm layers" in small
     assert "fewer than 16" in small
-    whole = advice.batchnorm(ragged_plan(64, ((64,),), batchnorm_layers=1))
+    whole = batchnorm(ragged_plan(64, ((64,),), batchnorm_layers=1))
     assert "1 BatchNorm layer." in whole
     assert "whole effective batch" in whole
-    several = advice.batchnorm(ragged_plan(128, ((64,), (64,)), batchnorm_layers=2))
+    several = batchnorm(ragged_plan(128, ((64,), (64,)), batchnorm_layers=2))
     assert "SyncBatchNorm" in several
 
 
 def test_batchnorm_rows_give_the_size_of_statistics_before_and_after() -> None:
-    assert advice.batchnorm_rows(ragged_plan(8, ((4, 4),))) == ()
-    statistics, moves = advice.batchnorm_rows(ragged_plan(11, ((3, 3), (3, 2)), batchnorm_layers=2))
+    assert batchnorm_rows(ragged_plan(8, ((4, 4),))) == ()
+    statistics, moves = batchnorm_rows(ragged_plan(11, ((3, 3), (3, 2)), batchnorm_layers=2))
     assert (statistics.before, statistics.after) == (6, (2, 3))
     assert (moves.before, moves.after) == (1, (2,))

@@ -10,14 +10,31 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from autobatch.cli import terminal
 from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
-from autobatch.report import charts, html, markdown, table, text
-from autobatch.report.document import Paragraph, Table, footprint_summary, full_report, summary
+from autobatch.report import html, markdown, table, text
+from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
+from autobatch.report.charts.files import write_charts
+from autobatch.report.charts.memory import draw_memory, memory_chart
+from autobatch.report.charts.timeline import draw_timeline, timeline_chart
+from autobatch.report.content import full_report, summary
+from autobatch.report.document import (
+    Bullets,
+    Chart,
+    Code,
+    ContentBlock,
+    Document,
+    Facts,
+    Paragraph,
+    Section,
+    Table,
+)
+from autobatch.report.footprint_summary import footprint_summary
 from tests.support.plans import BUDGET, example_plan, ragged_plan
 
 FILES = {
@@ -107,10 +124,10 @@ def test_charts_are_valid_svg_and_png(folder: Path) -> None:
 def test_drawing_leaves_the_users_matplotlib_alone(tmp_path: Path) -> None:
     with mpl.rc_context({"font.size": 33.0, "axes.facecolor": "red"}):
         before = dict(mpl.rcParams)
-        charts.write_charts(example_plan(), tmp_path)
+        write_charts(example_plan(), tmp_path)
         assert dict(mpl.rcParams) == before
         styled = (tmp_path / "memory.svg").read_bytes()
-    charts.write_charts(example_plan(), tmp_path)
+    write_charts(example_plan(), tmp_path)
     assert (tmp_path / "memory.svg").read_bytes() == styled
 
 
@@ -147,6 +164,22 @@ def test_the_same_words_are_in_markdown_html_and_text() -> None:
     for words in prose:
         opening = " ".join(re.split(r"[`(<'&]", words)[0].split()[:5])
         assert all(opening in page for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("block", "markup"),
+    [
+        (Paragraph("see `a<b` at https://x.org/y."), "<code>a&lt;b</code> at <a href"),
+        (Bullets(("`a`", "b")), "<li><code>a</code></li>"),
+        (Facts((("a", "b<"),)), "<dt>a</dt><dd>b&lt;</dd>"),
+        (Table(("a",), "r", (("1",), ("2",)), frozenset({1})), '<tr class="total">'),
+        (Code("x = 1 < 2\n"), "<pre><code>x = 1 &lt; 2\n</code></pre>"),
+        (Chart("memory", "a<"), "<figure><svg></svg><figcaption>a&lt;</figcaption></figure>"),
+    ],
+)
+def test_every_kind_of_block_has_its_markup(block: ContentBlock, markup: str) -> None:
+    page = html.page(Document("", "", (Section("", (block,)),)), {"memory": "<svg></svg>"})
+    assert markup in page
 
 
 def test_hostile_names_stay_text_in_every_format(tmp_path: Path) -> None:
@@ -200,14 +233,14 @@ def test_the_curve_frame_says_what_fits(folder: Path) -> None:
 
 def test_the_memory_chart_always_has_the_chosen_size() -> None:
     plan = example_plan(curve=example_plan().curve[:2])
-    chart = charts.memory_chart(plan)
+    chart = memory_chart(plan)
     assert chart.chosen in chart.points
     assert chart.chosen.micro_batch == 64
 
 
 def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
     plan = example_plan()
-    chart = charts.breakdown_chart(plan)
+    chart = breakdown_chart(plan)
     assert [sum(size for _, size in bar.parts) for bar in chart.bars] == [
         plan.footprint.peak_device_bytes,
         plan.ceiling_footprint.peak_device_bytes,
@@ -216,7 +249,7 @@ def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
 
 
 def test_the_timelines_series_sum_to_the_allocated_bytes() -> None:
-    chart = charts.timeline_chart(example_plan())
+    chart = timeline_chart(example_plan())
     for index, allocated in enumerate(chart.allocated_bytes):
         assert sum(sizes[index] for _, sizes in chart.series) == allocated
     assert chart.peak_bytes == max(chart.allocated_bytes)
@@ -227,11 +260,11 @@ def test_labels_never_overlap_each_other(tmp_path: Path) -> None:
     tight = dataclasses.replace(tight, ceiling=66, ceiling_at_least=66)
     for plan in (example_plan(), tight, ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))):
         for figure in (
-            charts.draw_memory(charts.memory_chart(plan)),
-            charts.draw_breakdown(charts.breakdown_chart(plan)),
-            charts.draw_timeline(charts.timeline_chart(plan)),
+            draw_memory(memory_chart(plan)),
+            draw_breakdown(breakdown_chart(plan)),
+            draw_timeline(timeline_chart(plan)),
         ):
-            charts.FigureCanvasAgg(figure).draw()
+            FigureCanvasAgg(figure).draw()
             frame = figure.bbox
             labels = [t for axes in figure.axes for t in axes.texts if t.get_text()]
             boxes = [label.get_window_extent() for label in labels]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autobatch import UsageError, Workload, WorkloadError, tune
-from autobatch.advice import training_loop
+from autobatch.advice.loop import training_loop
 from autobatch.devices.cuda.gpu import CudaGpu
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autobatch
-from autobatch import advice
+from autobatch.advice.loop import training_loop
 from autobatch.cli import main
 from autobatch.devices.session import _gradient_buckets
 from autobatch.devices.virtual.gpu import VirtualGpu
@@ -23,7 +23,7 @@ from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import silent
-from autobatch.report.document import summary
+from autobatch.report.content import summary
 from autobatch.report.text import render
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import question_of
@@ -541,15 +541,15 @@ def test_a_plan_names_its_ranks_and_round_trips(tmp_path):
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert any("NCCL" in warning for warning in plan.warnings)
     assert "8 GPUs, FSDP2" in " ".join(render(summary(plan)).split())
-    assert "DistributedDataParallel" not in advice.training_loop(plan)
-    compile(advice.training_loop(plan), "loop", "exec")
+    assert "DistributedDataParallel" not in training_loop(plan)
+    compile(training_loop(plan), "loop", "exec")
 
 
 @pytest.mark.parametrize("windows", [((4, 4), (4, 4)), ((4, 3), (3, 3))])
 def test_the_pasted_loop_of_a_sharded_plan_reduces_in_every_micro_batch(windows):
     plan = ragged_plan(sum(map(sum, windows)), windows)
     plan = dataclasses.replace(plan, sharding="fsdp")
-    loop = advice.training_loop(plan)
+    loop = training_loop(plan)
     assert "no_sync" not in loop and "nullcontext" not in loop
     compile(loop, "loop", "exec")
 

@@ -23,7 +23,7 @@ from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.units import format_bytes
-from autobatch.tuning.tuner import workload_of
+from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]
@@ -81,7 +81,7 @@ def check_equivalence(
         model = replace(model, window=None)
     window = _asked(plan, micro_batch, accumulation_steps)
     sample = one_batch(sample, samples if plan is not None else sum(window))
-    workload = workload_of(model, sample, loss, None, None, None, 1, None)
+    workload = Asked(model=model, sample=sample, loss=loss).workload()
     if workload.window is not None:
         raise UsageError(
             "a Workload with a window function computes its own gradients: check the loss by "

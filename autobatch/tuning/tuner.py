@@ -47,11 +47,10 @@ from autobatch.tuning.agreement import agreed
 from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.tuning.isolation import apart
 from autobatch.tuning.notes import warnings, what_is_missing
-from autobatch.workload.infer import infer
-from autobatch.workload.sample import prepare
+from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
-__all__ = ["predict", "tune", "workload_of"]
+__all__ = ["predict", "tune"]
 
 Gpu = str | GpuSpec | torch.device | None
 
@@ -176,7 +175,16 @@ def _tuned(
     started = time.perf_counter()
     device = _device(gpu)
     ranks = request.world_size
-    workload = workload_of(model, sample, loss, optimizer, autocast, clip_norm, ranks, sharding)
+    workload = Asked(
+        model=model,
+        sample=sample,
+        loss=loss,
+        optimizer=optimizer,
+        autocast=autocast,
+        clip_norm=clip_norm,
+        world_size=ranks,
+        sharding=sharding,
+    ).workload()
     if workload.world_size != ranks:
         split(request.target, ceiling=_LARGEST, world_size=workload.world_size)
         request = replace(request, world_size=workload.world_size)
@@ -350,9 +358,16 @@ def predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(_described(gpu))
-    workload = workload_of(
-        model, sample, loss, optimizer, autocast, clip_norm, world_size, sharding
-    )
+    workload = Asked(
+        model=model,
+        sample=sample,
+        loss=loss,
+        optimizer=optimizer,
+        autocast=autocast,
+        clip_norm=clip_norm,
+        world_size=world_size,
+        sharding=sharding,
+    ).workload()
     probe = Probe(
         device=device,
         workload=workload,
@@ -402,59 +417,6 @@ def _cuda_index(gpu: Gpu) -> int:
     if index is not None and index >= count:
         raise NoGpuError(f"there is no {gpu} in this machine: it has {count}, from cuda:0 on")
     return torch.cuda.current_device() if index is None else index
-
-
-def workload_of(
-    model: nn.Module | Workload,
-    sample: Any,
-    loss: Loss | None,
-    optimizer: OptimizerSpec | None,
-    autocast: str | None,
-    clip_norm: float | None,
-    world_size: int,
-    sharding: Sharding | None,
-) -> Workload:
-    """Complete what the caller gave with what can be inferred; explicit options win.
-
-    Raises:
-        UsageError: the model is none, or its inputs cannot be inferred.
-    """
-    if isinstance(model, Workload):
-        workload = model
-        if sample is not None:
-            given_sample = prepare(sample)
-            workload = replace(
-                workload,
-                batch=given_sample.build,
-                sample_limit=given_sample.limit,
-                notes=(*workload.notes, *given_sample.notes),
-            )
-    elif not isinstance(model, nn.Module):
-        raise UsageError(
-            f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
-        )
-    elif sample is not None:
-        prepared = prepare(sample)
-        workload = Workload(
-            model=model,
-            batch=prepared.build,
-            sample_limit=prepared.limit,
-            notes=prepared.notes,
-        )
-    else:
-        workload = infer(model).workload(model)
-    given: dict[str, Any] = {
-        "loss": loss,
-        "optimizer": optimizer,
-        "autocast": autocast,
-        "clip_norm": clip_norm,
-        "world_size": None if world_size == 1 else world_size,
-        "sharding": sharding,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    if loss is not None:
-        changes["loss_name"] = "user"
-    return replace(workload, **changes)
 
 
 def _require_sensible(headroom: float) -> None:

@@ -1,0 +1,89 @@
+"""A model and a user's options, completed to a workload.
+
+Invariant: what the caller states wins over what a Workload says or what is inferred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from autobatch.errors import UsageError
+from autobatch.workload.infer import infer
+from autobatch.workload.sample import prepare
+from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a caller of `tune`, `predict` or `check_equivalence` says of the training.
+
+    Attributes:
+        model: the module to train, or a Workload.
+        sample: one batch, a Dataset or a DataLoader; inferred if None.
+        loss: as in `Workload`, and so are the options below; None keeps the Workload's own.
+        optimizer: an instance, a class, or a callable on parameters.
+        autocast: "bf16" or "fp16".
+        clip_norm: norm that gradients are clipped to.
+        world_size: GPUs that train one model together; 1 keeps the Workload's own.
+        sharding: what these GPUs share.
+    """
+
+    model: nn.Module | Workload
+    sample: Any = None
+    loss: Loss | None = None
+    optimizer: OptimizerSpec | None = None
+    autocast: str | None = None
+    clip_norm: float | None = None
+    world_size: int = 1
+    sharding: Sharding | None = None
+
+    def workload(self) -> Workload:
+        """Complete what was asked with what can be inferred.
+
+        Raises:
+            UsageError: the model is none, or an option cannot be understood.
+            SampleError: the sample is no batch, or there is none and it cannot be inferred.
+
+        >>> asked = Asked(model=nn.Linear(3, 1), clip_norm=1.0)
+        >>> asked.workload().batch(5).shape, asked.workload().clip_norm
+        (torch.Size([5, 3]), 1.0)
+        """
+        workload = self._with_batches()
+        stated: dict[str, Any] = {
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+            "autocast": self.autocast,
+            "clip_norm": self.clip_norm,
+            "world_size": None if self.world_size == 1 else self.world_size,
+            "sharding": self.sharding,
+        }
+        changes = {name: value for name, value in stated.items() if value is not None}
+        if self.loss is not None:
+            changes["loss_name"] = "user"
+        return replace(workload, **changes)
+
+    def _with_batches(self) -> Workload:
+        """Return the model with a function that makes its batches."""
+        model: Any = self.model
+        if not isinstance(model, (nn.Module, Workload)):
+            raise UsageError(
+                f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
+            )
+        if self.sample is None:
+            return model if isinstance(model, Workload) else infer(model).workload(model)
+        prepared = prepare(self.sample)
+        if isinstance(model, Workload):
+            workload = model
+        else:
+            workload = Workload(model=model, batch=prepared.build)
+        return replace(
+            workload,
+            batch=prepared.build,
+            sample_limit=prepared.limit,
+            notes=(*workload.notes, *prepared.notes),
+        )

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from autobatch.devices.copies import Copier
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
+from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows
 from autobatch.workload.wrappers import is_data_parallel
 
@@ -212,12 +212,10 @@ class Session:
         self._recorder.tag(tensors, "optimizer_state")
 
     def _batch(self, micro_batch: int) -> Any:
-        return tree_map(self._to_device, self._copies.workload.batch(micro_batch))
+        return map_tensors(self._to_device, self._copies.workload.batch(micro_batch))
 
-    def _to_device(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf if leaf.device == self._device else leaf.to(self._device)
-        return leaf
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self._device else tensor.to(self._device)
 
 
 def _local(tensor: Tensor) -> Tensor:

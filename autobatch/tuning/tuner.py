@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
@@ -48,6 +47,7 @@ from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.tuning.isolation import apart
 from autobatch.tuning.notes import warnings, what_is_missing
 from autobatch.workload.complete import Asked
+from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["predict", "tune"]
@@ -307,8 +307,7 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     free = free_host_bytes() if device.evidence == "measured" else None
     if free is None:
         return limit
-    leaves = tree_leaves(workload.batch(2))
-    sample_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) / 2
+    sample_bytes = sum(tensor.nbytes for tensor in tensors(workload.batch(2))) / 2
     return min(limit, max(2, int(free / 4 / max(sample_bytes, 1))))
 
 

@@ -24,10 +24,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
+from autobatch.workload.tree import Path, sized_leaves
 
 __all__ = ["Drawn", "dataset_length", "draw"]
 
-Path: TypeAlias = tuple[str, ...]
 Shape: TypeAlias = tuple[int, ...]
 
 SECONDS_LOOKING = 10.0
@@ -39,8 +39,6 @@ ITEMS_STREAMED = 4096
 ITEMS_COLLATED = 6
 # Items may be mappings with keys of their own, of which there is no end either.
 EXTENTS_COMPARED = 32
-
-_NUMBERS = frozenset({int, float, bool, complex, type(None)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +275,7 @@ def _brief(error: Exception) -> str:
 
 
 def _measured(name: str, value: Any, *, batched: bool) -> _Item:
-    leaves = list(_sized_leaves(value))
+    leaves = list(sized_leaves(value))
     shapes = {path: shape for path, shape, _ in leaves}
     size = sum(size for _, _, size in leaves)
     if not batched:
@@ -285,43 +283,6 @@ def _measured(name: str, value: Any, *, batched: bool) -> _Item:
         rows = Counter(shape[0] for shape in shapes.values() if shape).most_common(1)
         size //= max(rows[0][0], 1) if rows else 1
     return _Item(name=name, value=value, size=size, shapes=shapes)
-
-
-def _sized_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Shape, int]]:
-    """Yield path, shape and size of an item's tensors, arrays, images, texts and lists.
-
-    The size is that of the bytes; of a text or a list of numbers, its length.
-    """
-    if isinstance(node, (str, bytes)):
-        yield path, (len(node),), len(node)
-    elif isinstance(node, (list, tuple)):
-        # One glance at the types: a text has hundreds of tokens, and a data set many texts.
-        if _NUMBERS.issuperset(map(type, node)):
-            yield path, (len(node),), len(node)
-        elif isinstance(node, list) and path:
-            inner = sum(size for part in node for _, _, size in _sized_leaves(part))
-            yield path, (len(node),), len(node) + inner
-        else:
-            names = getattr(node, "_fields", range(len(node)))
-            for key, part in zip(names, node, strict=True):
-                yield from _sized_leaves(part, (*path, str(key)))
-    elif isinstance(node, Mapping):
-        for key in node:
-            yield from _sized_leaves(node[key], (*path, str(key)))
-    elif isinstance(node, Tensor):  # sparse ones have no nbytes
-        yield path, tuple(node.shape), node.numel() * node.element_size()
-    elif hasattr(node, "nbytes"):
-        yield path, tuple(getattr(node, "shape", ())), int(node.nbytes)
-    elif hasattr(node, "getbands"):  # a PIL image
-        yield path, (node.height, node.width), node.height * node.width * len(node.getbands())
-    else:
-        attributes = getattr(node, "__dict__", {})
-        is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
-        if is_record:
-            attributes = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        if is_record or any(isinstance(value, Tensor) for value in attributes.values()):
-            for key, part in attributes.items():
-                yield from _sized_leaves(part, (*path, key))
 
 
 def _keep_longest(longest: dict[tuple[Path, int], _Item], item: _Item) -> None:

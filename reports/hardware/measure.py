@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from autobatch.devices.base import Run
 from autobatch.devices.cuda.gpu import CudaGpu
@@ -21,6 +20,7 @@ from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
 from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import DefaultLoss, Workload, run_windows
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record
@@ -214,7 +214,7 @@ def run_plain(
     """Run training windows of a workload over objects that are on the device."""
 
     def batch() -> Any:
-        return tree_map(lambda leaf: leaf.to(device), workload.batch(micro_batch))
+        return map_tensors(lambda tensor: tensor.to(device), workload.batch(micro_batch))
 
     run_windows(
         workload,

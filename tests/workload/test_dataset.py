@@ -27,7 +27,8 @@ from torch.utils.data import (
 
 from autobatch.errors import SampleError
 from autobatch.workload import dataset as looking
-from autobatch.workload.dataset import _refining, _sized_leaves, dataset_length, draw
+from autobatch.workload.dataset import _refining, dataset_length, draw
+from autobatch.workload.tree import sized_leaves
 
 Example = namedtuple("Example", "tokens label")
 LENGTHS = [5 + (7 * index) % 20 for index in range(60)]
@@ -315,18 +316,18 @@ def test_another_library_s_loader_is_a_stream_of_batches():
     ],
 )
 def test_the_size_of_an_item_is_that_of_its_leaves(item, sizes):
-    assert list(_sized_leaves(item)) == sizes
+    assert list(sized_leaves(item)) == sizes
 
 
 def test_images_and_records_have_a_size():
     image = pytest.importorskip("PIL.Image").new("RGB", (8, 5))
-    assert list(_sized_leaves(image)) == [((), (5, 8), 120)]
+    assert list(sized_leaves(image)) == [((), (5, 8), 120)]
 
     class Record:
         def __init__(self) -> None:
             self.image, self.name = torch.zeros(2), "ab"
 
-    assert list(_sized_leaves(Record())) == [(("image",), (2,), 8), (("name",), (2,), 2)]
+    assert list(sized_leaves(Record())) == [(("image",), (2,), 8), (("name",), (2,), 2)]
 
 
 # Errors

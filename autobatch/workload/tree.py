@@ -1,0 +1,301 @@
+"""Containers of tensors: what counts as one, how it is walked, and how it is rebuilt.
+
+Invariant: `KINDS` alone says what a container is, so samples, items of data sets, micro-batches on
+their way to a device and outputs of models are all taken apart by the same rules. Nothing that is
+walked is changed: a container with other parts is a new object of the same class.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import SUPPORTED_NODES
+
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Path",
+    "is_sample_list",
+    "leaves",
+    "map_leaves",
+    "map_tensors",
+    "sized_leaves",
+    "tensors",
+    "with_tensors",
+]
+
+Path: TypeAlias = tuple[str, ...]
+Shape: TypeAlias = tuple[int, ...]
+Parts: TypeAlias = list[tuple[str, Any]]
+
+_NEVER_CONTAINERS = (Tensor, nn.Module, str, bytes, type, int, float, complex, type(None))
+_NUMBERS = frozenset({int, float, bool, complex, type(None)})
+
+
+class Kind(Protocol):
+    """One kind of container; a new kind is a class like those below and an entry in `KINDS`."""
+
+    def covers(self, node: Any) -> bool:
+        """Whether a value is a container of this kind."""
+
+    def parts(self, node: Any) -> Parts:
+        """Return the names and values of the parts."""
+
+    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
+        """Return a copy of a container with other parts, given in the order of `parts`."""
+
+
+class _PackedSequences:
+    """Sequences packed for recurrent layers; their batch sizes have to stay on the CPU."""
+
+    def covers(self, node: Any) -> bool:
+        return isinstance(node, PackedSequence)
+
+    def parts(self, node: PackedSequence) -> Parts:
+        names = ("data", "sorted_indices", "unsorted_indices")
+        return [(name, getattr(node, name)) for name in names]
+
+    def rebuilt(self, node: PackedSequence, parts: Sequence[Any]) -> PackedSequence:
+        data, *indices = parts
+        return type(node)(data, node.batch_sizes, *indices)
+
+
+class _Sequences:
+    """Lists, tuples and NamedTuples; one without any tensor is a value of its own."""
+
+    def covers(self, node: Any) -> bool:
+        return isinstance(node, (list, tuple)) and any(map(_holds_tensor, node))
+
+    def parts(self, node: Any) -> Parts:
+        names = getattr(node, "_fields", range(len(node)))
+        return [(str(name), part) for name, part in zip(names, node, strict=True)]
+
+    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
+        return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+
+
+class _Mappings:
+    """Dicts and whatever behaves like one, such as BatchEncoding and ModelOutput."""
+
+    def covers(self, node: Any) -> bool:
+        return isinstance(node, Mapping) and not _is_registered(node)
+
+    def parts(self, node: Mapping[Any, Any]) -> Parts:
+        return [(str(key), node[key]) for key in node]
+
+    def rebuilt(self, node: Mapping[Any, Any], parts: Sequence[Any]) -> Any:
+        changed = dict(zip(node, parts, strict=True))
+        if not isinstance(node, MutableMapping):
+            return type(node)(changed)  # type: ignore[call-arg]
+        # Copied, not constructed: BatchEncoding and ModelOutput carry more than their items.
+        result = copy.copy(node)
+        for key, part in changed.items():
+            result[key] = part
+        return result
+
+
+class _Registered:
+    """Classes registered with PyTorch's pytree, which say how they are taken apart."""
+
+    def covers(self, node: Any) -> bool:
+        return _is_registered(node)
+
+    def parts(self, node: Any) -> Parts:
+        parts, _ = SUPPORTED_NODES[type(node)].flatten_fn(node)
+        keys = list(node) if isinstance(node, Mapping) else []
+        names = keys if len(keys) == len(parts) else range(len(parts))
+        return [(str(name), part) for name, part in zip(names, parts, strict=True)]
+
+    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
+        definition = SUPPORTED_NODES[type(node)]
+        return definition.unflatten_fn(list(parts), definition.flatten_fn(node)[1])
+
+
+class _Dataclasses:
+    """Instances of dataclasses, frozen and slotted ones too."""
+
+    def covers(self, node: Any) -> bool:
+        return dataclasses.is_dataclass(node)
+
+    def parts(self, node: Any) -> Parts:
+        names = (field.name for field in dataclasses.fields(node))
+        return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
+
+    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
+        values = dict(zip((name for name, _ in self.parts(node)), parts, strict=True))
+        taken = {field.name for field in dataclasses.fields(node) if field.init}
+        try:
+            # Constructed, so that what `__post_init__` derives follows the new parts.
+            result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})
+            rest = {n: v for n, v in values.items() if n not in taken and _holds_tensor(v)}
+        except (TypeError, ValueError):  # its fields are not what it is constructed from
+            result, rest = copy.copy(node), values
+        for name, value in rest.items():
+            object.__setattr__(result, name, value)  # it may be frozen
+        return result
+
+
+class _Objects:
+    """Other objects, where one of their attributes is a tensor."""
+
+    def covers(self, node: Any) -> bool:
+        attributes = getattr(node, "__dict__", {})
+        return any(isinstance(value, Tensor) for value in attributes.values())
+
+    def parts(self, node: Any) -> Parts:
+        return list(vars(node).items())
+
+    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
+        result = copy.copy(node)
+        vars(result).update(zip(vars(node), parts, strict=True))
+        return result
+
+
+_SEQUENCES = _Sequences()
+
+KINDS: tuple[Kind, ...] = (
+    _PackedSequences(),
+    _SEQUENCES,
+    _Mappings(),
+    _Registered(),
+    _Dataclasses(),
+    _Objects(),
+)
+"""Every kind of container; of several that cover a value, the first one holds."""
+
+
+def _is_registered(node: Any) -> bool:
+    """Say whether PyTorch's pytree alone knows how a value is taken apart."""
+    has_names = isinstance(node, (dict, list, tuple)) or dataclasses.is_dataclass(node)
+    return type(node) in SUPPORTED_NODES and not has_names
+
+
+def _kind_of(node: Any) -> Kind | None:
+    if isinstance(node, _NEVER_CONTAINERS):
+        return None
+    return next((kind for kind in KINDS if kind.covers(node)), None)
+
+
+def _holds_tensor(node: Any) -> bool:
+    return next(tensors(node), None) is not None
+
+
+def is_sample_list(node: Any) -> bool:
+    """Say whether a sequence holds one mapping a sample, as the targets of detectors do."""
+    return (
+        isinstance(node, (list, tuple))
+        and bool(node)
+        and all(isinstance(item, Mapping) for item in node)
+    )
+
+
+def _nowhere(_: Any) -> bool:
+    return False
+
+
+def leaves(
+    node: Any, path: Path = (), *, stop: Callable[[Any], bool] = _nowhere
+) -> Iterator[tuple[Path, Any]]:
+    """Yield everything that is no container, with the names that lead to it.
+
+    Args:
+        node: a container or a leaf.
+        path: the names that lead to `node`.
+        stop: says of a container that it is to be taken as a leaf.
+
+    >>> list(leaves({"x": (Tensor(), 5)}))
+    [(('x', '0'), tensor([])), (('x', '1'), 5)]
+    """
+    kind = None if stop(node) else _kind_of(node)
+    if kind is None:
+        yield path, node
+    else:
+        for name, part in kind.parts(node):
+            yield from leaves(part, (*path, name), stop=stop)
+
+
+def map_leaves(
+    visit: Callable[[Path, Any], Any],
+    node: Any,
+    path: Path = (),
+    *,
+    stop: Callable[[Any], bool] = _nowhere,
+) -> Any:
+    """Return the same structure with every leaf replaced by `visit(path, leaf)`.
+
+    Takes the arguments of `leaves`.
+    """
+    kind = None if stop(node) else _kind_of(node)
+    if kind is None:
+        return visit(path, node)
+    parts = kind.parts(node)
+    return kind.rebuilt(
+        node, [map_leaves(visit, part, (*path, name), stop=stop) for name, part in parts]
+    )
+
+
+def tensors(node: Any) -> Iterator[Tensor]:
+    """Yield all tensors, in the order of the containers."""
+    return (leaf for _, leaf in leaves(node) if isinstance(leaf, Tensor))
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], node: Any) -> Any:
+    """Return the same structure with every tensor changed.
+
+    >>> import torch
+    >>> map_tensors(torch.Tensor.double, {"x": torch.ones(2), "n": 3})
+    {'x': tensor([1., 1.], dtype=torch.float64), 'n': 3}
+    """
+    return map_leaves(lambda _, leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, node)
+
+
+def with_tensors(node: Any, others: Iterable[Tensor]) -> Any:
+    """Return the same structure with other tensors, in the order of `tensors`."""
+    following = iter(others)
+    return map_tensors(lambda _: next(following), node)
+
+
+def sized_leaves(item: Any, path: Path = ()) -> Iterator[tuple[Path, Shape, int]]:
+    """Yield path, shape and size of an item's tensors, arrays, images, texts and lists.
+
+    The items of a data set are not collated yet: a list inside one, of tokens or of boxes, is a
+    leaf whose length varies from item to item. A size is in bytes; that of a text or a list of
+    numbers is its length.
+    """
+    if isinstance(item, (list, tuple)):
+        # One glance at the types: a text has hundreds of tokens, and a data set many texts.
+        if _NUMBERS.issuperset(map(type, item)):
+            yield path, (len(item),), len(item)
+            return
+        if isinstance(item, list) and path:
+            inner = sum(size for part in item for _, _, size in sized_leaves(part))
+            yield path, (len(item),), len(item) + inner
+            return
+        parts = _SEQUENCES.parts(item)
+    else:
+        measured = None if isinstance(item, Mapping) else _measured(item)
+        if measured is not None:
+            yield path, *measured
+            return
+        kind = _kind_of(item)
+        parts = [] if kind is None else kind.parts(item)
+    for name, part in parts:
+        yield from sized_leaves(part, (*path, name))
+
+
+def _measured(leaf: Any) -> tuple[Shape, int] | None:
+    """Return shape and size of a leaf; None where it has none."""
+    if isinstance(leaf, (str, bytes)):
+        return (len(leaf),), len(leaf)
+    if isinstance(leaf, Tensor):  # sparse ones have no nbytes
+        return tuple(leaf.shape), leaf.numel() * leaf.element_size()
+    if hasattr(leaf, "nbytes"):
+        return tuple(getattr(leaf, "shape", ())), int(leaf.nbytes)
+    if hasattr(leaf, "getbands"):  # a PIL image
+        return (leaf.height, leaf.width), leaf.height * leaf.width * len(leaf.getbands())
+    return None

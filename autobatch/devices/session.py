@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from autobatch.devices.copies import Copier
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
+from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.training_window import run_windows
 from autobatch.workload.tree import map_tensors
-from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows
+from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Copies", "Recorder", "Session", "user_errors"]

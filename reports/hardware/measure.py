@@ -20,8 +20,10 @@ from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
 from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.training_window import run_windows
 from autobatch.workload.tree import map_tensors
-from autobatch.workload.workload import DefaultLoss, Workload, run_windows
+from autobatch.workload.workload import Workload
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record
 from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, peaks

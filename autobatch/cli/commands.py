@@ -208,7 +208,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _subject(spec: str) -> nn.Module | Workload:
-    from autobatch.workload.spec import load_spec
+    from autobatch.workload.spec.load import load_spec
 
     return load_spec(spec).subject
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 import autobatch
-from autobatch.workload.spec import load_spec
+from autobatch.workload.spec.load import load_spec
 from reports.search.zoo import build
 
 TARGET = 256

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autobatch.errors import AutobatchError, SampleError, SpecError, WorkloadError
-from autobatch.workload.spec import load_spec
+from autobatch.workload.spec.load import load_spec
 from autobatch.workload.workload import Workload
 
 USER_FILE = """

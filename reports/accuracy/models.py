@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.workload.infer import infer
+from autobatch.workload.infer.infer import infer
 from autobatch.workload.workload import AUTOCAST_DTYPES, WindowFunction, Workload
 from reports.accuracy.tables import Run
 from reports.accuracy.transformers_configs import CONFIGS

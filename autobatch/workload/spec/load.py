@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from autobatch.workload.infer import Inferred
+from autobatch.workload.infer.fields import Inferred
 from autobatch.workload.spec.options import parsed
 from autobatch.workload.spec.timm import load_timm
 from autobatch.workload.spec.torchvision import load_torchvision

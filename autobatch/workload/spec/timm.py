@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.infer import Inferred, infer
+from autobatch.workload.infer.fields import Inferred
+from autobatch.workload.infer.infer import infer
 from autobatch.workload.spec.building import import_library, on_meta, rejected
 from autobatch.workload.spec.options import Options, refuse_downloads, take_dtype, take_size
 from autobatch.workload.spec.wording import near

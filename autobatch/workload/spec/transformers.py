@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.infer import Inferred, infer
+from autobatch.workload.infer.fields import Inferred
+from autobatch.workload.infer.infer import infer
 from autobatch.workload.spec.building import harmless_warnings, import_library, on_meta, rejected
 from autobatch.workload.spec.options import Options, take_dtype, take_size
 from autobatch.workload.spec.wording import near, one_line

@@ -41,7 +41,7 @@ class Prepared:
     Attributes:
         build: makes a batch of any number of samples, as `batch_builder` describes.
         limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
-        notes: which items of a data set the batches repeat, where its items differ in size.
+        notes: which items of a data set are repeated, where its items differ in size.
     """
 
     build: Callable[[int], Any]
@@ -50,7 +50,7 @@ class Prepared:
 
 
 def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
-    """Look through a sample once, and return all that a workload needs of it.
+    """Return all that a workload needs of a sample, which is looked through once.
 
     Takes the arguments of `batch_builder`.
 
@@ -64,25 +64,25 @@ def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
     return Prepared(
         build=_builder(drawn.batch, batch_dims),
         limit=drawn.limit,
-        notes=(drawn.note,) if drawn.note else (),
+        notes=drawn.notes,
     )
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
     """Return a function that builds a batch of any number of samples by repeating rows.
 
-    The batch size of the sample is the first dimension that most of its tensors share; of sizes
-    equally frequent the one seen first. Tensors with that first dimension are resized; lists and
-    tuples of strings with that length are repeated; everything else is kept.
+    The batch size of the sample is the first dimension that most of its tensors share; of equally
+    frequent ones, the first. Tensors with that first dimension are resized; lists, and tuples of
+    strings, with that length are repeated; everything else is kept.
 
     Args:
         sample: one batch (a tensor or any nesting of dicts, sequences, dataclasses, registered
             pytree nodes and plain objects that hold tensors), or a `Dataset` or `DataLoader`, of
-            which the largest items are collated (all are looked at if that takes no more than
-            seconds). A loader's workers are not started, and the random state is as before.
-        batch_dims: where the batch dimension is not the first: one dimension for all tensors,
-            or a mapping from a tensor's dotted path, or either end of it ("src", "inputs.src",
-            0), to its batch dimension; `None` keeps that tensor as it is.
+            which the largest items are collated (all items are looked at, if that takes seconds
+            only). A loader's workers are not started, and the random state is as before.
+        batch_dims: where the batch dimension is not the first: one dimension for all tensors, or
+            a mapping from a tensor's dotted path, or the beginning or end of that ("inputs.src",
+            0, "src"), to its batch dimension; `None` keeps that tensor as it is.
 
     Returns:
         `build(n)`: the sample's structure with contiguous CPU tensors of n rows (channels-last
@@ -108,8 +108,8 @@ class Rows:
     Attributes:
         batch: the batch as it was given.
         size: its number of samples.
-        dims: the batch dimension of each of its tensors that has one, by path.
-        whole: tensors that `batch_dims` says belong to every part, by path.
+        dims: the batch dimension of each tensor that has one, by path.
+        whole: the paths of tensors of which, by `batch_dims`, every part gets all.
     """
 
     batch: Any
@@ -121,8 +121,8 @@ class Rows:
         """Return samples `start` to `stop` in the batch's own structure; tensors are views.
 
         Raises:
-            SampleError: a tensor does not have one row a sample, so that it is unknown which of
-                it belongs to these samples.
+            SampleError: a tensor does not have one row for each sample, so it is unknown which
+                part of it belongs to these samples.
         """
 
         def visit(path: Path, leaf: Any) -> Any:
@@ -259,7 +259,7 @@ def _named_dim(
 
 
 def _covers(key: str | int, path: Path) -> bool:
-    """Say whether a key of `batch_dims` is the path of a tensor, or either end of it."""
+    """Say whether a key of `batch_dims` is a tensor's path, or its beginning or end."""
     parts = tuple(str(key).split("."))
     return path[: len(parts)] == parts or path[-len(parts) :] == parts
 
@@ -275,14 +275,14 @@ def _shapes(tensors: Mapping[Path, Tensor]) -> str:
 
 
 def _is_per_sample(leaf: Any, size: int) -> bool:
-    """Say whether a leaf holds one Python object per sample; (224, 224) is no batch of two."""
+    """Say whether a leaf holds one Python object per sample, which (224, 224) does not."""
     if isinstance(leaf, tuple):
         return len(leaf) == size and all(isinstance(item, (str, bytes, Mapping)) for item in leaf)
     return isinstance(leaf, list) and len(leaf) == size
 
 
 def _fresh(item: Any) -> Any:
-    """Copy the tensors of one sample's own mapping; other objects are shared by the rows."""
+    """Copy a sample's own mapping with its tensors; rows share objects of other kinds."""
     if not isinstance(item, Mapping):
         return item
     return map_tensors(lambda leaf: _resized(leaf, None, 1), item)

@@ -39,7 +39,7 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Everything that a training run does with memory.
+    """Everything in a training run that decides how much memory it takes.
 
     Attributes:
         model: the module to train; on any device, `meta` included; never moved or changed.
@@ -49,7 +49,8 @@ class Workload:
         optimizer: an instance over the model's parameters, a class, or a callable on parameters.
         window: `window(model, optimizer, batches)` runs one training window of your own over the
             micro-batches that it is given, up to the optimizer's step and `zero_grad`; None runs
-            the usual one. With it, `loss`, `autocast` and `clip_norm` are its own affair.
+            the usual one. It computes its own loss, casts and clips, so `loss`, `autocast` and
+            `clip_norm` are left out with it.
         evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
         autocast: "bf16", "fp16" (with a GradScaler) or None.
         clip_norm: norm that gradients are clipped to before each step, or None.
@@ -60,7 +61,7 @@ class Workload:
             on several GPUs and nothing on one.
         loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
-        notes: warnings that belong into the plan.
+        notes: what a plan made from this is to tell its user, such as what was inferred.
     """
 
     model: nn.Module
@@ -109,7 +110,7 @@ class Workload:
 
     @property
     def shares(self) -> Literal["ddp", "fsdp", "custom"] | None:
-        """How the GPUs share the model, by name; a function of the user's is "custom"."""
+        """How the GPUs share the model, by name; a user's own function is "custom"."""
         if callable(self.sharding):
             return "custom"
         return self.sharding or ("ddp" if self.world_size > 1 else None)

@@ -7,7 +7,6 @@ state and the data set's attributes are afterwards as before.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 import time
 from collections import Counter
@@ -15,20 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
-from autobatch.workload.tree import Path, sized_leaves
+from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
 
 __all__ = ["Drawn", "dataset_length", "draw"]
-
-Shape: TypeAlias = tuple[int, ...]
 
 SECONDS_LOOKING = 10.0
 # Once all items so far are of one size, the others are unlikely to be worth a longer wait.
@@ -90,7 +85,7 @@ def draw(sample: Any) -> Drawn:
             f"a {type(sample).__name__} would lose a batch by being read: pass the DataLoader "
             "itself, or one batch"
         )
-    elif not _is_structure(sample) and hasattr(sample, "__iter__"):
+    elif not is_structure(sample) and hasattr(sample, "__iter__"):
         batch, notes = _worst(sample, lambda batch: batch, batched=False)
     else:
         batch, notes = sample, ()
@@ -122,13 +117,7 @@ def _is_dataset(sample: Any) -> bool:
     if isinstance(sample, Dataset):
         return True
     has_items = hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
-    return has_items and not _is_structure(sample)
-
-
-def _is_structure(sample: Any) -> bool:
-    """Say whether a sample is a container of tensors, whose items are parts and not samples."""
-    known = isinstance(sample, (Tensor, Mapping, Sequence)) or type(sample) in SUPPORTED_NODES
-    return known or dataclasses.is_dataclass(sample)
+    return has_items and not is_structure(sample)
 
 
 class _ReadByLists(Dataset[Any]):

@@ -20,7 +20,9 @@ __all__ = [
     "KINDS",
     "Kind",
     "Path",
+    "Shape",
     "is_sample_list",
+    "is_structure",
     "leaves",
     "map_leaves",
     "map_tensors",
@@ -183,6 +185,15 @@ def _kind_of(node: Any) -> Kind | None:
 
 def _holds_tensor(node: Any) -> bool:
     return next(tensors(node), None) is not None
+
+
+def is_structure(node: Any) -> bool:
+    """Say whether the class of a value, whatever it holds, is that of a batch and not a data set.
+
+    The items of a batch are its parts; those of a data set are its samples.
+    """
+    is_named = isinstance(node, (Tensor, Mapping, Sequence)) or dataclasses.is_dataclass(node)
+    return is_named or _is_registered(node)
 
 
 def is_sample_list(node: Any) -> bool:

@@ -189,7 +189,7 @@ class NamedFields:
         return Field((sizes.tokens, width), self._dtype) if width else None
 
     def _described(self, name: str, sizes: Sizes) -> Field | None:
-        """Return an argument as the docstring describes it, else as sizes of its name tell."""
+        """Return an argument by its docstring, else by a size that the config names after it."""
         field = self._documented(name, sizes)
         if field is not None:
             return field
@@ -202,7 +202,7 @@ class NamedFields:
         return Field((most,), self._dtype) if most else None
 
     def _has_product(self, name: str) -> bool:
-        """Say whether the docstring computes a size, as only features of that model have it."""
+        """Say whether the docstring gives a size as a product: what the name says is then wrong."""
         found = self._signature.documented.get(name)
         return found is not None and any("*" in size for size in found.sizes[1:])
 

@@ -31,7 +31,7 @@ FORMS = "file.py:function, package.module:function, timm:NAME, torchvision:NAME 
 
 
 def load_function(spec: str) -> nn.Module | Workload:
-    """Return what a function makes that is named as file.py:function or package.module:function.
+    """Call the function file.py:function or package.module:function, and return what it makes.
 
     Raises:
         SpecError: there is no such file, module or function, or it makes neither of the two.

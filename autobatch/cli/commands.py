@@ -210,7 +210,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _subject(spec: str) -> nn.Module | Workload:
     from autobatch.workload.spec.load import load_spec
 
-    return load_spec(spec).subject
+    return load_spec(spec)
 
 
 def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:

@@ -1,8 +1,8 @@
 """Containers of tensors: what counts as one, how it is walked, and how it is rebuilt.
 
-Invariant: `KINDS` alone says what a container is, so samples, items of data sets, micro-batches on
-their way to a device and outputs of models are all taken apart by the same rules. Nothing that is
-walked is changed: a container with other parts is a new object of the same class.
+Invariant: the table `KINDS` alone says what a container is, so samples, items of data sets,
+micro-batches on their way to a device and outputs of models are taken apart by the same rules.
+Nothing that is walked is changed: a container with other parts is a new object of its class.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
 
 __all__ = [
-    "KINDS",
-    "Kind",
     "Path",
     "Shape",
     "is_sample_list",
@@ -35,140 +33,49 @@ Path: TypeAlias = tuple[str, ...]
 Shape: TypeAlias = tuple[int, ...]
 Parts: TypeAlias = list[tuple[str, Any]]
 
-_NEVER_CONTAINERS = (Tensor, nn.Module, str, bytes, type, int, float, complex, type(None))
+_LEAVES = (Tensor, nn.Module, str, bytes, type, int, float, complex, type(None))
 _NUMBERS = frozenset({int, float, bool, complex, type(None)})
 
 
-class Kind(Protocol):
-    """One kind of container; a new kind is a class like those below and an entry in `KINDS`."""
+class Kind(NamedTuple):
+    """One kind of container: which values it covers, their named parts, a copy with other parts."""
 
-    def covers(self, node: Any) -> bool:
-        """Whether a value is a container of this kind."""
-
-    def parts(self, node: Any) -> Parts:
-        """Return the names and values of the parts."""
-
-    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
-        """Return a copy of a container with other parts, given in the order of `parts`."""
+    covers: Callable[[Any], bool]
+    parts: Callable[[Any], Parts]
+    rebuilt: Callable[[Any, list[Any]], Any]
 
 
-class _PackedSequences:
-    """Sequences packed for recurrent layers; their batch sizes have to stay on the CPU."""
-
-    def covers(self, node: Any) -> bool:
-        return isinstance(node, PackedSequence)
-
-    def parts(self, node: PackedSequence) -> Parts:
-        names = ("data", "sorted_indices", "unsorted_indices")
-        return [(name, getattr(node, name)) for name in names]
-
-    def rebuilt(self, node: PackedSequence, parts: Sequence[Any]) -> PackedSequence:
-        data, *indices = parts
-        return type(node)(data, node.batch_sizes, *indices)
+def _packed_parts(node: PackedSequence) -> Parts:
+    names = ("data", "sorted_indices", "unsorted_indices")  # the batch sizes stay on the CPU
+    return [(name, getattr(node, name)) for name in names]
 
 
-class _Sequences:
-    """Lists, tuples and NamedTuples; one without any tensor is a value of its own."""
-
-    def covers(self, node: Any) -> bool:
-        return isinstance(node, (list, tuple)) and any(map(_holds_tensor, node))
-
-    def parts(self, node: Any) -> Parts:
-        names = getattr(node, "_fields", range(len(node)))
-        return [(str(name), part) for name, part in zip(names, node, strict=True)]
-
-    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
-        return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
+def _rebuilt_packed(node: PackedSequence, parts: list[Any]) -> PackedSequence:
+    return type(node)(parts[0], node.batch_sizes, *parts[1:])
 
 
-class _Mappings:
-    """Dicts and whatever behaves like one, such as BatchEncoding and ModelOutput."""
-
-    def covers(self, node: Any) -> bool:
-        return isinstance(node, Mapping) and not _is_registered(node)
-
-    def parts(self, node: Mapping[Any, Any]) -> Parts:
-        return [(str(key), node[key]) for key in node]
-
-    def rebuilt(self, node: Mapping[Any, Any], parts: Sequence[Any]) -> Any:
-        changed = dict(zip(node, parts, strict=True))
-        if not isinstance(node, MutableMapping):
-            return type(node)(changed)  # type: ignore[call-arg]
-        # Copied, not constructed: BatchEncoding and ModelOutput carry more than their items.
-        result = copy.copy(node)
-        for key, part in changed.items():
-            result[key] = part
-        return result
+def _is_sequence(node: Any) -> bool:
+    """Say whether a value is a list or tuple; one without any tensor is a value of its own."""
+    return isinstance(node, (list, tuple)) and any(map(_holds_tensor, node))
 
 
-class _Registered:
-    """Classes registered with PyTorch's pytree, which say how they are taken apart."""
-
-    def covers(self, node: Any) -> bool:
-        return _is_registered(node)
-
-    def parts(self, node: Any) -> Parts:
-        parts, _ = SUPPORTED_NODES[type(node)].flatten_fn(node)
-        keys = list(node) if isinstance(node, Mapping) else []
-        names = keys if len(keys) == len(parts) else range(len(parts))
-        return [(str(name), part) for name, part in zip(names, parts, strict=True)]
-
-    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
-        definition = SUPPORTED_NODES[type(node)]
-        return definition.unflatten_fn(list(parts), definition.flatten_fn(node)[1])
+def _items(node: Any) -> Parts:
+    names = getattr(node, "_fields", range(len(node)))
+    return [(str(name), part) for name, part in zip(names, node, strict=True)]
 
 
-class _Dataclasses:
-    """Instances of dataclasses, frozen and slotted ones too."""
-
-    def covers(self, node: Any) -> bool:
-        return dataclasses.is_dataclass(node)
-
-    def parts(self, node: Any) -> Parts:
-        names = (field.name for field in dataclasses.fields(node))
-        return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
-
-    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
-        values = dict(zip((name for name, _ in self.parts(node)), parts, strict=True))
-        taken = {field.name for field in dataclasses.fields(node) if field.init}
-        try:
-            # Constructed, so that what `__post_init__` derives follows the new parts.
-            result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})
-            rest = {n: v for n, v in values.items() if n not in taken and _holds_tensor(v)}
-        except (TypeError, ValueError):  # its fields are not what it is constructed from
-            result, rest = copy.copy(node), values
-        for name, value in rest.items():
-            object.__setattr__(result, name, value)  # it may be frozen
-        return result
+def _rebuilt_sequence(node: Any, parts: list[Any]) -> Any:
+    return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
 
 
-class _Objects:
-    """Other objects, where one of their attributes is a tensor."""
-
-    def covers(self, node: Any) -> bool:
-        attributes = getattr(node, "__dict__", {})
-        return any(isinstance(value, Tensor) for value in attributes.values())
-
-    def parts(self, node: Any) -> Parts:
-        return list(vars(node).items())
-
-    def rebuilt(self, node: Any, parts: Sequence[Any]) -> Any:
-        result = copy.copy(node)
-        vars(result).update(zip(vars(node), parts, strict=True))
-        return result
-
-
-_SEQUENCES = _Sequences()
-
-KINDS: tuple[Kind, ...] = (
-    _PackedSequences(),
-    _SEQUENCES,
-    _Mappings(),
-    _Registered(),
-    _Dataclasses(),
-    _Objects(),
-)
-"""Every kind of container; of several that cover a value, the first one holds."""
+def _rebuilt_mapping(node: Mapping[Any, Any], parts: list[Any]) -> Any:
+    items = dict(zip(node, parts, strict=True))
+    if not isinstance(node, MutableMapping):
+        return type(node)(items)  # type: ignore[call-arg]
+    result = copy.copy(node)  # not constructed: BatchEncoding and ModelOutput hold more than items
+    for key, part in items.items():
+        result[key] = part
+    return result
 
 
 def _is_registered(node: Any) -> bool:
@@ -177,8 +84,65 @@ def _is_registered(node: Any) -> bool:
     return type(node) in SUPPORTED_NODES and not has_names
 
 
+def _registered_parts(node: Any) -> Parts:
+    parts, _ = SUPPORTED_NODES[type(node)].flatten_fn(node)
+    keys = list(node) if isinstance(node, Mapping) else []
+    names = keys if len(keys) == len(parts) else range(len(parts))
+    return [(str(name), part) for name, part in zip(names, parts, strict=True)]
+
+
+def _rebuilt_registered(node: Any, parts: list[Any]) -> Any:
+    definition = SUPPORTED_NODES[type(node)]
+    return definition.unflatten_fn(parts, definition.flatten_fn(node)[1])
+
+
+def _fields(node: Any) -> Parts:
+    names = (field.name for field in dataclasses.fields(node))
+    return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
+
+
+def _rebuilt_dataclass(node: Any, parts: list[Any]) -> Any:
+    values = dict(zip((name for name, _ in _fields(node)), parts, strict=True))
+    taken = {field.name for field in dataclasses.fields(node) if field.init}
+    try:
+        # Constructed, so that what `__post_init__` derives follows the new parts.
+        result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})
+        rest = {n: v for n, v in values.items() if n not in taken and _holds_tensor(v)}
+    except (TypeError, ValueError):  # its fields are not what it is constructed from
+        result, rest = copy.copy(node), values
+    for name, value in rest.items():
+        object.__setattr__(result, name, value)  # it may be frozen
+    return result
+
+
+def _has_tensor(node: Any) -> bool:
+    """Say whether an attribute of an object is a tensor."""
+    return any(isinstance(value, Tensor) for value in getattr(node, "__dict__", {}).values())
+
+
+def _rebuilt_object(node: Any, parts: list[Any]) -> Any:
+    result = copy.copy(node)
+    vars(result).update(zip(vars(node), parts, strict=True))
+    return result
+
+
+KINDS = (
+    Kind(lambda node: isinstance(node, PackedSequence), _packed_parts, _rebuilt_packed),
+    Kind(_is_sequence, _items, _rebuilt_sequence),
+    Kind(_is_registered, _registered_parts, _rebuilt_registered),
+    Kind(
+        lambda node: isinstance(node, Mapping),
+        lambda node: [(str(key), node[key]) for key in node],
+        _rebuilt_mapping,
+    ),
+    Kind(dataclasses.is_dataclass, _fields, _rebuilt_dataclass),
+    Kind(_has_tensor, lambda node: list(vars(node).items()), _rebuilt_object),
+)
+"""Every kind of container; of several that cover a value, the first one holds."""
+
+
 def _kind_of(node: Any) -> Kind | None:
-    if isinstance(node, _NEVER_CONTAINERS):
+    if isinstance(node, _LEAVES):
         return None
     return next((kind for kind in KINDS if kind.covers(node)), None)
 
@@ -287,7 +251,7 @@ def sized_leaves(item: Any, path: Path = ()) -> Iterator[tuple[Path, Shape, int]
             inner = sum(size for part in item for _, _, size in sized_leaves(part))
             yield path, (len(item),), len(item) + inner
             return
-        parts = _SEQUENCES.parts(item)
+        parts = _items(item)
     else:
         measured = None if isinstance(item, Mapping) else _measured(item)
         if measured is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.spec.building import on_meta
+from autobatch.workload.spec.library import on_meta
 from autobatch.workload.spec.transformers import auto_class, offline
 from reports.coverage.configs import STATED
 from reports.coverage.shrink import LEVELS, merged, shrink

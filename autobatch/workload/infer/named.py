@@ -77,9 +77,6 @@ class NamedFields:
         several = found and any("codebooks" in size for size in found.sizes)
         return self._documented(name, sizes) if several else None
 
-    def _segments(self, name: str, sizes: Sizes) -> Field:
-        return Field((sizes.tokens,))
-
     def _boxes(self, name: str, sizes: Sizes) -> Field:
         # Equal corners: models accept a box of no width, and refuse one of negative width.
         dtype = self._dtype if sizes.has_relative_boxes else torch.int64
@@ -163,9 +160,6 @@ class NamedFields:
 
     def _series(self, name: str, sizes: Sizes) -> Field:
         return Field(self._series_shape(name), self._dtype)
-
-    def _series_padding(self, name: str, sizes: Sizes) -> Field:
-        return Field(self._series_shape("past_values"))
 
     def _series_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a time series: its steps, and its channels where it has several."""
@@ -261,7 +255,7 @@ Maker: TypeAlias = Callable[[NamedFields, str, Sizes], Field | None]
 FIELDS: tuple[tuple[str, Field | Maker], ...] = (
     (r"mask$", NamedFields._mask),
     (r"input_ids$", NamedFields._tokens),
-    (r"token_type_ids$", NamedFields._segments),
+    (r"token_type_ids$", lambda _, name, sizes: Field((sizes.tokens,))),
     (r"bbox$", NamedFields._boxes),
     (r"pixel_values_videos$", NamedFields._video),
     (r"pixel_values$", NamedFields._images),
@@ -272,7 +266,7 @@ FIELDS: tuple[tuple[str, Field | Maker], ...] = (
     (r"^flattened_patches$", NamedFields._flattened_patches),
     (r"^(input_features|audio_mel)$", NamedFields._spectrogram),
     (r"^input_values$", NamedFields._wave),
-    (r"^past_values_padding$", NamedFields._series_padding),
+    (r"^past_values_padding$", lambda fields, *_: Field(fields._series_shape("past_values"))),
     (r"^(past|future)_(.*_)?(values|features)$", NamedFields._series),
     (r"(hidden_states|embeds)$", NamedFields._hidden_states),
     (r"", NamedFields._described),

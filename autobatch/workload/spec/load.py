@@ -12,48 +12,25 @@ device wherever their construction allows it, so that seventy billion parameters
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from typing import Any
+from urllib.parse import parse_qsl
 
 from torch import nn
 
-from autobatch.workload.infer.fields import Inferred
-from autobatch.workload.spec.options import parsed
+from autobatch.errors import SpecError
+from autobatch.workload.spec.library import Options
 from autobatch.workload.spec.timm import load_timm
 from autobatch.workload.spec.torchvision import load_torchvision
 from autobatch.workload.spec.transformers import load_transformers
 from autobatch.workload.spec.user_code import load_function
 from autobatch.workload.workload import Workload
 
-__all__ = ["LoadedSpec", "load_spec"]
+__all__ = ["load_spec"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedSpec:
-    """What a SPEC stands for: a model or a Workload, never both.
-
-    Attributes:
-        name: the SPEC as the user wrote it, for display.
-        model: the model; None where the function returned a Workload.
-        workload: the Workload; None where there is a model.
-        inputs: a library model's inputs and loss; None for a user's function.
-    """
-
-    name: str
-    model: nn.Module | None = None
-    workload: Workload | None = None
-    inputs: Inferred | None = None
-
-    @property
-    def subject(self) -> nn.Module | Workload:
-        """What to hand to `tune`; a library model keeps the inputs that its options ask for."""
-        if self.workload is not None:
-            return self.workload
-        assert self.model is not None
-        return self.model if self.inputs is None else self.inputs.workload(self.model)
-
-
-def load_spec(spec: str) -> LoadedSpec:
-    """Build the model or Workload that a SPEC names.
+def load_spec(spec: str) -> nn.Module | Workload:
+    """Return what a SPEC names: of a library, the Workload of training that model.
 
     The folder of a file, or the current folder for a module, is on `sys.path` while the code is
     imported and the function runs. Options after `?` go to timm's and torchvision's model
@@ -68,11 +45,28 @@ def load_spec(spec: str) -> LoadedSpec:
     """
     prefix, colon, rest = spec.partition(":")
     loaders = {"timm": load_timm, "torchvision": load_torchvision, "hf": load_transformers}
-    if colon and prefix in loaders:
-        name, _, query = rest.partition("?")
-        model, inputs = loaders[prefix](name, parsed(spec, query))
-        return LoadedSpec(name=spec, model=model, inputs=inputs)
-    made = load_function(spec)
-    if isinstance(made, Workload):
-        return LoadedSpec(name=spec, workload=made)
-    return LoadedSpec(name=spec, model=made)
+    if not colon or prefix not in loaders:
+        return load_function(spec)
+    name, _, query = rest.partition("?")
+    return loaders[prefix](name, _options(spec, query))
+
+
+def _options(spec: str, query: str) -> Options:
+    """Parse `key=value&key=value`: numbers, booleans, null and lists as in JSON, else text."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise SpecError(
+            f"{spec!r} has options that are not key=value joined by &: {query!r}"
+        ) from None
+    return Options((key, _value(text)) for key, text in pairs)
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.infer.fields import Inferred
 from autobatch.workload.infer.infer import infer
-from autobatch.workload.spec.building import harmless_warnings, import_library, on_meta, rejected
-from autobatch.workload.spec.options import Options, take_dtype, take_size
+from autobatch.workload.spec.library import (
+    Options,
+    harmless_warnings,
+    import_library,
+    on_meta,
+    rejected,
+)
 from autobatch.workload.spec.wording import near, one_line
+from autobatch.workload.workload import Workload
 
 __all__ = ["auto_class", "load_transformers", "offline"]
 
@@ -46,8 +50,8 @@ ENCODER_DECODER_HEADS = frozenset({"seq2seq", "speech-seq2seq"})
 CONFIG_EXTRAS = frozenset({"num_labels", "attn_implementation"})
 
 
-def load_transformers(name: str, options: Options) -> tuple[nn.Module, Inferred]:
-    """Build a model of transformers on `meta`, and infer its inputs.
+def load_transformers(name: str, options: Options) -> Workload:
+    """Build a model of transformers on `meta`, with the inputs that are inferred.
 
     Args:
         name: a model type, or a local config.json or a folder with one.
@@ -58,7 +62,7 @@ def load_transformers(name: str, options: Options) -> tuple[nn.Module, Inferred]
         SampleError: its inputs cannot be inferred.
     """
     transformers = import_library("transformers", "hf")
-    dtype, seq = take_dtype(options), take_size(options, "seq")
+    dtype, seq = options.take_dtype(), options.take_size("seq")
     head = options.pop("head", None)
     config = _transformers_config(transformers, name, options)
     auto = auto_class(transformers, config, head)
@@ -69,12 +73,12 @@ def load_transformers(name: str, options: Options) -> tuple[nn.Module, Inferred]
             model = on_meta(lambda: auto.from_config(config, **arguments))
     except Exception as error:
         raise rejected(f"hf:{name}", options, error) from error
-    return model, infer(model, seq=seq)
+    return infer(model, seq=seq).workload(model)
 
 
 def _transformers_config(transformers: Any, name: str, options: Options) -> Any:
     """Make the config of a model type or of a local config.json, with the options on top."""
-    stated: Options = {}
+    stated: dict[str, Any] = {}
     path = Path(name).expanduser()
     if path.exists():
         stated = _read_config(path / "config.json" if path.is_dir() else path)
@@ -100,7 +104,7 @@ def _transformers_config(transformers: Any, name: str, options: Options) -> Any:
         raise rejected(f"hf:{name}", options, error) from error
 
 
-def _read_config(path: Path) -> Options:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

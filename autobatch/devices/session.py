@@ -19,7 +19,7 @@ from autobatch.devices.copies import Copier
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.workload.loss import DefaultLoss
-from autobatch.workload.training_window import run_windows
+from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import is_data_parallel
@@ -173,14 +173,16 @@ class Session:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
         workload = self._copies.workload
         run_windows(
-            workload if evaluate else replace(workload, evaluate=None),
-            model=self._copies.model,
-            optimizer=self.optimizer,
-            loss=self._copies.loss,
-            batch=lambda: self._batch(micro_batch),
-            accumulation_steps=accumulation_steps,
-            windows=windows,
-            phases=self,
+            Training(
+                workload=workload if evaluate else replace(workload, evaluate=None),
+                model=self._copies.model,
+                optimizer=self.optimizer,
+                loss=self._copies.loss,
+                batch=lambda: self._batch(micro_batch),
+                accumulation_steps=accumulation_steps,
+                windows=windows,
+                phases=self,
+            )
         )
         if isinstance(self._copies.loss, DefaultLoss):
             self._copies.loss.forget()

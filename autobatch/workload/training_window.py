@@ -21,7 +21,7 @@ from autobatch.support.patching import patched
 from autobatch.workload.loss import checked_loss
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, Workload
 
-__all__ = ["Phases", "run_windows"]
+__all__ = ["Phases", "Training", "run_windows"]
 
 
 class Phases(Protocol):
@@ -32,8 +32,19 @@ class Phases(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Training:
-    """What the windows are run with; the fields are the arguments of `run_windows`."""
+class Training:
+    """What runs on a device in place of the user's objects.
+
+    Attributes:
+        workload: its options; the model, loss and optimizer are the device's own copies.
+        model: the module on the device, in training mode.
+        optimizer: over that module's parameters.
+        loss: gives a scalar tensor for a micro-batch.
+        batch: makes a micro-batch on the device.
+        accumulation_steps: micro-batches between optimizer updates.
+        windows: how many updates.
+        phases: told where the run is.
+    """
 
     workload: Workload
     model: nn.Module
@@ -45,56 +56,28 @@ class _Training:
     phases: Phases
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the loss is computed."""
         dtype = AUTOCAST_DTYPES.get(self.workload.autocast or "")
         return contextlib.nullcontext() if dtype is None else torch.autocast("cuda", dtype=dtype)
 
 
-def run_windows(
-    workload: Workload,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    batch: Callable[[], Any],
-    accumulation_steps: int,
-    windows: int,
-    phases: Phases,
-) -> None:
+def run_windows(training: Training) -> None:
     """Run consecutive training windows, then the evaluation step if there is one.
-
-    Args:
-        workload: its options; the model, loss and optimizer are the device's own copies.
-        model: the module on the device, in training mode.
-        optimizer: over that module's parameters.
-        loss: gives a scalar tensor for a micro-batch.
-        batch: makes a micro-batch on the device.
-        accumulation_steps: micro-batches between optimizer updates.
-        windows: how many updates.
-        phases: told where the run is.
 
     Raises:
         WorkloadError: the loss is no scalar tensor, or has no gradient; a window function left
             micro-batches out.
     """
-    training = _Training(
-        workload=workload,
-        model=model,
-        optimizer=optimizer,
-        loss=loss,
-        batch=batch,
-        accumulation_steps=accumulation_steps,
-        windows=windows,
-        phases=phases,
-    )
+    workload, model = training.workload, training.model
     run = _usual_windows if workload.window is None else _own_windows
     inputs = run(training)
     if workload.evaluate is not None:
-        phases.begin("evaluate", windows - 1, accumulation_steps - 1)
+        training.phases.begin("evaluate", training.windows - 1, training.accumulation_steps - 1)
         with _evaluating(model), torch.no_grad(), training.autocast():
             workload.evaluate(model, inputs)
 
 
-def _usual_windows(training: _Training) -> Any:
+def _usual_windows(training: Training) -> Any:
     """Run the loop that users write, and return the last micro-batch."""
     workload, optimizer, phases = training.workload, training.optimizer, training.phases
     steps = training.accumulation_steps
@@ -122,7 +105,7 @@ def _usual_windows(training: _Training) -> Any:
     return inputs
 
 
-def _own_windows(training: _Training) -> Any:
+def _own_windows(training: Training) -> Any:
     """Run the user's window function, and return the last micro-batch.
 
     The phases are told apart by what the function calls: it takes a micro-batch, it calls

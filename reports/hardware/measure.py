@@ -21,7 +21,7 @@ from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
 from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
 from autobatch.workload.loss import DefaultLoss
-from autobatch.workload.training_window import run_windows
+from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Workload
 from reports.hardware.bench import Bench
@@ -219,14 +219,16 @@ def run_plain(
         return map_tensors(lambda tensor: tensor.to(device), workload.batch(micro_batch))
 
     run_windows(
-        workload,
-        model=model,
-        optimizer=optimizer,
-        loss=workload.loss or DefaultLoss(),
-        batch=batch,
-        accumulation_steps=STEPS,
-        windows=windows,
-        phases=NoPhases(),
+        Training(
+            workload=workload,
+            model=model,
+            optimizer=optimizer,
+            loss=workload.loss or DefaultLoss(),
+            batch=batch,
+            accumulation_steps=STEPS,
+            windows=windows,
+            phases=NoPhases(),
+        )
     )
 
 

@@ -1,5 +1,5 @@
 """`python -m autobatch`."""
 
-from autobatch.cli.commands import entry
+from autobatch.cli.entry_point import entry
 
 entry()

@@ -9,17 +9,19 @@ import sys
 import autobatch
 
 NAMES = """
-    AutobatchError AutobatchWarning DoesNotFitError Equivalence FileError Footprint GpuSpec NoGpuError
-    Plan ProbeDiedError Progress SampleError SpecError UnknownGpuError UsageError Window Windows
-    Workload WorkloadError __version__ batch_builder check_equivalence find_gpu predict tune windows
+    AutobatchError AutobatchWarning DoesNotFitError Equivalence FileError Footprint GpuSpec
+    NoGpuError Plan ProbeDiedError Progress SampleError SpecError UnknownGpuError UsageError Window
+    Windows Workload WorkloadError __version__ batch_builder check_equivalence find_gpu predict tune
+    windows
 """.split()
 
 PLAN = """
     accumulation_steps allowed_bytes budget_bytes ceiling ceiling_at_least ceiling_footprint
     ceiling_likelihood created curve effective_batch executions footprint from_json gpu headroom
-    is_sharded likelihood load method micro_batch model ooms others_bytes otherwise proven report save
-    scale_lr seconds sharding slack_bytes split target timeline to_accelerate to_deepspeed to_env
-    to_json to_lightning to_training_arguments to_yaml trials versions warnings windows world_size
+    is_sharded likelihood load method micro_batch model ooms others_bytes otherwise proven report
+    save scale_lr seconds sharding slack_bytes split target timeline to_accelerate to_deepspeed
+    to_env to_json to_lightning to_training_arguments to_yaml trials versions warnings windows
+    world_size
 """.split()
 
 

@@ -3,6 +3,6 @@
 It may import everything, and nothing imports it.
 """
 
-from autobatch.cli.commands import entry, main
+from autobatch.cli.entry_point import entry, main
 
 __all__ = ["entry", "main"]

@@ -1,7 +1,6 @@
-"""The command line.
+"""What each command does.
 
-Invariant: this is the only place where errors become messages and exit codes. The answer goes to
-stdout, progress and errors to stderr; output paths are proven writable before any work.
+Invariant: output paths are proven writable before any work.
 """
 
 from __future__ import annotations
@@ -9,15 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autobatch._version import __version__
-from autobatch.errors import AutobatchError, WorkloadError
-from autobatch.support import process
+from autobatch.errors import FileError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,14 +25,9 @@ if TYPE_CHECKING:
     from autobatch.records.progress import ProgressCallback
     from autobatch.workload.workload import OptimizerSpec, Workload
 
-__all__ = ["entry", "main"]
+__all__ = ["OPTIMIZERS", "check", "gpus", "predict", "probe", "report"]
 
-_SPEC_HELP = (
-    "file.py:function or package.module:function (returns a model or a Workload), timm:NAME, "
-    "torchvision:NAME, or hf:TYPE such as hf:gpt2?seq=1024"
-)
-_JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "adadelta": "Adadelta",
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
@@ -48,43 +40,10 @@ _OPTIMIZERS = {
     "sgd": "SGD",
     "sgd-momentum": "SGD",
 }
-_BROKEN_PIPE, _INTERRUPTED = 141, 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    0: done, 1: the workload failed, or `check` found the gradients different, 2: usage, 3: nothing
-    fits, 130: interrupted.
-    """
-    try:
-        arguments = _parser().parse_args(argv)
-        code: int | None = arguments.run(arguments)
-        sys.stdout.flush()
-    except SystemExit as exit_:  # argparse has printed its message
-        return exit_.code if isinstance(exit_.code, int) else 2
-    except AutobatchError as error:
-        if isinstance(error, WorkloadError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        print(f"autobatch: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    return code or 0
-
-
-def entry() -> None:
-    """Run the command line of this process; a terminal that lacks a character shows a `?`."""
-    process.claim()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(main())
-
-
-def _probe(arguments: argparse.Namespace) -> None:
+def probe(arguments: argparse.Namespace) -> None:
+    """Plan a run: micro-batch and accumulation steps for an effective batch."""
     from autobatch.cli.terminal import follow, show
     from autobatch.report.document import summary
     from autobatch.support.files import check_writable, prepare_folder
@@ -101,7 +60,6 @@ def _probe(arguments: argparse.Namespace) -> None:
                 "target": arguments.target,
                 "headroom": arguments.headroom,
                 "prove": arguments.prove,
-                "cache": "confirm" if arguments.confirm else not arguments.no_cache,
                 "gpu": gpu,
                 **_options(arguments),
             },
@@ -123,22 +81,69 @@ def _plan(
     """Tune here where the GPU is simulated, in a child process where it is real."""
     from autobatch.gpus.catalogue import is_device
 
+    question = None if arguments.no_cache else _question(arguments)
     if not is_device(options["gpu"]) or arguments.no_isolate:
-        return _tune_spec(arguments.spec, options, progress=progress)
+        return _tune_spec(arguments.spec, options, question, progress=progress)
     from autobatch.tuning.isolation import apart
 
-    return apart(
-        _tune_spec, arguments.spec, options, progress=progress, time_limit=arguments.time_limit
-    )
+    work = (_tune_spec, arguments.spec, options, question)
+    return apart(*work, progress=progress, time_limit=arguments.time_limit)
 
 
-def _tune_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Plan:
+def _tune_spec(
+    spec: str,
+    options: dict[str, Any],
+    question: Mapping[str, object] | None,
+    *,
+    progress: ProgressCallback,
+) -> Plan:
+    """Answer from the plan of an earlier probe where there is one, else tune."""
+    from autobatch.tuning.cache import named_entry
+
+    entry = None if question is None else named_entry(question)
+    known = entry.find() if entry is not None else None
+    if known is not None and _still_holds(known, options["gpu"]):
+        return known
     from autobatch.tuning.tuner import tune
 
-    return tune(_subject(spec), progress=progress, **options)
+    plan = tune(_subject(spec), progress=progress, **options)
+    if entry is not None:
+        with suppress(FileError):  # the next probe takes as long as this one
+            entry.store(plan)
+    return plan
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _question(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return what a plan depends on, beside versions, settings and source files."""
+    from autobatch.gpus.nvml import driver_version, installed_gpus
+
+    names = "spec target headroom prove gpu world_size sharding optimizer autocast clip_norm"
+    cards = [(gpu.index, gpu.name, gpu.total_bytes) for gpu in installed_gpus()]
+    library, _, name = arguments.spec.partition(":")
+    configs = sorted(Path(name.partition("?")[0]).glob("*.json")) if library == "hf" else ()
+    return {
+        **{name: getattr(arguments, name) for name in names.split()},
+        "folder": os.getcwd(),
+        "configs": {str(file): file.read_text(encoding="utf-8") for file in configs},
+        "cards": cards,
+        "driver": driver_version(),
+    }
+
+
+def _still_holds(plan: Plan, gpu: GpuSpec | str | None) -> bool:
+    """Say whether a card in this machine has as much memory left as the plan was made with."""
+    from autobatch.gpus.catalogue import is_device
+
+    if not is_device(gpu):
+        return True
+    from autobatch.devices.choose import choose_device
+    from autobatch.tuning.question import holds
+
+    return holds(plan, choose_device(gpu))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Account for the memory of one micro-batch."""
     from autobatch.cli.terminal import follow, show
     from autobatch.report.document import footprint_summary
     from autobatch.support.files import check_writable, write_text
@@ -166,9 +171,10 @@ def _predict(arguments: argparse.Namespace) -> None:
         write_text(arguments.json, _footprint_json(footprint))
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> int:
+    """Compare accumulated gradients with the whole batch's; 1 where they differ."""
     from autobatch.cli.terminal import show
-    from autobatch.equivalence import check_equivalence
+    from autobatch.equivalence.check import check_equivalence
     from autobatch.equivalence.result import equivalence_summary
     from autobatch.plan.plan import Plan
     from autobatch.support.files import check_writable, write_text
@@ -190,7 +196,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if result.equivalent else 1
 
 
-def _gpus(arguments: argparse.Namespace) -> None:
+def gpus(arguments: argparse.Namespace) -> None:
+    """List the catalogue, and the GPUs in this machine."""
     from autobatch.cli.terminal import show
     from autobatch.gpus.catalogue import CATALOGUE
     from autobatch.gpus.nvml import installed_gpus
@@ -199,7 +206,8 @@ def _gpus(arguments: argparse.Namespace) -> None:
     show(gpu_list(CATALOGUE.values(), installed_gpus()), sys.stdout)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def report(arguments: argparse.Namespace) -> None:
+    """Render a saved plan."""
     from autobatch.plan.plan import Plan
 
     plan = Plan.load(arguments.plan)
@@ -236,7 +244,7 @@ def _optimizer(name: str | None) -> OptimizerSpec | None:
         return None
     import torch
 
-    kind: OptimizerSpec = getattr(torch.optim, _OPTIMIZERS[name])
+    kind: OptimizerSpec = getattr(torch.optim, OPTIMIZERS[name])
     return partial(torch.optim.SGD, momentum=0.9) if name == "sgd-momentum" else kind
 
 
@@ -250,106 +258,3 @@ def _footprint_json(footprint: Footprint) -> str:
 
 def _say_where(page: Path, *, to_stderr: bool = False) -> None:
     print(f"report: {page}", file=sys.stderr if to_stderr else sys.stdout)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="autobatch",
-        description="Find the micro-batch that fits a GPU, and where every byte of it goes.",
-        epilog="Exit codes: 0 done, 1 the workload failed or the check found a difference, "
-        "2 usage, 3 nothing fits.",
-    )
-    parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    probe = commands.add_parser(
-        "probe", help="plan micro-batch and accumulation steps for an effective batch"
-    )
-    probe.set_defaults(run=_probe)
-    probe.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
-    probe.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
-    probe.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: 0.05 where a GPU is measured; "
-        "where it is simulated, what 95 of 100 published runs needed)",
-    )
-    _add_workload_options(probe)
-    probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
-    probe.add_argument(
-        "--no-cache", action="store_true", help="probe again where nothing has changed"
-    )
-    probe.add_argument(
-        "--confirm", action="store_true", help="run a plan from the cache once before answering"
-    )
-    probe.add_argument(
-        "--no-isolate",
-        action="store_true",
-        help="probe the GPU in this machine in this process, not in a child of it",
-    )
-    probe.add_argument(
-        "--time-limit",
-        type=float,
-        default=900.0,
-        metavar="S",
-        help="seconds that one trial may take on the GPU in this machine (default 900)",
-    )
-    probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
-
-    predict = commands.add_parser("predict", help="account for the memory of one micro-batch")
-    predict.set_defaults(run=_predict)
-    predict.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
-    predict.add_argument("--micro-batch", type=int, required=True, metavar="N")
-    predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
-    _add_workload_options(predict)
-
-    check = commands.add_parser(
-        "check", help="compare accumulated gradients with those of the whole batch, on the CPU"
-    )
-    check.set_defaults(run=_check)
-    check.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
-    check.add_argument("--micro-batch", type=int, metavar="N", help="default 4")
-    check.add_argument("--accumulation-steps", type=int, metavar="K", help="default 2")
-    check.add_argument(
-        "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
-    )
-    check.add_argument("--json", metavar="FILE", help=_JSON_HELP)
-
-    gpus = commands.add_parser("gpus", help="list the known GPUs and those in this machine")
-    gpus.set_defaults(run=_gpus)
-
-    report = commands.add_parser("report", help="render a saved plan again, without a GPU")
-    report.set_defaults(run=_report)
-    report.add_argument("plan", metavar="PLAN.JSON")
-    report.add_argument("--out", metavar="DIR", help="folder (default: PLAN-report beside it)")
-    return parser
-
-
-def _add_workload_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; a device "
-        "such as cuda:1, by default the current one, is measured",
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs that share the effective batch (default 1)",
-    )
-    parser.add_argument(
-        "--sharding",
-        choices=["ddp", "fsdp"],
-        help="what they share: ddp (default for several) keeps whole copies, fsdp is FSDP2",
-    )
-    parser.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), help="default: adamw")
-    parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")
-    parser.add_argument(
-        "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
-    )
-    parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)

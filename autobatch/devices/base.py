@@ -55,9 +55,22 @@ class Run:
 
 
 class Device(Protocol):
-    """A GPU, in the machine or simulated."""
+    """A GPU, in the machine or simulated.
+
+    Attributes:
+        evidence: how what it tells is known.
+        is_simulated: whether its figures are those of a card that is not there, and so uncertain.
+        default_headroom: share of the usable memory to leave free where the user names none.
+        scratch_varies: whether kernels choose scratch memory by shape, so that sizes between two
+            that ran may need more than a straight line says.
+        must_run_the_plan: whether a window has to run before it is promised.
+    """
 
     evidence: Evidence
+    is_simulated: bool
+    default_headroom: float
+    scratch_varies: bool
+    must_run_the_plan: bool
 
     @property
     def spec(self) -> GpuSpec:
@@ -77,6 +90,22 @@ class Device(Protocol):
     @property
     def allowed_bytes(self) -> int | None:
         """What `set_per_process_memory_fraction` lets the process reserve; None for no limit."""
+        ...
+
+    def require(self, workload: Workload) -> None:
+        """Refuse a workload that this device cannot run.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        ...
+
+    def host_limit_bytes(self) -> int | None:
+        """Return the host memory that one batch may take; None where batches take none."""
+        ...
+
+    def simulated(self) -> Device | None:
+        """Return a simulated card like this one, for a first guess; None where this is one."""
         ...
 
     def allocator(self) -> CachingAllocator:

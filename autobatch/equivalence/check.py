@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.devices.cuda.offload import free_host_bytes
 from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.gradients import Weigh
@@ -22,6 +21,7 @@ from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
+from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Loss, Workload

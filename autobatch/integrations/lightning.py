@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -51,7 +52,7 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
         gpu: as in `autobatch.tune`: None measures the current CUDA device.
         headroom: as in `autobatch.tune`.
         batch_size: name of the attribute that `train_dataloader` takes its batch size from.
-        cache: answer from the plans of earlier calls where nothing has changed.
+        cache: as in `autobatch.tune`.
         progress: told of each step.
 
     Attributes:
@@ -68,7 +69,7 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
         gpu: Gpu = None,
         headroom: float | None = None,
         batch_size: str = "batch_size",
-        cache: bool = True,
+        cache: str | os.PathLike[str] | Literal[False] | None = None,
         progress: ProgressCallback = silent,
     ) -> None:
         self.plan: Plan | None = None

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def tune_trainer(
     sample: Any = None,
     gpu: Gpu = None,
     headroom: float | None = None,
-    cache: bool = True,
+    cache: str | os.PathLike[str] | Literal[False] | None = None,
     progress: ProgressCallback = silent,
 ) -> Plan:
     """Find the sizes for a trainer that is about to train, set them, and return the plan.
@@ -78,7 +79,7 @@ def tune_trainer(
         sample: one batch, a Dataset or a DataLoader, in place of the trainer's own.
         gpu: as in `autobatch.tune`: None measures the current CUDA device.
         headroom: as in `autobatch.tune`.
-        cache: answer from the plans of earlier calls where nothing has changed.
+        cache: as in `autobatch.tune`.
         progress: told of each step.
 
     Raises:
@@ -241,26 +242,16 @@ class _Loss:
         loss: Tensor = self._trainer.compute_loss(model, inputs, num_items_in_batch=items)
         return loss
 
+    @property
+    def cache_key(self) -> str:
+        """What the loss is, beside the code of its class."""
+        trainer = self._trainer
+        smoothing, own = trainer.args.label_smoothing_factor, trainer.compute_loss_func
+        return f"{type(trainer)} {smoothing} {own and own.__qualname__} {_autocast(trainer.args)}"
+
     def __deepcopy__(self, memo: object) -> _Loss:
         """Return the same: a trainer holds what cannot be copied, and nothing of it is changed."""
         return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Say what the loss depends on, for the key of a cached plan.
-
-        Raises:
-            TypeError: a `compute_loss` of the user's own, which may depend on anything.
-        """
-        trainer = self._trainer
-        if type(trainer).compute_loss is not Trainer.compute_loss:
-            raise TypeError(f"{type(trainer).__name__}.compute_loss may depend on anything")
-        depends_on = (
-            trainer.compute_loss_func,
-            trainer.label_smoother,
-            trainer.model_accepts_loss_kwargs,
-            _autocast(trainer.args),
-        )
-        return (_Loss, depends_on)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,21 @@ from pathlib import Path
 
 from autobatch.errors import FileError
 
-__all__ = ["check_writable", "prepare_folder", "read_text", "write_text"]
+__all__ = ["check_writable", "prepare_folder", "read_text", "user_folder", "write_text"]
+
+
+def user_folder() -> Path:
+    """Return where autobatch keeps plans and logs: `$AUTOBATCH_CACHE_DIR`, or the user's cache.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    chosen = os.environ.get("AUTOBATCH_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    import platformdirs
+
+    return platformdirs.user_cache_path("autobatch", appauthor=False)
 
 
 def prepare_folder(path: str | os.PathLike[str]) -> Path:

@@ -1,133 +1,118 @@
-"""Plans that were made before, so that the same question is answered in milliseconds.
+"""Plans of earlier calls, answered again while nothing that they depend on has changed.
 
-Invariant: two questions share a key only if nothing that a plan depends on tells them apart. What
-cannot be described so that another process would agree makes its key unique: a stale plan is far
-worse than one made again.
+An entry is a JSON file: the question in plain text, the user's source files that were loaded, with
+their hashes, and the plan. Invariant: an entry answers only the question that it holds, word for
+word, while all of those files are as they were; and a plan that is answered so warns of it.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
 import os
 import platform
-import secrets
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from autobatch.errors import FileError
-from autobatch.gpus.catalogue import GpuSpec
 from autobatch.plan.plan import Plan
-from autobatch.records.codec import RecordError
-from autobatch.support.randomness import random_state_kept
-from autobatch.tuning.fingerprint import digest, surroundings
-from autobatch.workload.workload import Workload
+from autobatch.records.codec import RecordError, dump_json, parse_json
+from autobatch.support.files import read_text, user_folder, write_text
+from autobatch.support.units import MIB
 
-__all__ = ["find", "folder", "plan_key", "store"]
+__all__ = ["CacheEntry", "named_entry"]
 
 ENTRIES_KEPT = 200
 
-# No SHA-256 begins like this: keys of workloads that cannot be described, never to be stored.
-_UNIQUE = "0" * 32
+_LIMIT_BYTES = 64 * MIB
+
+_SETTINGS = ("CUBLAS", "CUDA", "CUDNN", "NVIDIA", "PYTORCH", "TORCH")
+"""How the environment variables begin that PyTorch and CUDA's libraries read."""
 
 
-def folder() -> Path:
-    """Return where plans are kept: `$AUTOBATCH_CACHE_DIR`, or the user's cache folder.
+class CacheEntry:
+    """The file that holds the answer to one question, or will."""
 
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
-    if chosen := os.environ.get("AUTOBATCH_CACHE_DIR"):
-        return Path(chosen)
-    system = platform.system()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(shared)
-    elif system == "Windows" and (local := os.environ.get("LOCALAPPDATA")):
-        base = Path(local)
-    else:
-        base = Path.home() / ("Library/Caches" if system == "Darwin" else ".cache")
-    return base / "autobatch" / "plans"
+    def __init__(self, file: Path, question: Mapping[str, object]) -> None:
+        """Name the file, and what is asked; versions and settings are added to that."""
+        self._file = file
+        self._question = json.loads(dump_json({**question, **_surroundings()}))
 
-
-def find(key: str) -> Plan | None:
-    """Return the plan stored under a key; None, and no broken file, where there is none."""
-    try:
-        file = folder() / f"{key}.json"
-    except RuntimeError:
-        return None
-    try:
-        plan = Plan.load(file)
-    except FileError:
+    def find(self) -> Plan | None:
+        """Return the plan that answers the question; None where the file holds no such plan."""
+        try:
+            entry: Any = parse_json(read_text(self._file, limit_bytes=_LIMIT_BYTES))
+            if entry["question"] != self._question:
+                return None
+            if any(_hash_of(Path(file)) != known for file, known in entry["sources"].items()):
+                return None
+            plan = Plan.from_json(json.dumps(entry["plan"]))
+        except (FileError, RecordError, LookupError, TypeError, AttributeError):
+            return None
         with suppress(OSError):
-            file.unlink(missing_ok=True)
-        return None
-    with suppress(OSError):
-        os.utime(file)
-    return plan
-
-
-def store(key: str, plan: Plan) -> None:
-    """Keep a plan under its key, and the 200 most recently used in all; silent where it cannot."""
-    if key.startswith(_UNIQUE):
-        return
-    with suppress(FileError, OSError, RecordError, RuntimeError):
-        home = folder()
-        home.mkdir(parents=True, exist_ok=True)
-        stored = plan.save(home / f"{key}.json")
-        others = sorted(
-            (file for file in home.glob("*.json") if file != stored), key=_used, reverse=True
+            os.utime(self._file)
+        note = (
+            f"answered from {str(self._file)!r}, the plan of {plan.created}: arguments, versions, "
+            "settings and your source files are the same; probe again with --no-cache, or without "
+            "cache="
         )
-        for file in others[ENTRIES_KEPT - 1 :]:
-            file.unlink(missing_ok=True)
+        return replace(plan, warnings=(*plan.warnings, note))
+
+    def store(self, plan: Plan) -> None:
+        """Keep a plan as the answer.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        sources = {str(file): _hash_of(file) for file in _loaded_sources()}
+        entry = {"question": self._question, "sources": sources, "plan": json.loads(plan.to_json())}
+        write_text(self._file, dump_json(entry))
 
 
-def _used(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:  # another process dropped it
-        return 0
+def named_entry(question: Mapping[str, object]) -> CacheEntry | None:
+    """Return the entry of a question in the user's cache folder, where the latest 200 are kept.
 
-
-def plan_key(workload: Workload, gpu: GpuSpec, options: Mapping[str, object]) -> str:
-    """Return a SHA-256 in hexadecimal of everything that a plan depends on.
-
-    Covers the model's structure, the code of the user's own classes and functions with the globals
-    they use, shapes and dtypes, the optimizer, one batch of two samples, the GPU, torch's switches,
-    versions, environment settings and the user's loaded source files. Values of tensors, devices,
-    train/eval mode and random state do not count.
-
-    Args:
-        workload: what would run; `workload.batch(2)` is called with the random state kept.
-        gpu: the card; the sources of its figures do not count.
-        options: whatever else decides the answer, such as the target; plain values.
+    None where there can be no such folder.
     """
     try:
-        with random_state_kept():
-            question = (
-                workload.model,  # first, so that its parameters number the others
-                workload.batch(2),
-                _code(workload.batch),
-                _fields(workload, without=("model", "batch")),
-                _fields(gpu, without=("sources",)),
-                sorted(options.items()),
-                surroundings(),
-            )
-            return digest(question)
-    except Exception:  # whatever the user's objects raise, the tuner will meet it and say so
-        return _UNIQUE + secrets.token_hex(16)
+        folder = user_folder() / "plans"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        for file in files[:-ENTRIES_KEPT]:
+            file.unlink(missing_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    name = hashlib.sha256(dump_json(question).encode()).hexdigest()[:32]
+    return CacheEntry(folder / f"{name}.json", question)
 
 
-def _code(batch: Callable[[int], Any]) -> object:
-    """Return the code that makes batches, which may do otherwise for more samples, without data."""
-    while isinstance(batch, functools.partial):
-        batch = batch.func
-    function = getattr(batch, "__func__", batch)
-    return function.__code__ if isinstance(function, FunctionType) else type(function)
+def _surroundings() -> dict[str, object]:
+    """Return versions and settings that plans depend on."""
+    return {
+        "python": platform.python_version(),
+        "packages": {found.name: found.version for found in distributions()},
+        "settings": {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS)},
+    }
 
 
-def _fields(record: Workload | GpuSpec, without: tuple[str, ...]) -> dict[str, object]:
-    names = (field.name for field in fields(record) if field.name not in without)
-    return {name: getattr(record, name) for name in names}
+def _loaded_sources() -> Iterator[Path]:
+    """Yield the files of loaded modules that belong to no installed package."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "")
+        installed = {"site-packages", "dist-packages"} & set(file.parts)
+        if file.suffix == ".py" and not installed and not file.is_relative_to(standard):
+            yield file.resolve()
+
+
+def _hash_of(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None

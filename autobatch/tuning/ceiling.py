@@ -12,111 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from autobatch.devices.base import Device, Run
+from autobatch.devices.base import Run
 from autobatch.errors import WorkloadError
-from autobatch.gpus.budget import budget_bytes
-from autobatch.memory.replay import Replay, simulate
+from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Misaligned, TraceModel
-from autobatch.records.evidence import Trial
-from autobatch.records.progress import Progress, ProgressCallback
+from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
-from autobatch.workload.workload import Workload
 
-__all__ = ["Ceiling", "Probe", "find_ceiling"]
+__all__ = ["Ceiling", "find_ceiling"]
 
 _SMALL = (2, 3)
 """The first two sizes: at 1 the order of events often differs (squeezed dimensions)."""
-
-_EXPECTED = 3
 
 _EXECUTIONS = 6
 """So often may an execution correct the model, before sizes are bisected."""
 
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
-
-_ACTIONS = {"simulated": "simulating two training windows", "measured": "running windows"}
-
-
-@dataclass(slots=True)
-class Probe:
-    """Executes a workload at sizes, and keeps the evidence.
-
-    Attributes:
-        headroom: share of the usable memory that stays free.
-        trials: every execution, in order.
-        runs: what each execution of the probed window gave, by micro-batch.
-    """
-
-    device: Device
-    workload: Workload
-    accumulation_steps: int
-    progress: ProgressCallback
-    headroom: float = 0.0
-    trials: list[Trial] = field(default_factory=list)
-    runs: dict[int, Run] = field(default_factory=dict)
-
-    @property
-    def budget_bytes(self) -> int:
-        """What the windows may reserve; on a real GPU it falls while its context grows."""
-        return budget_bytes(self.device.usable_bytes, self.headroom)
-
-    def run(self, micro_batch: int) -> Run:
-        """Execute a size, once."""
-        if micro_batch not in self.runs:
-            self.execute(micro_batch, self.accumulation_steps)
-        return self.runs[micro_batch]
-
-    def execute(self, micro_batch: int, accumulation_steps: int) -> Run:
-        """Run two windows and log the trial; runs of the probed window are remembered."""
-        evidence = self.device.evidence
-        begin = Progress(
-            step=f"{_ACTIONS[evidence]} of {accumulation_steps} accumulation step"
-            + "s" * (accumulation_steps > 1),
-            executions=len(self.trials),
-            expected=max(_EXPECTED, len(self.trials) + 1),
-            micro_batch=micro_batch,
-        )
-        self.progress(begin)
-        run = self.device.run(
-            self.workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps
-        )
-        trial = Trial(
-            micro_batch=micro_batch,
-            accumulation_steps=accumulation_steps,
-            fits=run.fits(self.budget_bytes),
-            oom=run.shortage is not None,
-            alloc_retries=run.replay.alloc_retries,
-            peak_allocated_bytes=run.replay.peak_allocated_bytes,
-            peak_reserved_bytes=run.replay.peak_reserved_bytes,
-            seconds=run.seconds,
-            evidence=evidence,
-            window_seconds=run.window_seconds,
-        )
-        self.trials.append(trial)
-        if accumulation_steps == self.accumulation_steps:
-            self.runs[micro_batch] = run
-        self.progress(replace(begin, executions=len(self.trials), trial=trial))
-        return run
-
-    def fits(self, micro_batch: int) -> bool:
-        """Execute a size, once, and tell whether it stays within the budget."""
-        return self.run(micro_batch).fits(self.budget_bytes)
-
-    def peak_bytes(self, micro_batch: int) -> int | None:
-        """Return what an executed size reserved; None where the limit had a hand in it."""
-        run = self.runs[micro_batch]
-        return run.replay.peak_reserved_bytes if run.is_free else None
-
-    def predict(self, model: TraceModel, micro_batch: int) -> Replay:
-        """Return what the allocator would do with the model's trace at a size."""
-        template = model.template
-        return simulate(
-            model.sizes(micro_batch),
-            template.events,
-            allocator=self.device.allocator(),
-            streams=template.streams,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +147,7 @@ def _modelled(
 
 def _fit(probe: Probe, sizes: Sequence[int]) -> TraceModel:
     traces = [probe.run(size).trace for size in sizes]
-    return TraceModel.fit(traces, scratch_may_vary=probe.device.evidence == "measured")
+    return TraceModel.fit(traces, scratch_may_vary=probe.device.scratch_varies)
 
 
 def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
@@ -244,7 +156,7 @@ def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
     Raises:
         Misaligned: there is none.
     """
-    if probe.device.evidence == "measured":
+    if probe.device.scratch_varies:
         complete = sorted(n for n, run in probe.runs.items() if run.shortage is None)
         return _fit(probe, [complete[0], *complete[-2:]])  # nearest to where it is asked
     difference = model.difference(probe.run(size).trace)
@@ -273,7 +185,7 @@ def _search_model(
 
 def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
     """Return what the allocator of a real GPU reserved beyond the simulated one."""
-    if probe.device.evidence != "measured":
+    if not probe.device.scratch_varies:
         return 0
     largest = model.nodes[-1]
     measured = probe.peak_bytes(largest)
@@ -285,7 +197,7 @@ def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
 def _next_check(ceiling: int, limit: int, probe: Probe, confirmed: bool) -> int | None:
     """Return the size to execute next, or None where the ceiling stands."""
     size = max(ceiling, 1)
-    if probe.device.evidence == "measured":
+    if probe.device.must_run_the_plan:
         return None if size in probe.runs else size
     if confirmed:
         return None

@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,7 +35,7 @@ from autobatch.records.codec import decode, encode, parse_json
 from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
-from autobatch.support.files import prepare_folder
+from autobatch.support.files import prepare_folder, user_folder
 
 __all__ = ["RemoteTraceback", "apart"]
 
@@ -113,11 +114,9 @@ def _require_a_parent() -> None:
 @contextmanager
 def _record() -> Iterator[Path]:
     """Give a folder for the log; of a probe that died, the log stays."""
-    from autobatch.tuning import cache  # imports torch, which the child may not need
-
     prefix = time.strftime("%Y%m%d-%H%M%S-")
     try:
-        parent = prepare_folder(cache.folder().parent / "probes")
+        parent = prepare_folder(user_folder() / "probes")
     except FileError:
         folder = Path(tempfile.mkdtemp(prefix=f"autobatch-{prefix}"))
     else:
@@ -155,6 +154,9 @@ def _send(
 
 def _unsendable(work: Callable[..., Plan], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     named = {"work": work, **inspect.signature(work).bind_partial(*args).arguments, **kwargs}
+    for name, value in tuple(named.items()):
+        if is_dataclass(value):  # a record of arguments: name the one in it
+            named |= {each.name: getattr(value, each.name) for each in fields(named.pop(name))}
     guilty = [name for name, value in named.items() if not _is_sendable(value)]
     return " and ".join(f"{name} (a {type(named[name]).__name__})" for name in guilty)
 

@@ -1,4 +1,4 @@
-"""What a search leaves to say, in one line each: the warnings of a plan, or why there is none."""
+"""What a search has to tell the user, one line each: about a plan, or why there is none."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.support.units import format_bytes
-from autobatch.tuning.ceiling import Ceiling, Probe
+from autobatch.tuning.ceiling import Ceiling
+from autobatch.tuning.probe import Probe
 
-__all__ = ["warnings", "what_is_missing"]
+__all__ = ["plan_notes", "what_is_missing"]
 
 
-def warnings(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
-    """Yield what the user should know about a plan, one line each."""
+def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
+    """Yield what becomes the warnings of a plan, one line each."""
     yield from probe.workload.notes
     yield from dict.fromkeys(warning for each in probe.runs.values() for warning in each.warnings)
     yield from probe.device.remarks()

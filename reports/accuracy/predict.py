@@ -13,7 +13,8 @@ from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import silent
-from autobatch.tuning.ceiling import Probe, find_ceiling
+from autobatch.tuning.ceiling import find_ceiling
+from autobatch.tuning.probe import Probe
 from reports.accuracy.models import UnknownModelError, workload_of
 from reports.accuracy.tables import Record, Run
 

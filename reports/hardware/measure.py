@@ -19,7 +19,8 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
-from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.tuning.ceiling import Ceiling, find_ceiling
+from autobatch.tuning.probe import Probe
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors

@@ -13,7 +13,8 @@ from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.records.progress import silent
-from autobatch.tuning.ceiling import Ceiling, Probe, find_ceiling
+from autobatch.tuning.ceiling import Ceiling, find_ceiling
+from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
 from reports.hardware.alignment import summary
 from reports.hardware.record import Record

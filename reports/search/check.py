@@ -13,7 +13,8 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.records.progress import silent
 from autobatch.support.units import format_bytes
-from autobatch.tuning.ceiling import Probe, find_ceiling
+from autobatch.tuning.ceiling import find_ceiling
+from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
 
 HEADROOM = 0.05

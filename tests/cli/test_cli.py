@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from autobatch.cli import commands as cli
+from autobatch.cli import commands, main
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
 from autobatch.gpus import nvml
 from autobatch.plan.plan import Plan
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(
         sys.modules, "autobatch.tuning.tuner", types.SimpleNamespace(tune=tune, predict=predict)
     )
-    monkeypatch.setattr(cli, "_subject", lambda spec: spec)
+    monkeypatch.setattr(commands, "_subject", lambda spec: spec)
     return asked
 
 
@@ -49,13 +49,13 @@ def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spec: str) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_subject", fail)
+    monkeypatch.setattr(commands, "_subject", fail)
 
 
 def test_probe_answers_on_stdout_and_reports_progress_on_stderr(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(PROBE) == 0
+    assert main(PROBE) == 0
     out, err = capsys.readouterr()
     assert out == f"{example_plan()}\n"
     assert err == "1 of about 3: running, micro-batch 2\n"
@@ -63,7 +63,7 @@ def test_probe_answers_on_stdout_and_reports_progress_on_stderr(
 
 def test_options_reach_the_tuner(calls: list[dict[str, Any]]) -> None:
     options = ["--world-size", "2", "--headroom", "0.1", "--autocast", "bf16", "--clip-norm", "1"]
-    assert cli.main([*PROBE, *options, "--optimizer", "sgd"]) == 0
+    assert main([*PROBE, *options, "--optimizer", "sgd"]) == 0
     (asked,) = calls
     assert asked["gpu"].name == "a100-40gb"
     assert (asked["target"], asked["world_size"], asked["headroom"]) == (256, 2, 0.1)
@@ -74,8 +74,8 @@ def test_options_reach_the_tuner(calls: list[dict[str, Any]]) -> None:
 def test_every_optimizer_name_makes_an_optimizer() -> None:
     import torch
 
-    for name in cli._OPTIMIZERS:
-        make: Any = cli._optimizer(name)
+    for name in commands.OPTIMIZERS:
+        make: Any = commands._optimizer(name)
         optimizer = make([torch.nn.Parameter(torch.ones(2))])
         assert optimizer.defaults.get("momentum", 0) == (0.9 if name == "sgd-momentum" else 0)
 
@@ -83,14 +83,14 @@ def test_every_optimizer_name_makes_an_optimizer() -> None:
 def test_json_on_stdout_is_nothing_but_json(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert cli.main([*PROBE, "--json", "-", "--report", str(tmp_path / "r")]) == 0
+    assert main([*PROBE, "--json", "-", "--report", str(tmp_path / "r")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["answer"]["micro_batch"] == 64
     assert "report.html" in err
 
 
 def test_json_into_a_file_loads_as_the_plan(calls: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert cli.main([*PROBE, "--json", str(tmp_path / "plan.json")]) == 0
+    assert main([*PROBE, "--json", str(tmp_path / "plan.json")]) == 0
     assert Plan.load(tmp_path / "plan.json") == example_plan()
 
 
@@ -99,7 +99,7 @@ def test_outputs_are_checked_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     for options in (["--report", str(tmp_path / "file")], ["--json", str(tmp_path / "no" / "x")]):
-        assert cli.main([*PROBE, *options]) == 2
+        assert main([*PROBE, *options]) == 2
         assert capsys.readouterr().err.startswith("autobatch: error: cannot write")
     assert calls == []
 
@@ -107,10 +107,10 @@ def test_outputs_are_checked_before_the_work(
 def test_predict_accounts_for_the_micro_batch(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*PREDICT, "--accumulation-steps", "4"]) == 0
+    assert main([*PREDICT, "--accumulation-steps", "4"]) == 0
     assert "on the device at micro-batch 32" in capsys.readouterr().out
     assert (calls[0]["micro_batch"], calls[0]["accumulation_steps"]) == (32, 4)
-    assert cli.main([*PREDICT, "--json", "-"]) == 0
+    assert main([*PREDICT, "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["peak_device_bytes"] == footprint_at(32).peak_device_bytes
 
@@ -132,7 +132,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing_with(error, monkeypatch)
-    assert cli.main(PROBE) == code
+    assert main(PROBE) == code
     assert capsys.readouterr() == ("", "autobatch: error: no\n")
 
 
@@ -147,7 +147,7 @@ def test_the_users_own_traceback_is_kept(
     except KeyError as cause:
         error.__cause__ = cause
     failing_with(error, monkeypatch)
-    assert cli.main(PROBE) == 1
+    assert main(PROBE) == 1
     err = capsys.readouterr().err
     assert "test_the_users_own_traceback_is_kept" in err
     assert "KeyError: 'their mistake'" in err
@@ -161,7 +161,7 @@ def test_ctrl_c_is_quiet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing_with(KeyboardInterrupt(), monkeypatch)
-    assert cli.main(PROBE) == 130
+    assert main(PROBE) == 130
     assert capsys.readouterr() == ("", "")
 
 
@@ -181,7 +181,7 @@ def test_ctrl_c_is_quiet(
 def test_bad_usage_exits_with_2_and_without_traceback(
     arguments: list[str], calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "error: " in err.splitlines()[-1]
@@ -190,7 +190,7 @@ def test_bad_usage_exits_with_2_and_without_traceback(
 
 def test_help_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["probe", "--help"], ["--version"]):
-        assert cli.main(arguments) == 0
+        assert main(arguments) == 0
     assert "autobatch 0" in capsys.readouterr().out
 
 
@@ -198,9 +198,9 @@ def test_a_saved_plan_is_rendered_again_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = example_plan().save(tmp_path / "run.json")
-    assert cli.main(["report", str(saved)]) == 0
+    assert main(["report", str(saved)]) == 0
     assert (tmp_path / "run-report" / "report.html").exists()
-    assert cli.main(["report", str(saved), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(saved), "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
 
 
@@ -209,7 +209,7 @@ def test_the_gpu_list_names_the_catalogue_and_the_machine(
 ) -> None:
     card = nvml.InstalledGpu(index=0, name="NVIDIA Test", total_bytes=2**34, used_bytes=2**30)
     monkeypatch.setattr(nvml, "installed_gpus", lambda: (card,))
-    assert cli.main(["gpus"]) == 0
+    assert main(["gpus"]) == 0
     out = capsys.readouterr().out
     assert "a100-40gb" in out
     assert "NVIDIA Test" in out
@@ -281,7 +281,7 @@ def test_an_ascii_terminal_still_gets_an_answer() -> None:
 
 def test_help_imports_no_heavy_package() -> None:
     code = (
-        "import sys; from autobatch.cli.commands import main; main(['--help']);"
+        "import sys; from autobatch.cli import main; main(['--help']);"
         "sys.exit(', '.join({'torch', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)) or None)"
     )
     done = subprocess.run(

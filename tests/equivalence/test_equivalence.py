@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import autobatch
 from autobatch import UsageError, Workload, WorkloadError, check_equivalence
-from autobatch.cli import commands as cli
+from autobatch.cli import main
 from autobatch.equivalence import Equivalence
 from autobatch.records.codec import decode
 from tests.support.plans import example_plan, ragged_plan
@@ -531,10 +531,10 @@ def test_the_command_answers_by_its_exit_code(tmp_path, capsys) -> None:
     path.write_text(SPEC)
     out = tmp_path / "result.json"
     size = ["--micro-batch", "3", "--accumulation-steps", "3"]
-    assert cli.main(["check", f"{path}:clean", *size, "--json", str(out)]) == 0
+    assert main(["check", f"{path}:clean", *size, "--json", str(out)]) == 0
     assert capsys.readouterr().out.startswith("equivalent")
     assert json.loads(out.read_text())["comparisons"][0]["window"] == [3, 3, 3]
-    assert cli.main(["check", f"{path}:mixing", "--json", "-"]) == 1
+    assert main(["check", f"{path}:mixing", "--json", "-"]) == 1
     assert json.loads(capsys.readouterr().out)["culprits"][0]["kind"] == "batchnorm"
 
 
@@ -542,7 +542,7 @@ def test_the_command_takes_a_plan(tmp_path, capsys) -> None:
     path = tmp_path / "models.py"
     path.write_text(SPEC)
     plan = ragged_plan(6, ((3, 3),)).save(tmp_path / "plan.json")
-    assert cli.main(["check", f"{path}:clean", "--plan", str(plan)]) == 0
+    assert main(["check", f"{path}:clean", "--plan", str(plan)]) == 0
     assert "3 + 3" in capsys.readouterr().out
-    assert cli.main(["check", f"{path}:clean", "--plan", str(plan), "--micro-batch", "2"]) == 2
+    assert main(["check", f"{path}:clean", "--plan", str(plan), "--micro-batch", "2"]) == 2
     assert "not both" in capsys.readouterr().err

@@ -14,13 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autobatch.devices import choose
 from autobatch.devices.cuda.runtime import Stats
 from autobatch.gpus.budget import CardReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.snapshot import Snapshot, TraceEvent
 from autobatch.support.patching import patched
-from autobatch.tuning import tuner
 
 MIB = 2**20
 
@@ -190,5 +190,5 @@ class _Ledger(TorchDispatchMode):
 @contextlib.contextmanager
 def played(card):
     """Let `tune` without a `gpu` find this card in the machine."""
-    with patched(tuner, Card=lambda index: card, _cuda_index=lambda gpu: 0):
+    with patched(choose, Card=lambda index: card, _cuda_index=lambda gpu: 0):
         yield card

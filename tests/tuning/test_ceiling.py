@@ -11,7 +11,8 @@ from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.trace import Block, Mark, Trace
 from autobatch.records.progress import silent
-from autobatch.tuning.ceiling import Probe, find_ceiling
+from autobatch.tuning.ceiling import find_ceiling
+from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
 
 KIB = 2**10
@@ -30,6 +31,9 @@ class FakeDevice:
     executed: list[int] = field(default_factory=list)
     spec: GpuSpec = CARD
     evidence: str = "simulated"
+    is_simulated: bool = True
+    scratch_varies: bool = False
+    must_run_the_plan: bool = False
 
     def run(self, workload, *, micro_batch, accumulation_steps):
         self.executed.append(micro_batch)

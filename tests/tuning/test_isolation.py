@@ -26,7 +26,8 @@ from autobatch.errors import (
 from autobatch.records.codec import decode, parse_json
 from autobatch.records.progress import Progress
 from autobatch.support import process
-from autobatch.tuning import cache, isolation
+from autobatch.support.files import user_folder
+from autobatch.tuning import isolation
 from autobatch.tuning.isolation import RemoteTraceback, apart
 from tests.support import isolated_work
 from tests.support.plans import example_plan
@@ -37,9 +38,9 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 @pytest.fixture(autouse=True)
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder in which a probe that died leaves its log."""
-    monkeypatch.setenv("AUTOBATCH_CACHE_DIR", str(tmp_path / "cache" / "plans"))
-    assert cache.folder().is_relative_to(tmp_path)
-    return cache.folder().parent / "probes"
+    monkeypatch.setenv("AUTOBATCH_CACHE_DIR", str(tmp_path / "cache"))
+    assert user_folder().is_relative_to(tmp_path)
+    return user_folder() / "probes"
 
 
 def logged(records: Path) -> list[dict[str, Any]]:

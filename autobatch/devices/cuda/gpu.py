@@ -25,14 +25,17 @@ from autobatch.devices.cuda.offload import Shelter, uninterrupted
 from autobatch.devices.cuda.runtime import Card, Stats
 from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import Session, user_errors
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.gpus.uncertainty import MEASURED_HEADROOM
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.replay import Replay
 from autobatch.memory.snapshot import Snapshot
 from autobatch.records.footprint import Evidence
+from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
 from autobatch.workload.workload import Workload
@@ -65,6 +68,10 @@ class CudaGpu:
     """Runs workloads on a real GPU."""
 
     evidence: Evidence = "measured"
+    is_simulated = False
+    default_headroom = MEASURED_HEADROOM
+    scratch_varies = True
+    must_run_the_plan = True
 
     def __init__(self, card: Card, *, labelled: bool = False):
         """Measure on `card`; `labelled` finds the op of every allocation, for reports."""
@@ -100,6 +107,28 @@ class CudaGpu:
     def usable_bytes(self) -> int:
         """What a run may reserve, before any headroom."""
         return usable_bytes(self._readings[0], self._held)
+
+    def require(self, workload: Workload) -> None:
+        """Refuse sharded workloads.
+
+        Raises:
+            UsageError: the ranks share parameters.
+        """
+        if workload.is_sharded:
+            raise UsageError(
+                "sharding is simulated only, not yet run on the GPU in the machine: name the card, "
+                'such as gpu="a100-40gb"'
+            )
+
+    def host_limit_bytes(self) -> int | None:
+        """Return a quarter of the host's free memory; None where the host does not tell."""
+        free = free_host_bytes()
+        return None if free is None else free // 4
+
+    def simulated(self) -> VirtualGpu:
+        """Return a simulated card with the same memory left to use."""
+        outside = max(self.spec.capacity_bytes - self.usable_bytes, 0)
+        return VirtualGpu(replace(self.spec, context_bytes=outside))
 
     def allocator(self) -> CachingAllocator:
         """Return a simulated allocator in the state in which runs begin."""

@@ -7,7 +7,6 @@ the object that it was. Invariant: after `restore`, every byte is as it was when
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from autobatch.devices.copies import blank
 from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 
-__all__ = ["Shelter", "free_host_bytes", "uninterrupted"]
+__all__ = ["Shelter", "uninterrupted"]
 
 
 class Shelter:
@@ -115,18 +115,6 @@ class Shelter:
 
     def _bytes(self, storage: torch.UntypedStorage) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-
-
-def free_host_bytes() -> int | None:
-    """Return what the host has free, caches included; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from autobatch.devices.virtual.known_values import Values
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import StandIns
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -73,6 +74,10 @@ class VirtualGpu:
     """Runs workloads on a simulated GPU."""
 
     evidence: Evidence = "simulated"
+    is_simulated = True
+    default_headroom = SIMULATED_HEADROOM
+    scratch_varies = False
+    must_run_the_plan = False
 
     def __init__(self, spec: GpuSpec):
         """Simulate the card that `spec` describes."""
@@ -82,6 +87,16 @@ class VirtualGpu:
         self.allowed_bytes = None
         self._settings = AllocatorSettings.of_environment()
         self._recipes: dict[Any, Any] = {}
+
+    def require(self, workload: Workload) -> None:
+        """Accept every workload."""
+
+    def host_limit_bytes(self) -> int | None:
+        """Return None: fake tensors take no memory."""
+        return None
+
+    def simulated(self) -> None:
+        """Return None: this is a simulated card."""
 
     def allocator(self) -> CachingAllocator:
         """Return an allocator that holds nothing yet."""

@@ -333,33 +333,25 @@ def test_a_known_card_keeps_its_figures_and_takes_the_drivers_capacity():
 # The cache of plans
 
 
-def test_a_second_tune_answers_without_running_anything():
-    card = RehearsedCard(96 * MIB)
-    first = tune(card, cache=True)
+def test_a_second_tune_answers_without_running_anything(tmp_path):
+    card, cache = RehearsedCard(96 * MIB), tmp_path / "plan.json"
+    first = tune(card, cache=cache)
     ran = card.calls
-    second = tune(card, cache=True)
+    second = tune(card, cache=cache)
     assert card.calls == ran
     assert (second.split, second.trials) == (first.split, first.trials)
-    assert "answered from the plan of" in second.warnings[-1]
-    third = tune(card, cache=True, target=8192)
+    assert f"answered from {str(cache)!r}, the plan of" in second.warnings[-1]
+    third = tune(card, cache=cache, target=8192)
     assert card.calls > ran and third.target == 8192
 
 
-def test_a_known_plan_is_confirmed_by_one_window_on_request():
-    card = RehearsedCard(96 * MIB)
-    first = tune(card, cache=True)
-    second = tune(card, cache="confirm")
-    assert second.executions == first.executions + 1
-    assert second.trials[-1].micro_batch == first.micro_batch and second.trials[-1].fits
-
-
-def test_a_plan_made_beside_smaller_neighbours_is_made_again():
-    card = RehearsedCard(400 * MIB)
-    tune(card, cache=True)
+def test_a_plan_made_beside_smaller_neighbours_is_made_again(tmp_path):
+    card, cache = RehearsedCard(400 * MIB), tmp_path / "plan.json"
+    tune(card, cache=cache)
     ran = card.calls
     card.others_bytes = 200 * MIB
     card.allocator = RehearsedCard(400 * MIB, others_bytes=200 * MIB).allocator
-    assert tune(card, cache=True).others_bytes == 200 * MIB
+    assert tune(card, cache=cache).others_bytes == 200 * MIB
     assert card.calls > ran
 
 

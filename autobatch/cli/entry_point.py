@@ -1,0 +1,53 @@
+"""Where a command begins and ends: exit codes, and errors as messages.
+
+Invariant: this is the only place where errors become messages and exit codes. The answer goes to
+stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from autobatch.cli.parser import parser
+from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.support import process
+
+__all__ = ["entry", "main"]
+
+_BROKEN_PIPE, _INTERRUPTED = 141, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done, 1: the workload failed, or `check` found the gradients different, 2: usage, 3: nothing
+    fits, 130: interrupted.
+    """
+    try:
+        arguments = parser().parse_args(argv)
+        code: int | None = arguments.run(arguments)
+        sys.stdout.flush()
+    except SystemExit as exit_:  # argparse has printed its message
+        return exit_.code if isinstance(exit_.code, int) else 2
+    except AutobatchError as error:
+        if isinstance(error, WorkloadError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"autobatch: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return code or 0
+
+
+def entry() -> None:
+    """Run the command line of this process; a terminal that lacks a character shows a `?`."""
+    process.claim()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(main())

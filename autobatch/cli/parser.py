@@ -1,0 +1,119 @@
+"""The commands' options, and their help."""
+
+from __future__ import annotations
+
+import argparse
+
+from autobatch._version import __version__
+from autobatch.cli import commands
+
+__all__ = ["parser"]
+
+_SPEC_HELP = (
+    "file.py:function or package.module:function (returns a model or a Workload), timm:NAME, "
+    "torchvision:NAME, or hf:TYPE such as hf:gpt2?seq=1024"
+)
+_JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; `run` of what it parses is the command's function."""
+    parser = argparse.ArgumentParser(
+        prog="autobatch",
+        description="Find the micro-batch that fits a GPU, and where every byte of it goes.",
+        epilog="Exit codes: 0 done, 1 the workload failed or the check found a difference, "
+        "2 usage, 3 nothing fits.",
+    )
+    parser.add_argument("--version", action="version", version=f"autobatch {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    probe = verbs.add_parser(
+        "probe", help="plan micro-batch and accumulation steps for an effective batch"
+    )
+    probe.set_defaults(run=commands.probe)
+    probe.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    probe.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    probe.add_argument(
+        "--headroom",
+        type=float,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default: 0.05 where a GPU is measured; "
+        "where it is simulated, what 95 of 100 published runs needed)",
+    )
+    _add_workload_options(probe)
+    probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
+    probe.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="neither answer from the plan of an earlier probe, nor keep it",
+    )
+    probe.add_argument(
+        "--no-isolate",
+        action="store_true",
+        help="probe the GPU in this machine in this process, not in a child of it",
+    )
+    probe.add_argument(
+        "--time-limit",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="seconds that one trial may take on the GPU in this machine (default 900)",
+    )
+    probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
+
+    predict = verbs.add_parser("predict", help="account for the memory of one micro-batch")
+    predict.set_defaults(run=commands.predict)
+    predict.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    predict.add_argument("--micro-batch", type=int, required=True, metavar="N")
+    predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
+    _add_workload_options(predict)
+
+    check = verbs.add_parser(
+        "check", help="compare accumulated gradients with those of the whole batch, on the CPU"
+    )
+    check.set_defaults(run=commands.check)
+    check.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    check.add_argument("--micro-batch", type=int, metavar="N", help="default 4")
+    check.add_argument("--accumulation-steps", type=int, metavar="K", help="default 2")
+    check.add_argument(
+        "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
+    )
+    check.add_argument("--json", metavar="FILE", help=_JSON_HELP)
+
+    gpus = verbs.add_parser("gpus", help="list the known GPUs and those in this machine")
+    gpus.set_defaults(run=commands.gpus)
+
+    report = verbs.add_parser("report", help="render a saved plan again, without a GPU")
+    report.set_defaults(run=commands.report)
+    report.add_argument("plan", metavar="PLAN.JSON")
+    report.add_argument("--out", metavar="DIR", help="folder (default: PLAN-report beside it)")
+    return parser
+
+
+def _add_workload_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; a device "
+        "such as cuda:1, by default the current one, is measured",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs that share the effective batch (default 1)",
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=["ddp", "fsdp"],
+        help="what they share: ddp (default for several) keeps whole copies, fsdp is FSDP2",
+    )
+    parser.add_argument("--optimizer", choices=sorted(commands.OPTIMIZERS), help="default: adamw")
+    parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")
+    parser.add_argument(
+        "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
+    )
+    parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)

@@ -1,0 +1,61 @@
+"""From the argument `gpu` to a device."""
+
+from __future__ import annotations
+
+import torch
+
+from autobatch.devices.base import Device
+from autobatch.devices.cuda.gpu import CudaGpu, describe
+from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.errors import NoGpuError, UsageError
+from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
+
+__all__ = ["Gpu", "choose_device", "described"]
+
+Gpu = str | GpuSpec | torch.device | None
+
+
+def choose_device(gpu: Gpu) -> Device:
+    """Return the device that an argument `gpu` names: a card here, or one to simulate.
+
+    Raises:
+        UsageError: it names nothing; the subclass says how.
+    """
+    if is_device(gpu):
+        return CudaGpu(Card(_cuda_index(gpu)))
+    return VirtualGpu(described(gpu))
+
+
+def described(gpu: Gpu) -> GpuSpec:
+    """Return the card to simulate; one in this machine is described as the catalogue would."""
+    if isinstance(gpu, GpuSpec):
+        return gpu
+    if is_device(gpu):
+        properties = torch.cuda.get_device_properties(_cuda_index(gpu))
+        capability = properties.major, properties.minor
+        return describe(properties.name, properties.total_memory, capability)
+    if isinstance(gpu, str):
+        return find_gpu(gpu)
+    raise UsageError(
+        f"gpu is {gpu!r}: use a name such as 'a100-40gb', a size, a GpuSpec, or a device such as "
+        "'cuda:0'"
+    )
+
+
+def _cuda_index(gpu: Gpu) -> int:
+    """Return the index of a CUDA device of this machine.
+
+    Raises:
+        NoGpuError: there is none, or none of that index.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise NoGpuError(
+            "there is no CUDA GPU in this machine: name the one to simulate, such as "
+            'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
+        )
+    index = None if gpu is None else torch.device(str(gpu)).index
+    if index is not None and index >= count:
+        raise NoGpuError(f"there is no {gpu} in this machine: it has {count}, from cuda:0 on")
+    return torch.cuda.current_device() if index is None else index

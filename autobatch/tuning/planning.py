@@ -1,0 +1,221 @@
+"""From a probe to a plan: the ceiling, the split, the window that will run, and its account.
+
+Invariant: what a plan says is measured or simulated was executed; what the trace model computed is
+called predicted.
+"""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime, timezone
+from functools import partial
+
+import torch
+from torch import nn
+
+from autobatch import _version
+from autobatch.devices.base import Device, Run
+from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.memory.accounting import (
+    curve_sizes,
+    footprint_of,
+    memory_point,
+    timeline_of,
+    whole_window,
+)
+from autobatch.memory.replay import Replay
+from autobatch.memory.trace import Trace
+from autobatch.plan.plan import Plan
+from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
+from autobatch.records.footprint import Evidence, Footprint
+from autobatch.records.progress import silent
+from autobatch.records.split import Split, split
+from autobatch.tuning.ceiling import Ceiling, find_ceiling
+from autobatch.tuning.notes import plan_notes, what_is_missing
+from autobatch.tuning.probe import Probe
+from autobatch.workload.tree import tensors
+from autobatch.workload.workload import Workload
+
+__all__ = ["LARGEST", "make_plan"]
+
+LARGEST = 2**16
+"""Where a search for the ceiling of a small model stops."""
+
+
+def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
+    """Search for the ceiling, and put the answer together.
+
+    Args:
+        target: effective batch: samples per optimizer update over all GPUs.
+        probe: of the workload, which says how many GPUs share the target.
+        prove: also run the size above the ceiling.
+
+    Raises:
+        DoesNotFitError: not even micro-batch 1 fits.
+        WorkloadError: the user's model, loss or optimizer failed.
+    """
+    device, workload = probe.device, probe.workload
+    samples_per_rank = -(-target // workload.world_size)
+    limit = _limit(workload, device, samples_per_rank)
+    has_one_go = probe.accumulation_steps > 1 and not device.must_run_the_plan
+    found = find_ceiling(
+        probe,
+        limit,
+        samples_per_rank if has_one_go else None,
+        prove=prove,
+        guess=partial(_simulated_ceiling, probe, limit),
+    )
+    if not found.micro_batch:
+        raise DoesNotFitError(what_is_missing(probe, found))
+    planned, window, footprint = _planned(target, probe, found)
+    _, ceiling_footprint = _at(probe, found, found.micro_batch)
+    run = next(run for run in probe.runs.values() if run.shortage is None)
+    return Plan(
+        split=planned,
+        ceiling=None if found.limit_reached else found.micro_batch,
+        ceiling_at_least=found.micro_batch,
+        headroom=probe.headroom,
+        budget_bytes=probe.budget_bytes,
+        others_bytes=device.others_bytes,
+        allowed_bytes=device.allowed_bytes,
+        gpu=device.spec,
+        model=_facts(workload, run),
+        footprint=footprint,
+        ceiling_footprint=ceiling_footprint,
+        trials=tuple(probe.trials),
+        curve=_curve(probe, found),
+        timeline=timeline_of(window, device.allocator()),
+        sharding=workload.shares,
+        otherwise=_otherwise(planned, probe, found),
+        method=found.method,
+        warnings=tuple(plan_notes(probe, run, found, limit)),
+        versions={
+            "autobatch": _version.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=0.0,
+    )
+
+
+def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
+    """Return the largest micro-batch to consider."""
+    limit = workload.sample_limit or max(LARGEST, samples_per_rank)
+    host_bytes = device.host_limit_bytes()
+    if host_bytes is None:
+        return limit
+    sample_bytes = sum(tensor.nbytes for tensor in tensors(workload.batch(2))) / 2
+    return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
+
+
+def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
+    """Return what a simulation takes for the ceiling of a card whose traces do not align."""
+    device = probe.device.simulated()
+    if device is None:
+        return None
+    simulated = Probe(
+        device=device,
+        workload=probe.workload,
+        accumulation_steps=probe.accumulation_steps,
+        headroom=probe.headroom,
+        progress=silent,
+    )
+    try:
+        return find_ceiling(simulated, limit).micro_batch or None
+    except AutobatchError:  # it is a first guess only
+        return None
+
+
+def _planned(target: int, probe: Probe, found: Ceiling) -> tuple[Split, Trace, Footprint]:
+    """Return the split, the trace of the window that will run, and its account.
+
+    On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
+    next smaller split is tried.
+    """
+    ceiling, must_run = found.micro_batch, probe.device.must_run_the_plan
+    while True:
+        planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
+        steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
+        if steps == probe.accumulation_steps and not must_run:
+            return planned, *_at(probe, found, size)
+        if found.whole is not None:
+            run = found.whole
+        elif steps == probe.accumulation_steps:
+            run = probe.run(size)
+        else:  # without accumulation no gradient waits in memory, so this is a window of its own
+            run = probe.execute(size, steps)
+        if run.fits(probe.budget_bytes) or not must_run:
+            return planned, run.trace, _footprint(probe, run.trace, run.replay)
+        ceiling = size - 1
+        if not ceiling:
+            raise DoesNotFitError(what_is_missing(probe, found))
+
+
+def _footprint(
+    probe: Probe, trace: Trace, replayed: Replay, evidence: Evidence | None = None
+) -> Footprint:
+    """Account for a window that the device ran, or for one that is known otherwise."""
+    device = probe.device
+    return footprint_of(
+        trace,
+        replayed,
+        device.spec,
+        evidence or device.evidence,
+        simulated=device.is_simulated,
+        held_bytes=device.allocator().allocated_bytes,
+    )
+
+
+def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
+    """Return the trace of the probed window at a size, and its account."""
+    if size in probe.runs or found.model is None:
+        run = probe.run(size)
+        return run.trace, _footprint(probe, run.trace, run.replay)
+    trace = found.model.trace(size)
+    replayed = found.predicted.get(size) or probe.predict(found.model, size)
+    return trace, _footprint(probe, trace, replayed, "predicted")
+
+
+def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | None:
+    """Account for one GPU's samples of an update at once, or in two halves if that is the plan."""
+    samples = max(map(sum, planned.windows))
+    if found.model is None or samples == 1:
+        return None
+    if planned.accumulation_steps == 1:
+        _, halves = _at(probe, found, -(-samples // 2))
+        return WindowMemory(
+            micro_batch=halves.micro_batch,
+            accumulation_steps=2,
+            categories=halves.categories,
+            peak_allocated_bytes=halves.peak_allocated_bytes,
+            evidence=halves.evidence,
+        )
+    trace = found.model.trace(samples)
+    return whole_window(trace, "predicted", probe.device.allocator())
+
+
+def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
+    points = {size: memory_point(size, r, "predicted") for size, r in found.predicted.items()}
+    for size, run in probe.runs.items():
+        if run.is_free:
+            points[size] = memory_point(size, run.replay, probe.device.evidence)
+    if found.model is not None:
+        for size in curve_sizes(found.micro_batch, known=points):
+            points[size] = memory_point(size, probe.predict(found.model, size), "predicted")
+    return tuple(points[size] for size in sorted(points))
+
+
+def _facts(workload: Workload, run: Run) -> ModelFacts:
+    parameters = list(workload.model.parameters())
+    batchnorm = nn.modules.batchnorm._BatchNorm
+    return ModelFacts(
+        name=type(workload.model).__name__,
+        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        batchnorm_layers=sum(isinstance(m, batchnorm) for m in workload.model.modules()),
+        optimizer=run.optimizer,
+        loss=run.loss,
+        autocast=workload.autocast,
+        clip_norm=workload.clip_norm,
+    )

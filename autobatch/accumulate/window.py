@@ -22,7 +22,7 @@ from autobatch.accumulate.ranks import Ranks, Total
 from autobatch.accumulate.update import Updater, free_caches
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.support.oom import Shortage, attempt
-from autobatch.workload.workload import checked_loss
+from autobatch.workload.loss import checked_loss
 
 __all__ = ["Micro", "Training", "Weight", "Window"]
 

@@ -216,9 +216,9 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def _subject(spec: str) -> nn.Module | Workload:
-    from autobatch.workload.spec import load_spec
+    from autobatch.workload.spec.load import load_spec
 
-    return load_spec(spec).subject
+    return load_spec(spec)
 
 
 def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:

@@ -14,12 +14,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from autobatch.devices.copies import Copier
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
-from autobatch.workload.workload import DefaultLoss, Loss, Workload, run_windows
+from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.training_window import Training, run_windows
+from autobatch.workload.tree import map_tensors
+from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Copies", "Recorder", "Session", "user_errors"]
@@ -171,14 +173,16 @@ class Session:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
         workload = self._copies.workload
         run_windows(
-            workload if evaluate else replace(workload, evaluate=None),
-            model=self._copies.model,
-            optimizer=self.optimizer,
-            loss=self._copies.loss,
-            batch=lambda: self._batch(micro_batch),
-            accumulation_steps=accumulation_steps,
-            windows=windows,
-            phases=self,
+            Training(
+                workload=workload if evaluate else replace(workload, evaluate=None),
+                model=self._copies.model,
+                optimizer=self.optimizer,
+                loss=self._copies.loss,
+                batch=lambda: self._batch(micro_batch),
+                accumulation_steps=accumulation_steps,
+                windows=windows,
+                phases=self,
+            )
         )
         if isinstance(self._copies.loss, DefaultLoss):
             self._copies.loss.forget()
@@ -212,12 +216,10 @@ class Session:
         self._recorder.tag(tensors, "optimizer_state")
 
     def _batch(self, micro_batch: int) -> Any:
-        return tree_map(self._to_device, self._copies.workload.batch(micro_batch))
+        return map_tensors(self._to_device, self._copies.workload.batch(micro_batch))
 
-    def _to_device(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf if leaf.device == self._device else leaf.to(self._device)
-        return leaf
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self._device else tensor.to(self._device)
 
 
 def _local(tensor: Tensor) -> Tensor:

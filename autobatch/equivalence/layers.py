@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from autobatch.workload.tree import tensors, with_tensors
 
 __all__ = [
     "OWN_LOSS",
@@ -185,21 +186,19 @@ class Replay:
 
     def _put_back(self, output: Any, then: Sequence[Tensor], axes: Axes) -> Any:
         """Restore what must not change, and change what may."""
-        leaves, structure = tree_flatten(output)
-        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        for index, old, axis in zip(tensors, then, axes, strict=False):
-            leaf = leaves[index]
-            if leaf.shape != old.shape or not leaf.is_floating_point():
+        found = list(tensors(output))
+        for index, (now, old, axis) in enumerate(zip(tuple(found), then, axes, strict=False)):
+            if now.shape != old.shape or not now.is_floating_point():
                 continue
             if self.kept is None:
-                leaves[index] = old.clone()
+                found[index] = old.clone()
             elif axis is not None:
                 start, stop = self.kept
-                earlier = axis.cut(leaf, 0, start)
-                later = axis.cut(leaf, stop, self.layout.samples)
+                earlier = axis.cut(now, 0, start)
+                later = axis.cut(now, stop, self.layout.samples)
                 parts = [otherwise(earlier), axis.cut(old, start, stop), otherwise(later)]
-                leaves[index] = torch.cat(parts, axis.dim)
-        return tree_unflatten(leaves, structure)
+                found[index] = torch.cat(parts, axis.dim)
+        return with_tensors(output, found)
 
 
 def otherwise(tensor: Tensor) -> Tensor:
@@ -219,18 +218,17 @@ def one_micro_batch_at_a_time(
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        axes = {i: axis for i, axis in zip(tensors, before, strict=False) if axis is not None}
-        if any(leaves[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
+        found = list(tensors((args, kwargs)))
+        axes = {i: axis for i, axis in enumerate(before[: len(found)]) if axis is not None}
+        if any(found[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
             return original(*args, **kwargs)  # a module around this one has cut the batch
         outputs = []
         for start, stop in _spans(window):
             part = [
-                axes[i].cut(leaf, start, stop) if i in axes else leaf
-                for i, leaf in enumerate(leaves)
+                axes[i].cut(tensor, start, stop) if i in axes else tensor
+                for i, tensor in enumerate(found)
             ]
-            some, named = tree_unflatten(part, structure)
+            some, named = with_tensors((args, kwargs), part)
             outputs.append(original(*some, **named))
         return _joined(outputs, after, window)
 
@@ -239,19 +237,18 @@ def one_micro_batch_at_a_time(
 
 def _joined(outputs: Sequence[Any], axes: Axes, window: Sequence[int]) -> Any:
     """Put the outputs of micro-batches together; what has no samples is averaged over them."""
-    flat = [tree_flatten(output) for output in outputs]
-    leaves, structure = list(flat[0][0]), flat[0][1]
-    tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for index, axis in zip(tensors, axes, strict=False):
-        parts = [one[index] for one, _ in flat]
+    found = [list(tensors(output)) for output in outputs]
+    joined = list(found[0])
+    for index, axis in enumerate(axes[: len(joined)]):
+        parts = [one[index] for one in found]
         if axis is not None:
-            leaves[index] = torch.cat(parts, axis.dim)
+            joined[index] = torch.cat(parts, axis.dim)
         elif parts[0].is_floating_point():
             shares = [size / sum(window) for size in window]
-            leaves[index] = torch.stack(
+            joined[index] = torch.stack(
                 [part * share for part, share in zip(parts, shares, strict=True)]
             ).sum(0)
-    return tree_unflatten(leaves, structure)
+    return with_tensors(outputs[0], joined)
 
 
 def _spans(window: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -296,7 +293,7 @@ def hooked(
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf.detach().clone() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    return tuple(tensor.detach().clone() for tensor in tensors(values))
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -18,8 +18,10 @@ from autobatch.devices.copies import Copier
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.workload.dataset import dataset_length
-from autobatch.workload.sample import Rows, map_tensors, named_tensors, rows_of
-from autobatch.workload.workload import DefaultLoss, Loss, Workload, checked_loss
+from autobatch.workload.loss import DefaultLoss, checked_loss
+from autobatch.workload.sample import Rows, named_tensors, rows_of
+from autobatch.workload.tree import map_tensors
+from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Copy", "Subject", "cut_batch", "one_batch"]

@@ -31,7 +31,8 @@ from autobatch.equivalence.layers import (
 )
 from autobatch.equivalence.subject import Copy
 from autobatch.equivalence.weights import IGNORED
-from autobatch.workload.sample import Rows, map_tensors, named_tensors
+from autobatch.workload.sample import Rows, named_tensors
+from autobatch.workload.tree import map_tensors
 
 __all__ = [
     "changed_buffers",

@@ -13,7 +13,8 @@ from torch import Tensor
 from autobatch.advice.wording import count
 from autobatch.equivalence.layers import otherwise
 from autobatch.equivalence.subject import Subject
-from autobatch.workload.sample import Rows, map_tensors, named_tensors
+from autobatch.workload.sample import Rows, named_tensors
+from autobatch.workload.tree import map_tensors
 
 __all__ = ["Choice", "choose_windows"]
 

@@ -11,8 +11,7 @@ from datetime import datetime, timezone
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
@@ -34,6 +33,7 @@ from autobatch.records.split import Split, split
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
 from autobatch.tuning.probe import Probe
+from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
 __all__ = ["LARGEST", "make_plan"]
@@ -105,8 +105,7 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     host_bytes = device.host_limit_bytes()
     if host_bytes is None:
         return limit
-    leaves = tree_leaves(workload.batch(2))
-    sample_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) / 2
+    sample_bytes = sum(tensor.nbytes for tensor in tensors(workload.batch(2))) / 2
     return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
 
 

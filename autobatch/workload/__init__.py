@@ -1,4 +1,5 @@
-"""What is trained: model, batches, loss, optimizer, and the training window that runs them.
+"""What is trained: model, batches, loss and optimizer, completed, and the window that runs them.
 
-Imports memory (for phases) and support; devices, tuning and everything above may import it.
+Imports memory (its phases), support and errors; exports, advice, devices and all above may import
+it. `infer` finds inputs where a user gives none, `spec` loads a model that is named by a string.
 """

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import UsageError
-from autobatch.workload.infer import infer
+from autobatch.workload.infer.infer import infer
 from autobatch.workload.sample import prepare
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 

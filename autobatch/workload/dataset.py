@@ -1,13 +1,12 @@
 """The largest batch that a data set or loader can give, found by looking through its items.
 
 Invariant: a PyTorch loader's iterators, workers and samplers are not touched; the global random
-state, and what the data set's own attributes name, are afterwards as before.
+state and the data set's attributes are afterwards as before.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 import time
 from collections import Counter
@@ -15,32 +14,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
+from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
 
 __all__ = ["Drawn", "dataset_length", "draw"]
 
-Path: TypeAlias = tuple[str, ...]
-Shape: TypeAlias = tuple[int, ...]
-
 SECONDS_LOOKING = 10.0
-# Where every item so far has one size, the others are unlikely to be worth waiting for.
+# Once all items so far are of one size, the others are unlikely to be worth a longer wait.
 SECONDS_ALIKE = 2.0
-# Streams may have no end.
+# Items read of a stream, which may have no end.
 ITEMS_STREAMED = 4096
-# Even, because mixup wants pairs, and seldom the size of anything that is not the batch.
+# Items per collated batch. Even, as mixup pairs samples; 6 is rarely another dimension's size.
 ITEMS_COLLATED = 6
-# Items may be mappings with keys of their own, of which there is no end either.
+# Dimensions whose longest item is kept: items that each have keys of their own may name any number.
 EXTENTS_COMPARED = 32
-
-_NUMBERS = frozenset({int, float, bool, complex, type(None)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,24 +41,24 @@ class Drawn:
     """One batch, and where it comes from.
 
     Attributes:
-        batch: of the sample itself, or of the largest items of a data set.
-        note: which items these are, in one sentence; None where all that were seen are alike.
+        batch: the sample itself, or a batch of the largest items of a data set.
+        notes: which items these are, in one sentence; none where all that were seen are alike.
         limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
     """
 
     batch: Any
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     limit: int | None = None
 
 
 def draw(sample: Any) -> Drawn:
     """Return one batch: the sample itself, or the largest that a data set or loader can give.
 
-    All items are looked at within SECONDS_LOOKING, otherwise evenly spread ones; of a stream, the
-    first. The item with most bytes is collated with those that are longer in some dimension,
-    because a collate function pads each field to its own longest; with copies of itself where
-    there are none, or the collate function does not pad. Of a data set that gives whole batches,
-    the one with most bytes per row is taken.
+    All items are looked at where SECONDS_LOOKING are enough, else evenly spread ones; of a stream,
+    the first ones. The item with most bytes is collated with those that are longer in some
+    dimension, because a collate function pads each field to its own longest. Where no item is
+    longer, or the collate function does not pad, it is collated with copies of itself. Of a data
+    set that gives whole batches, the one with most bytes per row is taken.
 
     Raises:
         SampleError: an item cannot be read, or the items cannot be collated.
@@ -76,27 +69,27 @@ def draw(sample: Any) -> Drawn:
     >>> drawn = draw(Texts())
     >>> drawn.batch.shape[1], drawn.limit
     (6, 9)
-    >>> drawn.note
-    "the probe's batches repeat dataset[6], the largest of all 9 items (6)"
+    >>> drawn.notes
+    ("the probe's batches repeat dataset[6], the largest of all 9 items (6)",)
     """
     if isinstance(sample, DataLoader):
         dataset = sample.dataset
         batched = sample.batch_sampler is not None or sample.batch_size is not None
         if not batched and isinstance(sample.sampler, BatchSampler):
             dataset = _ReadByLists(dataset)
-        batch, note = _worst(dataset, sample.collate_fn, batched=batched)
+        batch, notes = _worst(dataset, sample.collate_fn, batched=batched)
     elif _is_dataset(sample):
-        batch, note = _worst(sample, default_collate, batched=True)
+        batch, notes = _worst(sample, default_collate, batched=True)
     elif isinstance(sample, Iterator):
         raise SampleError(
             f"a {type(sample).__name__} would lose a batch by being read: pass the DataLoader "
             "itself, or one batch"
         )
-    elif not _is_structure(sample) and hasattr(sample, "__iter__"):
-        batch, note = _worst(sample, lambda batch: batch, batched=False)
+    elif not is_structure(sample) and hasattr(sample, "__iter__"):
+        batch, notes = _worst(sample, lambda batch: batch, batched=False)
     else:
-        batch, note = sample, None
-    return Drawn(batch=batch, note=note, limit=dataset_length(sample))
+        batch, notes = sample, ()
+    return Drawn(batch=batch, notes=notes, limit=dataset_length(sample))
 
 
 def dataset_length(sample: Any) -> int | None:
@@ -120,21 +113,15 @@ def _length(sized: Any) -> int | None:
 
 
 def _is_dataset(sample: Any) -> bool:
-    """Say whether a sample is a data set, in PyTorch's sense or by having a length and items."""
+    """Say whether a sample is a PyTorch Dataset, or has a length and items as one has."""
     if isinstance(sample, Dataset):
         return True
     has_items = hasattr(sample, "__len__") and hasattr(sample, "__getitem__")
-    return has_items and not _is_structure(sample)
-
-
-def _is_structure(sample: Any) -> bool:
-    """Say whether a sample is a container of tensors, whose items are parts and not samples."""
-    known = isinstance(sample, (Tensor, Mapping, Sequence)) or type(sample) in SUPPORTED_NODES
-    return known or dataclasses.is_dataclass(sample)
+    return has_items and not is_structure(sample)
 
 
 class _ReadByLists(Dataset[Any]):
-    """Batches of one item each, of a data set that a BatchSampler indexes with lists."""
+    """A data set that a BatchSampler indexes with lists: each item is a batch of one index."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -148,7 +135,10 @@ class _ReadByLists(Dataset[Any]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """An item, its bytes (of a whole batch, per row), and the shape of each of its leaves."""
+    """An item, its size in bytes, and the shape of each of its leaves.
+
+    Where the items are whole batches, the size is that of a row.
+    """
 
     name: str
     value: Any
@@ -162,9 +152,9 @@ class _Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Look:
-    """What looking found: the largest item, and those that are longer in a dimension of a leaf.
+    """What was found: the largest item, and those that are longer in a dimension of a leaf.
 
-    `alike` says that all items seen have one size, `extent` how many they are.
+    `alike` says that all items seen have one size, `extent` how many items were seen.
     """
 
     largest: _Item
@@ -174,7 +164,9 @@ class _Look:
     extent: str
 
 
-def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> tuple[Any, str | None]:
+def _worst(
+    dataset: Any, collate: Callable[[Any], Any], *, batched: bool
+) -> tuple[Any, tuple[str, ...]]:
     """Return a batch of the largest items, and a note where the items differ."""
     with random_state_kept(), _attributes_kept(dataset):
         try:
@@ -187,7 +179,7 @@ def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> tup
                 f"no batch can be made from the data set ({_brief(error)}): pass "
                 "a DataLoader with the collate_fn that it needs, or one batch"
             ) from error
-    return batch, None if look.alike else _note(look, used, batched=batched)
+    return batch, () if look.alike else (_note(look, used, batched=batched),)
 
 
 def _look(dataset: Any, *, batched: bool) -> _Look:
@@ -244,9 +236,9 @@ def _map_items(dataset: Any, length: int) -> Iterator[tuple[str, Any]]:
 
 
 def _refining(length: int) -> Iterator[int]:
-    """Yield every index once: both ends, then passes that each halve the distance between them.
+    """Yield every index once: both ends, then passes that each halve the distance between indices.
 
-    A pass goes upwards, which suits files that are read in order.
+    Within a pass the indices rise, which suits files that are read in order.
     """
     last = length - 1
     yield from (0, last)[:length]
@@ -277,55 +269,18 @@ def _brief(error: Exception) -> str:
 
 
 def _measured(name: str, value: Any, *, batched: bool) -> _Item:
-    leaves = list(_sized_leaves(value))
+    leaves = list(sized_leaves(value))
     shapes = {path: shape for path, shape, _ in leaves}
     size = sum(size for _, _, size in leaves)
     if not batched:
-        # Per row: a micro-batch of any size is made of its rows, however many it has.
+        # Per row, because a micro-batch repeats rows, however many the batch has.
         rows = Counter(shape[0] for shape in shapes.values() if shape).most_common(1)
         size //= max(rows[0][0], 1) if rows else 1
     return _Item(name=name, value=value, size=size, shapes=shapes)
 
 
-def _sized_leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Shape, int]]:
-    """Yield path, shape and size of an item's tensors, arrays, images, texts and lists.
-
-    The size is that of the bytes; of a text or a list of numbers, its length.
-    """
-    if isinstance(node, (str, bytes)):
-        yield path, (len(node),), len(node)
-    elif isinstance(node, (list, tuple)):
-        # One glance at the types: a text has hundreds of tokens, and a data set many texts.
-        if _NUMBERS.issuperset(map(type, node)):
-            yield path, (len(node),), len(node)
-        elif isinstance(node, list) and path:
-            inner = sum(size for part in node for _, _, size in _sized_leaves(part))
-            yield path, (len(node),), len(node) + inner
-        else:
-            names = getattr(node, "_fields", range(len(node)))
-            for key, part in zip(names, node, strict=True):
-                yield from _sized_leaves(part, (*path, str(key)))
-    elif isinstance(node, Mapping):
-        for key in node:
-            yield from _sized_leaves(node[key], (*path, str(key)))
-    elif isinstance(node, Tensor):  # sparse ones have no nbytes
-        yield path, tuple(node.shape), node.numel() * node.element_size()
-    elif hasattr(node, "nbytes"):
-        yield path, tuple(getattr(node, "shape", ())), int(node.nbytes)
-    elif hasattr(node, "getbands"):  # a PIL image
-        yield path, (node.height, node.width), node.height * node.width * len(node.getbands())
-    else:
-        attributes = getattr(node, "__dict__", {})
-        is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
-        if is_record:
-            attributes = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        if is_record or any(isinstance(value, Tensor) for value in attributes.values()):
-            for key, part in attributes.items():
-                yield from _sized_leaves(part, (*path, key))
-
-
 def _keep_longest(longest: dict[tuple[Path, int], _Item], item: _Item) -> None:
-    """Note the item for every dimension of a leaf that is longer than in all before."""
+    """Keep an item for each dimension of a leaf in which it is longer than all before it."""
     for path, shape in item.shapes.items():
         for dim, extent in enumerate(shape):
             known = longest.get((path, dim))
@@ -339,7 +294,7 @@ def _keep_longest(longest: dict[tuple[Path, int], _Item], item: _Item) -> None:
 def _longer(
     largest: _Item, longest: Mapping[tuple[Path, int], _Item]
 ) -> Iterator[tuple[Path, _Item]]:
-    """Yield the items that a batch needs beside the largest, to be as long in every dimension."""
+    """Yield the items that make a batch with the largest one as long in every dimension."""
     chosen = [largest]
     for (path, dim), item in longest.items():
         if all(item.extent(path, dim) > known.extent(path, dim) for known in chosen):
@@ -356,7 +311,7 @@ def _collated(
     if look.longer:
         items = [look.largest.value, *(item.value for _, item in look.longer)]
         count = max(ITEMS_COLLATED, len(items) + len(items) % 2)
-        # What stacks and does not pad cannot take items of different lengths.
+        # A collate function that stacks without padding raises for items of different lengths.
         with suppress(Exception):
             return collate([items[i % len(items)] for i in range(count)]), look.longer
     return collate([look.largest.value] * ITEMS_COLLATED), ()
@@ -390,10 +345,10 @@ def _listed(words: Sequence[str], most: int = 4) -> str:
 
 @contextmanager
 def _attributes_kept(dataset: Any) -> Iterator[None]:
-    """Take back what reading sets on a data set and those that it wraps.
+    """Restore the attributes of a data set, and of those that it wraps, after items were read.
 
-    A file that is opened with the first item must not be inherited by forked workers, and a
-    generator of the data set's own must give the run what it would have given.
+    A file that reading opened must not be inherited by forked workers, and a random generator of
+    the data set must draw in training what it would have drawn.
     """
     before = [(vars(owner), dict(vars(owner))) for owner in _owners(dataset)]
     for attributes, kept in before:
@@ -425,6 +380,6 @@ def _owners(dataset: Any) -> list[Any]:
 
 
 def _is_generator(value: Any) -> bool:
-    # NumPy's two kinds, by the attribute that each has.
+    # NumPy has two kinds of generator; each is known by an attribute.
     numpys = hasattr(value, "bit_generator") or hasattr(value, "_bit_generator")
     return isinstance(value, (torch.Generator, random.Random)) or numpys

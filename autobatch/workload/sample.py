@@ -7,36 +7,31 @@ keeps the sample's structure, dtypes, range of values and memory format.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import SUPPORTED_NODES
 
 from autobatch.errors import SampleError
 from autobatch.workload.dataset import draw
+from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
 
 __all__ = [
     "BatchDims",
     "Prepared",
     "Rows",
     "batch_builder",
-    "map_tensors",
     "named_tensors",
     "prepare",
     "rows_of",
 ]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
-Path: TypeAlias = tuple[str, ...]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +41,7 @@ class Prepared:
     Attributes:
         build: makes a batch of any number of samples, as `batch_builder` describes.
         limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
-        notes: which items of a data set the batches repeat, where its items differ in size.
+        notes: which items of a data set are repeated, where its items differ in size.
     """
 
     build: Callable[[int], Any]
@@ -55,7 +50,7 @@ class Prepared:
 
 
 def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
-    """Look through a sample once, and return all that a workload needs of it.
+    """Return all that a workload needs of a sample, which is looked through once.
 
     Takes the arguments of `batch_builder`.
 
@@ -69,25 +64,25 @@ def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
     return Prepared(
         build=_builder(drawn.batch, batch_dims),
         limit=drawn.limit,
-        notes=(drawn.note,) if drawn.note else (),
+        notes=drawn.notes,
     )
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
     """Return a function that builds a batch of any number of samples by repeating rows.
 
-    The batch size of the sample is the first dimension that most of its tensors share; of sizes
-    equally frequent the one seen first. Tensors with that first dimension are resized; lists and
-    tuples of strings with that length are repeated; everything else is kept.
+    The batch size of the sample is the first dimension that most of its tensors share; of equally
+    frequent ones, the first. Tensors with that first dimension are resized; lists, and tuples of
+    strings, with that length are repeated; everything else is kept.
 
     Args:
         sample: one batch (a tensor or any nesting of dicts, sequences, dataclasses, registered
             pytree nodes and plain objects that hold tensors), or a `Dataset` or `DataLoader`, of
-            which the largest items are collated (all are looked at if that takes no more than
-            seconds). A loader's workers are not started, and the random state is as before.
-        batch_dims: where the batch dimension is not the first: one dimension for all tensors,
-            or a mapping from a tensor's dotted path, or either end of it ("src", "inputs.src",
-            0), to its batch dimension; `None` keeps that tensor as it is.
+            which the largest items are collated (all items are looked at, if that takes seconds
+            only). A loader's workers are not started, and the random state is as before.
+        batch_dims: where the batch dimension is not the first: one dimension for all tensors, or
+            a mapping from a tensor's dotted path, or the beginning or end of that ("inputs.src",
+            0, "src"), to its batch dimension; `None` keeps that tensor as it is.
 
     Returns:
         `build(n)`: the sample's structure with contiguous CPU tensors of n rows (channels-last
@@ -113,8 +108,8 @@ class Rows:
     Attributes:
         batch: the batch as it was given.
         size: its number of samples.
-        dims: the batch dimension of each of its tensors that has one, by path.
-        whole: tensors that `batch_dims` says belong to every part, by path.
+        dims: the batch dimension of each tensor that has one, by path.
+        whole: the paths of tensors of which, by `batch_dims`, every part gets all.
     """
 
     batch: Any
@@ -126,8 +121,8 @@ class Rows:
         """Return samples `start` to `stop` in the batch's own structure; tensors are views.
 
         Raises:
-            SampleError: a tensor does not have one row a sample, so that it is unknown which of
-                it belongs to these samples.
+            SampleError: a tensor does not have one row for each sample, so it is unknown which
+                part of it belongs to these samples.
         """
 
         def visit(path: Path, leaf: Any) -> Any:
@@ -144,7 +139,7 @@ class Rows:
                 return leaf[start:stop]
             return leaf
 
-        return _map(visit, self.batch)
+        return map_leaves(visit, self.batch, stop=_is_whole)
 
 
 def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
@@ -158,37 +153,41 @@ def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
     (3, {'x': tensor([[3, 4],
             [5, 6]]), 'id': ['b', 'c']})
     """
-    leaves = {path: leaf for path, leaf in _leaves(batch) if isinstance(leaf, Tensor)}
-    dims, size = _locate_batch(leaves, batch_dims)
+    tensors = named_tensors(batch)
+    dims, size = _locate_batch(tensors, batch_dims)
     named = {} if isinstance(batch_dims, int) else batch_dims or {}
-    whole = frozenset(path for path in leaves if _named_dim(path, named, 0) is None)
+    whole = frozenset(path for path in tensors if _named_dim(path, named, 0) is None)
     return Rows(batch, size, dims, whole)
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Return the batch in its own structure with every tensor changed.
-
-    >>> map_tensors(torch.Tensor.double, {"x": torch.ones(2), "n": 3})
-    {'x': tensor([1., 1.], dtype=torch.float64), 'n': 3}
-    """
-
-    def visit(_: Path, leaf: Any) -> Any:
-        if _is_targets(leaf):
-            return type(leaf)(map_tensors(change, item) for item in leaf)
-        return change(leaf) if isinstance(leaf, Tensor) else leaf
-
-    return _map(visit, batch)
-
-
 def named_tensors(batch: Any) -> dict[Path, Tensor]:
-    """Return the tensors of a batch by their path, such as ("inputs", "0")."""
-    return {path: leaf for path, leaf in _leaves(batch) if isinstance(leaf, Tensor)}
+    """Return the tensors that may have a batch dimension by their path, such as ("inputs", "0").
+
+    Those in a list of one mapping a sample have none: each belongs to its sample.
+
+    Raises:
+        SampleError: one of them is packed.
+    """
+    found = {}
+    for path, leaf in leaves(batch, stop=_is_whole):
+        if isinstance(leaf, PackedSequence):
+            raise SampleError(
+                "a PackedSequence cannot be resized: pass the padded tensor and the lengths, or a "
+                "Workload with its own batch function"
+            )
+        if isinstance(leaf, Tensor):
+            found[path] = leaf
+    return found
+
+
+def _is_whole(node: Any) -> bool:
+    """Say whether the rows of a container are not those of the tensors in it."""
+    return is_sample_list(node) or isinstance(node, PackedSequence)
 
 
 def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
-    example = _map(_on_cpu, batch)
-    leaves = {path: leaf for path, leaf in _leaves(example) if isinstance(leaf, Tensor)}
-    dims, size = _locate_batch(leaves, batch_dims)
+    example = map_tensors(_on_cpu, batch)
+    dims, size = _locate_batch(named_tensors(example), batch_dims)
 
     def build(n: int) -> Any:
         def resize(path: Path, leaf: Any) -> Any:
@@ -198,27 +197,27 @@ def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
                 return type(leaf)(_fresh(leaf[row % size]) for row in range(n))
             return leaf
 
-        return _map(resize, example)
+        return map_leaves(resize, example, stop=_is_whole)
 
     return build
 
 
 def _locate_batch(
-    leaves: Mapping[Path, Tensor], batch_dims: BatchDims
+    tensors: Mapping[Path, Tensor], batch_dims: BatchDims
 ) -> tuple[dict[Path, int], int]:
     """Return the batch dimension of every tensor to resize, and the sample's batch size."""
     default, named = (batch_dims, {}) if isinstance(batch_dims, int) else (0, batch_dims or {})
-    chosen = {path: _named_dim(path, named, default) for path in leaves}
-    explicit = {path for path in leaves if any(_covers(key, path) for key in named)}
+    chosen = {path: _named_dim(path, named, default) for path in tensors}
+    explicit = {path for path in tensors if any(_covers(key, path) for key in named)}
     for key in named:
-        if not any(_covers(key, path) for path in leaves):
+        if not any(_covers(key, path) for path in tensors):
             raise SampleError(
-                f"batch_dims names {key!r}, but the sample's tensors are {_shapes(leaves)}"
+                f"batch_dims names {key!r}, but the sample's tensors are {_shapes(tensors)}"
             )
 
     dims: dict[Path, int] = {}
     for path, dim in chosen.items():
-        rank = leaves[path].dim()
+        rank = tensors[path].dim()
         if dim is None:
             continue
         if -rank <= dim < rank:
@@ -226,26 +225,26 @@ def _locate_batch(
         elif path in explicit:
             raise SampleError(
                 f"batch_dims puts the batch of {_dotted(path)} in dimension {dim}, but its "
-                f"shape is {tuple(leaves[path].shape)}"
+                f"shape is {tuple(tensors[path].shape)}"
             )
     if not dims:
         raise SampleError(
-            f"the sample has no tensor with a batch dimension ({_shapes(leaves)}): pass one "
+            f"the sample has no tensor with a batch dimension ({_shapes(tensors)}): pass one "
             "batch of tensors, such as sample=(inputs, labels), or a DataLoader"
         )
 
-    sizes = {path: leaves[path].shape[dim] for path, dim in dims.items()}
+    sizes = {path: tensors[path].shape[dim] for path, dim in dims.items()}
     voters = [path for path in dims if path in explicit] or list(dims)
     votes = Counter(sizes[path] for path in voters)
     size = votes.most_common(1)[0][0]
     if explicit and len(votes) > 1:
         raise SampleError(
             f"batch_dims gives different batch sizes, {sorted(votes)}: the sample's tensors "
-            f"are {_shapes(leaves)}"
+            f"are {_shapes(tensors)}"
         )
     if size == 0:
         raise SampleError(
-            f"the sample's batch is empty ({_shapes(leaves)}): pass a batch of one or more samples"
+            f"the sample's batch is empty ({_shapes(tensors)}): pass a batch of one or more samples"
         )
     return {path: dim for path, dim in dims.items() if sizes[path] == size}, size
 
@@ -260,7 +259,7 @@ def _named_dim(
 
 
 def _covers(key: str | int, path: Path) -> bool:
-    """Say whether a key of `batch_dims` is the path of a tensor, or either end of it."""
+    """Say whether a key of `batch_dims` is a tensor's path, or its beginning or end."""
     parts = tuple(str(key).split("."))
     return path[: len(parts)] == parts or path[-len(parts) :] == parts
 
@@ -269,41 +268,28 @@ def _dotted(path: Path) -> str:
     return ".".join(path) or "the sample"
 
 
-def _shapes(leaves: Mapping[Path, Tensor]) -> str:
-    shown = [f"{_dotted(path)} {tuple(leaf.shape)}" for path, leaf in leaves.items()]
+def _shapes(tensors: Mapping[Path, Tensor]) -> str:
+    shown = [f"{_dotted(path)} {tuple(tensor.shape)}" for path, tensor in tensors.items()]
     more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
     return (", ".join(shown[:8]) + more) or "no tensors"
 
 
 def _is_per_sample(leaf: Any, size: int) -> bool:
-    """Say whether a leaf holds one Python object per sample; (224, 224) is no batch of two."""
+    """Say whether a leaf holds one Python object per sample, which (224, 224) does not."""
     if isinstance(leaf, tuple):
         return len(leaf) == size and all(isinstance(item, (str, bytes, Mapping)) for item in leaf)
     return isinstance(leaf, list) and len(leaf) == size
 
 
-def _is_targets(node: Any) -> bool:
-    """Say whether a sequence holds one mapping a sample, as the targets of detectors do."""
-    return (
-        isinstance(node, (list, tuple))
-        and bool(node)
-        and all(isinstance(item, Mapping) for item in node)
-    )
-
-
 def _fresh(item: Any) -> Any:
-    """Copy the tensors of one sample's own mapping; other objects are shared by the rows."""
+    """Copy a sample's own mapping with its tensors; rows share objects of other kinds."""
     if not isinstance(item, Mapping):
         return item
-    return _map(lambda _, leaf: _resized(leaf, None, 1) if isinstance(leaf, Tensor) else leaf, item)
+    return map_tensors(lambda leaf: _resized(leaf, None, 1), item)
 
 
-def _on_cpu(path: Path, leaf: Any) -> Any:
+def _on_cpu(leaf: Tensor) -> Tensor:
     """Bring a tensor to the CPU; one on `meta` has no values, so zeros stand in for them."""
-    if _is_targets(leaf):
-        return type(leaf)(_map(_on_cpu, item, path) for item in leaf)
-    if not isinstance(leaf, Tensor):
-        return leaf
     if leaf.is_meta:
         values = torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape)
     else:
@@ -328,77 +314,3 @@ def _memory_format(leaf: Tensor) -> torch.memory_format:
     last = formats.get(leaf.dim(), torch.contiguous_format)
     plain = leaf.is_contiguous() or not leaf.is_contiguous(memory_format=last)
     return torch.contiguous_format if plain else last
-
-
-def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    parts = _parts(node)
-    if parts is None:
-        yield path, node
-    else:
-        for key, part in parts:
-            yield from _leaves(part, (*path, key))
-
-
-def _map(visit: Callable[[Path, Any], Any], node: Any, path: Path = ()) -> Any:
-    """Return the same structure with every leaf replaced by `visit(path, leaf)`."""
-    parts = _parts(node)
-    if parts is None:
-        return visit(path, node)
-    return _with_parts(node, [_map(visit, part, (*path, key)) for key, part in parts])
-
-
-def _parts(node: Any) -> list[tuple[str, Any]] | None:
-    """Return the named parts of a container that may hold tensors; None for a leaf."""
-    if isinstance(node, PackedSequence):
-        raise SampleError(
-            "a PackedSequence cannot be resized: pass the padded tensor and the lengths, or a "
-            "Workload with its own batch function"
-        )
-    if isinstance(node, (Tensor, nn.Module, str, bytes)):
-        return None
-    if isinstance(node, Mapping):
-        return [(str(key), node[key]) for key in node]
-    if _is_targets(node):
-        return None
-    if isinstance(node, (list, tuple)):
-        if not any(_holds_tensor(part) for part in node):
-            return None
-        names = getattr(node, "_fields", range(len(node)))
-        return [(str(name), part) for name, part in zip(names, node, strict=True)]
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node) if f.init]
-    if type(node) in SUPPORTED_NODES:
-        parts, _ = SUPPORTED_NODES[type(node)].flatten_fn(node)
-        return [(str(index), part) for index, part in enumerate(parts)]
-    attributes = getattr(node, "__dict__", None)
-    if attributes and any(isinstance(value, Tensor) for value in attributes.values()):
-        return list(attributes.items())
-    return None
-
-
-def _holds_tensor(node: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for _, leaf in _leaves(node))
-
-
-def _with_parts(node: T, parts: list[Any]) -> T:
-    """Return a copy of a container with its parts, in the order of `_parts`, replaced."""
-    result: Any
-    if isinstance(node, Mapping):
-        # Copied, not constructed: BatchEncoding and ModelOutput carry more than their items.
-        result = copy.copy(node)
-        for key, part in zip(node, parts, strict=True):
-            result[key] = part
-    elif isinstance(node, tuple) and hasattr(node, "_fields"):
-        result = type(node)(*parts)
-    elif isinstance(node, (list, tuple)):
-        result = type(node)(parts)
-    elif dataclasses.is_dataclass(node):
-        names = [f.name for f in dataclasses.fields(node) if f.init]
-        result = dataclasses.replace(node, **dict(zip(names, parts, strict=True)))  # type: ignore[type-var]
-    elif type(node) in SUPPORTED_NODES:
-        definition = SUPPORTED_NODES[type(node)]
-        result = definition.unflatten_fn(parts, definition.flatten_fn(node)[1])
-    else:
-        result = copy.copy(node)
-        vars(result).update(zip(vars(node), parts, strict=True))
-    return result  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""What stands around a user's module: compilers and data parallelism.
+"""Wrappers around a user's module: those of compilers and of data parallelism.
 
-Invariant: wrappers are looked through, never changed.
+Invariant: a wrapper is read, never changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether `torch.compile` stands around a module or any part of it."""
+    """Return whether a module, or any module in it, is compiled by `torch.compile`."""
     return any(
         hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
         for module in model.modules()

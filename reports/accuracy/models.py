@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.workload.infer import infer
-from autobatch.workload.workload import AUTOCAST_DTYPES, Window, Workload
+from autobatch.workload.infer.infer import infer
+from autobatch.workload.workload import AUTOCAST_DTYPES, WindowFunction, Workload
 from reports.accuracy.tables import Run
 from reports.accuracy.transformers_configs import CONFIGS
 
@@ -123,7 +123,7 @@ def _xmem_workload(run: Run, optimizer: Callable[[Any], torch.optim.Optimizer]) 
 Forward = Callable[[nn.Module, Any], tuple[Any, Tensor]]
 
 
-def zero_first(forward: Forward, dtype: torch.dtype | None = None) -> Window:
+def zero_first(forward: Forward, dtype: torch.dtype | None = None) -> WindowFunction:
     """Return a window that begins with `zero_grad`, as xMem's runs do.
 
     As in a loop of plain variables, the batch, output and loss of one iteration live until the

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.spec import _auto_class, _offline, _on_meta
+from autobatch.workload.spec.library import on_meta
+from autobatch.workload.spec.transformers import auto_class, offline
 from reports.coverage.configs import STATED
 from reports.coverage.shrink import LEVELS, merged, shrink
 from reports.coverage.subjects import Subject
@@ -70,7 +71,7 @@ def candidates(subject: Subject) -> Iterator[Candidate]:
 def _timm_model(name: str) -> nn.Module:
     timm = importlib.import_module("timm")
     try:
-        return _on_meta(partial(timm.create_model, name, pretrained=False))
+        return on_meta(partial(timm.create_model, name, pretrained=False))
     except ImportError as error:
         raise NotBuiltError(NO_LIBRARY, _one_line(error)) from error
     except Exception as error:
@@ -132,8 +133,8 @@ def _built(transformers: Any, config: Any) -> tuple[str, nn.Module]:
 
 def _from_config(auto: Any, config: Any) -> nn.Module | Exception:
     try:
-        with _offline():
-            return _on_meta(partial(auto.from_config, config))
+        with offline():
+            return on_meta(partial(auto.from_config, config))
     except Exception as error:
         return error
 
@@ -141,7 +142,7 @@ def _from_config(auto: Any, config: Any) -> nn.Module | Exception:
 def _heads(transformers: Any, config: Any) -> Iterator[Any]:
     """Yield the Auto class of `hf:`, then any other that knows the config."""
     with suppress(SpecError):
-        yield _auto_class(transformers, config, None)
+        yield auto_class(transformers, config, None)
     home = transformers.models.auto.modeling_auto
     for name in sorted(vars(home)):
         mapping = getattr(getattr(home, name), "_model_mapping", None)

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from autobatch.devices.base import Run
 from autobatch.devices.cuda.gpu import CudaGpu
@@ -22,7 +21,10 @@ from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.progress import Progress
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.probe import Probe
-from autobatch.workload.workload import DefaultLoss, Workload, run_windows
+from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.training_window import Training, run_windows
+from autobatch.workload.tree import map_tensors
+from autobatch.workload.workload import Workload
 from reports.hardware.bench import Bench
 from reports.hardware.record import Record
 from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, peaks
@@ -215,17 +217,19 @@ def run_plain(
     """Run training windows of a workload over objects that are on the device."""
 
     def batch() -> Any:
-        return tree_map(lambda leaf: leaf.to(device), workload.batch(micro_batch))
+        return map_tensors(lambda tensor: tensor.to(device), workload.batch(micro_batch))
 
     run_windows(
-        workload,
-        model=model,
-        optimizer=optimizer,
-        loss=workload.loss or DefaultLoss(),
-        batch=batch,
-        accumulation_steps=STEPS,
-        windows=windows,
-        phases=NoPhases(),
+        Training(
+            workload=workload,
+            model=model,
+            optimizer=optimizer,
+            loss=workload.loss or DefaultLoss(),
+            batch=batch,
+            accumulation_steps=STEPS,
+            windows=windows,
+            phases=NoPhases(),
+        )
     )
 
 

@@ -26,7 +26,7 @@ from autobatch import __version__
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
 from autobatch.support.units import MIB
-from autobatch.workload.infer import infer
+from autobatch.workload.infer.infer import infer
 from autobatch.workload.workload import Workload
 from reports.search.check import HEADER, Row, check, markdown
 from reports.search.models import CASES

@@ -19,7 +19,8 @@ from pathlib import Path
 from torch import nn
 
 import autobatch
-from autobatch.workload.spec import load_spec
+from autobatch.workload.spec.load import load_spec
+from autobatch.workload.workload import Workload
 from reports.search.zoo import build
 
 TARGET = 256
@@ -43,10 +44,8 @@ def load(spec: str) -> nn.Module:
     prefix, _, name = spec.partition(":")
     if prefix == "timm":
         return build(name)
-    model = load_spec(spec).model
-    if model is None:
-        raise ValueError(f"{spec} names no model")
-    return model
+    named = load_spec(spec)
+    return named.model if isinstance(named, Workload) else named
 
 
 def main(arguments: Sequence[str]) -> int:

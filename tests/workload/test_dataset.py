@@ -27,11 +27,18 @@ from torch.utils.data import (
 
 from autobatch.errors import SampleError
 from autobatch.workload import dataset as looking
-from autobatch.workload.dataset import _refining, _sized_leaves, dataset_length, draw
+from autobatch.workload.dataset import Drawn, _refining, dataset_length, draw
+from autobatch.workload.tree import sized_leaves
 
 Example = namedtuple("Example", "tokens label")
 LENGTHS = [5 + (7 * index) % 20 for index in range(60)]
 LENGTHS[37] = 90
+
+
+def note_of(drawn: Drawn) -> str:
+    """Return the only note there is."""
+    (note,) = drawn.notes
+    return note
 
 
 def texts(lengths: list[int]) -> list[dict[str, Any]]:
@@ -84,15 +91,15 @@ class Slow(Dataset):
 def test_the_longest_text_decides_wherever_it_is_and_is_named():
     drawn = draw(loader(texts(LENGTHS)))
     assert drawn.batch["input_ids"].shape[1] == 90 and drawn.limit == 60
-    assert drawn.note == (
+    assert note_of(drawn) == (
         "the probe's batches repeat dataset[37], the largest of all 60 items (input_ids 90)"
     )
 
 
 def test_items_of_equal_size_need_no_note():
     drawn = draw(TensorDataset(torch.zeros(50, 8), torch.zeros(50)))
-    assert drawn.note is None and drawn.limit == 50
-    assert draw(torch.zeros(4, 8)).note is None
+    assert drawn.notes == () and drawn.limit == 50
+    assert draw(torch.zeros(4, 8)).notes == ()
 
 
 def test_a_data_set_that_is_only_indexed_is_looked_through():
@@ -106,16 +113,16 @@ def test_a_data_set_that_is_only_indexed_is_looked_through():
             assert isinstance(index, int)
             return self.rows[index]
 
-    assert "dataset[37], the largest of all 60 items" in str(draw(loader(Table())).note)
+    assert "dataset[37], the largest of all 60 items" in note_of(draw(loader(Table())))
     assert draw(Table()).limit == 60
 
 
 def test_a_list_of_tensors_is_a_batch_and_as_data_of_a_loader_a_data_set():
     tensors = [torch.zeros(length, 3) for length in (4, 9, 2)]
-    assert draw(tensors).batch is tensors and draw(tensors).note is None
+    assert draw(tensors).batch is tensors and draw(tensors).notes == ()
     drawn = draw(DataLoader(tensors, batch_size=2))  # type: ignore[arg-type]
     assert drawn.batch.shape[1:] == (9, 3) and drawn.limit == 3
-    assert "dataset[1]" in str(drawn.note) and "(9×3)" in str(drawn.note)
+    assert "dataset[1]" in note_of(drawn) and "(9×3)" in note_of(drawn)
 
 
 def test_fields_are_named_and_positions_bracketed():
@@ -126,7 +133,7 @@ def test_fields_are_named_and_positions_bracketed():
         def __getitem__(self, index: int) -> Any:
             return torch.zeros(3, 1000 * (index + 1)), "a" * index
 
-    assert str(draw(Tuples()).note).endswith(
+    assert note_of(draw(Tuples())).endswith(
         "dataset[2], the largest of all 3 items ([0] 3×3,000, [1] 2)"
     )
 
@@ -135,7 +142,7 @@ def test_a_batch_sampler_of_varying_batches_leaves_the_worst_item_in_charge():
     items = texts(LENGTHS)
     budget = [[37], list(range(37)), list(range(38, 60))]
     drawn = draw(DataLoader(items, batch_sampler=budget, collate_fn=pad))  # type: ignore[arg-type]
-    assert drawn.batch["input_ids"].shape[1] == 90 and "dataset[37]" in str(drawn.note)
+    assert drawn.batch["input_ids"].shape[1] == 90 and "dataset[37]" in note_of(drawn)
 
 
 # How far it looks
@@ -150,7 +157,7 @@ def a_second_each(monkeypatch):
 def test_looking_ends_after_its_time_and_says_how_far_it_got(monkeypatch):
     monkeypatch.setattr(looking, "SECONDS_LOOKING", 6)
     items = Slow(list(range(1, 1001)))
-    assert draw(items).note == (
+    assert note_of(draw(items)) == (
         "the probe's batches repeat dataset[999], the largest of 7 of the 1,000 items, looked at "
         "in 7.0 s (1,000); if you know a larger one, pass a batch of it as sample="
     )
@@ -161,13 +168,13 @@ def test_looking_ends_after_its_time_and_says_how_far_it_got(monkeypatch):
 def test_items_that_are_all_alike_are_looked_at_for_less_long(monkeypatch):
     monkeypatch.setattr(looking, "SECONDS_ALIKE", 2)
     items = Slow([7] * 1000)
-    assert draw(items).note is None and len(items.read) == 3
+    assert draw(items).notes == () and len(items.read) == 3
 
 
 @pytest.mark.usefixtures("a_second_each")
 def test_a_data_set_whose_last_item_uses_up_the_time_was_looked_at_whole(monkeypatch):
     monkeypatch.setattr(looking, "SECONDS_LOOKING", 2)
-    assert "the largest of all 3 items" in str(draw(Slow([1, 2, 3])).note)
+    assert "the largest of all 3 items" in note_of(draw(Slow([1, 2, 3])))
 
 
 def test_no_item_is_read_twice():
@@ -193,17 +200,17 @@ def test_stopping_early_leaves_no_large_gap(length, seen):
 def test_the_first_items_of_a_stream_are_looked_at(monkeypatch):
     drawn = draw(DataLoader(Stream([3, 8, 5]), batch_size=2))
     assert drawn.batch.shape[1] == 8 and drawn.limit is None
-    assert drawn.note == (
+    assert note_of(drawn) == (
         "the probe's batches repeat item 2 of the stream, the largest of all 3 items (8)"
     )
     monkeypatch.setattr(looking, "ITEMS_STREAMED", 2)
-    note = str(draw(Stream([3, 8, 50])).note)
+    note = note_of(draw(Stream([3, 8, 50])))
     assert "item 2 of the stream, the largest of the first 2 items (8); if you know" in note
 
 
 def test_a_stream_without_end_ends(monkeypatch):
     monkeypatch.setattr(looking, "ITEMS_STREAMED", 100)
-    assert draw(Stream(iter(lambda: 7, None))).note is None
+    assert draw(Stream(iter(lambda: 7, None))).notes == ()
 
 
 # What is collated
@@ -212,7 +219,7 @@ def test_a_stream_without_end_ends(monkeypatch):
 def test_texts_that_are_longest_in_different_items_are_padded_to_each():
     drawn = draw(loader(pairs([(4, 4), (30, 8), (5, 20), (6, 6)])))
     assert drawn.batch["source"].shape[1] == 30 and drawn.batch["target"].shape[1] == 20
-    assert drawn.note == (
+    assert note_of(drawn) == (
         "the probe's batches repeat dataset[1], the largest of all 4 items (source 30, target 8), "
         "padded to what is longer in dataset[2] (target 20)"
     )
@@ -229,14 +236,14 @@ def test_images_that_are_highest_and_widest_in_different_items_are_padded_to_bot
     images = [torch.ones(3, *size) for size in [(10, 10), (90, 20), (20, 80), (50, 50)]]
     drawn = draw(loader(images, collate_fn=frame))
     assert drawn.batch.shape[1:] == (3, 90, 80)
-    assert "dataset[3], the largest" in str(drawn.note)
-    assert "longer in dataset[1] (3×90×20), dataset[2] (3×20×80)" in str(drawn.note)
+    assert "dataset[3], the largest" in note_of(drawn)
+    assert "longer in dataset[1] (3×90×20), dataset[2] (3×20×80)" in note_of(drawn)
 
 
 def test_a_collate_function_that_only_stacks_gets_copies_of_the_largest():
     drawn = draw(DataLoader(pairs([(4, 4), (30, 8), (5, 20)]), batch_size=1))  # type: ignore[arg-type]
     assert drawn.batch["source"].shape[1] == 30 and drawn.batch["target"].shape[1] == 8
-    assert "dataset[1]" in str(drawn.note) and "dataset[2]" not in str(drawn.note)
+    assert "dataset[1]" in note_of(drawn) and "dataset[2]" not in note_of(drawn)
 
 
 def test_a_batch_holds_an_even_number_of_items():
@@ -264,12 +271,12 @@ def test_of_ready_batches_the_one_with_most_bytes_per_row_is_taken():
     batches = [torch.zeros(8, 16), torch.zeros(2, 40), torch.zeros(4, 32)]
     drawn = draw(DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert drawn.batch.shape == (2, 40) and drawn.limit is None
-    assert drawn.note == (
+    assert note_of(drawn) == (
         "the probe's batches repeat the rows of dataset[1], the largest per row of all 3 batches "
         "(2×40)"
     )
     smaller_at_the_end = [torch.zeros(8, 16), torch.zeros(3, 16)]
-    assert draw(DataLoader(smaller_at_the_end, batch_size=None)).note is None  # type: ignore[arg-type]
+    assert draw(DataLoader(smaller_at_the_end, batch_size=None)).notes == ()  # type: ignore[arg-type]
 
 
 def test_a_data_set_that_is_read_by_lists_of_indices_gives_batches():
@@ -282,7 +289,7 @@ def test_a_data_set_that_is_read_by_lists_of_indices_gives_batches():
 
     sampler = BatchSampler(SequentialSampler(Bulk()), batch_size=2, drop_last=False)
     drawn = draw(DataLoader(Bulk(), sampler=sampler, batch_size=None))  # type: ignore[arg-type]
-    assert drawn.batch.shape[1] == 5 and "the rows of dataset[4]" in str(drawn.note)
+    assert drawn.batch.shape[1] == 5 and "the rows of dataset[4]" in note_of(drawn)
 
 
 def test_another_library_s_loader_is_a_stream_of_batches():
@@ -292,7 +299,7 @@ def test_another_library_s_loader_is_a_stream_of_batches():
 
     drawn = draw(Loader())
     assert drawn.batch.shape == (2, 9)
-    assert "the rows of batch 2 of the stream, the largest per row of all 3" in str(drawn.note)
+    assert "the rows of batch 2 of the stream, the largest per row of all 3" in note_of(drawn)
 
 
 # What a size is
@@ -315,18 +322,18 @@ def test_another_library_s_loader_is_a_stream_of_batches():
     ],
 )
 def test_the_size_of_an_item_is_that_of_its_leaves(item, sizes):
-    assert list(_sized_leaves(item)) == sizes
+    assert list(sized_leaves(item)) == sizes
 
 
 def test_images_and_records_have_a_size():
     image = pytest.importorskip("PIL.Image").new("RGB", (8, 5))
-    assert list(_sized_leaves(image)) == [((), (5, 8), 120)]
+    assert list(sized_leaves(image)) == [((), (5, 8), 120)]
 
     class Record:
         def __init__(self) -> None:
             self.image, self.name = torch.zeros(2), "ab"
 
-    assert list(_sized_leaves(Record())) == [(("image",), (2,), 8), (("name",), (2,), 2)]
+    assert list(sized_leaves(Record())) == [(("image",), (2,), 8), (("name",), (2,), 2)]
 
 
 # Errors

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autobatch.errors import SampleError
-from autobatch.workload.infer import infer
+from autobatch.workload.infer.infer import infer
 
 
 class LeNet(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from autobatch.errors import AutobatchError, SampleError, SpecError, WorkloadError
-from autobatch.workload.spec import load_spec
+from autobatch.workload.spec.load import load_spec
 from autobatch.workload.workload import Workload
 
 USER_FILE = """
@@ -59,25 +59,22 @@ def message(spec: str, error: type[AutobatchError] = SpecError) -> str:
 
 
 def test_a_function_in_a_file_returns_a_model(user_file):
-    loaded = load_spec(f"{user_file}:build_model")
-    assert isinstance(loaded.model, nn.Linear) and loaded.model.out_features == 3
-    assert loaded.workload is None and loaded.inputs is None
-    assert loaded.name == f"{user_file}:build_model"
+    model = load_spec(f"{user_file}:build_model")
+    assert isinstance(model, nn.Linear) and model.out_features == 3
 
 
 def test_a_function_in_a_file_returns_a_workload(user_file):
-    loaded = load_spec(f"{user_file}:build_workload")
-    assert isinstance(loaded.workload, Workload) and loaded.model is None
+    assert isinstance(load_spec(f"{user_file}:build_workload"), Workload)
 
 
 def test_a_model_kept_in_a_variable_will_do(user_file):
-    assert load_spec(f"{user_file}:kept").model is not None
+    assert isinstance(load_spec(f"{user_file}:kept"), nn.Linear)
 
 
 def test_a_function_of_a_module_in_the_current_folder_is_found(user_file, monkeypatch):
     monkeypatch.chdir(user_file.parent)
     try:
-        assert load_spec("user_model:build_model").model is not None
+        assert isinstance(load_spec("user_model:build_model"), nn.Linear)
     finally:
         del sys.modules["user_model"]
 
@@ -158,12 +155,11 @@ def transformers():
 
 
 def test_a_model_type_is_built_on_meta_with_its_options_and_inputs(transformers):
-    loaded = load_spec(f"hf:gpt2?seq=24&{SMALL}")
-    assert type(loaded.model).__name__ == "GPT2LMHeadModel"
-    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"meta"}
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
-    assert loaded.inputs is not None
-    assert loaded.inputs.batch(3)["input_ids"].shape == (3, 24)
+    workload = load_spec(f"hf:gpt2?seq=24&{SMALL}")
+    assert type(workload.model).__name__ == "GPT2LMHeadModel"
+    assert {parameter.device.type for parameter in workload.model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in workload.model.parameters()} == {torch.float32}
+    assert workload.batch(3)["input_ids"].shape == (3, 24)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +190,9 @@ def test_a_local_config_is_read_from_its_folder_or_file(transformers, tmp_path):
     stated = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
     (tmp_path / "config.json").write_text(json.dumps(stated))
     for place in (tmp_path, tmp_path / "config.json"):
-        loaded = load_spec(f"hf:{place}?vocab_size=99")
-        assert loaded.inputs is not None and loaded.inputs.batch(2)["labels"].shape == (2, 32)
-        assert loaded.model.config.vocab_size == 99
+        workload = load_spec(f"hf:{place}?vocab_size=99")
+        assert workload.batch(2)["labels"].shape == (2, 32)
+        assert workload.model.config.vocab_size == 99
 
 
 def test_a_request_to_the_hub_fails_while_a_model_is_built(transformers, monkeypatch):
@@ -251,9 +247,9 @@ def test_a_sequence_too_long_for_the_model_is_refused(transformers):
 )
 def test_a_timm_model_is_built_on_meta_for_the_size_of_image_asked_for(spec, shape):
     pytest.importorskip("timm")
-    loaded = load_spec(f"timm:{spec}")
-    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"meta"}
-    assert loaded.inputs is not None and loaded.inputs.batch(2)[0].shape == shape
+    workload = load_spec(f"timm:{spec}")
+    assert {parameter.device.type for parameter in workload.model.parameters()} == {"meta"}
+    assert workload.batch(2)[0].shape == shape
 
 
 @pytest.mark.parametrize(
@@ -274,9 +270,9 @@ def test_a_timm_model_or_option_that_is_unknown_is_named(spec, words):
 def test_a_torchvision_model_is_built_on_meta_without_any_weights(name, monkeypatch):
     pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
-    loaded = load_spec(f"torchvision:{name}")
-    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"meta"}
-    assert loaded.inputs is not None and loaded.inputs.loss is not None
+    workload = load_spec(f"torchvision:{name}")
+    assert {parameter.device.type for parameter in workload.model.parameters()} == {"meta"}
+    assert workload.loss is not None
 
 
 def test_an_unknown_torchvision_model_is_named_with_the_nearest_one():

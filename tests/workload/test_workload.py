@@ -2,18 +2,20 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch import UsageError, Workload, WorkloadError, tune
 from autobatch.advice.loop import training_loop
 from autobatch.devices.cuda.gpu import CudaGpu
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.wrappers import is_compiled, unwrapped
 from tests.support.rehearsal import RehearsedCard
@@ -105,6 +107,24 @@ class Speaker(nn.Module):
     def forward(self, inputs):
         logits = self.head(inputs)
         return SimpleNamespace(loss=logits.logsumexp(1).mean(), logits=logits)
+
+
+@dataclass
+class Prediction:
+    mean: Tensor
+    kind: str = "normal"
+
+
+class Predictor(nn.Linear):
+    def forward(self, inputs):
+        return {"first": Prediction(super().forward(inputs))}
+
+
+def test_the_surrogate_sum_is_over_tensors_in_any_container():
+    model, loss = Predictor(3, 2), DefaultLoss()
+    value = loss(model, torch.ones(4, 3))
+    assert loss.kind == "surrogate sum"
+    assert torch.equal(value, F.linear(torch.ones(4, 3), model.weight, model.bias).sum())
 
 
 def test_an_output_lives_until_the_next_one_as_in_loops_that_name_it():

@@ -1,7 +1,11 @@
-"""Which arguments a transformers model is given: what training needs, then what errors ask for."""
+"""The arguments that a transformers model is given.
+
+First what training needs; then what the model's own errors ask for, one after another.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,11 +27,12 @@ from autobatch.workload.infer.sizes import (
 
 __all__ = ["Arguments"]
 
+# Arguments that accompany an input, such as its mask.
 BESIDE = re.compile(
     r"(features|padding|pixel|image\w*|mel|pixel_attention)_mask$"
     r"|time_features$|grid_thw$|spatial_shapes$|target_sizes$"
 )
-# Seldom given in training, whatever the docstring says of their shape.
+# Arguments that training seldom gives, even where the docstring tells their shape.
 RARELY = re.compile(r"mask|embeds$|labels?$|position_ids$|cache|past_key")
 
 
@@ -35,8 +40,8 @@ class Arguments:
     """The arguments of a transformers model's `forward`.
 
     Attributes:
-        sizes: of a sample, as far as the config tells.
-        main_inputs: the arguments that hold samples, the likeliest to be fed alone first.
+        sizes: the sizes of a sample, as far as the config tells.
+        main_inputs: the arguments that hold samples; the one most often given alone comes first.
     """
 
     def __init__(self, model: Any, seq: int | None, image_size: int | None) -> None:
@@ -52,10 +57,10 @@ class Arguments:
             self.sizes = replace(self.sizes, wave=(1,))
 
     def usual(self, sizes: Sizes) -> dict[str, Field | bool]:
-        """Return the arguments that training needs: the main input, labels, and those required."""
+        """Return the arguments that training needs: main input, required arguments and labels."""
         accepts = self._signature.accepts
         names = [self._main] if self._main else []
-        if "return_loss" in accepts or sizes.is_complete:  # a contrast needs both sides
+        if "return_loss" in accepts or sizes.has_all_modalities:  # a contrastive loss needs both
             names += [name for name in self.main_inputs if name not in names]
         names += [name for name in self._signature.required if name not in names]
         fields = self._made(names, sizes)
@@ -63,43 +68,43 @@ class Arguments:
             fields["return_loss"] = True
         if "decoder_input_ids" in accepts:
             fields |= self._made(["decoder_input_ids"], sizes)
-        if "ForCTC" in self._name and "input_features" in fields:  # it tells the lengths
+        if "ForCTC" in self._name and "input_features" in fields:  # the mask tells the lengths
             fields |= self._made({"attention_mask"}.intersection(accepts), sizes)
         labels = labels_of(self._name, self._config, self._named.label_tokens(sizes), sizes.image)
         return fields | {key: field for key, field in labels.items() if key in accepts}
 
     def variants(self, sizes: Sizes) -> Iterator[Sizes]:
-        """Yield the sizes to try: some, then the same with one thing changed."""
+        """Yield the given sizes, then copies of them with one thing changed each."""
         main = set(self.main_inputs)
         yield sizes
         if len(main) > 1:
-            yield replace(sizes, is_complete=True)
+            yield replace(sizes, has_all_modalities=True)
         if self._signature.is_packed:
-            yield replace(sizes, is_folded=False)
+            yield replace(sizes, has_flat_patches=False)
         elif "pixel_values" in main:
             yield from (replace(sizes, images=(count,)) for count in (1, 2))
             if "pixel_attention_mask" in self._signature.accepts:
-                yield replace(sizes, images=(1,), is_whole=True)
+                yield replace(sizes, images=(1,), has_image_mask=True)
         if {"pixel_values", "pixel_values_videos"} & main and not self._signature.is_packed:
             yield from (replace(sizes, image=(side, side)) for side in LARGER_SIDES)
             height, width = sizes.image
-            if height == 2 * width:  # two images make one
+            if height == 2 * width:  # the model stacks two square images
                 yield replace(sizes, image=(width, width))
-        if {"input_ids", "input_features"} <= main:  # so many frames to a token, in both
+        if {"input_ids", "input_features"} <= main:  # it aligns audio and text
             yield from (replace(sizes, frames=ratio * sizes.tokens) for ratio in ALIGNED_FRAMES)
         if {"input_features", "audio_mel"} & main:
-            yield replace(sizes, is_turned=True)
-            yield replace(sizes, is_turned=True, channels=(1,))
+            yield replace(sizes, has_frames_first=True)
+            yield replace(sizes, has_frames_first=True, channels=(1,))
             bins = (128, *(times * sizes.bins for times in STACKED_FRAMES))
-            for number in bins:
-                yield from (replace(sizes, is_turned=way, bins=number) for way in (False, True))
+            for number, frames_first in itertools.product(bins, (False, True)):
+                yield replace(sizes, has_frames_first=frames_first, bins=number)
         if "input_values" in main:
             yield from (replace(sizes, wave=wave) for wave in ((), (1,), None))
             yield replace(sizes, samples=WHOLE_WAVE)
         if "bbox" in self._signature.accepts:
-            yield replace(sizes, is_normalised=True)
+            yield replace(sizes, has_relative_boxes=True)
         if any(self._signature.is_vector(name) for name in self._signature.required):
-            yield replace(sizes, is_column=True)
+            yield replace(sizes, has_column=True)
         codebooks = stated(self._config, "num_codebooks")
         if codebooks and "input_ids" in main:
             yield from (replace(sizes, codebooks=codebooks + more) for more in (0, 1))
@@ -109,16 +114,17 @@ class Arguments:
     ) -> dict[str, Field | bool]:
         """Return what a model's error says is missing.
 
-        That is what the error names; where only something is None, the other inputs, else what goes
-        beside an input, such as its mask, else what the docstring describes. Of several names the
-        first is taken, as in "specify either input_ids or inputs_embeds", but labels are all given.
+        That is what the error names. Where the error only says that something is None, it is the
+        other inputs, else what accompanies an input, such as its mask, else what the docstring
+        describes. Of several names the first is taken, as in "specify either input_ids or
+        inputs_embeds"; of labels all are.
         """
         text = f"{type(error).__name__}: {error}"
         words = re.findall(r"\w+", text.lower())
         missing = [name for name in self._signature.accepts if name not in given]
         named = sorted((name for name in missing if name in words), key=words.index)
         fields = self._made(named, sizes)
-        if "labels" in words and not fields:  # all there are
+        if "labels" in words and not fields:  # no single one is meant
             fields = self._made((name for name in missing if name.endswith("_labels")), sizes)
         if fields:
             is_list = (isinstance(error, TypeError) and "missing" in words) or "labels" in words

@@ -10,22 +10,22 @@ from torch import nn
 from autobatch.errors import SampleError
 from autobatch.workload.infer.plain import POSITIONS
 
-__all__ = ["SIGHT", "SOUND", "context_of", "stated", "text_configs"]
+__all__ = ["AUDIO", "VISION", "context_of", "stated", "text_configs"]
 
 LONGEST_CONTEXT = 1024
 CONTEXT_WITHOUT_LIMIT = 512
-# How nested configs call those who see and hear.
-SIGHT, SOUND = "vision|image|video|backbone|encoder", "audio|speech|encoder"
+# Names of nested vision and audio configs.
+VISION, AUDIO = "vision|image|video|backbone|encoder", "audio|speech|encoder"
 
 
 def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> Any:
-    """Return the first of some sizes that a config states, or one of those nested in it.
+    """Return the first of these sizes that a config or one nested in it states; None if none does.
 
     Args:
-        config: asked first; then its own configs, depth first.
-        names: of fields, the likeliest first.
-        prefer: a pattern of the nested configs to ask before the others.
-        nested: whether to ask those at all.
+        config: is asked first, then the configs nested in it, depth first.
+        names: the fields that may hold the size, the likeliest first.
+        prefer: a pattern; nested configs whose name matches are asked before the others.
+        nested: whether nested configs are asked at all.
     """
     for name in names:
         value = getattr(config, name, None)
@@ -40,7 +40,10 @@ def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> A
 
 
 def text_configs(config: Any) -> tuple[Any, Any]:
-    """Return the config of the text that a model reads, and of what it writes; mostly the same."""
+    """Return the configs of the text that a model reads and of the text that it writes.
+
+    Most models have one config for both.
+    """
     if not hasattr(config, "get_text_config"):
         return config, config
     try:
@@ -51,9 +54,12 @@ def text_configs(config: Any) -> tuple[Any, Any]:
 
 
 def context_of(model: Any, text: Any, seq: int | None) -> int:
-    """Return the length of a sequence: what was asked, else what the positions allow, capped.
+    """Return the length of a sequence: the one asked for, else what the positions allow, capped.
 
-    Tables of positions that skip a padding index (RoBERTa) hold fewer than the config says.
+    A table of positions that skips a padding index (RoBERTa's) holds fewer than the config says.
+
+    Raises:
+        SampleError: the length asked for exceeds a table of positions.
     """
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:

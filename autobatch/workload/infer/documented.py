@@ -33,8 +33,8 @@ class Documented:
 
     Attributes:
         dtype: None for floating-point numbers of any width.
-        sizes: of its dimensions, that of the batch included, as they are written; of several ways,
-            one that begins with the batch.
+        sizes: the sizes of its dimensions as they are written, the batch included. Where the
+            docstring gives several shapes, one that begins with the batch.
     """
 
     dtype: torch.dtype | None
@@ -65,7 +65,7 @@ def _sizes(shape: str) -> tuple[str, ...]:
 
 
 def evaluated(size: str, value_of: Callable[[str], Any]) -> int | None:
-    """Return a documented size as a number; None where it says nothing that is known.
+    """Return a documented size as a number; None where a name in it is unknown.
 
     Args:
         size: such as "2 * sequence_length".

@@ -1,4 +1,4 @@
-"""Inputs that a model holds as an example, as Lightning's modules do."""
+"""Inputs like the example that a model holds, as Lightning's modules do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autobatch.workload.infer.dry_run import TRIED_SAMPLES, fake_copy, quiet
 from autobatch.workload.infer.fields import SURROGATE, Inferred
-from autobatch.workload.infer.trial import TRIED_SAMPLES, fake_copy, quiet
 from autobatch.workload.sample import batch_builder
 
 __all__ = ["infer_example"]
@@ -24,7 +24,7 @@ def infer_example(model: nn.Module, attribute: str) -> Inferred:
     return Inferred(
         batch=build,
         loss=_training_step if trains else None,
-        note=f"inputs inferred: the model's {attribute}",
+        inputs_note=f"inputs inferred: the model's {attribute}",
         loss_note=f"loss inferred: training_step on {attribute}" if trains else SURROGATE,
     )
 
@@ -39,7 +39,7 @@ def _training_step(model: Any, batch: Any) -> Tensor:
 
 
 def _trains_on(model: nn.Module, build: Callable[[int], Any]) -> bool:
-    """Say whether `training_step` takes such a batch: an example is often the inputs alone."""
+    """Say whether `training_step` runs on these batches: an example may lack the labels."""
     mode = FakeTensorMode()
     try:
         clone = fake_copy(model, mode).train()

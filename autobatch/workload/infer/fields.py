@@ -1,6 +1,6 @@
 """Batches of random tensors, described field by field.
 
-Invariant: a batch function makes the same numbers at every call, and plain CPU tensors.
+Invariant: a batch function makes plain CPU tensors, with the same numbers at every call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import SampleError
-from autobatch.workload.workload import Workload
+from autobatch.workload.workload import Loss, Workload
 
 __all__ = [
     "SURROGATE",
@@ -27,8 +27,6 @@ __all__ = [
     "unknown",
 ]
 
-Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
-
 SURROGATE = "no loss is known, so the sum of the outputs stands in: pass loss=... for the real one"
 
 
@@ -38,22 +36,30 @@ class Inferred:
 
     Attributes:
         batch: builds one micro-batch of n samples on the CPU, in plain torch operations.
-        loss: the loss of the model's usual training; None where the output holds it (`.loss`)
-            or nothing better is known than a sum of the outputs.
-        note: what the inputs are and how that was found, in one line.
-        loss_note: the same of the loss.
+        loss: the loss of the model's usual training; None where the output holds it (`.loss`),
+            or where nothing better is known than a sum of the outputs.
+        inputs_note: what the inputs are and how they were found, in one line.
+        loss_note: what the loss is and how it was found, in one line.
     """
 
     batch: Callable[[int], Any]
     loss: Loss | None
-    note: str
+    inputs_note: str
     loss_note: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a plan says of the inputs and the loss; of a surrogate loss it warns by itself."""
+        return tuple(note for note in (self.inputs_note, self.loss_note) if note != SURROGATE)
 
     def workload(self, model: nn.Module) -> Workload:
         """Return the workload of training `model` on these inputs."""
-        notes = tuple(note for note in (self.note, self.loss_note) if note != SURROGATE)
         return Workload(
-            model=model, batch=self.batch, loss=self.loss, loss_name="inferred", notes=notes
+            model=model,
+            batch=self.batch,
+            loss=self.loss,
+            loss_name="inferred",
+            notes=self.notes,
         )
 
 
@@ -64,10 +70,10 @@ class Field:
     Integers lie in [low, high); floating-point values are standard normal.
 
     Attributes:
-        rows: that each sample has in the batch dimension, as where patches of all images follow
-            one another.
-        values: of each sample, in the order of `shape`, where not any will do: the sizes of an
-            image, say. Known on a simulated GPU.
+        rows: entries of each sample in the batch dimension; several where the patches of all
+            images follow one another.
+        values: the values of each sample, in the order of `shape`, where random ones will not do,
+            such as the sizes of an image; a simulated GPU knows them.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +93,7 @@ class Field:
         shape = (*self.shape[: self.batch_dim], n * self.rows, *self.shape[self.batch_dim :])
         if self.dtype.is_floating_point:
             return torch.randn(shape, dtype=self.dtype, device="cpu", generator=generator)
-        if self.high == self.low + 1:  # unlike random numbers, known on a simulated GPU
+        if self.high == self.low + 1:  # a simulated GPU knows constants
             return torch.full(shape, self.low, dtype=self.dtype, device="cpu")
         return torch.randint(
             self.low, self.high, shape, dtype=self.dtype, device="cpu", generator=generator
@@ -103,7 +109,7 @@ Fields: TypeAlias = "Field | tuple[Field, ...] | Mapping[str, Field | bool]"
 
 
 def unknown(model: nn.Module, why: str) -> SampleError:
-    """Return the error that shows the missing argument."""
+    """Return the error that says why nothing was inferred and which argument to pass."""
     return SampleError(
         f"the inputs of {type(model).__name__} cannot be inferred ({why}): pass one batch, such "
         "as sample=torch.randn(8, 3, 224, 224) or sample=(inputs, labels)"
@@ -111,7 +117,7 @@ def unknown(model: nn.Module, why: str) -> SampleError:
 
 
 def builder(fields: Fields) -> Callable[[int], Any]:
-    """Return a batch function with its own random numbers, the same for every call."""
+    """Return a batch function that draws the same random numbers at every call."""
 
     def build(n: int) -> Any:
         generator = torch.Generator().manual_seed(0)
@@ -137,12 +143,12 @@ def describe(fields: Fields) -> str:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's floating-point weights, the first where they differ."""
+    """Return the dtype of a model's floating-point weights; of several, the first."""
     dtypes = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     return next(dtypes, torch.get_default_dtype())
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Return height and width, where one number is both."""
+    """Return height and width of a size that may be one number for both."""
     height, width = size if isinstance(size, Sequence) else (size, size)
     return int(height), int(width)

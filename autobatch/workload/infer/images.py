@@ -1,4 +1,4 @@
-"""Images and labels of classes: what timm and torchvision train on."""
+"""Images and class labels, which the models of timm and torchvision train on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def last_features(module: nn.Module | None) -> int:
-    """Return the outputs of the last Linear or convolution inside a head; 0 where it has none."""
+    """Return the number of outputs of a head's last Linear or convolution; 0 without one."""
     layers = [m for m in (module.modules() if module else ()) if isinstance(m, HEAD_LAYERS)]
     if not layers:
         return 0
@@ -28,21 +28,29 @@ def last_features(module: nn.Module | None) -> int:
 
 
 def classification(images: Field, classes: int, what: str) -> Inferred:
-    """Return images, with labels and cross entropy where the model has classes."""
+    """Return images as inputs, with labels and cross entropy where the model has classes.
+
+    Args:
+        images: the images.
+        classes: how many classes the model tells apart; 0 if it is no classifier.
+        what: the size of the images and where it is from, for the note.
+    """
     dtype = str(images.dtype).removeprefix("torch.")
-    note = f"inputs inferred: {dtype} images {what}"
+    inputs_note = f"inputs inferred: {dtype} images {what}"
     if classes == 0:
-        return Inferred(batch=builder(images), loss=None, note=note, loss_note=SURROGATE)
+        return Inferred(
+            batch=builder(images), loss=None, inputs_note=inputs_note, loss_note=SURROGATE
+        )
     return Inferred(
         batch=builder((images, Field((), high=classes))),
         loss=cross_entropy,
-        note=note,
+        inputs_note=inputs_note,
         loss_note=f"loss inferred: cross entropy over {classes} classes",
     )
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Classify images; auxiliary outputs count as the model's authors trained them."""
+    """Return the loss of a classifier; auxiliary outputs weigh as in the authors' training."""
     images, labels = batch
     output = model(images)
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""Labels of the heads of transformers, known by class names."""
+"""Labels of transformers models, told by the name of the model's class."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from autobatch.workload.infer.fields import Field
 
 __all__ = ["CHOICES", "LM_HEAD", "labels_of"]
 
+# Answers of a multiple-choice question.
 CHOICES = 4
 
 LM_HEAD = re.compile(r"ForCausalLM|LMHead|ForMaskedLM|ForConditionalGeneration")
 
 
 def labels_of(name: str, config: Any, tokens: Field, size: tuple[int, int]) -> dict[str, Field]:
-    """Return the labels of a head, known by its class name; none for a model without a head.
+    """Return the labels that a model's head is trained on; none for a model without a head.
 
     Args:
-        name: of the class.
-        config: of the model.
-        tokens: labels that are tokens, of each place of a text.
+        name: the name of the model's class.
+        config: the model's config.
+        tokens: labels that are tokens, one for each position of a text.
         size: height and width of an image.
     """
     classes = max(getattr(config, "num_labels", 1), 1)

@@ -1,4 +1,4 @@
-"""Inputs of any module, by its first layer; kept only where a fake copy runs on them."""
+"""Inputs of any module, guessed from its first layer and kept only where a dry run succeeds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from autobatch.workload.infer.dry_run import first_that_runs
 from autobatch.workload.infer.fields import (
     SURROGATE,
     Field,
@@ -20,10 +21,10 @@ from autobatch.workload.infer.fields import (
     unknown,
 )
 from autobatch.workload.infer.images import HEAD_LAYERS
-from autobatch.workload.infer.trial import first_that_runs
 
 __all__ = ["POSITIONS", "TOKENS", "infer_plain"]
 
+# Length of a sequence where nothing says more.
 TOKENS = 128
 
 # Sizes tried for a plain convolution, the usual ones first; the first that runs is taken.
@@ -42,11 +43,12 @@ FIRST_LAYERS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
 )
+# Names of tables of position embeddings.
 POSITIONS = re.compile(r"pos|wpe")
 
 
 def infer_plain(model: nn.Module, seq: int | None, image_size: int | None) -> Inferred:
-    """Return the likeliest inputs of the first layer that the whole model runs on.
+    """Return the likeliest inputs of the first layer on which the whole model runs.
 
     Raises:
         SampleError: there is no such layer, or the model takes more than one argument.
@@ -63,10 +65,11 @@ def infer_plain(model: nn.Module, seq: int | None, image_size: int | None) -> In
     if first is None:
         raise unknown(model, "no layer tells what it takes")
     fields, _ = first_that_runs(model, _plain_candidates(model, first, seq, image_size))
+    layer = type(first).__name__
     return Inferred(
         batch=builder(fields),
         loss=None,
-        note=f"inputs inferred: {describe(fields)} from the first layer ({type(first).__name__})",
+        inputs_note=f"inputs inferred: {describe(fields)} from the first layer ({layer})",
         loss_note=SURROGATE,
     )
 
@@ -74,7 +77,7 @@ def infer_plain(model: nn.Module, seq: int | None, image_size: int | None) -> In
 def _plain_candidates(
     model: nn.Module, first: nn.Module, seq: int | None, image_size: int | None
 ) -> list[Fields]:
-    """Return the inputs that a model with such a first layer may take, the likeliest first."""
+    """Return inputs that a model with this first layer may take, the likeliest first."""
     dtype = float_dtype(model)
     layers = [m for m in model.modules() if isinstance(m, SEQUENCE_LAYERS)]
     batch_dim = 1 if any(not layer.batch_first for layer in layers) else 0
@@ -101,7 +104,7 @@ def _plain_candidates(
         case nn.Linear():
             row = Field((first.in_features,), dtype)
             several = sequence(first.in_features)
-            # A lone row would pass for a sequence without a batch in these layers.
+            # These layers would take lone rows for one sequence without a batch.
             return [several] if layers else [row, several]
         case nn.LayerNorm():
             shape = tuple(first.normalized_shape)
@@ -120,7 +123,7 @@ def _plain_candidates(
 
 
 def _learned_positions(model: nn.Module) -> int:
-    """Return the fewest positions that a table of position embeddings holds."""
+    """Return the size of the smallest table of position embeddings."""
     return min(
         (
             module.num_embeddings

@@ -10,9 +10,9 @@ from typing import Any
 
 from autobatch.workload.infer.documented import Documented, documented
 
-__all__ = ["PATCH_GRID", "Signature"]
+__all__ = ["Signature"]
 
-# Arguments that hold samples, the likeliest to be fed alone first.
+# Arguments that hold samples; the one most often given alone comes first.
 MAIN_INPUTS = (
     "input_ids",
     "pixel_values",
@@ -32,12 +32,12 @@ class Signature:
     """The arguments of a model's `forward`.
 
     Attributes:
-        accepts: all names, in order.
-        required: those without a default.
-        main: the argument that holds the samples, as the model states it; else the likeliest; None
-            where no name tells.
-        main_inputs: all arguments that hold samples, the likeliest to be fed alone first.
-        booleans: those that take truth values, by their annotation.
+        accepts: the names of all arguments, in order.
+        required: the names of those without a default.
+        main: the argument that holds the samples: the one that the model states, else the
+            likeliest; None where no name tells.
+        main_inputs: all arguments that hold samples, in the order of `MAIN_INPUTS`.
+        booleans: the arguments that are annotated as truth values.
         documented: what the docstring says of tensors, by name.
     """
 
@@ -62,7 +62,7 @@ class Signature:
         is_accepted = isinstance(named, str) and named in accepts
         likeliest = next(iter(main_inputs), None)
         if is_accepted and main_inputs and named not in (*required, *main_inputs):
-            # `inputs` of many kinds: an error asks for one of those, where they are several
+            # A stand-in such as `inputs`: of several kinds, an error will ask for the right one.
             main = likeliest if len(main_inputs) == 1 else None
         else:
             main = named if is_accepted else likeliest
@@ -76,10 +76,10 @@ class Signature:
         )
 
     def is_vector(self, name: str) -> bool:
-        """Say whether an argument is one number of each sample, by the docstring."""
+        """Say whether the docstring calls an argument one number for each sample."""
         return name in self.documented and self.documented[name].sizes == ("batch_size",)
 
     @property
     def is_packed(self) -> bool:
-        """Whether images come as patches, beside a grid of them."""
+        """Whether all images come as one row of patches, with a grid that says which is whose."""
         return any(PATCH_GRID.search(name) for name in self.accepts)

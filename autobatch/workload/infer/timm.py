@@ -20,13 +20,14 @@ def pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
 
 
 def infer_timm(model: Any, image_size: int | None) -> Inferred:
-    """Return images as the stem takes them, in the size the model is built for or states."""
+    """Return images with the channels of the stem, in the size that the model is built for."""
     channels, *size = pretrained_cfg(model)["input_size"]
     stem = _timm_stem(model)
     if stem is not None and stem.groups == 1:
-        # `in_chans` may differ from the config's, and pixels may be folded into channels before
-        folds = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
-        channels = stem.in_channels // next(folds, 1) ** 2
+        # The user's `in_chans` may differ from the config's; SpaceToDepth folds blocks of pixels
+        # into channels before the stem.
+        blocks = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
+        channels = stem.in_channels // next(blocks, 1) ** 2
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = pair(image_size or built_for or size)
     images = Field((channels, height, width), float_dtype(model))
@@ -39,9 +40,9 @@ def infer_timm(model: Any, image_size: int | None) -> Inferred:
 
 
 def _timm_stem(model: Any) -> nn.Conv2d | None:
-    """Return the convolution that sees the images, where the config names one.
+    """Return the convolution that takes the images, where the config names one.
 
-    What comes first among the modules may work on other channels: patches folded into them, say.
+    The first among the modules may be another, on channels into which pixels were folded.
     """
     named = pretrained_cfg(model).get("first_conv")
     try:

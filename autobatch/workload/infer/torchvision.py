@@ -1,12 +1,12 @@
-"""Inputs of torchvision's models, by the module that a model comes from."""
+"""Inputs of torchvision's models, told by the module in which a model's class lives."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from autobatch.workload.infer.dry_run import first_that_runs
 from autobatch.workload.infer.fields import Field, Inferred, builder, float_dtype, pair, unknown
 from autobatch.workload.infer.images import classification, cross_entropy, last_features
-from autobatch.workload.infer.trial import first_that_runs
 
 __all__ = ["infer_torchvision"]
 
@@ -18,7 +18,7 @@ CLIP_FRAMES = 16
 
 
 def infer_torchvision(model: nn.Module, image_size: int | None) -> Inferred:
-    """Return images, clips or images with a mask of classes.
+    """Return images or clips with one class each, or images with a class for every pixel.
 
     Raises:
         SampleError: the model takes more than images, as a detector does.
@@ -29,12 +29,12 @@ def infer_torchvision(model: nn.Module, image_size: int | None) -> Inferred:
     side = image_size or getattr(model, "image_size", None)
     if ".segmentation" in module:
         height, width = pair(side or SEGMENTATION_SIZE)
-        fields = Field((3, height, width), dtype)
+        images = Field((3, height, width), dtype)
         classes = last_features(getattr(model, "classifier", None))
         return Inferred(
-            batch=builder((fields, Field((height, width), high=max(classes, 1)))),
+            batch=builder((images, Field((height, width), high=max(classes, 1)))),
             loss=cross_entropy,
-            note=f"inputs inferred: images {fields} for a torchvision segmentation model",
+            inputs_note=f"inputs inferred: images {images} for a torchvision segmentation model",
             loss_note=f"loss inferred: cross entropy of every pixel over {classes} classes",
         )
     if ".video" in module:
@@ -43,8 +43,8 @@ def infer_torchvision(model: nn.Module, image_size: int | None) -> Inferred:
     else:
         side = side or (INCEPTION_SIZE if type(model).__name__ == "Inception3" else IMAGE_SIZE)
         shape = (3, *pair(side))
-    images, output = first_that_runs(model, [Field(shape, dtype)])
-    assert isinstance(images, Field)
+    images = Field(shape, dtype)
+    _, output = first_that_runs(model, [images])
     main = output[0] if isinstance(output, tuple) else output
     classes = main.shape[1] if isinstance(main, Tensor) and main.dim() == 2 else 0
     sizes = " x ".join(str(size) for size in shape)

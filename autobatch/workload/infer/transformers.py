@@ -1,4 +1,4 @@
-"""Inputs of transformers' models, tried on a fake copy where they are not certain."""
+"""Inputs of transformers' models, tried in dry runs where they are not certain."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from autobatch.workload.infer.arguments import Arguments
+from autobatch.workload.infer.dry_run import DryRun, Refused
 from autobatch.workload.infer.fields import SURROGATE, Field, Inferred, builder, describe, unknown
 from autobatch.workload.infer.labels import LM_HEAD
 from autobatch.workload.infer.sizes import Sizes
-from autobatch.workload.infer.trial import Refused, Trial
 
 __all__ = ["infer_transformers"]
 
 LABELS = re.compile(r"labels$|^(start|end)_positions$|^next_sentence_label$|^return_loss$")
 
-# Sizes that may differ from those of the config at once.
+# How many sizes may differ from those of the config at the same time.
 MOST_CHANGES = 2
 
 
@@ -38,26 +38,26 @@ def infer_transformers(model: Any, seq: int | None, image_size: int | None) -> I
     return Inferred(
         batch=builder(fields),
         loss=None,
-        note=f"inputs inferred: {describe(fields)} from the config of {name}",
+        inputs_note=f"inputs inferred: {describe(fields)} from the config of {name}",
         loss_note=f"loss inferred: output.loss of {name} given {labels}" if labels else SURROGATE,
     )
 
 
 def _accepted(model: nn.Module, arguments: Arguments) -> dict[str, Field | bool]:
-    """Return arguments that a model runs on, with those that its own errors ask for.
+    """Return arguments on which a model runs, with those that its own errors ask for.
 
-    One size is changed at a time. Where no change is enough, that which brings the model furthest
-    is kept, and the others are tried on top of it.
+    One size is changed at a time. Where no change is enough, the one with which the model gets
+    furthest is kept, and the others are tried on top of it.
 
     Raises:
-        SampleError: it runs on none of the sizes that are tried.
+        SampleError: the model runs on none of the sizes that are tried.
     """
-    trial, why = Trial(model), ""
+    dry_run, why = DryRun(model), ""
     base, furthest = arguments.sizes, -1
     for _ in range(MOST_CHANGES + 1):
         best = base
         for sizes in arguments.variants(base):
-            fields, refused = _completed(trial, arguments, sizes)
+            fields, refused = _completed(dry_run, arguments, sizes)
             if refused is None:
                 return fields
             why = why or str(refused)
@@ -70,11 +70,11 @@ def _accepted(model: nn.Module, arguments: Arguments) -> dict[str, Field | bool]
 
 
 def _completed(
-    trial: Trial, arguments: Arguments, sizes: Sizes
+    dry_run: DryRun, arguments: Arguments, sizes: Sizes
 ) -> tuple[dict[str, Field | bool], Refused | None]:
     """Add what errors ask for until a model runs, or asks for nothing more."""
     fields = arguments.usual(sizes)
-    while (refused := _refused(trial, fields)) is not None:
+    while (refused := _refused(dry_run, fields)) is not None:
         more = arguments.asked_for(refused.error, fields, sizes)
         if not more:
             return fields, refused
@@ -82,9 +82,9 @@ def _completed(
     return fields, None
 
 
-def _refused(trial: Trial, fields: Mapping[str, Field | bool]) -> Refused | None:
+def _refused(dry_run: DryRun, fields: Mapping[str, Field | bool]) -> Refused | None:
     try:
-        trial.run(fields)
+        dry_run.run(fields)
     except Refused as refused:
         return refused
     return None

@@ -1,6 +1,6 @@
-"""Inputs tried on a copy of a model with fake weights.
+"""Inputs tried in dry runs: on a copy of the model whose tensors are fake and take no memory.
 
-Invariant: nothing is allocated, and nothing that is computed on fake tensors outlives a trial.
+Invariant: nothing that is computed on fake tensors outlives a dry run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,16 +25,18 @@ from torch._subclasses.fake_tensor import (
 
 from autobatch.support.patching import patched
 from autobatch.workload.infer.fields import Fields, builder, describe, unknown
+from autobatch.workload.loss import output_of
 
-__all__ = ["TRIED_SAMPLES", "Refused", "Trial", "fake_copy", "first_that_runs", "quiet"]
+__all__ = ["TRIED_SAMPLES", "DryRun", "Refused", "fake_copy", "first_that_runs", "quiet"]
 
 # Odd and prime, so that a wrong reshape of the batch seldom goes unnoticed.
 TRIED_SAMPLES = 7
 
+# Fake tensors up to this many elements keep their values where these are constants.
 KNOWN_ELEMENTS = 1024
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
-# Fake tensors have no values to read; the model may well run where these are raised.
+# Raised where a model reads values, which fake tensors lack; on real ones it may well run.
 CANNOT_TELL = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -61,7 +63,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of a fake run: those that matter come again in the real one."""
+    """Silence the warnings of a dry run: those that matter come again in the real run."""
     loggers = [logging.getLogger(name) for name in ("transformers", FAKE_TENSORS)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -79,8 +81,8 @@ class Refused(Exception):
     """A model does not run on a batch.
 
     Attributes:
-        error: what it raised instead.
-        calls: of modules that ended before.
+        error: what the model raised; None where it ran, but mixed the samples.
+        calls: how many calls of modules had returned by then, which tells how far it got.
     """
 
     def __init__(self, why: str, error: Exception | None, calls: int) -> None:
@@ -89,14 +91,14 @@ class Refused(Exception):
         self.calls = calls
 
 
-class Trial:
-    """A copy of a model with fake weights, on which inputs are tried."""
+class DryRun:
+    """A copy of a model with fake tensors, on which inputs are tried."""
 
     def __init__(self, model: nn.Module) -> None:
         """Copy the model.
 
         Raises:
-            SampleError: it cannot be copied.
+            SampleError: the model cannot be copied.
         """
         self._mode = FakeTensorMode()
         try:
@@ -111,7 +113,7 @@ class Trial:
         self._calls += 1
 
     def run(self, fields: Fields) -> Any:
-        """Return the fake output; None where fake tensors cannot tell: the model reads values.
+        """Return the fake output; None where the model reads values, which fake tensors lack.
 
         Raises:
             Refused: the model does not run, or mixes the samples.
@@ -119,7 +121,7 @@ class Trial:
         self._calls = 0
         try:
             with self._mode, torch.no_grad(), quiet(), _uncached(), _known_values():
-                output = _call(self._clone, builder(fields)(TRIED_SAMPLES))
+                output = output_of(self._clone, builder(fields)(TRIED_SAMPLES))
         except CANNOT_TELL:
             return None
         except Exception as error:
@@ -133,14 +135,14 @@ class Trial:
 
 @contextmanager
 def _known_values() -> Iterator[None]:
-    """Keep what follows from the small whole numbers of a batch, such as the sizes of images."""
+    """Let fake tensors keep more constants: what a model computes from the sizes of images, say."""
     with patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS):
         yield
 
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Keep what is computed on fake tensors out of transformers' caches, which outlive a model."""
+    """Keep fake tensors out of transformers' caches, which outlive a model."""
     home = sys.modules.get("transformers.pytorch_utils")
     if not hasattr(home, "is_torchdynamo_compiling"):
         yield
@@ -150,16 +152,16 @@ def _uncached() -> Iterator[None]:
 
 
 def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fields, Any]:
-    """Return the first candidate that a fake copy of the model accepts, and its fake output.
+    """Return the first candidate on which the model runs, and its fake output.
 
     Raises:
-        SampleError: the model rejects every candidate.
+        SampleError: the model runs on none of them.
     """
     why = "no layer tells what it takes"
-    trial = Trial(model)
+    dry_run = DryRun(model)
     for fields in candidates:
         try:
-            output = trial.run(fields)
+            output = dry_run.run(fields)
         except Refused as refused:
             why = str(refused)
             continue
@@ -167,14 +169,8 @@ def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fie
     raise unknown(model, why)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
 def _keeps_samples(output: Any) -> bool:
-    """Say whether a tensor has one row per sample; `view(-1, 400)` accepts many wrong sizes."""
+    """Say whether an output has one row per sample: `view(-1, 400)` accepts many wrong sizes."""
     scalar = not isinstance(output, Tensor) or output.dim() == 0
     return scalar or TRIED_SAMPLES in output.shape
 

@@ -1,0 +1,97 @@
+"""What loading a library's model takes: its import, options of the SPEC, building on `meta`.
+
+Invariant: weights are random, and where the constructor allows it they are on `meta` and take no
+memory; whatever goes wrong is one SpecError.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from autobatch.errors import SpecError
+from autobatch.workload.spec.wording import one_line
+
+__all__ = ["Options", "harmless_warnings", "import_library", "on_meta", "rejected"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Options that would fetch weights.
+DOWNLOADS = frozenset({"pretrained", "checkpoint_path", "weights", "weights_backbone"})
+
+
+class Options(dict[str, Any]):
+    """The options of a SPEC; those that several libraries share are taken out by name."""
+
+    def take_dtype(self) -> torch.dtype | None:
+        """Take out the dtype of the parameters; None where none is asked for."""
+        name = self.pop("dtype", None)
+        if name is None:
+            return None
+        dtype = DTYPES.get(name) or getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SpecError(f"dtype={name} is not a dtype of parameters: use {', '.join(DTYPES)}")
+        return dtype
+
+    def take_size(self, key: str) -> int | None:
+        """Take out a size; None where none is asked for."""
+        size: Any = self.pop(key, None)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise SpecError(f"{key}={size} is not a size: use a positive whole number")
+        return size
+
+    def refuse_downloads(self) -> None:
+        """Raise SpecError for an option that would fetch weights."""
+        for key in sorted(DOWNLOADS.intersection(self)):
+            raise SpecError(
+                f"{key}= is not taken: weights are random here, and nothing is downloaded"
+            )
+
+
+def import_library(name: str, extra: str) -> Any:
+    """Import an optional library, which the `extra` of this package installs."""
+    try:
+        with harmless_warnings():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
+        raise SpecError(f'{name} is not installed: pip install "autobatch-gpu[{extra}]"') from None
+    except (ImportError, RuntimeError) as error:
+        raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build on `meta`, or on the CPU where the constructor reads values or mixes devices."""
+    with harmless_warnings():
+        try:
+            with torch.device("meta"):
+                return build()
+        except RuntimeError:
+            return build()
+
+
+@contextmanager
+def harmless_warnings() -> Iterator[None]:
+    """Silence deprecations and what libraries say of weights, which are random and never run."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def rejected(spec: str, options: Options, error: Exception) -> SpecError:
+    """Return the error of a model that its library did not build."""
+    given = ", ".join(f"{key}={value}" for key, value in options.items()) or "its defaults"
+    return SpecError(f"{spec} cannot be built with {given}: {one_line(error)}")

@@ -1,0 +1,118 @@
+"""Models and Workloads that a user's function makes.
+
+Invariant: `sys.path` is afterwards as before; whatever the user's code raises becomes one
+WorkloadError with the original chained.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from autobatch.errors import SpecError, WorkloadError
+from autobatch.workload.spec.wording import near, one_line
+from autobatch.workload.workload import Workload
+
+__all__ = ["load_function"]
+
+T = TypeVar("T")
+
+FORMS = "file.py:function, package.module:function, timm:NAME, torchvision:NAME or hf:TYPE"
+
+
+def load_function(spec: str) -> nn.Module | Workload:
+    """Call the function file.py:function or package.module:function, and return what it makes.
+
+    Raises:
+        SpecError: there is no such file, module or function, or it makes neither of the two.
+        WorkloadError: the user's code raised; the original error is chained.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise SpecError(f"{spec!r} is no SPEC: write {FORMS}")
+    is_file = source.endswith(".py") or Path(source).is_file()
+    with _importable(Path(source).resolve().parent if is_file else Path.cwd()):
+        module = _import_file(source) if is_file else _import_module(source)
+        if not hasattr(module, name):
+            known = [key for key in vars(module) if not key.startswith("_")]
+            raise SpecError(f"{source} has no function {name!r}{near(name, known)}")
+        made = _made_by(getattr(module, name), spec)
+    if isinstance(made, (nn.Module, Workload)):
+        return made
+    raise SpecError(
+        f"{spec} returned {type(made).__name__}: it must return a torch.nn.Module or an "
+        "autobatch.Workload"
+    )
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    before = list(sys.path)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import_file(source: str) -> ModuleType:
+    path = Path(source).resolve()
+    if not path.is_file():
+        siblings = [str(Path(source).with_name(other.name)) for other in path.parent.glob("*.py")]
+        raise SpecError(f"no such file: {source}{near(source, siblings)}")
+    # Not the stem alone, or a file named torch.py would replace the real one.
+    name = f"autobatch_spec_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise SpecError(f"{source} is not a Python file: write file.py:function")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        _run_user_code(source, partial(found.loader.exec_module, module))
+    except WorkloadError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import_module(source: str) -> ModuleType:
+    try:
+        return _run_user_code(source, lambda: importlib.import_module(source))
+    except WorkloadError as error:
+        cause = error.__cause__
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if missing and (source == missing or source.startswith(f"{missing}.")):
+            raise SpecError(f"no module named {missing!r}: write {FORMS}") from None
+        raise
+
+
+def _made_by(maker: Any, spec: str) -> Any:
+    """Call a user's function; a model or Workload kept in a variable is taken as it is."""
+    if isinstance(maker, (nn.Module, Workload)):
+        return maker
+    if not callable(maker):
+        raise SpecError(f"{spec} is a {type(maker).__name__}: name a function that returns a model")
+    try:
+        inspect.signature(maker).bind()
+    except TypeError as error:
+        raise SpecError(
+            f"{spec} needs arguments ({error}): name a function that can be called without any"
+        ) from None
+    return _run_user_code(spec, maker)
+
+
+def _run_user_code(what: str, run: Callable[[], T]) -> T:
+    try:
+        return run()
+    except (Exception, SystemExit) as error:
+        raise WorkloadError(f"{what} raised {one_line(error)}") from error

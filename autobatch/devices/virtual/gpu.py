@@ -120,7 +120,9 @@ class VirtualGpu:
         device = virtual_device()
         if not workload.is_sharded:
             return self._run(workload, micro_batch, accumulation_steps, _Part(device))
-        from autobatch.devices.virtual.sharding.rank import as_rank_zero, rank_mode, sharded
+        from autobatch.devices.virtual.sharding.dtensor_mode import rank_mode
+        from autobatch.devices.virtual.sharding.policy import sharded
+        from autobatch.devices.virtual.sharding.rank import as_rank_zero
 
         with as_rank_zero(workload.world_size, device) as recorder:
             part = _Part(device, recorder, rank_mode(), sharded)

@@ -38,8 +38,8 @@ fsdp = pytest.importorskip("torch.distributed.fsdp", reason="no FSDP2 in this Py
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("no FSDP2 in this PyTorch", allow_module_level=True)
 
-from autobatch.devices.virtual.sharding import rank as sharding  # noqa: E402
-from autobatch.devices.virtual.sharding.rank import repeated_blocks  # noqa: E402
+from autobatch.devices.virtual.sharding import dtensor_mode  # noqa: E402
+from autobatch.devices.virtual.sharding.blocks import repeated_blocks  # noqa: E402
 
 GPU = find_gpu("a100-40gb")
 WIDTH, HIDDEN, LAYERS = 24, 100, 3
@@ -242,7 +242,7 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "optimizer": torch.optim.Adagrad}])
 def test_lists_of_shards_take_the_memory_that_dtensor_itself_would_take(options, monkeypatch):
     quick = run(**options)
-    monkeypatch.setattr(sharding, "_local_lists", lambda *call: None)
+    monkeypatch.setattr(dtensor_mode, "_local_lists", lambda *call: None)
     assert run(**options) == quick
 
 

@@ -412,6 +412,19 @@ def test_a_segment_that_is_gone_at_the_end_still_belongs_to_its_private_pool(
     assert score.agrees
 
 
+def test_blocks_that_only_a_failed_request_freed_do_not_serve_it(tmp_path: Path) -> None:
+    made = recorder(EXPANDABLE, capacity=100 * MIB)
+    large, last = made.alloc(60 * MIB, 0, PRIVATE), made.alloc(2 * MIB, 0, PRIVATE)
+    other = made.alloc(20 * MIB, 7)
+    made.record_stream(large, 99)
+    made.free(large)
+    made.free(other)
+    block = made.alloc(30 * MIB, 0, PRIVATE)  # waits for `large`, and gives the page of `other` up
+    assert made.alloc_retries == 1
+    assert block.address == last.address + last.size_bytes
+    assert scored(tmp_path, made).agrees
+
+
 @st.composite
 def recordings(draw: st.DrawFn) -> Recorder:
     """A random program on several streams, recorded from somewhere in its middle."""

@@ -80,7 +80,7 @@ class _Pool:
 
 
 class Block:
-    """A stretch of a segment; the handle that `malloc` returns and `free` takes back."""
+    """A contiguous part of a segment; the handle that `malloc` returns and `free` takes."""
 
     __slots__ = (
         "address",
@@ -96,7 +96,7 @@ class Block:
     )
 
     def __init__(self, address: int, size_bytes: int, pool: _Pool, base: int | None) -> None:
-        """Make a free block that is linked to no other and in no pool."""
+        """Create a free block without neighbours that is in no pool."""
         self.address = address
         self.size_bytes = size_bytes
         self.pool = pool

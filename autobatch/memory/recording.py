@@ -1,8 +1,8 @@
-"""A snapshot's trace undone, so that it can be replayed from its beginning.
+"""Undoes a snapshot's trace, so that it can be replayed from its beginning.
 
-Invariant: rewinding trusts only addresses and requested sizes, none of the allocator's rules: where
-it stops, the recording contradicts itself. The one thing it infers is how far a block reaches
-beyond its request.
+Invariant: rewinding uses only addresses and requested sizes, none of the allocator's rules, so that
+where it stops, the recording contradicts itself. It infers two things: how far a block reaches
+beyond its request, and where an expandable segment begins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _ContradictionError(Exception):
 
 @dataclass(slots=True)
 class _Range:
-    """Memory between `address` and `end`; `small` is None until a block in it tells."""
+    """Memory between `address` and `end`; `small` is None until a block in it shows the kind."""
 
     address: int
     end: int
@@ -49,8 +49,8 @@ class _Range:
 class _Live:
     """A block in use.
 
-    `size_bytes`, with rounding, is known where the recording shows it; else `reach` is the lowest
-    address at which another block began behind it while both were in use.
+    `size_bytes`, with rounding, is None where the recording does not show it. `reach` then limits
+    it: the lowest address at which another block began behind this one while both were in use.
     """
 
     requested_bytes: int
@@ -60,10 +60,10 @@ class _Live:
 
 
 class MemoryMap:
-    """Segments and live blocks, moved forwards and backwards along a trace, without any rules."""
+    """The segments and live blocks at one event, moved forwards or backwards along the trace."""
 
     def __init__(self, segments: Sequence[SegmentInfo]) -> None:
-        """Start at a known state."""
+        """Start at the state that these segments show."""
         self._ranges = {
             part.address: _Range(
                 part.address,

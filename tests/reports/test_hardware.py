@@ -18,7 +18,7 @@ from torch import nn
 
 from autobatch import Workload, find_gpu
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.memory.trace import Block, Mark, Trace
+from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.support.units import MIB
 from reports.hardware import __main__ as command
 from reports.hardware import child, rivals
@@ -88,7 +88,7 @@ def test_names_are_one_file_name_each_and_some_limits_are_tight():
 
 def trace(sizes, phase="forward", op="op"):
     """Blocks that are made one after the other, and freed at the end."""
-    blocks = tuple(Block(size, "temporaries", phase, op) for size in sizes)
+    blocks = tuple(Allocation(size, "temporaries", phase, op) for size in sizes)
     numbers = range(len(blocks))
     events = (*numbers, *(~number for number in numbers))
     return Trace(

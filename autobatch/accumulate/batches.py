@@ -134,10 +134,10 @@ class Pieces:
         return piece
 
     def window(self, sizes: tuple[int, ...]) -> list[Piece]:
-        """Return pieces of exactly as many samples as `sizes` sum to, less at the loader's end.
+        """Return pieces of as many samples as `sizes` sum to, or fewer at the end of the loader.
 
-        A batch of the loader that is as large as the window is cut into those very sizes; one
-        that is as large as a micro-batch, or smaller, is a piece; others are cut where needed.
+        A batch of the loader that is as large as the window is cut into exactly these sizes. A
+        batch no larger than a micro-batch stays one piece. Other batches are cut where needed.
         """
         drawn: list[Piece] = []
         left = sum(sizes)

@@ -158,10 +158,10 @@ class Replicas(_Group):
     def __init__(self, model: Any, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
         self._model = model
-        # with those, which parameters a backward pass will reach is decided within DDP
+        # with either option DDP decides by itself which parameters a backward pass reaches
         self.recovers = not (model.find_unused_parameters or model.static_graph)
         self._averages = False
-        # how far DDP got in the current micro-batch
+        # whether DDP's forward pass has begun and ended in the current micro-batch
         self._entered = self._left = False
         self._reached: set[nn.Parameter] = set()
 
@@ -204,12 +204,12 @@ class Replicas(_Group):
     def leave(self, *, in_backward: bool) -> bool:
         """Go on after a micro-batch that was cut short before or in its backward pass.
 
-        From the forward pass of the last micro-batch on, DDP waits for a backward pass that
-        averages, as the other ranks do, bucket by bucket: what is missing is sent as zeros, by a
-        backward pass through the parameters alone.
+        After the forward pass of the last micro-batch, DDP on all ranks waits for a backward pass
+        that averages every bucket. Gradients that are missing are therefore sent as zeros, by a
+        backward pass through their parameters alone.
         """
         if not self._averages or not (self._left or in_backward):
-            if self._entered:  # ... and sent or received the buffers, which is due once a window
+            if self._entered:  # DDP has synchronised the buffers, which it does once a window
                 self._model.require_forward_param_sync = False
             return False
         missing = [p for p in self._parameters() if p not in self._reached]
@@ -226,8 +226,10 @@ class Shards(_Group):
     (`FSDPModule.set_requires_gradient_sync`).
     """
 
-    alike = True  # parameters are gathered in every forward pass
-    recovers = False  # ... by all ranks together, in the middle of the user's model
+    # FSDP2 all-gathers parameters in every forward pass, so all ranks must run the same number of
+    # micro-batches, and none can recover alone.
+    alike = True
+    recovers = False
 
     def __init__(self, modules: list[Any], group: dist.ProcessGroup | None, sync: Sync) -> None:
         super().__init__(group)

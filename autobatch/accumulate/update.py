@@ -24,7 +24,7 @@ __all__ = ["Updated", "Updater", "free_caches"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updated:
-    """What one update did: the gradients' norm before clipping, and whether a scaler skipped it."""
+    """The outcome of an update: the norm before clipping, and whether the scaler skipped it."""
 
     norm: Tensor | None
     skipped: bool
@@ -135,8 +135,8 @@ class Updater:
 class _Before:
     """Parameters and optimizer state before an update.
 
-    What changes in place counts its changes (`Tensor._version`), so an update that ran out of
-    memory before it changed anything is seen without a copy.
+    Tensors count their in-place changes (`Tensor._version`), so that an update which ran out of
+    memory before it changed anything is recognised without a copy.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, copied: bool) -> None:
@@ -148,7 +148,7 @@ class _Before:
         self._copies = [t.detach().to("cpu", copy=True) for t in tensors] if copied else None
 
     def restore(self, shortage: Shortage) -> None:
-        """Take back a part of an update.
+        """Undo an update that was cut short.
 
         Raises:
             DoesNotFitError: parameters or state changed, and there is no copy of them.
@@ -187,10 +187,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _is_scarce(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether an update may fail for want of memory.
+    """Return whether an update may run out of memory.
 
-    Adam-like optimizers create two tensors a parameter in their first update, and their foreach
-    versions need one more for the time of an update; the others need less.
+    Adam-like optimizers create two tensors per parameter in their first update, and their foreach
+    versions need one more during each update. Other optimizers need less.
     """
     parameters = [p for p in _parameters(optimizer) if p.is_cuda and p.grad is not None]
     if not parameters:
@@ -204,6 +204,6 @@ def _is_scarce(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def free_caches() -> None:
-    """Give cached blocks back to the device, so that they can be cut anew."""
+    """Give cached blocks back to the device, so that other sizes can be allocated."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

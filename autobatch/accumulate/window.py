@@ -35,7 +35,7 @@ class Micro:
 
     piece: Piece
     weight: float
-    repeats: bool = False  # ran before, and weighs nothing: it keeps the ranks in step
+    repeats: bool = False  # runs again with weight 0, so that the other ranks need not wait
     loss: Tensor | None = None  # times the number of ranks
 
 
@@ -151,13 +151,13 @@ class Window:
                 self._end(micro)
 
     def run(self, loss: Callable[[Any], Tensor]) -> None:
-        """Run forward and backward of all micro-batches, whatever memory allows.
+        """Run forward and backward of all micro-batches, split where memory runs out.
 
         A micro-batch that runs out of memory is split in two and tried again; where its backward
         pass had begun, the window's gradients are computed again from its first micro-batch. Under
-        DistributedDataParallel the ranks agree on that. Only a function can be tried again
-        without what the failed attempt left in the loop's variables. Layers that keep running
-        statistics see the samples that are repeated once more.
+        DistributedDataParallel the ranks agree on that. It takes a function, because variables of
+        a loop would keep the failed attempt's tensors alive. Running statistics, such as those of
+        BatchNorm, see repeated samples more than once.
 
         Args:
             loss: `loss(batch)` returns the loss of one micro-batch, as given to `backward`.
@@ -266,7 +266,7 @@ class Window:
         self._ran.clear()
 
     def _note(self, micro: Micro, shortage: Shortage) -> None:
-        """Count a lack of memory, and say once what is done about it."""
+        """Count an out-of-memory error, and warn about the first one of the window."""
         samples, limit = micro.piece.samples, self._training.retries
         self._shortages += 1
         if not self._training.ranks.recovers:
@@ -300,6 +300,6 @@ class Window:
         if micro.repeats:
             return [Micro(piece, 0.0, True) for piece in pieces]
         weights = [self._training.weigh(piece) for piece in pieces]
-        # the other micro-batches, and ranks, count on the weight that the whole one had
+        # the shares of all other micro-batches and ranks were computed with the whole one's weight
         scale = micro.weight / sum(weights)
         return [Micro(piece, w * scale) for piece, w in zip(pieces, weights, strict=True) if w]

@@ -29,7 +29,7 @@ __all__ = ["WindowOptions", "Windows", "planned_windows", "windows"]
 Reduction = Literal["mean", "sum"]
 
 PATIENCE = 2
-"""Windows that ran out of memory before the micro-batch is lowered for all that follow."""
+"""After this many windows that ran out of memory, the micro-batch is lowered for all later ones."""
 
 
 class WindowOptions(TypedDict, total=False):
@@ -57,8 +57,8 @@ class Windows:
     Iterating again begins a new epoch. See `windows` for the arguments.
 
     Attributes:
-        sizes: micro-batches of this rank's window, in samples; smaller ones take their place after
-            repeated lack of memory.
+        sizes: micro-batches of this rank's window, in samples; lowered after repeated
+            out-of-memory errors.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class Windows:
     def state_dict(self) -> dict[str, Any]:
         """Return where in the epoch the next window begins, to save beside the optimizer's state.
 
-        Between a window's first micro-batch and its `step` it is where that window began. A loader
-        that has a `state_dict` of its own is not asked for it: its batches are skipped by reading.
+        Between a window's first micro-batch and its `step`, this is where that window began. A
+        `state_dict` of the loader's own is not used: its batches are read and skipped.
         """
         return {
             "windows": self._done,
@@ -185,7 +185,7 @@ class Windows:
             if self._drop_last and sum(piece.samples for piece in drawn) < self.samples:
                 drawn = []
             micros = [Micro(piece, self._training.weigh(piece)) for piece in drawn]
-            # a loss that is a mean over nothing is not a number, and would spoil the others
+            # a mean over nothing is NaN, which would spoil the gradients of the others
             micros = [micro for micro in micros if micro.weight]
             self._spare = micros[-1] if micros else self._spare
             total = self._training.ranks.total(
@@ -217,7 +217,7 @@ class Windows:
             self._position = pieces.position
 
     def _in_step(self, micros: list[Micro], total: Total) -> list[Micro]:
-        """Add what this rank has to repeat so that no other waits for it."""
+        """Add repetitions of weight 0 where other ranks would wait for this one."""
         spare = self._spare
         if spare is None or not total.all_can_go_on:
             raise UsageError(

@@ -1,10 +1,4 @@
-"""Is the accumulated gradient that of the whole batch, and if not, why?
+"""Is the gradient of a window of micro-batches that of its whole batch, and if not, why?
 
->>> result = check_equivalence(model, sample, plan)  # doctest: +SKIP
->>> result.equivalent, result.culprits  # doctest: +SKIP
+Imports tuning and everything below it; the command line imports it.
 """
-
-from autobatch.equivalence.check import check_equivalence
-from autobatch.equivalence.result import Comparison, Culprit, Equivalence
-
-__all__ = ["Comparison", "Culprit", "Equivalence", "check_equivalence"]

@@ -1,4 +1,4 @@
-"""`check_equivalence`: compare the gradients, and find out why they differ.
+"""`check_equivalence`: compares the gradient of a window of micro-batches with its batch's.
 
 Invariant: the user's model, its modes, the loss and the random state are as before.
 """
@@ -14,11 +14,11 @@ from torch import nn
 
 from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import user_errors
+from autobatch.equivalence.compared_windows import choose_windows
 from autobatch.equivalence.gradients import Weigh
 from autobatch.equivalence.investigation import TOLERANCES, Investigation
 from autobatch.equivalence.result import Equivalence
 from autobatch.equivalence.subject import Subject, one_batch
-from autobatch.equivalence.windows import choose_windows
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.host_memory import free_host_bytes
@@ -44,24 +44,26 @@ def check_equivalence(
 ) -> Equivalence:
     """Compare the gradient of a window of micro-batches with that of the same samples at once.
 
-    Runs on copies on the CPU. Where the gradients differ, experiments take one suspect away at a
-    time and measure again, until what remains is rounding. A window of unequal micro-batches is
-    always compared, too. Parameters that are zero throughout take small numbers, as they do after
-    the first update.
+    Runs on copies on the CPU. Where the gradients differ, one possible cause after the other is
+    removed and the gradients are compared again, until only rounding is left. A window of unequal
+    micro-batches is always compared as well, because equal ones may hide a wrong weight. Parameters
+    that are all zero get small values instead, because zeros hide the layers before them until the
+    first update.
 
     Args:
         model: the module to train, on any device (`meta` gets random weights), or a Workload.
         sample: one batch, a Dataset or a DataLoader, as in `tune`; inferred if None. Give one as
             in training: if your sequences are padded, with padding.
-        plan: its window is compared, made smaller where it has more than `samples` samples.
+        plan: its window is compared; a smaller one where it has more than `samples` samples.
         micro_batch: samples of each micro-batch, instead of a plan's; 4 if None.
         accumulation_steps: micro-batches of a window, instead of a plan's; 2 if None.
         loss: `loss(model, batch)` gives a scalar; as in `tune`.
-        weight: `weight(micro_batch)` is what its loss counts by, such as its number of tokens;
-            the number of samples if None.
+        weight: `weight(micro_batch)` is the weight of its loss in the window, such as its number of
+            tokens; the number of samples if None.
         autocast: "bf16" or "fp16" shows the rounding of mixed precision; None compares exactly.
-        dtype: of the arithmetic; float64 if None, or float32 where the model does not run in that.
-        samples: the most of a plan's window that is compared.
+        dtype: of parameters, inputs and arithmetic; float64 if None, or float32 where the model
+            cannot run in float64.
+        samples: the most samples of a plan's window to compare.
 
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
@@ -79,7 +81,7 @@ def check_equivalence(
         raise UsageError(f"dtype is {dtype}: use torch.float64, torch.float32 or None")
     if isinstance(model, Workload) and loss is not None:
         model = replace(model, window=None)
-    window = _asked(plan, micro_batch, accumulation_steps)
+    window = _asked_window(plan, micro_batch, accumulation_steps)
     sample = one_batch(sample, samples if plan is not None else sum(window))
     workload = Asked(model=model, sample=sample, loss=loss).workload()
     if workload.window is not None:
@@ -100,8 +102,8 @@ def check_equivalence(
                 subject = Subject(workload=workload, dtype=each)
                 limit = samples if plan is not None else None
                 with user_errors(workload, max(window)):
-                    choice = choose_windows(subject, window, limit)
-                    result = Investigation(subject=subject, weight=weight).result(choice)
+                    compared = choose_windows(subject, window, limit)
+                    result = Investigation(subject=subject, weight=weight).result(compared)
             except WorkloadError as error:
                 if is_last:
                     raise
@@ -111,7 +113,7 @@ def check_equivalence(
     return replace(result, notes=(*notes, *result.notes), seconds=time.perf_counter() - started)
 
 
-def _asked(
+def _asked_window(
     plan: PlanRecord | None, micro_batch: int | None, accumulation_steps: int | None
 ) -> tuple[int, ...]:
     if plan is not None:
@@ -125,7 +127,11 @@ def _asked(
 
 
 def _require_memory(workload: Workload, dtype: torch.dtype, steps: int) -> None:
-    """Refuse what cannot fit: a copy, its gradient, and those of the batch and its parts."""
+    """Check that the parameters and the gradients of batch and micro-batches fit into host memory.
+
+    Raises:
+        WorkloadError: they do not.
+    """
     elements = sum(parameter.numel() for parameter in workload.model.parameters())
     needed = elements * dtype.itemsize * (4 + steps)
     free = free_host_bytes()

@@ -1,4 +1,4 @@
-"""The sentences of a verdict: what each kind of culprit is, and what to do about it."""
+"""Culprits in words: what each kind of cause is, and what the user can do about it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def random_draws(where: Sequence[str], difference: float) -> Culprit:
-    """Say that random numbers differ."""
+    """Return the culprit for random draws: window and batch draw different numbers."""
     return Culprit(
         kind="random",
         where=tuple(where),
@@ -32,7 +32,7 @@ def random_draws(where: Sequence[str], difference: float) -> Culprit:
 
 
 def batchnorm(where: Sequence[str], difference: float) -> Culprit:
-    """Say that BatchNorm sees micro-batches."""
+    """Return the culprit for BatchNorm, which normalises each micro-batch by itself."""
     return Culprit(
         kind="batchnorm",
         where=tuple(where),
@@ -46,7 +46,7 @@ def batchnorm(where: Sequence[str], difference: float) -> Culprit:
 
 
 def layer(where: Sequence[str], difference: float) -> Culprit:
-    """Say that another layer looks across samples."""
+    """Return the culprit for other layers whose output for a sample depends on other samples."""
     return Culprit(
         kind="layer",
         where=tuple(where),
@@ -59,7 +59,7 @@ def layer(where: Sequence[str], difference: float) -> Culprit:
 
 
 def state(where: Sequence[str], difference: float, steps: int) -> Culprit:
-    """Say that something in the model changes from one micro-batch to the next."""
+    """Return the culprit for state in the model that every forward pass changes."""
     return Culprit(
         kind="state",
         where=tuple(where),
@@ -72,7 +72,7 @@ def state(where: Sequence[str], difference: float, steps: int) -> Culprit:
 
 
 def wrong_weight(expression: str, weights: Sequence[float], difference: float) -> Culprit:
-    """Say by what the micro-batches have to be weighted instead."""
+    """Return the culprit for a wrong weight, and the expression that gives the right one."""
     if expression == SUM:
         return Culprit(
             kind="weight",
@@ -93,7 +93,7 @@ def wrong_weight(expression: str, weights: Sequence[float], difference: float) -
 
 
 def unnamed_weight(weights: Sequence[float], difference: float) -> Culprit:
-    """Say that some weights make it exact, though it is unknown what they count."""
+    """Return the culprit for weights that were fitted, and match nothing that was counted."""
     return Culprit(
         kind="weight",
         where=("the loss",),
@@ -105,7 +105,7 @@ def unnamed_weight(weights: Sequence[float], difference: float) -> Culprit:
 
 
 def interacting_loss(share: float, difference: float) -> Culprit:
-    """Say that samples interact in the loss."""
+    """Return the culprit for a loss in which samples interact."""
     return Culprit(
         kind="loss",
         where=("the loss",),
@@ -119,7 +119,7 @@ def interacting_loss(share: float, difference: float) -> Culprit:
 
 
 def unexplained(difference: float) -> Culprit:
-    """Say that no experiment explains the difference."""
+    """Return the culprit for a difference that no experiment explains."""
     return Culprit(
         kind="unexplained",
         where=(),

@@ -1,6 +1,6 @@
-"""Gradients of one batch, at once and in micro-batches, with or without what may tell them apart.
+"""Experiments: the gradient of one batch at once and in micro-batches, with causes removed or not.
 
-Invariant: every measurement starts from fresh copies, so that none depends on another.
+Invariant: every measurement starts from a fresh replica, so that none depends on another.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autobatch.equivalence.arithmetic import Arithmetic
-from autobatch.equivalence.layers import Layout, one_micro_batch_at_a_time
-from autobatch.equivalence.subject import Copy, Subject
+from autobatch.equivalence.module_calls import RecordedRun, run_in_micro_batches
+from autobatch.equivalence.numerics import Numerics
+from autobatch.equivalence.subject import Replica, Subject
 from autobatch.errors import WorkloadError
 from autobatch.workload.sample import Rows
 from autobatch.workload.workload import AUTOCAST_DTYPES
 
-__all__ = ["Experiment", "Gradients", "Mends", "Weigh", "combined", "differences"]
+__all__ = ["Ablation", "Experiment", "Gradients", "Weigh", "combined", "differences"]
 
 Gradients = Mapping[str, Tensor]
 Weigh = Callable[[Any], float]
 
 _SMALL = 1e-3
-"""Share of the model's largest gradient below which a gradient's own size is no measure."""
+"""Gradients below this share of the model's largest one are compared with that share instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mends:
-    """What is taken away from a run, to see whether a difference goes with it.
+class Ablation:
+    """Which possible causes are removed from a run, to see whether a difference goes with them.
 
     Attributes:
         draws: every random draw is replaced by its mean.
-        state: every micro-batch begins from the same state.
-        layers: modules that see one micro-batch at a time, in the whole batch too.
+        state: every micro-batch starts from the same state of the model.
+        layers: modules that see one micro-batch at a time in the whole batch as well.
     """
 
     draws: bool = False
@@ -48,47 +48,51 @@ class Mends:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """A batch and the sizes that it is cut into."""
+    """A batch, and the sizes of the micro-batches that it is cut into.
+
+    Attributes:
+        recorded: the modules' calls on the whole batch; needed where layers are removed.
+    """
 
     subject: Subject
     rows: Rows
     window: tuple[int, ...]
-    layout: Layout | None = None
+    recorded: RecordedRun | None = None
 
     def pieces(self) -> list[Any]:
         """Return the micro-batches."""
         starts = [sum(self.window[:step]) for step in range(len(self.window))]
         return [self.rows.cut(a, a + size) for a, size in zip(starts, self.window, strict=True)]
 
-    def whole(self, mends: Mends, seed: int = 1) -> Gradients:
+    def whole(self, ablation: Ablation, seed: int = 1) -> Gradients:
         """Return the gradient of all samples at once, with random numbers from a seed.
 
         Raises:
-            WorkloadError: it is zero or not finite everywhere.
+            WorkloadError: its largest entry is zero, or one is not finite.
         """
-        copy = self.subject.copy()
-        if mends.layers:
-            assert self.layout is not None
-            for name in mends.layers:
-                one_micro_batch_at_a_time(copy.model, name, self.layout, self.window)
-        gradients = self._gradients(copy, self.rows.cut(0, self.rows.size), mends, seed)
+        replica = self.subject.replica()
+        if ablation.layers:
+            assert self.recorded is not None
+            for name in ablation.layers:
+                run_in_micro_batches(replica.model, name, self.recorded, self.window)
+        gradients = self._gradients(replica, self.rows.cut(0, self.rows.size), ablation, seed)
         _check(gradients)
         return gradients
 
-    def parts(self, mends: Mends) -> list[Gradients]:
-        """Return the gradient of each micro-batch, which follow one another as in a window."""
-        copy = self.subject.copy()
+    def parts(self, ablation: Ablation) -> list[Gradients]:
+        """Return the gradient of each micro-batch, run one after the other as in a window."""
+        replica = self.subject.replica()
         gradients = []
         for step, piece in enumerate(self.pieces()):
-            if mends.state and step:
-                copy = self.subject.copy()
-            gradients.append(self._gradients(copy, piece, mends, 2 + step))
+            if ablation.state and step:
+                replica = self.subject.replica()
+            gradients.append(self._gradients(replica, piece, ablation, 2 + step))
         return gradients
 
-    def _gradients(self, copy: Copy, batch: Any, mends: Mends, seed: int) -> Gradients:
-        parameters = dict(copy.model.named_parameters())
-        with self.running(hold=mends.draws, seed=seed):
-            copy.value(batch).backward()
+    def _gradients(self, replica: Replica, batch: Any, ablation: Ablation, seed: int) -> Gradients:
+        parameters = dict(replica.model.named_parameters())
+        with self.running(hold=ablation.draws, seed=seed):
+            replica.value(batch).backward()
         return {
             name: torch.zeros_like(parameter) if grad is None else grad
             for name, parameter in parameters.items()
@@ -97,8 +101,8 @@ class Experiment:
         }
 
     @contextlib.contextmanager
-    def running(self, *, hold: bool, seed: int = 0) -> Iterator[Arithmetic]:
-        """Run the user's code within: in the subject's arithmetic, from a seed."""
+    def running(self, *, hold: bool, seed: int = 0) -> Iterator[Numerics]:
+        """Set the seed and the numerics in which the user's code runs inside the context."""
         seed = 0 if hold else seed
         torch.manual_seed(seed)
         random.seed(seed)
@@ -107,10 +111,10 @@ class Experiment:
         autocast = AUTOCAST_DTYPES.get(self.subject.workload.autocast or "")
         exact = self.subject.dtype == torch.float64
         with (
-            Arithmetic(exact=exact, hold=hold) as arithmetic,
+            Numerics(exact=exact, hold=hold) as numerics,
             torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext(),
         ):
-            yield arithmetic
+            yield numerics
 
 
 def _taken(parameter: nn.Parameter) -> Tensor | None:
@@ -128,7 +132,7 @@ def _check(gradients: Gradients) -> None:
 
 
 def combined(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
-    """Add up gradients with weights."""
+    """Return the weighted sum of gradients."""
     return {
         name: sum(
             (part[name] * weight for part, weight in zip(parts, weights, strict=True)),
@@ -139,7 +143,7 @@ def combined(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
 
 
 def differences(whole: Gradients, window: Gradients) -> dict[str, float]:
-    """Return the difference of each parameter's gradient, as `Comparison` defines it."""
+    """Return the relative difference of each parameter's gradient, as `Comparison` defines it."""
     largest = {name: _largest(gradient) for name, gradient in whole.items()}
     floor = _SMALL * max(largest.values())
     return {

@@ -1,7 +1,7 @@
-"""Compare the gradients of windows, and find out why they differ.
+"""Compares windows with their batches in one dtype, and finds the culprits where they differ.
 
-One suspect after the other is taken away and the gradient measured again, until what remains is
-rounding.
+One possible cause after the other is removed and the gradients are compared again, until only
+rounding is left. What a removal changes is the difference that this cause makes.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch import nn
 
 from autobatch.advice.wording import count
 from autobatch.equivalence import culprits
+from autobatch.equivalence.compared_windows import ComparedWindows
 from autobatch.equivalence.gradients import (
+    Ablation,
     Experiment,
     Gradients,
-    Mends,
     Weigh,
     combined,
     differences,
 )
-from autobatch.equivalence.layers import OWN_LOSS, Layout
+from autobatch.equivalence.module_calls import LOSS, RecordedRun
 from autobatch.equivalence.result import Comparison, Culprit, Equivalence
 from autobatch.equivalence.subject import Subject
 from autobatch.equivalence.suspects import (
     changed_buffers,
     drawing_modules,
     interaction,
-    layout_of,
     mixing_modules,
+    recorded_run,
     stateful_modules,
     with_ignored_labels,
 )
 from autobatch.equivalence.weights import fitted_weights, shares, tried_weights
-from autobatch.equivalence.windows import Choice
 from autobatch.errors import UsageError
 
 __all__ = ["TOLERANCES", "Investigation"]
@@ -45,14 +45,14 @@ _AUTOCAST_TOLERANCE = 5e-2
 _INTERACTIONS = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 _SEEDS = (9, 10, 11, 12)
-"""Tried in turn: coins thrown once a batch may fall alike."""
+"""Seeds tried in turn: with few draws in a batch, two seeds may draw the same numbers."""
 
 _BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """The gradients of an experiment, and how far they are apart."""
+    """The gradients of an experiment, and the differences between window and batch."""
 
     whole: Gradients
     parts: Sequence[Gradients]
@@ -68,8 +68,8 @@ class Investigation:
     """One check in one floating-point type.
 
     Attributes:
-        subject: what is checked.
-        weight: what a micro-batch counts by; its number of samples if None.
+        subject: the model and loss under test.
+        weight: the weight of a micro-batch; its number of samples if None.
         culprits, notes: what has been found so far.
     """
 
@@ -85,8 +85,8 @@ class Investigation:
             return _AUTOCAST_TOLERANCE
         return TOLERANCES[self.subject.dtype]
 
-    def result(self, choice: Choice) -> Equivalence:
-        """Compare the windows; where they differ from their batches, find the culprits.
+    def result(self, compared: ComparedWindows) -> Equivalence:
+        """Compare the windows with their batches, and find the culprits where they differ.
 
         Raises:
             UsageError: the weights are negative or all zero.
@@ -94,14 +94,14 @@ class Investigation:
         """
         experiments = [
             Experiment(subject=self.subject, rows=rows, window=window)
-            for window, rows in choice.windows
+            for window, rows in compared.windows
         ]
-        free = held = [self._measured(each, Mends()) for each in experiments]
+        free = held = [self._measured(each, Ablation()) for each in experiments]
         drawing: list[str] = []
         if max(each.worst for each in free) > self.tolerance:
             drawing = drawing_modules(experiments[0])
             if drawing:
-                held = [self._measured(each, Mends(draws=True)) for each in experiments]
+                held = [self._measured(each, Ablation(draws=True)) for each in experiments]
             worst = max(range(len(held)), key=lambda index: held[index].worst)
             self._investigate(experiments[worst], held[worst].worst, drawing)
         equivalent = max(each.worst for each in held) <= self.tolerance
@@ -124,7 +124,7 @@ class Investigation:
             ),
             parameters=max(free, key=lambda each: each.worst).differences,
             culprits=tuple(self.culprits),
-            notes=(*choice.notes, *self.notes),
+            notes=(*compared.notes, *self.notes),
             seconds=0.0,
         )
 
@@ -134,10 +134,10 @@ class Investigation:
         return name if autocast is None else f"{name} with {autocast} autocast"
 
     def _loss_kind(self, experiment: Experiment) -> str:
-        copy = self.subject.copy()
+        replica = self.subject.replica()
         with torch.no_grad(), experiment.running(hold=True):
-            copy.loss(copy.model, experiment.pieces()[0])
-        return copy.loss_kind
+            replica.loss(replica.model, experiment.pieces()[0])
+        return replica.loss_kind
 
     def _shares(self, experiment: Experiment) -> list[float]:
         if self.weight is None:
@@ -149,31 +149,33 @@ class Investigation:
             )
         return shares(weights)
 
-    def _measured(self, experiment: Experiment, mends: Mends) -> _Measured:
-        whole, parts = experiment.whole(mends), experiment.parts(mends)
+    def _measured(self, experiment: Experiment, ablation: Ablation) -> _Measured:
+        whole, parts = experiment.whole(ablation), experiment.parts(ablation)
         window = combined(parts, self._shares(experiment))
         return _Measured(whole, parts, differences(whole, window))
 
     def _investigate(self, experiment: Experiment, held: float, drawing: Sequence[str]) -> None:
-        """Find the culprits of a window that differs by `held` while random draws are held."""
-        mends = Mends(draws=True, state=True)
+        """Find the culprits of a window that differs by `held` with every draw at its mean."""
+        ablation = Ablation(draws=True, state=True)
         if held <= self.tolerance:
-            self._blame_draws(experiment, mends, drawing)
+            self._blame_draws(experiment, ablation, drawing)
             return
-        layout = layout_of(experiment)
-        experiment = replace(experiment, layout=layout)
-        layers = [name for name in mixing_modules(experiment, layout) if name != OWN_LOSS]
-        mends = replace(mends, layers=frozenset(layers))
+        recorded = recorded_run(experiment)
+        experiment = replace(experiment, recorded=recorded)
+        layers = [name for name in mixing_modules(experiment, recorded) if name != LOSS]
+        ablation = replace(ablation, layers=frozenset(layers))
         if drawing:
-            self._blame_draws(experiment, mends, drawing)
-        mended = self._measured(experiment, mends)
-        self._blame_layers(experiment, mends, layers, mended.whole)
-        self._blame_state(experiment, mends, mended.parts, layout)
-        if mended.worst > self.tolerance:
-            self.culprits.append(self._of_the_loss(experiment, mends, mended, layout))
+            self._blame_draws(experiment, ablation, drawing)
+        ablated = self._measured(experiment, ablation)
+        self._blame_layers(experiment, ablation, layers, ablated.whole)
+        self._blame_state(experiment, ablation, ablated.parts, recorded)
+        if ablated.worst > self.tolerance:
+            self.culprits.append(self._of_the_loss(experiment, ablation, ablated, recorded))
 
-    def _blame_draws(self, experiment: Experiment, mends: Mends, drawing: Sequence[str]) -> None:
-        drawn = replace(mends, draws=False)
+    def _blame_draws(
+        self, experiment: Experiment, ablation: Ablation, drawing: Sequence[str]
+    ) -> None:
+        drawn = replace(ablation, draws=False)
         one = experiment.whole(drawn)
         others = (_apart(one, experiment.whole(drawn, seed)) for seed in _SEEDS)
         apart = next((apart for apart in others if apart > self.tolerance), 0.0)
@@ -181,30 +183,30 @@ class Investigation:
             self.culprits.append(culprits.random_draws(drawing, apart))
 
     def _blame_layers(
-        self, experiment: Experiment, mends: Mends, layers: Sequence[str], mended: Gradients
+        self, experiment: Experiment, ablation: Ablation, layers: Sequence[str], ablated: Gradients
     ) -> None:
-        model = self.subject.copy().model
+        model = self.subject.replica().model
         norms = [name for name in layers if isinstance(model.get_submodule(name), _BATCHNORM)]
         others = [name for name in layers if name not in norms]
         for names, culprit in ((norms, culprits.batchnorm), (others, culprits.layer)):
-            kept = replace(mends, layers=mends.layers.difference(names))
-            apart = _apart(mended, experiment.whole(kept)) if names else 0.0
+            kept = replace(ablation, layers=ablation.layers.difference(names))
+            apart = _apart(ablated, experiment.whole(kept)) if names else 0.0
             if apart > self.tolerance:
                 self.culprits.append(culprit(names, apart))
 
     def _blame_state(
         self,
         experiment: Experiment,
-        mends: Mends,
-        mended: Sequence[Gradients],
-        layout: Layout,
+        ablation: Ablation,
+        ablated: Sequence[Gradients],
+        recorded: RecordedRun,
     ) -> None:
         weights = self._shares(experiment)
-        carried = experiment.parts(replace(mends, state=False))
-        apart = _apart(combined(mended, weights), combined(carried, weights))
+        carried = experiment.parts(replace(ablation, state=False))
+        apart = _apart(combined(ablated, weights), combined(carried, weights))
         buffers = changed_buffers(experiment)
         if apart > self.tolerance:
-            names = stateful_modules(experiment, layout)
+            names = stateful_modules(experiment, recorded)
             self.culprits.append(culprits.state(names, apart, len(weights)))
         elif buffers:
             self.notes.append(
@@ -213,26 +215,26 @@ class Investigation:
             )
 
     def _of_the_loss(
-        self, experiment: Experiment, mends: Mends, mended: _Measured, layout: Layout
+        self, experiment: Experiment, ablation: Ablation, ablated: _Measured, recorded: RecordedRun
     ) -> Culprit:
-        """Try other weights; then see whether samples interact."""
+        """Return the culprit in the loss: a wrong weight, samples that interact, or unexplained."""
         for expression, weights in tried_weights(experiment.pieces()):
-            if _apart(mended.whole, combined(mended.parts, weights)) <= self.tolerance:
-                return culprits.wrong_weight(expression, weights, mended.worst)
-        share = interaction(experiment, mends, layout)
+            if _apart(ablated.whole, combined(ablated.parts, weights)) <= self.tolerance:
+                return culprits.wrong_weight(expression, weights, ablated.worst)
+        share = interaction(experiment, ablation, recorded)
         if share > _INTERACTIONS[self.subject.dtype]:
-            return culprits.interacting_loss(share, mended.worst)
-        fitted = fitted_weights(mended.whole, mended.parts)
-        if _apart(mended.whole, combined(mended.parts, fitted)) <= self.tolerance:
-            return culprits.unnamed_weight(fitted, mended.worst)
-        return culprits.unexplained(mended.worst)
+            return culprits.interacting_loss(share, ablated.worst)
+        fitted = fitted_weights(ablated.whole, ablated.parts)
+        if _apart(ablated.whole, combined(ablated.parts, fitted)) <= self.tolerance:
+            return culprits.unnamed_weight(fitted, ablated.worst)
+        return culprits.unexplained(ablated.worst)
 
     def _try_ignored_labels(self, experiment: Experiment) -> None:
-        """Say by what to weight where labels may be ignored, though none are in the sample."""
+        """Note the weight that ignored labels (-100) would need, though the sample has none."""
         for ignoring in with_ignored_labels(experiment):
             try:
-                measured = self._measured(ignoring, Mends(draws=True))
-            except Exception:  # most integers are no labels, and -100 is out of their range
+                measured = self._measured(ignoring, Ablation(draws=True))
+            except Exception:  # most integer tensors are no labels, and -100 is out of their range
                 continue
             if measured.worst <= self.tolerance:
                 continue

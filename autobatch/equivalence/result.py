@@ -1,4 +1,4 @@
-"""What a check of accumulated gradients found: immutable records, and the document of them."""
+"""The result of a check as immutable records, and as a document to print."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One window of micro-batches against the same samples at once.
+    """One window of micro-batches, compared with the same samples at once.
 
     A difference is the largest, over all parameters, of max|window - batch| / max|batch|, where
-    max|batch| is at least a thousandth of the model's largest gradient: smaller gradients, such as
-    that of a bias in front of a BatchNorm, are zero up to rounding.
+    max|batch| is raised to a thousandth of the model's largest gradient, because smaller gradients,
+    such as that of a bias before a BatchNorm, are zero up to rounding.
 
     Attributes:
         window: samples of each micro-batch.
-        difference: as training would run.
-        held_difference: the same with every random draw replaced by its mean.
+        difference: with random draws, as in training.
+        held_difference: with every random draw replaced by its mean.
     """
 
     window: tuple[int, ...]
@@ -50,15 +50,15 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Culprit:
-    """One reason for a difference, found by removing it.
+    """One cause of a difference, found by removing it.
 
     Attributes:
         kind: "random" draws (dropout), "state" that changes from one micro-batch to the next,
-            "batchnorm", another "layer" that looks across samples, a "weight" other than samples,
-            a "loss" that looks across samples, or "unexplained".
-        where: names of the modules, or what it is found in.
-        difference: of the gradients with this culprit alone: all others were removed.
-        finding: what was seen, in one sentence.
+            "batchnorm", another "layer" that mixes samples, a "weight" other than the number of
+            samples, a "loss" that mixes samples, or "unexplained".
+        where: names of the modules, or the expression or part concerned.
+        difference: between the gradients while all other culprits are removed.
+        finding: what was observed, in one sentence.
         advice: what to do, in one sentence.
     """
 
@@ -71,21 +71,22 @@ class Culprit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equivalence:
-    """Whether the gradient of a window is that of its samples at once, and if not, why.
+    """Whether the gradient of a window equals that of its samples at once, and if not, why.
 
     Attributes:
-        equivalent: whether the gradients agree within the tolerance while random draws are held.
-            Dropout alone leaves it True: window and batch draw different numbers of one
-            distribution.
+        equivalent: whether the gradients agree within the tolerance while every random draw is
+            replaced by its mean. Dropout alone therefore leaves it True: window and batch draw
+            different numbers from the same distribution.
         model: class name of the module.
-        loss: how the loss was obtained, as in `ModelFacts`; "mean of the outputs" stands for none.
+        loss: how the loss was obtained, as in `ModelFacts`; "mean of the outputs" where there was
+            none.
         weight: what each micro-batch's loss was weighted by.
         dtype: of parameters, inputs and arithmetic.
-        tolerance: largest difference that rounding is taken to explain in this dtype.
+        tolerance: the largest difference in this dtype that counts as rounding.
         comparisons: the windows that were compared.
-        parameters: largest difference of each parameter, as training would run.
-        culprits: the reasons found.
-        notes: what was compared instead of what was asked for, and what else was seen.
+        parameters: the largest difference of each parameter, with random draws as in training.
+        culprits: the causes found.
+        notes: what was compared instead of what was asked for, and what else was observed.
         seconds: wall time of the check.
     """
 
@@ -103,7 +104,7 @@ class Equivalence:
 
     @property
     def difference(self) -> float:
-        """The largest difference of all windows, as training would run."""
+        """The largest difference of all windows, with random draws as in training."""
         return max(each.difference for each in self.comparisons)
 
     @property
@@ -112,7 +113,7 @@ class Equivalence:
         return max(each.held_difference for each in self.comparisons)
 
     def to_json(self) -> str:
-        """Render the result as JSON text; `difference` is repeated at the top."""
+        """Render the result as JSON text, with `difference` as an entry of its own."""
         header = {"schema_version": SCHEMA_VERSION, "difference": self.difference}
         return dump_json(header | encode(self))
 
@@ -122,7 +123,7 @@ class Equivalence:
 
 
 def equivalence_summary(result: Equivalence) -> Document:
-    """Return the verdict, what was compared, the culprits and what to do about them."""
+    """Return the document of a result: the verdict, what was compared, culprits and advice."""
     return Document(
         title=_verdict(result),
         subtitle=f"{printable(result.model)}, loss: {printable(result.loss)}, {result.dtype}",

@@ -1,6 +1,6 @@
-"""What is checked: fresh copies of a user's model and loss, and one batch that can be cut.
+"""The model and loss under test, as fresh replicas on the CPU, and one batch that can be cut.
 
-Invariant: the user's objects are read only; every copy begins in the same state.
+Invariant: the user's objects are only read; every replica starts in the same state.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
 
-__all__ = ["Copy", "Subject", "cut_batch", "one_batch"]
+__all__ = ["Replica", "Subject", "cut_batch", "one_batch"]
 
 
 class _MeanOfOutputs(DefaultLoss):
-    """Where no loss is known: a mean over the outputs, curved so that no layer's sums cancel."""
+    """Stands in for an unknown loss: a mean over samples, of a curved function of the outputs.
+
+    The sum of the outputs of a normalisation layer is constant, so that a plain mean would leave
+    the layers before it without a gradient.
+    """
 
     def stand_in(self, outputs: Sequence[Tensor]) -> Tensor:
         return torch.stack([F.softplus(output).mean() for output in outputs]).sum()
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """A model and a loss to run."""
+class Replica:
+    """A copy of the model and of the loss, to run once or a few times."""
 
     model: nn.Module
     loss: Loss
@@ -45,27 +49,27 @@ class Copy:
         """Return the loss of a batch.
 
         Raises:
-            WorkloadError: the loss is no scalar with a gradient.
+            WorkloadError: the loss is not a scalar with a gradient.
         """
         return checked_loss(self.loss(self.model, batch))
 
     @property
     def loss_kind(self) -> str:
-        """How the loss was obtained, as a plan names it."""
+        """How the loss was obtained, in the words of a plan."""
         kind = self.loss.kind if isinstance(self.loss, DefaultLoss) else "user"
         return "mean of the outputs" if kind == "surrogate sum" else kind or "user"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A workload in one floating-point type on the CPU."""
+    """A workload in one floating-point type, of which replicas are made on the CPU."""
 
     workload: Workload
     dtype: torch.dtype
     _made: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def copy(self) -> Copy:
-        """Return a copy in training mode, as fresh as the user's own; frozen parts stay frozen.
+    def replica(self) -> Replica:
+        """Return a new replica in training mode; frozen parameters stay frozen.
 
         Raises:
             WorkloadError: something cannot be copied.
@@ -76,14 +80,16 @@ class Subject:
             model.train()
         loss = self.workload.loss
         if loss is None:
-            return Copy(model, _MeanOfOutputs())
-        return Copy(model, copier.model(loss) if isinstance(loss, nn.Module) else copier.any(loss))
+            return Replica(model, _MeanOfOutputs())
+        return Replica(
+            model, copier.model(loss) if isinstance(loss, nn.Module) else copier.any(loss)
+        )
 
     def batch(self, samples: int) -> Rows:
-        """Build a batch of so many samples, in the floating-point type, that can be cut.
+        """Build a batch of `samples` samples in the subject's dtype that can be cut.
 
         Raises:
-            SampleError: its batch dimension is unknown.
+            SampleError: no dimension of its tensors grows with the samples.
         """
         return cut_batch(self.workload.batch, samples, self._cast)
 
@@ -91,11 +97,11 @@ class Subject:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _with_values(self, tensor: Tensor, _: torch.device) -> Tensor:
-        """Copy a tensor to the CPU; has the form of `Copier`'s `make`.
+        """Copy a tensor to the CPU; has the signature of `Copier`'s `make`.
 
-        A parameter of zeros, such as the last gain of a residual branch, would hide all that comes
-        before it from the experiments, and not for longer than the first update: small numbers
-        take its place.
+        A parameter that is all zero, such as the last gain of a residual branch, would hide all
+        layers before it from the experiments, though only until the first update. It gets small
+        values instead.
         """
         with torch.no_grad():
             is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
@@ -109,9 +115,9 @@ class Subject:
 
 
 def one_batch(sample: Any, samples: int) -> Any:
-    """Return a batch of items spread over a data set or a loader's; any other sample as it is.
+    """Return a batch of items from all over a data set or a loader's; any other sample as it is.
 
-    `tune` repeats the largest item, for memory; gradients need items that differ.
+    `tune` repeats the largest item because it measures memory; gradients need different items.
     """
     loader = isinstance(sample, DataLoader)
     dataset = sample.dataset if loader else sample
@@ -128,17 +134,17 @@ def one_batch(sample: Any, samples: int) -> Any:
 
 
 def cut_batch(build: Callable[[int], Any], samples: int, cast: Callable[[Tensor], Tensor]) -> Rows:
-    """Build a batch and find along which dimension of its tensors the samples lie.
+    """Build a batch, and find along which dimension each of its tensors holds the samples.
 
     Raises:
-        SampleError: along none.
+        SampleError: no dimension grows with the samples.
     """
     batch, longer = map_tensors(cast, build(samples)), named_tensors(build(samples + 1))
     dims: dict[str | int, int | None] = {
         ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
         for path, tensor in named_tensors(batch).items()
     }
-    alone = tuple(dims) == ("",)  # a batch that is one tensor
+    alone = tuple(dims) == ("",)  # the batch is a single tensor
     rows = rows_of(batch, batch_dims=dims[""] if alone else dims)
     if rows.size != samples:
         raise SampleError(
@@ -154,11 +160,11 @@ def _changed_dim(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def _invented(tensor: Tensor, seed: int) -> Tensor:
-    """Return random values of a usual scale in a tensor's shape."""
+    """Return random values in a tensor's shape, at the scale of common initialisations."""
     made = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
     if not made.is_floating_point():
         return made
     generator = torch.Generator().manual_seed(seed)
-    if made.dim() < 2:  # gains, biases and variances can all be near one
+    if made.dim() < 2:  # values near one do for gains, biases and variances
         return made.uniform_(0.5, 1.5, generator=generator)
     return made.normal_(0.0, made[0].numel() ** -0.5, generator=generator)

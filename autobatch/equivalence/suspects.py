@@ -1,7 +1,7 @@
-"""Experiments that tell what in a model or loss may make a window differ from its batch.
+"""Experiments that find the suspects: what in a model or loss may make a window differ.
 
-Invariant: nothing is judged by its name; a suspect is what an experiment shows, and becomes a
-culprit only where the gradient changes when it is taken away.
+Invariant: nothing is judged by its name. An experiment shows a suspect, which becomes a culprit
+only if the gradient changes when it is removed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.equivalence.arithmetic import Arithmetic
-from autobatch.equivalence.gradients import Experiment, Mends
-from autobatch.equivalence.layers import (
-    OWN_LOSS,
+from autobatch.equivalence.gradients import Ablation, Experiment
+from autobatch.equivalence.module_calls import (
+    LOSS,
     Call,
-    Layout,
-    Replay,
+    RecordedRun,
+    Rerun,
+    changed_values,
     embeddings_changed,
-    hooked,
-    one_micro_batch_at_a_time,
-    otherwise,
-    recorded,
+    module_hooks,
+    recorded_calls,
+    run_in_micro_batches,
 )
-from autobatch.equivalence.subject import Copy
+from autobatch.equivalence.numerics import Numerics
+from autobatch.equivalence.subject import Replica
 from autobatch.equivalence.weights import IGNORED
 from autobatch.workload.sample import Rows, named_tensors
 from autobatch.workload.tree import map_tensors
@@ -38,24 +38,25 @@ __all__ = [
     "changed_buffers",
     "drawing_modules",
     "interaction",
-    "layout_of",
     "mixing_modules",
+    "recorded_run",
     "stateful_modules",
     "with_ignored_labels",
 ]
 
 Span = tuple[int, int]
+"""Start and end of some samples."""
 
 
 def drawing_modules(experiment: Experiment) -> list[str]:
-    """Return the modules that draw random numbers in their own code: torch's, Python's, NumPy's."""
-    copy, names = experiment.subject.copy(), []
-    with torch.no_grad(), experiment.running(hold=False) as arithmetic:
-        seen = _drawn(arithmetic)
+    """Return the modules whose own code draws random numbers, from torch, Python or NumPy."""
+    replica, names = experiment.subject.replica(), []
+    with torch.no_grad(), experiment.running(hold=False) as numerics:
+        seen = _drawn(numerics)
 
         def note(name: str) -> None:
             nonlocal seen
-            before, seen = seen, _drawn(arithmetic)
+            before, seen = seen, _drawn(numerics)
             if seen != before:
                 names.append(name)
 
@@ -63,58 +64,59 @@ def drawing_modules(experiment: Experiment) -> list[str]:
             note(name)
             return output
 
-        with hooked(copy.model, end, begin=note):
-            copy.loss(copy.model, experiment.pieces()[0])
-        note(OWN_LOSS)
+        with module_hooks(replica.model, end, begin=note):
+            replica.loss(replica.model, experiment.pieces()[0])
+        note(LOSS)
     return list(dict.fromkeys(names))
 
 
-def _drawn(arithmetic: Arithmetic) -> tuple[Any, ...]:
-    """Return what changes when random numbers are drawn."""
+def _drawn(numerics: Numerics) -> tuple[Any, ...]:
+    """Return the state that changes whenever random numbers are drawn."""
     numpy: Any = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy else None
     others = (state[1].tobytes(), state[2]) if state else ()
-    return arithmetic.draws, random.getstate(), *others
+    return numerics.draws, random.getstate(), *others
 
 
-def layout_of(experiment: Experiment) -> Layout:
-    """Run the whole batch and its first micro-batch, and compare their tensors."""
+def recorded_run(experiment: Experiment) -> RecordedRun:
+    """Record a run of the whole batch; its first micro-batch shows the sample axes."""
     rows, first = experiment.rows, experiment.window[0]
 
     def calls(samples: int) -> list[Call]:
-        copy, batch = experiment.subject.copy(), rows.cut(0, samples)
-        return recorded(copy.model, lambda: _forward(experiment, copy, batch))
+        replica, batch = experiment.subject.replica(), rows.cut(0, samples)
+        return recorded_calls(replica.model, lambda: _forward(experiment, replica, batch))
 
-    return Layout.of(calls(rows.size), rows.size, calls(first), first)
+    return RecordedRun.of(calls(rows.size), rows.size, calls(first), first)
 
 
-def mixing_modules(experiment: Experiment, layout: Layout) -> list[str]:
+def mixing_modules(experiment: Experiment, recorded: RecordedRun) -> list[str]:
     """Return the modules in which a sample's output depends on other samples.
 
-    The samples after the first micro-batch get other values; what comes out for those of the first
-    must stay as it was. Then the other way round: who comes first may be served first.
+    The values of all samples after the first micro-batch are changed; the outputs for the first
+    micro-batch must stay the same. Then the roles are exchanged, because a module may let only
+    later samples depend on earlier ones.
     """
     first, size = experiment.window[0], experiment.rows.size
     names: list[str] = []
     for kept, changed in (((0, first), (first, size)), ((first, size), (0, first))):
-        copy = experiment.subject.copy()
+        replica = experiment.subject.replica()
         batch = _with_other_values(experiment.rows, [changed])
-        replay = Replay(layout, kept=kept)
-        names += replay.run(copy.model, partial(_forward, experiment, copy, batch))
+        rerun = Rerun(recorded, kept=kept)
+        names += rerun.run(replica.model, partial(_forward, experiment, replica, batch))
     return list(dict.fromkeys(names))
 
 
-def stateful_modules(experiment: Experiment, layout: Layout) -> list[str]:
-    """Return the modules that answer the same input otherwise when they are called again."""
-    copy = experiment.subject.copy()
+def stateful_modules(experiment: Experiment, recorded: RecordedRun) -> list[str]:
+    """Return the modules whose output for the same input is another one in a second run."""
+    replica = experiment.subject.replica()
     batch = experiment.rows.cut(0, experiment.rows.size)
-    _forward(experiment, copy, batch)
-    return Replay(layout).run(copy.model, lambda: _forward(experiment, copy, batch))
+    _forward(experiment, replica, batch)
+    return Rerun(recorded).run(replica.model, lambda: _forward(experiment, replica, batch))
 
 
 def changed_buffers(experiment: Experiment) -> list[str]:
-    """Return the buffers that a forward pass in training changes."""
-    before, after = experiment.subject.copy(), experiment.subject.copy()
+    """Return the buffers that a forward pass in training mode changes."""
+    before, after = experiment.subject.replica(), experiment.subject.replica()
     _forward(experiment, after, experiment.pieces()[0])
     old = dict(before.model.named_buffers())
     return [
@@ -124,23 +126,23 @@ def changed_buffers(experiment: Experiment) -> list[str]:
     ]
 
 
-def interaction(experiment: Experiment, mends: Mends, layout: Layout) -> float:
-    """Return how far the loss lets samples interact, relative to what they do alone.
+def interaction(experiment: Experiment, ablation: Ablation, recorded: RecordedRun) -> float:
+    """Return how much samples interact in the loss, relative to their effect alone.
 
-    Two groups of samples get other values, one at a time and together. In a sum over samples, or a
-    mean with weights that the values do not enter, the second change does to the loss what it does
-    without the first. Zero where no value can be changed.
+    The values of two groups of samples are changed, one group at a time and then both. If the loss
+    is a sum over samples, or a mean whose weights do not depend on the values, the effect of
+    changing both is the sum of the two effects. Zero where no value can be changed.
     """
     first, size = experiment.window[0], experiment.rows.size
     groups: tuple[Span, Span] = (0, first), (first, size)
 
     def loss(*changed: Span) -> float:
-        copy = experiment.subject.copy()
-        for name in mends.layers:
-            one_micro_batch_at_a_time(copy.model, name, layout, experiment.window)
+        replica = experiment.subject.replica()
+        for name in ablation.layers:
+            run_in_micro_batches(replica.model, name, recorded, experiment.window)
         batch = _with_other_values(experiment.rows, changed)
-        with embeddings_changed(copy.model, layout, changed):
-            return float(_forward(experiment, copy, batch))
+        with embeddings_changed(replica.model, recorded, changed):
+            return float(_forward(experiment, replica, batch))
 
     neither, one, other, both = loss(), loss(groups[0]), loss(groups[1]), loss(*groups)
     alone = max(abs(one - neither), abs(other - neither))
@@ -150,9 +152,10 @@ def interaction(experiment: Experiment, mends: Mends, layout: Layout) -> float:
 
 
 def with_ignored_labels(experiment: Experiment) -> Iterator[Experiment]:
-    """Yield the experiment with half of the first sample's entries ignored, where all count.
+    """Yield the experiment with half of the first sample's labels ignored, where none are.
 
-    Losses leave out labels of -100. One experiment for each tensor of integers that may hold them.
+    Losses ignore labels of -100. There is one experiment for each integer tensor that may hold
+    labels.
     """
     rows = experiment.rows
     for path, tensor in named_tensors(rows.batch).items():
@@ -167,16 +170,16 @@ def with_ignored_labels(experiment: Experiment) -> Iterator[Experiment]:
         yield replace(experiment, rows=changed)
 
 
-def _forward(experiment: Experiment, copy: Copy, batch: Any) -> Tensor:
+def _forward(experiment: Experiment, replica: Replica, batch: Any) -> Tensor:
     with torch.no_grad(), experiment.running(hold=True):
-        return copy.loss(copy.model, batch)
+        return replica.loss(replica.model, batch)
 
 
 def _with_other_values(rows: Rows, spans: Sequence[Span]) -> Any:
-    """Return the whole batch with other floating-point values for some samples."""
+    """Return the whole batch with the floating-point values of some samples changed."""
     whole = Rows(map_tensors(Tensor.clone, rows.batch), rows.size, rows.dims, rows.whole)
     for start, stop in spans:
         for part in named_tensors(whole.cut(start, stop)).values():  # views
             if part.is_floating_point():
-                part.copy_(otherwise(part))
+                part.copy_(changed_values(part))
     return whole.batch

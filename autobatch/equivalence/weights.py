@@ -1,4 +1,4 @@
-"""What a micro-batch's loss may be a mean over: counts that the batch holds, tried one by one."""
+"""The weights that micro-batches may need: counts of what the batch holds, tried one by one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autobatch.workload.sample import named_tensors
 __all__ = ["IGNORED", "SUM", "fitted_weights", "shares", "tried_weights"]
 
 SUM = "1"
-"""The weight of a loss that is a sum: added up, not averaged."""
+"""The weight expression of a loss that is a sum, so that micro-batches are added unweighted."""
 
 IGNORED = -100
-"""The label that losses leave out of their mean."""
+"""The label that losses ignore, PyTorch's default for `ignore_index`."""
 
 _ENTRIES_FITTED = 100_000
 
@@ -30,10 +30,10 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def tried_weights(pieces: Sequence[Any]) -> Iterator[tuple[str, list[float]]]:
-    """Yield weights by which micro-batches may count, as an expression and their shares.
+    """Yield possible weights of the micro-batches, each as an expression and their shares.
 
-    The likeliest come first: labels that are not ignored, as they are and as a language model
-    shifts them; then entries that are not padding; then sums of lengths or weights.
+    The likeliest come first: labels that are not ignored, unshifted and shifted as in language
+    models; then entries that are not zero (padding); then sums, such as those of lengths.
     """
     tensors = [named_tensors(piece) for piece in pieces]
     counts = (_labels, _shifted_labels, _entries, _total)
@@ -74,8 +74,8 @@ def _written(path: Sequence[str]) -> str:
 def fitted_weights(whole: Gradients, parts: Sequence[Gradients]) -> list[float]:
     """Return the weights that bring the window's gradient closest to that of the batch.
 
-    By least squares over a part of the entries. Zeros where there are too few entries for the
-    number of micro-batches: they would fit by chance.
+    They are fitted by least squares over some of the entries. Zeros where the entries are too few
+    for the number of micro-batches, because those would fit by chance.
     """
     entries = torch.stack([_some(part) for part in parts], dim=1)
     if len(entries) < 8 * len(parts):

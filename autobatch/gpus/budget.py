@@ -1,7 +1,7 @@
-"""What a run may use of a real card, from looks at it before and after trials; pure arithmetic.
+"""The memory that a run may use on a real GPU, from readings before and after trials; pure.
 
-Invariant: context + other processes + reserved + free is the capacity, at every reading; the
-driver's figure for this process (NVML) only divides what is held outside its allocator.
+Invariant: context + other processes + reserved + free is the capacity at every reading. NVML's
+figure for this process only divides what is held outside its allocator.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from autobatch.support.units import MIB, format_bytes
 
 __all__ = [
-    "CardReading",
-    "Holdings",
+    "DeviceReading",
+    "OutsideMemory",
     "budget_bytes",
     "growth_bytes",
-    "holdings",
-    "sentences",
+    "notes",
+    "outside_memory",
     "spilled_bytes",
     "usable_bytes",
 ]
@@ -27,8 +27,8 @@ _NOTABLE_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CardReading:
-    """One look at the card.
+class DeviceReading:
+    """One reading of a GPU's memory.
 
     Attributes:
         capacity_bytes: total of cudaMemGetInfo.
@@ -60,8 +60,8 @@ class CardReading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
-    """What is held outside this process's allocator.
+class OutsideMemory:
+    """Memory held outside this process's allocator.
 
     Attributes:
         context_bytes: CUDA context and loaded kernels of this process.
@@ -79,15 +79,15 @@ class Holdings:
         return self.context_bytes + self.others_bytes
 
 
-def holdings(*readings: CardReading, typical_context_bytes: int) -> Holdings:
-    """Return the largest context and the largest other holdings in some readings of one card.
+def outside_memory(*readings: DeviceReading, typical_context_bytes: int) -> OutsideMemory:
+    """Return the largest context and the most that others hold, over readings of one GPU.
 
     Where NVML never gave this process's figure, the context is `typical_context_bytes`, or all
     that is held outside the allocator if that is less.
 
-    >>> reading = CardReading(capacity_bytes=100, free_bytes=40, reserved_bytes=30, own_bytes=40)
-    >>> holdings(reading, typical_context_bytes=25)
-    Holdings(context_bytes=10, others_bytes=20, split_known=True)
+    >>> reading = DeviceReading(capacity_bytes=100, free_bytes=40, reserved_bytes=30, own_bytes=40)
+    >>> outside_memory(reading, typical_context_bytes=25)
+    OutsideMemory(context_bytes=10, others_bytes=20, split_known=True)
     """
     outside = max(reading.outside_bytes for reading in readings)
     contexts = [reading.context_bytes for reading in readings]
@@ -97,10 +97,10 @@ def holdings(*readings: CardReading, typical_context_bytes: int) -> Holdings:
         max(reading.outside_bytes - (context if own is None else own), 0)
         for reading, own in zip(readings, contexts, strict=True)
     )
-    return Holdings(context_bytes=context, others_bytes=others, split_known=bool(known))
+    return OutsideMemory(context_bytes=context, others_bytes=others, split_known=bool(known))
 
 
-def usable_bytes(reading: CardReading, held: Holdings) -> int:
+def usable_bytes(reading: DeviceReading, held: OutsideMemory) -> int:
     """Return what this process's allocator may reserve, before any headroom."""
     left = max(reading.capacity_bytes - held.outside_bytes, 0)
     return left if reading.allowed_bytes is None else min(left, reading.allowed_bytes)
@@ -115,37 +115,37 @@ def budget_bytes(usable: int, headroom: float) -> int:
     return int(usable * (1 - headroom))
 
 
-def growth_bytes(first: Holdings, last: Holdings) -> int:
-    """Return by how much other processes grew; where the split is unknown, they or the context."""
+def growth_bytes(first: OutsideMemory, last: OutsideMemory) -> int:
+    """Return by how much other processes grew, or the context where the split is unknown."""
     if first.split_known and last.split_known:
         return max(last.others_bytes - first.others_bytes, 0)
     return max(last.outside_bytes - first.outside_bytes, 0)
 
 
-def spilled_bytes(before: CardReading, peak_reserved_bytes: int) -> int:
-    """Return what a trial without OOM reserved beyond the card: it lies in the host's memory.
+def spilled_bytes(before: DeviceReading, peak_reserved_bytes: int) -> int:
+    """Return what a trial without OOM reserved beyond the GPU, which is in the host's memory.
 
-    Only drivers of Windows (and WSL) move memory there. They hide this process's figure as well,
-    so where it is known, the excess is what another process gave back meanwhile.
+    Only the drivers for Windows (and WSL) move memory there, and they hide this process's figure.
+    Where that is known, the excess is therefore memory that another process released meanwhile.
     """
     if before.own_bytes is not None:
         return 0
     return max(peak_reserved_bytes + before.outside_bytes - before.capacity_bytes, 0)
 
 
-def sentences(
-    first: CardReading, last: CardReading, *, typical_context_bytes: int, spilled: int = 0
+def notes(
+    first: DeviceReading, last: DeviceReading, *, typical_context_bytes: int, spilled: int = 0
 ) -> Iterator[str]:
-    """Yield what the user should know about the card, one line each.
+    """Yield notes for the user about the GPU's memory, one line each.
 
     Args:
         first: before the first trial.
         last: after the last trial.
-        typical_context_bytes: for holdings whose split is not known.
+        typical_context_bytes: of the context, where the split is not known.
         spilled: the most that any trial spilled into the host's memory.
     """
-    before = holdings(first, typical_context_bytes=typical_context_bytes)
-    after = holdings(last, typical_context_bytes=typical_context_bytes)
+    before = outside_memory(first, typical_context_bytes=typical_context_bytes)
+    after = outside_memory(last, typical_context_bytes=typical_context_bytes)
     capacity = format_bytes(last.capacity_bytes)
     outside, context, others = map(
         format_bytes, (after.outside_bytes, after.context_bytes, after.others_bytes)
@@ -163,7 +163,7 @@ def sentences(
         )
     known = before.split_known and after.split_known
     grown = growth_bytes(before, after)
-    # where the split is unknown, a context that loads its kernels is no news
+    # where the split is unknown, this process's context may have grown, as it loads kernels
     if grown > _NOTABLE_BYTES + (0 if known else after.context_bytes):
         yield (
             f"other processes{'' if known else ', it seems,'} grew by {format_bytes(grown)} during "

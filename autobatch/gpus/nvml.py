@@ -27,7 +27,7 @@ _NOT_AVAILABLE = 2**64 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledGpu:
-    """One card; `used_bytes` is what all processes and the driver hold on it."""
+    """One GPU; `used_bytes` is what all processes and the driver hold on it."""
 
     index: int
     name: str
@@ -37,7 +37,7 @@ class InstalledGpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherProcess:
-    """A process on the card that is not this one; `used_bytes` is None where hidden."""
+    """Another process on the GPU; `used_bytes` is None where the driver hides it."""
 
     pid: int
     used_bytes: int | None
@@ -45,7 +45,7 @@ class OtherProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
-    """Who holds a card's memory, as the driver sees it.
+    """Which processes hold a GPU's memory, as the driver sees it.
 
     Attributes:
         total_bytes: NVML's total; CUDA's may be smaller.
@@ -72,13 +72,13 @@ def driver_version() -> str | None:
 
 
 def occupancy(uuid: str, pci_bus_id: str, pid: int) -> Occupancy | None:
-    """Return who holds the memory of one card, or None where NVML or the card is not found.
+    """Return which processes hold one GPU's memory, or None where NVML or the GPU is not found.
 
-    Ask when CUDA is initialised: a process that holds nothing is not listed, which cannot be told
-    from a container that hides it. A card in MIG mode counts as not found; its instances count.
+    Call it after CUDA is initialised: a process that holds nothing is not listed, which looks like
+    a container that hides it. A GPU in MIG mode counts as not found, its instances as GPUs.
 
     Args:
-        uuid: of the card or MIG instance, with or without its prefix "GPU-" or "MIG-".
+        uuid: of the GPU or MIG instance, with or without its prefix "GPU-" or "MIG-".
         pci_bus_id: such as "00000000:3B:00.0"; used where no device has that UUID.
         pid: this process.
     """
@@ -105,7 +105,7 @@ def occupancy(uuid: str, pci_bus_id: str, pid: int) -> Occupancy | None:
 
 
 def _ask(question: Callable[[Any], _Answer], unknown: _Answer) -> _Answer:
-    """Put a question to NVML between its init and its shutdown; any failure is `unknown`."""
+    """Call `question` between NVML's init and shutdown; return `unknown` on any failure."""
     try:
         import pynvml
     except ImportError:
@@ -150,14 +150,14 @@ def _find(nvml: Any, uuid: str, pci_bus_id: str) -> Any | None:
 
 
 def _divided(nvml: Any, handle: Any) -> bool:
-    """Whether a card is in MIG mode: its figures are not those of one instance."""
+    """Return whether a GPU is in MIG mode: its figures are then not those of one instance."""
     with suppress(nvml.NVMLError):  # cards before Ampere have no such mode
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     return False
 
 
 def _processes(nvml: Any, handle: Any) -> dict[int, int | None]:
-    """Return bytes by process id; one that computes and draws is listed twice and counts once."""
+    """Return bytes by process id; a process listed for compute and graphics counts once."""
     refusals = (nvml.NVMLError, nvml.NVMLLibraryMismatchError)  # the latter: drivers before 510
     used_by: dict[int, int | None] = {}
     for listed in (

@@ -63,9 +63,9 @@ def peak_range(reserved_bytes: int, context_bytes: int) -> tuple[int, int]:
 
 
 def likelihood_of(reserved_bytes: int, usable_bytes: int) -> float:
-    """Return how likely a run is to fit that is predicted to reserve some bytes of the usable ones.
+    """Return how likely a run that is predicted to reserve some bytes fits into the usable ones.
 
-    Between 0.01 and 0.99: beyond the measured errors nothing is known.
+    Between 0.01 and 0.99, because nothing is known beyond the measured errors.
 
     >>> likelihood_of(100, 90), likelihood_of(100, 110) >= CONFIDENCE, likelihood_of(100, 200)
     (0.01, True, 0.99)
@@ -87,7 +87,7 @@ def _headroom(confidence: float) -> float:
 
 
 SIMULATED_HEADROOM = _headroom(CONFIDENCE)
-"""What a tuner leaves free on a simulated GPU unless told otherwise."""
+"""The share that a tuner leaves free on a simulated GPU by default."""
 
 MEASURED_HEADROOM = 0.05
-"""The same where windows run on the GPU itself, and only what comes later is unknown."""
+"""The default where windows run on the GPU itself, and only later changes are unknown."""

@@ -1,4 +1,4 @@
-"""From a trace to what people read: a footprint, a timeline, a curve.
+"""Turns traces into what users read: footprints, timelines and the memory curve.
 
 Invariant: a footprint's categories and rounding sum to the allocator's peak; a timeline keeps the
 highest instant of every stretch that it stands for.
@@ -34,8 +34,8 @@ _NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
 def replay(trace: Trace, allocator: CachingAllocator | None = None) -> Replay:
     """Run a trace through an allocator without a limit; an empty one if None.
 
-    A run stays within a budget without a retry exactly if its unlimited peak does: the limit only
-    ever acts on a request that would exceed it.
+    A run fits into a budget without a retry exactly if its peak without a limit does, because the
+    limit only matters to requests that would exceed it.
     """
     return simulate(trace.sizes, trace.events, allocator=allocator, streams=trace.streams)
 
@@ -54,10 +54,10 @@ def footprint_of(
     Args:
         trace: of training windows, executed or predicted.
         replayed: the trace in the allocator.
-        gpu: the card.
+        gpu: where the windows run.
         evidence: how the trace is known.
         simulated: whether it comes from a GPU that is not in the machine.
-        held_bytes: what was allocated before the trace began: tensors of the user's own.
+        held_bytes: allocated before the trace began, by the user's own tensors.
     """
     totals = trace.by_category(replayed.peak_event)
     low, high = (
@@ -91,14 +91,15 @@ def whole_window(
 ) -> WindowMemory:
     """Account for windows of a single micro-batch, from a trace of windows that have several.
 
-    What is alive in the first micro-batch of a window, and in the step, is what would be alive
-    there without the others: the last batch and output are as large whichever they are, and
-    gradients are None before the first one. So the peak is that outside of later micro-batches.
+    The first micro-batch of a window and the optimizer step take the same memory with and without
+    further micro-batches: gradients are None before the first one, and the batch and output that
+    are alive during the step are as large whichever micro-batch was the last. The peak is therefore
+    the highest instant outside of later micro-batches.
 
     Args:
         trace: of two windows at the samples of a whole update.
         evidence: how the trace is known.
-        allocator: what the device has allocated before; nothing if None.
+        allocator: the state of the device before the trace; empty if None.
     """
     held_bytes = allocator.allocated_bytes if allocator else 0
     replayed = simulate(
@@ -135,7 +136,7 @@ def memory_point(micro_batch: int, replayed: Replay, evidence: Evidence) -> Memo
 
 
 def curve_sizes(ceiling: int, known: Collection[int] = ()) -> list[int]:
-    """Return evenly spaced micro-batches from 1 to beyond the ceiling, away from known ones."""
+    """Return evenly spaced micro-batches from 1 to beyond the ceiling, none close to known ones."""
     last = ceiling + max(1, ceiling // 8)
     step = last / (_CURVE_POINTS - 1)
     sizes = sorted({max(1, round(step * i)) for i in range(_CURVE_POINTS)})

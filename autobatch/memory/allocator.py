@@ -80,7 +80,7 @@ class _Pool:
 
 
 class Block:
-    """A stretch of a segment; the handle that `malloc` returns and `free` takes back."""
+    """A contiguous part of a segment; the handle that `malloc` returns and `free` takes."""
 
     __slots__ = (
         "address",
@@ -96,7 +96,7 @@ class Block:
     )
 
     def __init__(self, address: int, size_bytes: int, pool: _Pool, base: int | None) -> None:
-        """Make a free block that is linked to no other and in no pool."""
+        """Create a free block without neighbours that is in no pool."""
         self.address = address
         self.size_bytes = size_bytes
         self.pool = pool
@@ -183,9 +183,13 @@ class CachingAllocator:
         for segment in sorted(segments, key=_by_address):
             pool = self._pool(segment.small, segment.stream, segment.pool_id)
             tail = tails.get(pool) if segment.expandable else None
-            base = (tail.base if tail else segment.address) if segment.expandable else None
-            if tail and tail.address + tail.size_bytes < segment.address:
-                tail = self._add_unmapped(tail, segment.address)
+            base: int | None = None
+            if segment.expandable:
+                base = start = segment.reserved_from or segment.address
+                if tail:
+                    base, start = tail.base, tail.address + tail.size_bytes
+                if start < segment.address:
+                    tail = self._add_unmapped(start, segment.address, pool, base, after=tail)
             for info in segment.blocks:
                 tail = self._add_block(info, pool, base, after=tail)
             if segment.expandable and tail:
@@ -195,8 +199,9 @@ class CachingAllocator:
             self._next_address = max(self._next_address, segment.address + segment.size_bytes)
         for pool, tail in tails.items():
             assert tail.base is not None  # only expandable segments are in `tails`
-            if (end := tail.base + self._reserve_size(pool)) > tail.address + tail.size_bytes:
-                self._add_unmapped(tail, end)
+            start, end = tail.address + tail.size_bytes, tail.base + self._reserve_size(pool)
+            if start < end:
+                self._add_unmapped(start, end, pool, tail.base, after=tail)
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_active_bytes = self.active_bytes
         self.peak_reserved_bytes = self.reserved_bytes
@@ -543,11 +548,7 @@ class CachingAllocator:
                 return first
         reserve = self._reserve_size(pool)
         base = self.cuda_reserve(reserve)
-        block = Block(base, reserve, pool, base)
-        block.state = _UNMAPPED
-        self._heads[base] = block
-        insort(pool.unmapped, block, key=_by_address)
-        return block
+        return self._add_unmapped(base, base + reserve, pool, base, after=None)
 
     def _map(self, block: Block, size: int) -> Block | None:
         """Back the first pages of an unmapped block; return the free block they end up in."""
@@ -598,12 +599,7 @@ class CachingAllocator:
     def _add_block(
         self, info: BlockInfo, pool: _Pool, base: int | None, *, after: Block | None
     ) -> Block:
-        block = Block(info.address, info.size_bytes, pool, base)
-        block.prev = after
-        if after:
-            after.next = block
-        else:
-            self._heads[info.address] = block
+        block = self._append(Block(info.address, info.size_bytes, pool, base), after)
         self._blocks[info.address] = block
         block.requested_bytes = info.requested_bytes
         block.state = _STATES.index(info.state)
@@ -616,14 +612,22 @@ class CachingAllocator:
             self._awaiting[block] = None
         return block
 
-    def _add_unmapped(self, after: Block, end: int) -> Block:
-        """Append the address range up to `end`, which no memory backs, behind a mapped block."""
-        start = after.address + after.size_bytes
-        block = Block(start, end - start, after.pool, after.base)
+    def _add_unmapped(
+        self, start: int, end: int, pool: _Pool, base: int | None, *, after: Block | None
+    ) -> Block:
+        """Append an address range that is reserved and that no memory backs."""
+        block = self._append(Block(start, end - start, pool, base), after)
         block.state = _UNMAPPED
+        insort(pool.unmapped, block, key=_by_address)
+        return block
+
+    def _append(self, block: Block, after: Block | None) -> Block:
+        """Link a block behind another, or let it begin a segment."""
         block.prev = after
-        after.next = block
-        insort(block.pool.unmapped, block, key=_by_address)
+        if after:
+            after.next = block
+        else:
+            self._heads[block.address] = block
         return block
 
 

@@ -79,6 +79,8 @@ class SegmentInfo:
         small: whether it serves requests of at most 1 MiB.
         pool_id: (0, 0), or the private pool (CUDA graphs, `torch.cuda.MemPool`) that owns it.
         blocks: all of its blocks, in order of address, without gaps.
+        reserved_from: address from which pages of its expandable segment are known to have been
+            mapped; None where nothing below this range was. Snapshots do not show it.
     """
 
     address: int
@@ -88,3 +90,4 @@ class SegmentInfo:
     pool_id: tuple[int, int]
     expandable: bool
     blocks: tuple[BlockInfo, ...]
+    reserved_from: int | None = None

@@ -1,8 +1,8 @@
-"""A snapshot's trace undone, so that it can be replayed from its beginning.
+"""Undoes a snapshot's trace, so that it can be replayed from its beginning.
 
-Invariant: rewinding trusts only addresses and requested sizes, none of the allocator's rules: where
-it stops, the recording contradicts itself. The one thing it infers is how far a block reaches
-beyond its request.
+Invariant: rewinding uses only addresses and requested sizes, none of the allocator's rules, so that
+where it stops, the recording contradicts itself. It infers two things: how far a block reaches
+beyond its request, and where an expandable segment begins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _ContradictionError(Exception):
 
 @dataclass(slots=True)
 class _Range:
-    """Memory between `address` and `end`; `small` is None until a block in it tells."""
+    """Memory between `address` and `end`; `small` is None until a block in it shows the kind."""
 
     address: int
     end: int
@@ -49,8 +49,8 @@ class _Range:
 class _Live:
     """A block in use.
 
-    `size_bytes`, with rounding, is known where the recording shows it; else `reach` is the lowest
-    address at which another block began behind it while both were in use.
+    `size_bytes`, with rounding, is None where the recording does not show it. `reach` then limits
+    it: the lowest address at which another block began behind this one while both were in use.
     """
 
     requested_bytes: int
@@ -60,10 +60,10 @@ class _Live:
 
 
 class MemoryMap:
-    """Segments and live blocks, moved forwards and backwards along a trace, without any rules."""
+    """The segments and live blocks at one event, moved forwards or backwards along the trace."""
 
     def __init__(self, segments: Sequence[SegmentInfo]) -> None:
-        """Start at a known state."""
+        """Start at the state that these segments show."""
         self._ranges = {
             part.address: _Range(
                 part.address,
@@ -83,6 +83,11 @@ class MemoryMap:
             if block.state != "free"
         }
         self._live_starts = sorted(self._live)
+        # Where the expandable segment of a stream, private pool and kind is known to begin.
+        self._bases: dict[tuple[int, tuple[int, int], bool], int] = {}
+        for part in segments:
+            if part.reserved_from is not None:
+                self._bases[part.stream, part.pool_id, part.small] = part.reserved_from
 
     def apply(self, event: TraceEvent, block_bytes: int | None = None) -> None:
         """Let an event happen; `block_bytes` is the rounded size of an allocation, if known."""
@@ -123,7 +128,16 @@ class MemoryMap:
 
     def segments(self, settings: AllocatorSettings) -> tuple[SegmentInfo, ...]:
         """Return the state as segments of blocks, with sizes rounded as `settings` say."""
-        return tuple(self._segment(run, settings) for run in self._runs(settings))
+        bases = dict(self._bases)
+        segments = []
+        for run in self._runs(settings):
+            segment = self._segment(run, settings)
+            if segment.expandable:  # the first one tells for all of its kind
+                base = bases.pop((segment.stream, segment.pool_id, segment.small), None)
+                if base is not None and base < segment.address:
+                    segment = replace(segment, reserved_from=base)
+            segments.append(segment)
+        return tuple(segments)
 
     def _occupy(self, event: TraceEvent, state: BlockState, size: int | None) -> None:
         end = event.address + event.size_bytes
@@ -213,6 +227,25 @@ class MemoryMap:
             self._keep(replace(first, end=event.address))
         if end < last.end:
             self._keep(replace(last, address=end))
+        small = next((part.small for part in parts if part.small is not None), None)
+        if first.expandable and small is not None:
+            self._keep_base(event.address, first.stream, first.pool_id, small)
+
+    def _keep_base(self, address: int, stream: int, pool_id: tuple[int, int], small: bool) -> None:
+        """Remember that an expandable segment reaches down to pages that are not mapped now.
+
+        Once no page is left the segment is gone, because the allocator gives up its addresses.
+        """
+        key = (stream, pool_id, small)
+        if any(
+            part.expandable
+            and (part.stream, part.pool_id) == (stream, pool_id)
+            and part.small in (small, None)
+            for part in self._ranges.values()
+        ):
+            self._bases[key] = min(address, self._bases.get(key, address))
+        else:
+            self._bases.pop(key, None)
 
     def _keep(self, part: _Range) -> None:
         self._ranges[part.address] = part
@@ -321,9 +354,8 @@ def rewind(snapshot: Snapshot, device: int) -> Recording:
     contradiction = None
     for index in range(len(trace) - 1, -1, -1):
         event = trace[index]
-        pool_id = memory.pool_id(event.address)
-        if pool_id != DEFAULT_POOL:
-            event = replace(event, pool_id=pool_id)
+        if event.pool_id == DEFAULT_POOL:  # older recordings leave it out; segments have it
+            event = replace(event, pool_id=memory.pool_id(event.address))
         try:
             memory.undo(event)
         except _ContradictionError as error:

@@ -1,4 +1,4 @@
-"""A trace run through the caching allocator: does it fit, and what does it reserve.
+"""Runs a trace through the caching allocator: does it fit, and how much does it reserve?
 
 Invariant: the same trace and settings always give the same answer.
 """

@@ -45,7 +45,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
-    """One recorded action; `size_bytes` of blocks is what was requested, not rounded."""
+    """One recorded action; `size_bytes` of blocks is what was requested, not rounded.
+
+    `pool_id` is the owner of the block or segment; recordings of older versions leave it out.
+    """
 
     action: Action
     address: int
@@ -181,6 +184,7 @@ def _parse_events(records: Sequence[object]) -> Iterator[TraceEvent]:
                 _typed(record.get("addr", 0), int, "addr"),
                 _typed(record["size"], int, "size"),
                 _typed(record.get("stream", 0), int, "stream"),
+                _pool_id(record.get("pool_id", DEFAULT_POOL)),
             )
 
 

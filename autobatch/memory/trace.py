@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-__all__ = ["CATEGORIES", "Block", "Category", "Mark", "Phase", "Trace"]
+__all__ = ["CATEGORIES", "Allocation", "Category", "Mark", "Phase", "Trace"]
 
 Category = Literal[
     "parameters",
@@ -31,11 +31,11 @@ Phase = Literal["setup", "inputs", "forward", "backward", "step", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One allocation: its requested bytes, what it is for, the op and phase that made it.
+class Allocation:
+    """One block that a trace allocates: its requested bytes, purpose, phase and op.
 
-    `op` is empty where a real GPU's allocations were not traced to their ops; streams count from
-    0, the one that the run begins on.
+    `op` is empty where a real GPU's allocations were not traced to their ops. Streams count from 0,
+    the stream that the run begins on.
     """
 
     size_bytes: int
@@ -69,7 +69,7 @@ class Trace:
 
     micro_batch: int
     accumulation_steps: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[Allocation, ...]
     events: tuple[int, ...]
     marks: tuple[Mark, ...]
 

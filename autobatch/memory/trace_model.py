@@ -1,4 +1,4 @@
-"""The trace at any micro-batch, from two or three traces that were executed.
+"""Predicts the trace at any micro-batch from two or three traces that were executed.
 
 Invariant: the fitted traces are reproduced exactly, block by block, and every size is computed
 in integers. Two traces give sizes affine in the micro-batch, three give quadratic ones.
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from autobatch.memory.trace import Block, Trace, running_bytes
+from autobatch.memory.trace import Allocation, Trace, running_bytes
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
 SCRATCH_EVENTS = 8
-"""Scratch memory comes and goes within so many events: a kernel takes a few buffers at once."""
+"""Scratch memory is freed within this many events, because a kernel takes only a few buffers."""
 
 _identity = attrgetter("category", "phase", "op", "stream")
 
@@ -51,10 +51,11 @@ class TraceModel:
 
         Args:
             traces: of the same workload.
-            scratch_may_vary: kernels of a real GPU choose their scratch memory by the shape. It is
-                then no part of the alignment, follows the line through the two largest sizes, and
-                grows with the micro-batch where it was seen at the largest only. Workspaces that
-                a library keeps for good may come at one size only, and stay as they are.
+            scratch_may_vary: for traces of a real GPU, whose kernels choose their scratch memory
+                by the shape. Scratch memory is then left out of the alignment. Its size follows
+                the line through the two largest micro-batches, or grows in proportion to the
+                micro-batch where only the largest one has it. Workspaces that a library keeps may
+                be in the largest trace only, and keep their size.
 
         Raises:
             Misaligned: the traces differ in anything but the sizes of their blocks.
@@ -74,11 +75,11 @@ class TraceModel:
             else:
                 columns.append(trace.sizes)
         rows = list(zip(*columns, last.sizes, strict=True))
-        law = _Law.over(nodes)
-        terms = [law.polynomial(row) for row in rows]
+        interpolation = _Interpolation.over(nodes)
+        terms = [interpolation.polynomial(row) for row in rows]
         for index in scratch_blocks(last) if scratch_may_vary else ():
             grows = last.blocks[index].category != "workspace"
-            terms[index] = law.scratch(*rows[index][-2:], grows=grows)
+            terms[index] = interpolation.scratch(*rows[index][-2:], grows=grows)
         bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
         return cls(
             template=last,
@@ -86,7 +87,7 @@ class TraceModel:
             bases=bases,
             slopes=slopes,
             bends=bends,
-            denominator=law.denominator,
+            denominator=interpolation.denominator,
         )
 
     @property
@@ -95,10 +96,10 @@ class TraceModel:
         return 2 if any(self.bends) else 1
 
     @property
-    def bent_share(self) -> float:
+    def quadratic_share(self) -> float:
         """The share of all bytes at the largest fitted size that quadratic terms make up.
 
-        Kernels that pad to some multiple bend their blocks a little; that is no square law.
+        A small share comes from kernels that pad to a multiple; their memory is not quadratic.
         """
         if not any(self.bends):
             return 0.0
@@ -144,10 +145,10 @@ class TraceModel:
                 )
         return None
 
-    def foretells_start_of(self, trace: Trace) -> bool:
-        """Return whether a trace begins as the model says, up to the end of its first micro-batch.
+    def predicts_start_of(self, trace: Trace) -> bool:
+        """Return whether a trace begins as predicted, up to the end of its first micro-batch.
 
-        That part does not depend on the accumulation steps, and every op's law of size is in it.
+        That part does not depend on the accumulation steps, and every op runs in it.
         """
         end = next(
             (mark.event for mark in self.template.marks if mark.phase in ("inputs", "step")
@@ -179,21 +180,21 @@ _ABSENT = -1
 
 
 @dataclass(frozen=True, slots=True)
-class _Law:
-    """Coefficients, times a common denominator, of one block's size."""
+class _Interpolation:
+    """Fits the sizes of one block; coefficients are times a common denominator."""
 
     nodes: tuple[int, ...]
     denominator: int
 
     @classmethod
-    def over(cls, nodes: tuple[int, ...]) -> _Law:
+    def over(cls, nodes: tuple[int, ...]) -> _Interpolation:
         if len(nodes) == 2:
             return cls(nodes, nodes[1] - nodes[0])
         n0, n1, n2 = nodes
         return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0))
 
     def polynomial(self, sizes: Sequence[int]) -> tuple[int, int, int]:
-        """Go through the sizes at all nodes."""
+        """Return the polynomial through the sizes at all nodes."""
         if len(sizes) == 2:
             return sizes[0] * self.denominator, sizes[1] - sizes[0], 0
         (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
@@ -201,7 +202,7 @@ class _Law:
         return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
 
     def scratch(self, before: int, last: int, *, grows: bool) -> tuple[int, int, int]:
-        """Go through the two largest sizes; from one alone, in proportion to the micro-batch."""
+        """Return the line through the two largest sizes, or in proportion to the micro-batch."""
         if not grows:
             slope = 0
         elif before == _ABSENT:
@@ -213,9 +214,9 @@ class _Law:
 
 
 def scratch_blocks(trace: Trace) -> frozenset[int]:
-    """Return the blocks that come and go within a few events, as a kernel's scratch memory does.
+    """Return the blocks that are freed within a few events, as a kernel's scratch memory is.
 
-    Workspaces count too: the first to need one takes it for all.
+    Workspaces count as well, because the kernel that needs one first allocates it for all.
     """
     found = {i for i, block in enumerate(trace.blocks) if block.category == "workspace"}
     events = trace.events
@@ -228,7 +229,7 @@ def scratch_blocks(trace: Trace) -> frozenset[int]:
 
 
 def _end_of_scratch(events: Sequence[int], start: int) -> int:
-    """Return where the blocks that begin at `start` are all gone again; `start` if not soon."""
+    """Return the event by which all blocks allocated from `start` on are freed, or `start`."""
     alive: set[int] = set()
     for place in range(start, min(start + SCRATCH_EVENTS, len(events))):
         event = events[place]
@@ -247,7 +248,7 @@ def _sizes_aligned_without_scratch(first: Trace, second: Trace) -> list[int]:
     """Return, for each block of `second`, the size of its counterpart in `first`.
 
     Raises:
-        Misaligned: what is no scratch differs in anything but sizes.
+        Misaligned: without scratch memory, the traces differ in more than sizes.
     """
     if first.accumulation_steps != second.accumulation_steps:
         raise Misaligned(str(_misalignment(first, second)))
@@ -273,12 +274,12 @@ def _same_blocks(first: Trace, ours: Sequence[int], second: Trace, theirs: Seque
 
 
 class _Skeleton:
-    """A trace without its scratch.
+    """A trace without its scratch memory.
 
     Attributes:
-        events: numbered anew.
-        blocks: their indices in the whole trace.
-        scratch: what was left out, by how many of the events came before it.
+        events: of the blocks that are left, with new indices.
+        blocks: the indices that these blocks have in the whole trace.
+        scratch: the blocks left out, by the number of remaining events before them.
     """
 
     def __init__(self, trace: Trace):
@@ -304,7 +305,7 @@ class _Skeleton:
 
     @property
     def trace(self) -> Trace:
-        """The same as a trace, to tell differences."""
+        """The skeleton as a trace, to describe differences."""
         whole = self._whole
         return Trace(
             micro_batch=whole.micro_batch,
@@ -335,7 +336,7 @@ def _misalignment(first: Trace, second: Trace) -> str | None:
     return f"{where} in where their phases begin"
 
 
-def _same_identity(first: Block, second: Block) -> bool:
+def _same_identity(first: Allocation, second: Allocation) -> bool:
     return bool(_identity(first) == _identity(second))
 
 

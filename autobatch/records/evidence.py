@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Two consecutive training windows that really ran, on a GPU or on the virtual one.
+    """Two consecutive training windows that were executed, on a GPU or on the virtual one.
 
     `seconds` is wall time of the whole trial on the machine that ran it, `window_seconds` the
     median time of a window after warm-up on the GPU; None where it was simulated.
@@ -95,7 +95,7 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What the report says of the model itself.
+    """Facts of the model and its training that a report shows.
 
     Attributes:
         name: class name of the module.

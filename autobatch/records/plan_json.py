@@ -1,6 +1,6 @@
 """A plan as JSON text, and back.
 
-Invariant: what is read back equals what was written, and nothing is read that no tuner writes.
+Invariant: what is read back equals what was written, and only what a tuner may write is read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_plan(kind: type[P], text: str) -> P:
 
 
 def _check_sound(plan: PlanRecord) -> None:
-    """Refuse what no tuner writes and no report can render."""
+    """Raise a RecordError for figures that no tuner writes and no report can render."""
     windows = plan.split.windows
     footprints = (plan.footprint, plan.ceiling_footprint)
     rules = {

@@ -35,10 +35,11 @@ class PlanRecord:
         ceiling_footprint: the same at the ceiling.
         curve: memory against micro-batch, for the chart.
         method: "trace model", "trace model (quadratic)" or "bisection".
-        sharding: what the ranks share: "ddp", "fsdp", or "custom" for a function of the user's;
-            None where there is one, and in plans from before.
-        otherwise: the samples of one update on one GPU all at once, or where that is the plan, in
-            two halves; None where the sizes that ran do not tell, and in plans from before.
+        sharding: how the ranks divide the model: "ddp", "fsdp", or "custom" for a function of the
+            user's; None for a single rank, and in plans of earlier versions.
+        otherwise: the memory of the same update on one GPU without accumulation or, where the plan
+            has none, in two halves; None where the trials do not show it, and in plans of earlier
+            versions.
         warnings: what the user should know, one line each.
     """
 
@@ -66,9 +67,9 @@ class PlanRecord:
 
     @property
     def ceiling_likelihood(self) -> float | None:
-        """How likely the ceiling is to fit a real card, by `autobatch.gpus.uncertainty`.
+        """How likely the ceiling is to fit a real GPU, by `autobatch.gpus.uncertainty`.
 
-        None where it ran on the card.
+        None where it ran on the GPU.
         """
         if self.ceiling_footprint.low_device_bytes is None:
             return None
@@ -77,7 +78,7 @@ class PlanRecord:
 
     @property
     def likelihood(self) -> float | None:
-        """How likely the planned micro-batch is to fit a real card; None where it ran on it."""
+        """How likely the planned micro-batch is to fit a real GPU; None where it ran on it."""
         if self.footprint.low_device_bytes is None:
             return None
         usable = round(self.budget_bytes / (1 - self.headroom))

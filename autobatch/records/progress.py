@@ -1,4 +1,4 @@
-"""What long work tells its caller while it runs; the library itself prints nothing."""
+"""Progress of long work, passed to the caller's function; the library itself prints nothing."""
 
 from __future__ import annotations
 

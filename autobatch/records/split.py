@@ -105,7 +105,7 @@ def split(target: int, *, ceiling: int, world_size: int = 1) -> Split:
 
 
 def uniform_alternatives(planned: Split, *, ceiling: int) -> tuple[Split, ...]:
-    """Return what a trainer that needs one size can offer instead of a ragged split.
+    """Return splits of one size, for trainers that cannot run an uneven one.
 
     These are the uniform splits of the nearest effective batches below (if any) and above the
     target, on the same ranks and below the same ceiling; or the split itself if it is uniform.

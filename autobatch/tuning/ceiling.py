@@ -54,7 +54,7 @@ class Ceiling:
     @property
     def is_quadratic(self) -> bool:
         """Whether memory grows with the square of the micro-batch."""
-        return self.model is not None and self.model.bent_share > _NOTABLE_BEND
+        return self.model is not None and self.model.quadratic_share > _NOTABLE_BEND
 
     @property
     def method(self) -> str:
@@ -109,7 +109,7 @@ def _by_model(probe: Probe, limit: int, wanted: int | None, prove: bool) -> Ceil
         if wanted is not None and max(_SMALL) < wanted <= ceiling:
             whole = probe.execute(wanted, 1)
             wanted = None
-            if model.foretells_start_of(whole.trace) and probe.trials[-1].fits:
+            if model.predicts_start_of(whole.trace) and probe.trials[-1].fits:
                 return _modelled(search, model, predicted, whole)
         size = _next_check(ceiling, limit, probe, confirmed)
         if size == 1:  # one sample may be allocated in an order of its own

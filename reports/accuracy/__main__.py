@@ -32,24 +32,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.units import parse_bytes
-from reports.accuracy.journal import append, read_journal
-from reports.accuracy.pool import TIME_LIMIT_S, WorkersFailError, run_tasks
 from reports.accuracy.tables import (
     Kind,
-    Record,
     Row,
     Settings,
     TableError,
@@ -58,6 +45,9 @@ from reports.accuracy.tables import (
     sample,
     tasks_of,
 )
+from reports.common.command_line import output_folder, positive, progress_bar
+from reports.common.journal import Record, append, read_journal
+from reports.common.pool import TIME_LIMIT_S, WorkersFailError, run_tasks
 
 WORKER = (sys.executable, "-m", "reports.accuracy.worker")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", "adafactor")
@@ -80,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TableError, AutobatchError) as error:
         print(error, file=sys.stderr)
         return 2
-    out = _folder(options.out or Path("accuracy") / options.table.stem)
+    out = output_folder(options.out or Path("accuracy") / options.table.stem)
     if options.fresh:
         (out / JOURNAL).unlink(missing_ok=True)
     try:
@@ -121,14 +111,7 @@ def predict_rows(
         known = {key: record for key, record in known.items() if "error" not in record}
     keys = {row.key for row in rows}
     tasks = tasks_of(rows, done=known)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         shown = bar.add_task("rows", total=len(keys), completed=len(keys & known.keys()))
 
         def record(found: Record) -> None:
@@ -154,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "--context", metavar="SIZE", help="memory outside of the allocator, such as 1775MiB, or 0"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: accuracy/TABLE")
-    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="default: 2")
-    parser.add_argument("--rows", type=_positive, metavar="N", help="draw N rows, always the same")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--rows", type=positive, metavar="N", help="draw N rows, always the same")
     parser.add_argument("--retry", action="store_true", help="try again what had no prediction")
     parser.add_argument("--fresh", action="store_true", help="predict everything anew")
     parser.add_argument(
@@ -166,13 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"seconds for one model, default: {TIME_LIMIT_S:.0f}",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def _settings(kind: Kind, options: argparse.Namespace) -> Settings:
@@ -195,14 +171,6 @@ def _words(options: argparse.Namespace) -> str:
     given = {name: getattr(options, name) for name in named}
     shown = [f"--{name} {value}" for name, value in given.items() if value is not None]
     return " ".join(["python -m reports.accuracy", options.table.name, *shown])
-
-
-def _folder(path: Path) -> Path:
-    """Make the folder of the results; one of its own making stays out of version control."""
-    if not path.exists():
-        path.mkdir(parents=True)
-        (path / ".gitignore").write_text("*\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from math import log
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -17,38 +16,21 @@ from autobatch.report.charts.frame import FAINT, INK
 from autobatch.support.units import GIB
 from reports.accuracy.predict import LARGEST
 from reports.accuracy.score import CLOSE, Bracket, Peak, Verdict
+from reports.common.charts import INDIGO, ROSE, STYLE, TEAL
 
-# Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
-OVER, UNDER, FINE = "#CC6677", "#332288", "#44AA99"
+OVER, UNDER, FINE = ROSE, INDIGO, TEAL
 _COLOURS: Mapping[Verdict, str] = {"inside": FINE, "below": UNDER, "above": OVER}
 _STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
+    **STYLE,
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": "#E7EAEF",
     "legend.frameon": False,
-    "svg.hashsalt": "autobatch",
 }
 _LABELLED = 8
 _ROOM = 0.1
 """Least distance between two names on one side: the logarithm of a ratio."""
-
-
-def write(figure: Figure, stem: Path) -> None:
-    """Save a figure beside `stem` as PNG and SVG, the same bytes for the same figures."""
-    with mpl.rc_context(_STYLE):
-        figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def scatter(peaks: Sequence[Peak]) -> Figure:

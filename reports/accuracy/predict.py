@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +15,9 @@ from autobatch.records.progress import silent
 from autobatch.tuning.ceiling import find_ceiling
 from autobatch.tuning.probe import Probe
 from reports.accuracy.models import UnknownModelError, workload_of
-from reports.accuracy.tables import Record, Run
+from reports.accuracy.tables import Run
+from reports.common.journal import Record
+from reports.common.results import one_line
 
 SMALL = (2, 3)
 """The executed micro-batches of a model with many rows."""
@@ -62,10 +63,7 @@ def predict(run: Run, keys: Mapping[str, int]) -> Iterator[Record]:
 
 def cause_of(error: Exception) -> str:
     """Say in one line why there is no prediction."""
-    if isinstance(error, UnknownModelError):
-        return str(error)
-    lines = str(error).strip().splitlines() or [""]
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {lines[0]}")[:300]
+    return str(error) if isinstance(error, UnknownModelError) else one_line(error)
 
 
 def _predicted(run: Run, keys: Mapping[str, int]) -> Iterator[tuple[str, Record]]:

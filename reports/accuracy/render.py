@@ -18,6 +18,7 @@ from reports.accuracy.text import (
     summary_table,
     verdict_table,
 )
+from reports.common.markdown import renew_section
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- result -->", "<!-- /result -->"
@@ -51,11 +52,8 @@ def render(folders: Sequence[Path], folder: Path) -> None:
         shutil.copyfile(finished / "error-by-family.svg", folder / f"{facts['kind']}.svg")
     ordered = {kind: known[kind] for kind in _TITLES if kind in known}
     write_text(folder / "results.json", json.dumps(ordered, indent=1) + "\n")
-    readme = folder / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    sections = [section(facts) for facts in ordered.values()]
-    write_text(readme, f"{before}{BEGIN}\n{''.join(sections)}\n{END}{after}")
+    sections = "".join(section(facts) for facts in ordered.values())
+    renew_section(folder / "README.md", BEGIN, END, f"\n{sections}\n")
 
 
 def _known(folder: Path) -> dict[str, Any]:

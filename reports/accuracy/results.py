@@ -5,17 +5,12 @@ Invariant: `summary.json` holds aggregates only; what others measured stays in `
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from autobatch import __version__
 from autobatch.support.files import write_text
 from autobatch.support.units import MIB
 from reports.accuracy import charts
@@ -29,8 +24,11 @@ from reports.accuracy.score import (
     summarise_brackets,
     summarise_peaks,
 )
-from reports.accuracy.tables import Kind, Record, Row, Settings
+from reports.accuracy.tables import Kind, Row, Settings
 from reports.accuracy.text import summary_table
+from reports.common.charts import write
+from reports.common.journal import Record
+from reports.common.results import csv_text, today, versions
 
 _PEAK_COLUMNS = (
     "model family gpu optimizer micro_batch measured_mib predicted_mib reserved_mib error method "
@@ -67,21 +65,21 @@ def write_results(
         "table_rows": len(rows),
         "causes": causes_of(rows, found),
         "methods": _counts(record.get("method") for record in found.values()),
-        "versions": _versions(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions("torch", "timm", "torchvision", "transformers"),
+        "date": today(),
     }
     if kind.name == "max-batch":
         brackets = brackets_of(rows, found)
         facts |= _rounded(summarise_brackets(brackets))
         write_text(out / "errors.csv", _bracket_table(rows, brackets, found))
-        charts.write(charts.ceilings(brackets), out / "predicted-against-measured")
-        charts.write(charts.verdicts(brackets), out / "error-by-family")
+        write(charts.ceilings(brackets), out / "predicted-against-measured")
+        write(charts.verdicts(brackets), out / "error-by-family")
     else:
         peaks = peaks_of(rows, found, lambda row: context_of(row, settings))
         facts |= _rounded(summarise_peaks(peaks)) | _shortages(rows, found, settings)
         write_text(out / "errors.csv", _peak_table(rows, peaks, found))
-        charts.write(charts.scatter(peaks), out / "predicted-against-measured")
-        charts.write(charts.families(facts.get("by_family", {})), out / "error-by-family")
+        write(charts.scatter(peaks), out / "predicted-against-measured")
+        write(charts.families(facts.get("by_family", {})), out / "error-by-family")
     write_text(out / "summary.json", json.dumps(facts, indent=1) + "\n")
     return summary_table(facts)
 
@@ -121,7 +119,7 @@ def _peak_table(rows: Iterable[Row], peaks: Iterable[Peak], found: Mapping[str, 
         }
         for peak in sorted(peaks, key=lambda peak: -abs(peak.error))
     ]
-    return _csv(_PEAK_COLUMNS, [*lines, *_failures(rows, found)])
+    return csv_text(_PEAK_COLUMNS, [*lines, *_failures(rows, found)])
 
 
 def _bracket_table(
@@ -138,7 +136,7 @@ def _bracket_table(
         }
         for bracket in brackets
     ]
-    return _csv(_BRACKET_COLUMNS, [*lines, *_failures(rows, found)])
+    return csv_text(_BRACKET_COLUMNS, [*lines, *_failures(rows, found)])
 
 
 def _common(row: Row, family: str, found: Mapping[str, Record]) -> dict[str, Any]:
@@ -158,14 +156,6 @@ def _failures(rows: Iterable[Row], found: Mapping[str, Record]) -> list[dict[str
     ]
 
 
-def _csv(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
 def _rounded(value: Any, digits: int = 4) -> Any:
     """Round shares, those of families to a tenth of a percent: they may stand for a single row."""
     if isinstance(value, Mapping):
@@ -179,15 +169,3 @@ def _rounded(value: Any, digits: int = 4) -> Any:
 def _counts(values: Iterable[str | None]) -> dict[str, int]:
     known = [value for value in values if value]
     return {value: known.count(value) for value in sorted(set(known))}
-
-
-def _versions() -> dict[str, str | None]:
-    libraries = ("torch", "timm", "torchvision", "transformers")
-    return {"autobatch": __version__} | {name: _version(name) for name in libraries}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

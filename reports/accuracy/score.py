@@ -13,7 +13,8 @@ from statistics import fmean, median, quantiles
 from typing import Any, Literal
 
 from autobatch.support.units import GIB, MIB
-from reports.accuracy.tables import Record, Row
+from reports.accuracy.tables import Row
+from reports.common.journal import Record
 
 Verdict = Literal["inside", "below", "above"]
 

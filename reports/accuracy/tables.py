@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.support.units import MIB
-
-Record = dict[str, Any]
+from reports.common.journal import Record
 
 
 class TableError(ValueError):

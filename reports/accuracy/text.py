@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from autobatch.support.units import MIB
+from reports.common.markdown import table
 
 Facts = Mapping[str, Any]
 
@@ -87,16 +88,23 @@ def needed_table(facts: Facts) -> str:
     needed: Mapping[str, float] = facts["needed"]
     if not needed:
         return ""
-    columns = f"percentile of the {facts['large_rows']} large rows | " + " | ".join(needed)
+    heads = (f"percentile of the {facts['large_rows']} large rows", *needed)
     values = (percent(share, sign=True) for share in needed.values())
-    return _table(columns, [("reserved beyond the prediction", *values)]) + "\n\n"
+    return table(heads, [("reserved beyond the prediction", *values)]) + "\n\n"
 
 
 def family_table(families: Mapping[str, Facts]) -> str:
     """Render the error budget by family."""
-    columns = (
-        "family | models | rows | off by more than 5 % | median, signed | lowest | highest "
-        "| missing, constant (MiB) | missing, per sample"
+    heads = (
+        "family",
+        "models",
+        "rows",
+        "off by more than 5 %",
+        "median, signed",
+        "lowest",
+        "highest",
+        "missing, constant (MiB)",
+        "missing, per sample",
     )
     rows = (
         (
@@ -112,7 +120,7 @@ def family_table(families: Mapping[str, Facts]) -> str:
         )
         for name, facts in families.items()
     )
-    return _table(columns, rows)
+    return table(heads, rows)
 
 
 def budget(families: Mapping[str, Facts]) -> str:
@@ -163,13 +171,8 @@ def verdict_table(families: Mapping[str, Facts]) -> str:
         for name, facts in families.items()
         if facts["below"] or facts["above"]
     )
-    return _table("family | inside | below | above", rows)
+    return table(("family", "inside", "below", "above"), rows)
 
 
 def _or_nothing(value: float | None, render: Callable[[float], str]) -> str:
     return "" if value is None else render(value)
-
-
-def _table(columns: str, rows: Iterable[tuple[str, ...]]) -> str:
-    rule = "|" + "-|" * (columns.count("|") + 1)
-    return "\n".join([f"| {columns} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])

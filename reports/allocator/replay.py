@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.allocator import Block, CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.blocks import SegmentInfo, round_size, segment_size
+from autobatch.memory.blocks import SegmentInfo
 from autobatch.memory.recording import MemoryMap, Recording
 from autobatch.memory.snapshot import TraceEvent
 
@@ -69,10 +70,20 @@ class _DifferenceError(Exception):
 class _RecordedDriver(CachingAllocator):
     """The allocator with the driver's answers taken from a recording."""
 
-    def expect(self, made: Iterable[TraceEvent]) -> None:
-        """Name the segments that were made for the next allocation."""
+    def expect(self, made: Iterable[TraceEvent], *, from_cache: bool) -> None:
+        """Name the segments that were made for the next allocation.
+
+        Args:
+            made: in order.
+            from_cache: whether the allocation may be served by a block that is free already.
+        """
         self.expected = deque(made)
         self.confirmed = 0
+        self._from_cache = from_cache
+        self._selective |= not from_cache
+
+    def _select(self, pool: Any, size: int, index: int) -> int:
+        return super()._select(pool, size, index) if self._from_cache else len(pool.keys)
 
     def cuda_malloc(self, size_bytes: int) -> int | None:
         return self._confirm(size_bytes).address
@@ -172,45 +183,50 @@ class _Run:
 
     def allocate(self, index: int, event: TraceEvent) -> None:
         """Let the simulation choose, and compare block and new segments with the recorded ones."""
-        allocator = self.allocator
-        allocator.expect(self.made)
-        reason = None
         try:
-            block = allocator.malloc(event.size_bytes, event.stream, event.pool_id)
+            try:
+                block = self.choose(event)
+            except _DifferenceError:
+                if not (self.late and self.released):
+                    raise
+                block = self.choose_after_retry(event)
         except _DifferenceError as error:
-            reason = str(error)
-        else:
-            if allocator.expected:
-                reason = f"block at {block.address:#x}, recorded a new segment"
-            elif block.address != event.address:
-                reason = f"block at {block.address:#x}, recorded {event.address:#x}"
-        if reason is None:
-            self.memory.apply(event, block.size_bytes)
-            self.blocks_matched += 1
-            self.segments_matched += len(self.made)
+            self.segments_matched += self.allocator.confirmed
+            self.differ(index, event, str(error))
+            self.memory.apply(event)
+            self.restore()
             return
-        self.memory.apply(event)
-        self.restore()
-        if self.is_late_retry(event):
-            self.blocks_matched += 1
-            self.segments_matched += 1
-        else:
-            self.segments_matched += allocator.confirmed
-            self.differ(index, event, reason)
+        self.memory.apply(event, block.size_bytes)
+        self.blocks_matched += 1
+        self.segments_matched += len(self.made)
 
-    def is_late_retry(self, event: TraceEvent) -> bool:
-        """Whether blocks became free only after this allocation had found none.
+    def choose(self, event: TraceEvent, *, from_cache: bool = True) -> Block:
+        """Let the simulation choose a block.
+
+        Raises:
+            _DifferenceError: it is not the recorded one, or other segments were made for it.
+        """
+        allocator = self.allocator
+        allocator.expect(self.made, from_cache=from_cache)
+        block = allocator.malloc(event.size_bytes, event.stream, event.pool_id)
+        if allocator.expected:
+            raise _DifferenceError(f"block at {block.address:#x}, recorded a new segment")
+        if block.address != event.address:
+            raise _DifferenceError(f"block at {block.address:#x}, recorded {event.address:#x}")
+        return block
+
+    def choose_after_retry(self, event: TraceEvent) -> Block:
+        """Let the simulation make a new segment, whichever blocks are free.
 
         A failed `cudaMalloc` ends all waiting frees and releases segments, but PyTorch does not
         look at the cached blocks again before it calls `cudaMalloc` once more.
         """
-        size = round_size(event.size_bytes, self.settings.divisions(event.size_bytes))
-        return (
-            self.late
-            and self.released
-            and [(made.address, made.size_bytes) for made in self.made]
-            == [(event.address, segment_size(size, self.settings.large_segment_bytes))]
-        )
+        for made in reversed(self.made):
+            self.memory.undo(made)
+        self.restore()
+        for made in self.made:
+            self.memory.apply(made)
+        return self.choose(event, from_cache=False)
 
     def free(self, event: TraceEvent) -> None:
         block = self.allocator.block_at(event.address)

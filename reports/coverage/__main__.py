@@ -18,20 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 
 from autobatch.support.units import GIB
-from reports.accuracy.journal import append, read_journal
-from reports.accuracy.pool import WorkersFailError, run_tasks
-from reports.accuracy.tables import Record
+from reports.common.command_line import output_folder, positive, progress_bar
+from reports.common.journal import Record, append, read_journal
+from reports.common.pool import WorkersFailError, run_tasks
 from reports.coverage.subjects import LIBRARIES, Subject, selected, subjects_of, tasks_of
 from reports.coverage.summary import FAILED, PREDICTED, ended
 
@@ -55,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"nothing is called {options.match}", file=sys.stderr)
         return 2
-    out = _folder(options.out)
+    out = output_folder(options.out)
     try:
         records = try_subjects(
             chosen,
@@ -108,15 +100,7 @@ def try_subjects(
         if fresh or (retry and known[key]["outcome"] != PREDICTED)
     }
     done = keys & known.keys() - again
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]} failed"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar(TextColumn("{task.fields[failed]} failed")) as bar:
         failed = sum(known[key]["outcome"] == FAILED for key in done)
         shown = bar.add_task("models", total=len(keys), completed=len(done), failed=failed)
 
@@ -147,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", choices=LIBRARIES, help="one library")
     parser.add_argument("--match", metavar="GLOB", help="names such as 'vit_*'")
-    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="default: 2")
     parser.add_argument(
         "--out", type=Path, default=Path("coverage"), metavar="DIR", help="default: coverage"
     )
@@ -161,21 +145,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"seconds for one model, default: {TIME_LIMIT_S:.0f}",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _folder(path: Path) -> Path:
-    """Make the folder of the run; one of its own making stays out of version control."""
-    if not path.exists():
-        path.mkdir(parents=True)
-        (path / ".gitignore").write_text("*\n")
-    return path
 
 
 if __name__ == "__main__":

@@ -9,20 +9,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from autobatch.report.charts.frame import FAINT, INK
+from autobatch.report.charts.frame import INK
+from reports.common.charts import INDIGO, ROSE, STYLE
 
-_COLOURS = {"timm": "#332288", "transformers": "#CC6677"}
-_STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
+_COLOURS = {"timm": INDIGO, "transformers": ROSE}
 _PER_DOUBLING = 4
 
 
@@ -44,7 +34,7 @@ def histograms(
     low, high = floor(log2(min(everything))), ceil(log2(max(everything))) or 1
     steps = max(high - low, 1) * _PER_DOUBLING
     edges = [2 ** (low + step / _PER_DOUBLING) for step in range(steps + 1)]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(dict(STYLE)):
         figure = Figure(figsize=(7.5, 1 + 1.7 * max(len(known), 1)), layout="constrained")
         rows = figure.subplots(max(len(known), 1), squeeze=False, sharex=True)[:, 0]
         for axes, (name, figures) in zip(rows, known.items(), strict=False):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from autobatch.support.units import MIB
-from reports.accuracy.pool import resident_bytes
-from reports.speed.child import peak_rss_bytes
+from reports.common.memory import peak_rss_bytes, resident_bytes
 
 Scope = Literal["model", "process"]
 """What a peak is of: what ran since `begin_peak`, or the process's whole life."""

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from autobatch.support.files import write_text
+from reports.common.markdown import renew_section
 from reports.coverage.text import result
 
 FOLDER = Path(__file__).parent
@@ -34,8 +34,5 @@ def render(run: Path | None, folder: Path) -> None:
         for name in FILES:
             shutil.copyfile(run / name, folder / name)
     facts = json.loads((folder / "summary.json").read_text())
-    readme = folder / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     charts = "![Time of a prediction](seconds.svg)\n\n![Resident memory](memory.svg)"
-    write_text(readme, f"{before}{BEGIN}\n\n{result(facts)}\n\n{charts}\n\n{END}{after}")
+    renew_section(folder / "README.md", BEGIN, END, f"\n\n{result(facts)}\n\n{charts}\n\n")

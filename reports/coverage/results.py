@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from autobatch import __version__
 from autobatch.support.files import write_text
 from autobatch.support.units import MIB
-from reports.accuracy.charts import write
-from reports.accuracy.tables import Record
+from reports.common.charts import write
+from reports.common.journal import Record
+from reports.common.results import csv_text, today, versions
 from reports.coverage.charts import histograms
 from reports.coverage.subjects import LIBRARIES, Subject
 from reports.coverage.summary import (
@@ -31,7 +27,6 @@ COLUMNS = (
     "peak_rss_bytes peak_rss_of rss_bytes rss_before_bytes allocated_bytes reserved_bytes "
     "device_bytes warnings cause error"
 ).split()
-_LIBRARIES = ("torch", "timm", "torchvision", "transformers")
 
 
 def write_results(subjects: Sequence[Subject], records: Mapping[str, Record], out: Path) -> str:
@@ -49,8 +44,8 @@ def write_results(subjects: Sequence[Subject], records: Mapping[str, Record], ou
         "precision": "fp32",
         "micro_batch": MICRO_BATCH,
         **summarise(subjects, records),
-        "versions": _versions(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions("torch", "timm", "torchvision", "transformers"),
+        "date": today(),
     }
     write_text(out / "coverage.csv", table(known))
     write_text(out / "summary.json", json.dumps(facts, indent=1) + "\n")
@@ -77,12 +72,10 @@ def write_results(subjects: Sequence[Subject], records: Mapping[str, Record], ou
 
 def table(records: Iterable[Record]) -> str:
     """Return every record as a line of CSV; several warnings are joined by semicolons."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerow(record | {"warnings": "; ".join(record.get("warnings", ()))})
-    return text.getvalue()
+    return csv_text(
+        COLUMNS,
+        (record | {"warnings": "; ".join(record.get("warnings", ()))} for record in records),
+    )
 
 
 def _by_library(records: Iterable[Record], name: str, unit: int = 1) -> dict[str, list[float]]:
@@ -90,14 +83,3 @@ def _by_library(records: Iterable[Record], name: str, unit: int = 1) -> dict[str
     for record in records:
         found[record["library"]].append(record[name] / unit)
     return found
-
-
-def _versions() -> dict[str, str | None]:
-    return {"autobatch": __version__} | {name: _version(name) for name in _LIBRARIES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

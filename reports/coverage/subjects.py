@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from reports.accuracy.tables import Record
+from reports.common.journal import Record
 
 Library = Literal["timm", "transformers"]
 LIBRARIES: tuple[Library, ...] = get_args(Library)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autobatch.support.units import GIB
-from reports.accuracy.tables import Record
+from reports.common.journal import Record
 from reports.coverage.subjects import LIBRARIES, Subject
 
 GPU, MICRO_BATCH = "a100-40gb", 2

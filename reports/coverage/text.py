@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from autobatch.support.units import MIB
+from reports.common.markdown import table
 from reports.coverage.models import NO_HEAD
 
 Facts = Mapping[str, Any]
@@ -61,7 +62,7 @@ def figures(facts: Facts) -> str:
     """Render the figures of each library beside their targets."""
     libraries = {name: found for name, found in facts["libraries"].items() if found["predicted"]}
     rows = [[label, *(row(name, f) for name, f in libraries.items())] for label, row in _ROWS]
-    return _table(["", *libraries], [row for row in rows if any(row[1:])])
+    return table(["", *libraries], [row for row in rows if any(row[1:])])
 
 
 def failures(facts: Facts) -> str:
@@ -73,7 +74,7 @@ def failures(facts: Facts) -> str:
     for cause, lines in by_cause.items():
         rows = [[line["library"], f"`{line['name']}`", _cell(line["error"])] for line in lines]
         parts.append(f"{_sentence(cause)}: {len(lines)}.")
-        parts.append(_table(["library", "name", "error"], rows))
+        parts.append(table(["library", "name", "error"], rows))
     return "\n\n".join(parts)
 
 
@@ -91,7 +92,7 @@ def not_built(facts: Facts) -> str:
             parts.append(", ".join(f"`{line['name']}`" for line in lines) + ".")
         else:
             rows = [[f"`{line['name']}`", _cell(line["error"])] for line in lines]
-            parts.append(_table(["name", "reason"], rows))
+            parts.append(table(["name", "reason"], rows))
     return "\n\n".join(parts)
 
 
@@ -142,8 +143,3 @@ def _cell(text: str) -> str:
     """Make a line fit into a cell of a table."""
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return short.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = "|" + "-|" * len(columns)
-    return "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(r)} |" for r in rows)])

@@ -19,13 +19,13 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import AutobatchError, SampleError, WorkloadError
 from autobatch.support.patching import patched
 from autobatch.workload.workload import Workload
-from reports.accuracy.predict import cause_of
-from reports.accuracy.tables import Record
+from reports.common.journal import Record
+from reports.common.memory import peak_rss_bytes
+from reports.common.results import one_line
 from reports.coverage.memory import begin_peak, resident_now_bytes
 from reports.coverage.models import Candidate, NotBuiltError, candidates
 from reports.coverage.subjects import Subject
 from reports.coverage.summary import FAILED, GPU, MICRO_BATCH, NOT_BUILT, PREDICTED
-from reports.speed.child import peak_rss_bytes
 
 NO_INPUTS = "it asks for sample="
 MODEL_FAILS = "its forward or backward pass fails on the simulated GPU"
@@ -107,7 +107,7 @@ def _failure(error: Exception) -> Record:
         cause = MODEL_FAILS if error.__cause__ else BAD_LOSS
     else:
         cause = type(error).__name__ if isinstance(error, AutobatchError) else INSIDE
-    return {"cause": cause, "error": cause_of(error), "frames": _frames(error)}
+    return {"cause": cause, "error": one_line(error), "frames": _frames(error)}
 
 
 def _frames(error: BaseException) -> list[str]:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -21,6 +20,7 @@ from torch import nn
 
 import autobatch
 from autobatch.support.units import MIB
+from reports.common.worker import answers_alone, say
 from reports.coverage.memory import resident_now_bytes
 from reports.coverage.subjects import Subject
 from reports.coverage.summary import GPU
@@ -35,15 +35,10 @@ _AGAIN = "--again"
 
 def main(arguments: list[str]) -> int:
     """Work until stdin ends; return the exit code."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    answers = answers_alone()
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # tells of what is caught
-    torch.set_num_threads(1)
-    # what libraries print goes to stderr
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     _warm_up()
-    _say(answers, **({"done": True} if _AGAIN in arguments else {"ready": True}))
+    say(answers, **({"done": True} if _AGAIN in arguments else {"ready": True}))
     if work(sys.stdin, answers):
         os.dup2(answers.fileno(), 1)
         os.execv(sys.executable, [sys.executable, "-m", "reports.coverage.worker", _AGAIN])
@@ -60,19 +55,14 @@ def work(tasks: Iterable[str], answers: TextIO) -> bool:
     began_bytes: int | None = None
     for count, line in enumerate(tasks, start=1):
         task = json.loads(line)
-        _say(answers, **attempt(Subject(task["library"], task["name"])))
+        say(answers, **attempt(Subject(task["library"], task["name"])))
         gc.collect()
         held_bytes = resident_now_bytes() or 0
         began_bytes = began_bytes or held_bytes  # with the library, which the first model imports
         if count == MODELS or held_bytes > began_bytes + GROWTH_BYTES:
             return True
-        _say(answers, done=True)
+        say(answers, done=True)
     return False
-
-
-def _say(answers: TextIO, **record: object) -> None:
-    answers.write(json.dumps(record) + "\n")
-    answers.flush()
 
 
 def _warm_up() -> None:

@@ -23,20 +23,19 @@ import zipfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autobatch import __version__
+from reports.common.results import versions
 from reports.hardware.child import traces_folder
 from reports.hardware.jobs import Jobs, run_jobs
 from reports.hardware.workloads import CASES, Case
 
 FOLDER = Path(__file__).parent
 CHILD = (sys.executable, "-m", "reports.hardware.child")
-_PACKAGES = ("torch", "numpy", "accelerate", "lightning", "pytorch-lightning", "optuna")
+_PACKAGES = ("torch", "numpy", "accelerate", "lightning", "pytorch-lightning")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +127,7 @@ def _document(cases: Sequence[Case], jobs: Jobs, words: str) -> dict[str, Any]:
         "command": words,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": cards[0] if cards else None,
-        "versions": {name: _version(name) for name in _PACKAGES} | {"autobatch": __version__},
+        "versions": versions(*_PACKAGES),
         "cores": os.cpu_count(),
         "workloads": [_row(case, jobs) for case in cases],
         "not_run": jobs.not_run,
@@ -148,13 +147,6 @@ def _row(case: Case, jobs: Jobs) -> dict[str, Any]:
 def _slug(device: dict[str, Any]) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
     return f"{name}-torch{device['torch'].partition('+')[0]}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _keep_traces(cases: Sequence[Case], scratch: Path, path: Path) -> None:

@@ -9,16 +9,17 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from reports.hardware.render import Facts, at_ceiling, error_at_ceiling, virtual_error
+from autobatch.report.charts.frame import INK
+from reports.common.charts import CYAN, INDIGO, ROSE, SAND
+from reports.hardware.facts import Facts, at_ceiling, error_at_ceiling, virtual_error
 
 _EXTRAPOLATED = partial(error_at_ceiling, source="foretold")
 
-# Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
 _SERIES = (
-    ("extrapolated, allocated", "#332288", partial(_EXTRAPOLATED, what="allocated_bytes")),
-    ("extrapolated, reserved", "#88CCEE", partial(_EXTRAPOLATED, what="reserved_bytes")),
-    ("virtual, allocated", "#CC6677", partial(virtual_error, what="allocated_bytes")),
-    ("virtual, reserved", "#DDCC77", partial(virtual_error, what="reserved_bytes")),
+    ("extrapolated, allocated", INDIGO, partial(_EXTRAPOLATED, what="allocated_bytes")),
+    ("extrapolated, reserved", CYAN, partial(_EXTRAPOLATED, what="reserved_bytes")),
+    ("virtual, allocated", ROSE, partial(virtual_error, what="allocated_bytes")),
+    ("virtual, reserved", SAND, partial(virtual_error, what="reserved_bytes")),
 )
 
 
@@ -41,7 +42,7 @@ def draw(document: Facts, path: Path) -> None:
             )
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.invert_yaxis()
-        axes.axvline(0, color="#1D2430", linewidth=0.8)
+        axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("predicted beside measured peak (%)")
         axes.set_title(f"{document['device']['name']}, torch {document['device']['torch']}")
         figure.legend(loc="outside lower center", ncols=4, frameon=False)

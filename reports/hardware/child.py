@@ -20,7 +20,7 @@ import torch
 
 from reports.hardware import measure, rivals, virtual
 from reports.hardware.bench import Bench, cuda_bench
-from reports.hardware.record import Record
+from reports.hardware.findings import Findings
 from reports.hardware.workloads import Case, find_case
 
 Opener = Callable[[int | None], tuple[Bench, int | None]]
@@ -51,28 +51,28 @@ def main(
             rivals.installed_version(package)  # importing takes seconds
     if not sys.stdin.readline():
         return 1  # the parent is gone
-    record = Record(record_path(folder, kind, name))
+    findings = Findings(record_path(folder, kind, name))
     if kind == "virtual":
-        virtual.simulate_all(workload, _measured(folder, name), _real(folder, name), record)
+        virtual.simulate_all(workload, _measured(folder, name), _real(folder, name), findings)
     else:
-        with record.stage("card"):
+        with findings.stage("card"):
             bench, limit_bytes = opened(case.limit_bytes)
-            record["card"] = bench.facts()
-            record["limit_bytes"] = limit_bytes
-        if record.failed("card"):
+            findings["card"] = bench.facts()
+            findings["limit_bytes"] = limit_bytes
+        if findings.failed("card"):
             return 1
         if kind == "measure":
             traces = traces_folder(folder, name)
             traces.mkdir(exist_ok=True)
             measure.measure(
-                workload, bench, record, traces=traces, times_recording=case.times_recording
+                workload, bench, findings, traces=traces, times_recording=case.times_recording
             )
         else:
             ceiling = _measured(folder, name)["ceiling"]["micro_batch"]
-            rivals.compare(workload, bench, record, ceiling=ceiling)
-    record["finished"] = True
-    record.save()
-    return 1 if record["errors"] else 0
+            rivals.compare(workload, bench, findings, ceiling=ceiling)
+    findings["finished"] = True
+    findings.save()
+    return 1 if findings["errors"] else 0
 
 
 def _measured(folder: Path, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reports.hardware.vision import Block
+from reports.hardware.vision import TransformerBlock
 
 
 def next_word_loss(logits: Tensor, words: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Gpt2(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.blocks = nn.Sequential(
             *(
-                Block(width, heads, causal=True, dropout=0.1, approximate="tanh")
+                TransformerBlock(width, heads, causal=True, dropout=0.1, approximate="tanh")
                 for _ in range(depth)
             )
         )
@@ -341,7 +341,8 @@ class TwoTowers(nn.Module):
         self.image_places = nn.Parameter(torch.zeros((size // 8) ** 2, width))
         self.words = nn.Embedding(words, width)
         self.image_tower, self.text_tower = (
-            nn.Sequential(*(Block(width, width // 64) for _ in range(depth))) for _ in range(2)
+            nn.Sequential(*(TransformerBlock(width, width // 64) for _ in range(depth)))
+            for _ in range(2)
         )
         self.scale = nn.Parameter(torch.zeros(()))
 

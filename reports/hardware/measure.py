@@ -26,7 +26,7 @@ from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Workload
 from reports.hardware.bench import Bench
-from reports.hardware.record import Record
+from reports.hardware.findings import Findings
 from reports.hardware.virtual import LIMIT, STEPS, ceiling_within, peaks
 
 SMALL = (2, 3)
@@ -36,63 +36,63 @@ _ROUNDS = 4
 class Trials:
     """Keeps every trial of a probe, with the stage that it ran in and what the driver saw."""
 
-    def __init__(self, bench: Bench, record: Record):
-        self._watch, self._record = bench.watch, record
+    def __init__(self, bench: Bench, findings: Findings):
+        self._watch, self._findings = bench.watch, findings
         self.rows: list[dict[str, Any]] = []
-        record["trials"] = self.rows
+        findings["trials"] = self.rows
 
     def __call__(self, progress: Progress) -> None:
         if progress.trial is None:
             self._watch.reset()
             return
-        seen = {"stage": self._record["stage"], "nvml_used_bytes": self._watch.peak_bytes}
+        seen = {"stage": self._findings["stage"], "nvml_used_bytes": self._watch.peak_bytes}
         self.rows.append(asdict(progress.trial) | seen)
-        self._record.save()
+        self._findings.save()
 
 
 def measure(
-    workload: Workload, bench: Bench, record: Record, *, traces: Path, times_recording: bool
+    workload: Workload, bench: Bench, findings: Findings, *, traces: Path, times_recording: bool
 ) -> None:
     """Find the ceiling, prove it, compare the model's word with it, and trace ops.
 
     Traces are pickled into `traces`: `labelled.pickle`, and one file for each executed size.
     """
     device = CudaGpu(bench.card)
-    trials = Trials(bench, record)
+    trials = Trials(bench, findings)
     probe = Probe(
         device=device, workload=workload, accumulation_steps=STEPS, progress=trials, headroom=0.0
     )
     found: Ceiling | None = None
     with device.hosting(workload):
-        with record.stage("ceiling"):
-            found = _search(probe, record)
+        with findings.stage("ceiling"):
+            found = _search(probe, findings)
         if found is not None and found.micro_batch:
-            with record.stage("proof"):
-                _prove(probe, found, record)
-            with record.stage("middle"):
+            with findings.stage("proof"):
+                _prove(probe, found, findings)
+            with findings.stage("middle"):
                 if found.micro_batch // 2 > max(SMALL):
                     probe.run(found.micro_batch // 2)
-            with record.stage("extrapolation"):
-                record["extrapolation"] = extrapolation(probe, found)
-                record["footprint"] = _footprint(probe, found.micro_batch)
-        record["remarks"] = list(device.remarks())
-        record["context_bytes"] = device.spec.context_bytes
-        record["others_bytes"] = device.others_bytes
-        record["nvml_before_bytes"] = bench.watch.before_bytes
-    with record.stage("labelled"):
-        record["labelled"] = _labelled(workload, bench, probe.runs.get(SMALL[0]), traces)
+            with findings.stage("extrapolation"):
+                findings["extrapolation"] = extrapolation(probe, found)
+                findings["footprint"] = _footprint(probe, found.micro_batch)
+        findings["remarks"] = list(device.remarks())
+        findings["context_bytes"] = device.spec.context_bytes
+        findings["others_bytes"] = device.others_bytes
+        findings["nvml_before_bytes"] = bench.watch.before_bytes
+    with findings.stage("labelled"):
+        findings["labelled"] = _labelled(workload, bench, probe.runs.get(SMALL[0]), traces)
     for size, run in probe.runs.items():
         _keep(run, traces / f"{size}.pickle")
     if times_recording and found is not None and found.micro_batch:
-        with record.stage("recording"):
-            record["recording"] = recording_cost(workload, bench, max(2, found.micro_batch // 4))
+        with findings.stage("recording"):
+            findings["recording"] = recording_cost(workload, bench, max(2, found.micro_batch // 4))
 
 
-def _search(probe: Probe, record: Record) -> Ceiling:
+def _search(probe: Probe, findings: Findings) -> Ceiling:
     """Find the ceiling as `tune` does."""
     started = time.perf_counter()
     found = find_ceiling(probe, LIMIT, guess=lambda: _guess(probe))
-    record["ceiling"] = {
+    findings["ceiling"] = {
         "micro_batch": found.micro_batch,
         "limit_reached": found.limit_reached,
         "method": found.method,
@@ -113,16 +113,16 @@ def _guess(probe: Probe) -> int | None:
     return ceiling_within(spec, probe.budget_bytes, probe.workload).micro_batch or None
 
 
-def _prove(probe: Probe, found: Ceiling, record: Record) -> None:
+def _prove(probe: Probe, found: Ceiling, findings: Findings) -> None:
     """Execute the size above the ceiling; where it fits after all, let the search go on from it."""
     if found.limit_reached:
         return
     above = found.micro_batch + 1
     fits = probe.fits(above)
-    record["proof"] = {"micro_batch": above, "fits": fits, "oom": probe.trials[-1].oom}
+    findings["proof"] = {"micro_batch": above, "fits": fits, "oom": probe.trials[-1].oom}
     if fits:
         better = find_ceiling(probe, LIMIT, prove=True)
-        record["proof"]["ceiling_after_all"] = better.micro_batch
+        findings["proof"]["ceiling_after_all"] = better.micro_batch
 
 
 def extrapolation(probe: Probe, found: Ceiling) -> dict[str, Any]:

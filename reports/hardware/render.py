@@ -6,17 +6,25 @@ Invariant: every figure comes from a file; what a file does not hold is shown as
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from autobatch.support.units import format_bytes
+from reports.common.markdown import renew_section, table
+from reports.hardware.chart import draw
+from reports.hardware.facts import (
+    Facts,
+    at_ceiling,
+    error_at_ceiling,
+    get,
+    virtual_error,
+    virtual_errors,
+)
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 UNKNOWN = "–"
 GOAL_ERROR, GOAL_EXECUTIONS = 0.005, 3
-
-Facts = dict[str, Any]
 
 NOTHING = """\
 **Nothing has been measured yet.** There is no JSON file in this folder, because no GPU was at hand
@@ -36,13 +44,8 @@ Every test of the package runs on CPUs; there a card is simulated, or played by
 
 def render(folder: Path) -> None:
     """Write the section between the markers of FOLDER/README.md, and the charts beside it."""
-    from reports.hardware.chart import draw  # needs matplotlib
-
     documents = load(folder)
-    readme = folder / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{section(documents)}\n{END}{after}")
+    renew_section(folder / "README.md", BEGIN, END, f"\n{section(documents)}\n")
     for stem, document in documents.items():
         draw(document, folder / f"{stem}.svg")
 
@@ -85,13 +88,13 @@ def _device(stem: str, document: Facts) -> str:
 
 
 def _goals(rows: Sequence[Facts]) -> Iterator[str]:
-    searched = [row for row in rows if _get(row, "measure", "ceiling")]
-    proven = [row for row in searched if _get(row, "measure", "proof") is not None]
+    searched = [row for row in rows if get(row, "measure", "ceiling")]
+    proven = [row for row in searched if get(row, "measure", "proof") is not None]
     exact = [row for row in proven if _is_exact(row)]
     yield f"ceilings exact (n confirmed, n + 1 refuted): {len(exact)} of {len(proven)} proven ones"
-    few = [r for r in searched if _get(r, "measure", "ceiling", "executions") <= GOAL_EXECUTIONS]
+    few = [r for r in searched if get(r, "measure", "ceiling", "executions") <= GOAL_EXECUTIONS]
     yield f"at most {GOAL_EXECUTIONS} executions to the ceiling: {len(few)} of {len(searched)}"
-    calm = [row for row in searched if not _get(row, "measure", "ceiling", "ooms")]
+    calm = [row for row in searched if not get(row, "measure", "ceiling", "ooms")]
     yield f"no OOM on the way: {len(calm)} of {len(searched)}"
     errors = {row["name"]: _extrapolation_errors(row) for row in rows}
     known = {name: error for name, error in errors.items() if error}
@@ -100,34 +103,14 @@ def _goals(rows: Sequence[Facts]) -> Iterator[str]:
         f"extrapolated peaks at the ceiling within {GOAL_ERROR:.1%}, allocated and reserved: "
         f"{len(within)} of {len(known)} aligned workloads"
     )
-    virtual = [error for row in rows for error in _virtual_errors(row, "allocated_bytes")]
+    virtual = [error for row in rows for error in virtual_errors(row, "allocated_bytes")]
     if virtual:
         yield f"largest error of the virtual GPU's allocated peaks: {max(map(abs, virtual)):.2%}"
 
 
-def _get(facts: Any, *names: str) -> Any:
-    for name in names:
-        if not isinstance(facts, dict):
-            return None
-        facts = facts.get(name)
-    return facts
-
-
 def _is_exact(row: Facts) -> bool:
-    confirmed = _get(row, "measure", "ceiling", "confirmed")
-    return bool(confirmed) and not _get(row, "measure", "proof", "fits")
-
-
-def at_ceiling(row: Facts) -> Facts:
-    size = _get(row, "measure", "ceiling", "micro_batch")
-    sizes = _get(row, "measure", "extrapolation", "sizes") or []
-    return next((facts for facts in sizes if facts["micro_batch"] == size), {})
-
-
-def error_at_ceiling(row: Facts, source: str, what: str) -> float | None:
-    at = at_ceiling(row)
-    said, measured = _get(at, source, what), _get(at, "measured", what)
-    return None if said is None or not measured else said / measured - 1
+    confirmed = get(row, "measure", "ceiling", "confirmed")
+    return bool(confirmed) and not get(row, "measure", "proof", "fits")
 
 
 def _extrapolation_errors(row: Facts) -> list[float]:
@@ -135,17 +118,6 @@ def _extrapolation_errors(row: Facts) -> list[float]:
         error_at_ceiling(row, "foretold", what) for what in ("allocated_bytes", "reserved_bytes")
     ]
     return [error for error in errors if error is not None]
-
-
-def _virtual_errors(row: Facts, what: str) -> list[float]:
-    """Return the virtual GPU's relative error at each measured size, the smallest first."""
-    measured = {
-        trial["micro_batch"]: trial[f"peak_{what}"]
-        for trial in _get(row, "measure", "trials") or []
-        if not trial["oom"] and not trial["alloc_retries"]
-    }
-    said = {size["micro_batch"]: size[what] for size in _get(row, "virtual", "sizes") or []}
-    return [said[size] / measured[size] - 1 for size in sorted(measured) if size in said]
 
 
 def _share(error: float | None) -> str:
@@ -165,7 +137,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _proof(row: Facts) -> str:
-    proof = _get(row, "measure", "proof")
+    proof = get(row, "measure", "proof")
     if proof is None:
         return UNKNOWN
     if not proof["fits"]:
@@ -174,13 +146,13 @@ def _proof(row: Facts) -> str:
 
 
 def _how(row: Facts) -> str:
-    reason = _get(row, "measure", "ceiling", "reason")
-    name = _plain(_get(row, "measure", "ceiling", "method"))
+    reason = get(row, "measure", "ceiling", "reason")
+    name = _plain(get(row, "measure", "ceiling", "method"))
     return f"{name}: {reason}".replace("|", "/") if reason else name
 
 
 def _limit(row: Facts) -> str:
-    limit = _get(row, "measure", "limit_bytes")
+    limit = get(row, "measure", "limit_bytes")
     return "none" if limit is None else format_bytes(limit)
 
 
@@ -188,7 +160,7 @@ Column = tuple[str, Callable[[Facts], str]]
 
 
 def _of(*names: str, shown: Callable[[Any], str] = _plain) -> Callable[[Facts], str]:
-    return lambda row: shown(_get(row, *names))
+    return lambda row: shown(get(row, *names))
 
 
 _NAME: Column = ("workload", lambda row: str(row["name"]))
@@ -212,8 +184,8 @@ def _off(source: str, what: str) -> Callable[[Facts], str]:
 
 _EXTRAPOLATION: tuple[Column, ...] = (
     _NAME,
-    ("allocated", lambda row: _bytes(_get(at_ceiling(row), "measured", "allocated_bytes"))),
-    ("reserved", lambda row: _bytes(_get(at_ceiling(row), "measured", "reserved_bytes"))),
+    ("allocated", lambda row: _bytes(get(at_ceiling(row), "measured", "allocated_bytes"))),
+    ("reserved", lambda row: _bytes(get(at_ceiling(row), "measured", "reserved_bytes"))),
     ("foretold from 2 and 3, allocated", _off("foretold", "allocated_bytes")),
     ("reserved", _off("foretold", "reserved_bytes")),
     ("refitted, allocated", _off("refitted", "allocated_bytes")),
@@ -225,19 +197,14 @@ _EXTRAPOLATION: tuple[Column, ...] = (
 
 
 def _aligned(row: Facts) -> str:
-    found = _get(row, "measure", "extrapolation")
+    found = get(row, "measure", "extrapolation")
     if found is None:
         return UNKNOWN
     return "yes" if found["aligned"] else f"no: {found['reason']}".replace("|", "/")
 
 
 def _largest(what: str) -> Callable[[Facts], str]:
-    return lambda row: _share(max(_virtual_errors(row, what), key=abs, default=None))
-
-
-def virtual_error(row: Facts, what: str) -> float | None:
-    """Return the virtual GPU's relative error at the largest measured size."""
-    return next(reversed(_virtual_errors(row, what)), None)
+    return lambda row: _share(max(virtual_errors(row, what), key=abs, default=None))
 
 
 def _last(what: str) -> Callable[[Facts], str]:
@@ -270,8 +237,8 @@ _ALIGNMENT: tuple[Column, ...] = (
 
 def _seen(row: Facts) -> list[tuple[int, int]]:
     """Return what NVML saw this process take, and what was reserved, for each trial."""
-    before = _get(row, "measure", "nvml_before_bytes")
-    trials = _get(row, "measure", "trials") or []
+    before = get(row, "measure", "nvml_before_bytes")
+    trials = get(row, "measure", "trials") or []
     if before is None:
         return []
     return [
@@ -292,20 +259,9 @@ _DRIVER: tuple[Column, ...] = (
 )
 
 
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    heads = list(heads)
-    lines = [heads, ["-"] * len(heads), *rows]
-    return (
-        "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        .replace("| - ", "|-")
-        .replace("- |\n", "-|\n")
-    )
-
-
 def _titled(title: str, columns: Sequence[Column], rows: Sequence[Facts]) -> str:
     body = [[show(row) for _, show in columns] for row in rows]
-    return f"#### {title}\n\n{table((head for head, _ in columns), body)}"
+    return f"#### {title}\n\n{table([head for head, _ in columns], body)}"
 
 
 def _ops(rows: Sequence[Facts]) -> str:
@@ -315,7 +271,7 @@ def _ops(rows: Sequence[Facts]) -> str:
         found = [
             (op["bytes"], row["name"], op)
             for row in rows
-            for op in _get(row, "virtual", "alignment", side) or []
+            for op in get(row, "virtual", "alignment", side) or []
         ]
         lists += [
             [title, name, op["op"], op["phase"], _plain(op["count"]), _bytes(size)]
@@ -332,7 +288,7 @@ def _ops(rows: Sequence[Facts]) -> str:
 def _recording(rows: Sequence[Facts]) -> str:
     body = []
     for row in rows:
-        cost = _get(row, "measure", "recording")
+        cost = get(row, "measure", "recording")
         if cost:
             off, on = cost["window_seconds_off"], cost["window_seconds_on"]
             size = str(cost["micro_batch"])
@@ -346,7 +302,7 @@ def _recording(rows: Sequence[Facts]) -> str:
 def _rivals(rows: Sequence[Facts]) -> str:
     body = []
     for row in rows:
-        finders = _get(row, "rivals", "finders")
+        finders = get(row, "rivals", "finders")
         if not finders:
             continue
         ours = row["measure"]["ceiling"]

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autobatch.support.oom import shortage_in
 from autobatch.workload.workload import Workload
+from reports.common.results import one_line
 from reports.hardware.bench import Bench
+from reports.hardware.findings import Findings
 from reports.hardware.measure import PlainTraining, run_plain
-from reports.hardware.record import Record, one_line
 
 PACKAGES = ("accelerate", "lightning")
 CAP_S = 25.0
@@ -151,7 +152,7 @@ def start_above(ceiling: int) -> int:
 
 
 def compare(
-    workload: Workload, bench: Bench, record: Record, *, ceiling: int, cap_s: float = CAP_S
+    workload: Workload, bench: Bench, findings: Findings, *, ceiling: int, cap_s: float = CAP_S
 ) -> None:
     """Let every finder that is installed search, one after the other."""
     start = start_above(ceiling)
@@ -166,13 +167,13 @@ def compare(
             lambda tried: with_lightning(workload, bench, tried, "binsearch"),
         ),
     }
-    with record.stage("warm-up"):
+    with findings.stage("warm-up"):
         PlainTraining(workload, bench.card.device).windows(2, 1)
     outcomes: list[dict[str, Any]] = []
-    record["start"] = start
-    record["finders"] = outcomes
+    findings["start"] = start
+    findings["finders"] = outcomes
     for name, (package, finder) in finders.items():
-        with record.stage(name), bench.limited(), _quietly():
+        with findings.stage(name), bench.limited(), _quietly():
             release = installed_version(package)
             if release is None:
                 outcomes.append({"finder": name, "version": None})

@@ -17,7 +17,7 @@ from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
 from reports.hardware.alignment import summary
-from reports.hardware.record import Record
+from reports.hardware.findings import Findings
 
 LIMIT = 2**16
 """Largest micro-batch that a search looks at."""
@@ -51,18 +51,18 @@ def ceiling_within(spec: GpuSpec, budget_bytes: int, workload: Workload) -> Ceil
 
 
 def simulate_all(
-    workload: Workload, measured: dict[str, Any], real: Trace | None, record: Record
+    workload: Workload, measured: dict[str, Any], real: Trace | None, findings: Findings
 ) -> None:
     """Predict every size that was measured, and align the traces at the smallest."""
     card = measured["card"]
     major, minor = card["compute_capability"]
     spec = describe(card["name"], card["capacity_bytes"], (major, minor))
     probe = probe_within(spec, measured["ceiling"]["budget_bytes"], workload)
-    record["assumed_context_bytes"] = spec.context_bytes
-    with record.stage("ceiling"):
+    findings["assumed_context_bytes"] = spec.context_bytes
+    with findings.stage("ceiling"):
         started = time.perf_counter()
         found = find_ceiling(probe, LIMIT)
-        record["ceiling"] = {
+        findings["ceiling"] = {
             "micro_batch": found.micro_batch,
             "method": found.method,
             "reason": found.reason,
@@ -70,20 +70,20 @@ def simulate_all(
             "seconds": time.perf_counter() - started,
             "warnings": list(dict.fromkeys(w for r in probe.runs.values() for w in r.warnings)),
         }
-    with record.stage("sizes"):
+    with findings.stage("sizes"):
         trials = measured["trials"]
         sizes = sorted(
             {t["micro_batch"] for t in trials if not t["oom"] and not t["alloc_retries"]}
         )
-        record["sizes"] = [
+        findings["sizes"] = [
             {"micro_batch": size} | peaks(_replay(probe, found, size)) for size in sizes
         ]
         run = probe.run(measured["ceiling"]["micro_batch"])
         footprint = footprint_of(run.trace, run.replay, spec, "simulated", simulated=True)
-        record["footprint"] = dict(footprint.categories)
-    with record.stage("alignment"):
+        findings["footprint"] = dict(footprint.categories)
+    with findings.stage("alignment"):
         if real is not None:
-            record["alignment"] = summary(real, probe.run(real.micro_batch).trace)
+            findings["alignment"] = summary(real, probe.run(real.micro_batch).trace)
 
 
 def _replay(probe: Probe, found: Ceiling, size: int) -> Replay:

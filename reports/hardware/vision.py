@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return F.dropout(self.out(y.transpose(1, 2).reshape(n, length, width)), rate)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm transformer layer."""
 
     def __init__(
@@ -147,7 +147,7 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(3, width, 16, stride=16)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.places = nn.Parameter(torch.zeros(1, (size // 16) ** 2 + 1, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 1000)
 

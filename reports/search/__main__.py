@@ -16,7 +16,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +27,10 @@ from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
 from autobatch.support.units import MIB
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.workload import Workload
+from reports.common.results import today
+from reports.common.zoo import build, random_names
 from reports.search.check import HEADER, Row, check, markdown
 from reports.search.models import CASES
-from reports.search.zoo import build, random_names
 
 SMALLEST_BYTES, LARGEST_BYTES = 4096 * MIB, 80_000 * MIB
 
@@ -144,7 +144,7 @@ def _document(rows: Sequence[Row | Failure], options: argparse.Namespace) -> dic
         "evidence": "simulated",
         "command": " ".join(("python -m reports.search", *given)),
         "versions": {"autobatch": __version__, "torch": torch.__version__},
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": today(),
         "rows": [asdict(row) | {"passes": row.passes} for row in rows],
     }
 

@@ -16,15 +16,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from autobatch import __version__
 from autobatch.support.units import GIB, format_bytes
-from reports.search.zoo import random_names
+from reports.common.journal import append, read_journal
+from reports.common.results import today, versions
+from reports.common.zoo import random_names
 
 GPU = "a100-40gb"
 LARGE = ("hf:llama?dtype=bf16", "h100-80gb")
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args(arguments)
     log = options.json.with_suffix(".jsonl") if options.json else None
-    known = _read_log(log)
+    known = read_journal(log, key=itemgetter("spec", "gpu")) if log else {}
     rows = []
     print(HEADER)
     for spec, gpu in _jobs(options.specs, options.models, options.seed):
@@ -146,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(markdown(row), flush=True)
         if log and (spec, gpu) not in known:
-            with log.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append(log, row)
     summary = summarise(rows) | measure_start()
     missed = [name for name, most in TARGETS.items() if summary.get(name, 0) > most]
     failed = [row["spec"] for row in rows if "error" in row]
@@ -163,13 +162,6 @@ def _jobs(specs: Sequence[str], models: int, seed: int) -> list[tuple[str, str]]
     if specs:
         return [LARGE if spec == LARGE[0] else (spec, GPU) for spec in specs]
     return [LARGE, *((f"timm:{name}", GPU) for name in random_names(models, seed))]
-
-
-def _read_log(log: Path | None) -> dict[tuple[str, str], Figures]:
-    if log is None or not log.exists():
-        return {}
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return {(row["spec"], row["gpu"]): row for row in rows}
 
 
 def _print_summary(summary: Figures, missed: Sequence[str], failed: Sequence[str]) -> None:
@@ -193,10 +185,9 @@ def _document(summary: Figures, rows: Sequence[Figures], options: argparse.Names
     return {
         "evidence": "simulated",
         "command": f"python -m reports.speed --models {options.models} --seed {options.seed}",
-        "versions": {name: version(name) for name in ("torch", "timm", "transformers")}
-        | {"autobatch": __version__},
+        "versions": versions("torch", "timm", "transformers"),
         "cores": os.cpu_count(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": today(),
         "targets": TARGETS,
         "summary": summary,
         "rows": list(rows),

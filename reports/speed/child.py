@@ -9,34 +9,20 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 
 import autobatch
 from autobatch.workload.spec.load import load_spec
 from autobatch.workload.workload import Workload
-from reports.search.zoo import build
+from reports.common.memory import peak_rss_bytes
+from reports.common.zoo import build
 
 TARGET = 256
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory this process has held.
-
-    `getrusage` is the fallback: on Linux it also counts the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 2**10
-    scale = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def load(spec: str) -> nn.Module:

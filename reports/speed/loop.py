@@ -30,7 +30,7 @@ MICRO_BATCH, STEPS, WINDOWS = 64, 4, 7
 TARGET = 1.01
 
 
-class Run:
+class Training:
     """A model with its optimizer and schedule, and the loss of each window so far."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Run:
         return nn.functional.cross_entropy(self.model(images), labels)
 
 
-def by_hand(run: Run, loader: DataLoader[Any]) -> None:
+def by_hand(run: Training, loader: DataLoader[Any]) -> None:
     """The loop of most scripts; right here, as every window is whole."""
     total = torch.zeros(())
     for step, batch in enumerate(loader):
@@ -68,7 +68,7 @@ def by_hand(run: Run, loader: DataLoader[Any]) -> None:
             total = torch.zeros(())
 
 
-def windows_of(run: Run, loader: DataLoader[Any]) -> autobatch.Windows:
+def windows_of(run: Training, loader: DataLoader[Any]) -> autobatch.Windows:
     return autobatch.windows(
         loader,
         run.optimizer,
@@ -79,7 +79,7 @@ def windows_of(run: Run, loader: DataLoader[Any]) -> autobatch.Windows:
     )
 
 
-def by_windows(run: Run, loader: DataLoader[Any]) -> None:
+def by_windows(run: Training, loader: DataLoader[Any]) -> None:
     for window in windows_of(run, loader):
         for batch in window:
             window.backward(run.loss(batch))
@@ -87,7 +87,7 @@ def by_windows(run: Run, loader: DataLoader[Any]) -> None:
         run.losses.append(window.loss)
 
 
-def by_function(run: Run, loader: DataLoader[Any]) -> None:
+def by_function(run: Training, loader: DataLoader[Any]) -> None:
     """As `by_windows`, with recovery from a lack of memory."""
     for window in windows_of(run, loader):
         window.run(run.loss)
@@ -95,7 +95,7 @@ def by_function(run: Run, loader: DataLoader[Any]) -> None:
         run.losses.append(window.loss)
 
 
-LOOPS: dict[str, Callable[[Run, DataLoader[Any]], None]] = {
+LOOPS: dict[str, Callable[[Training, DataLoader[Any]], None]] = {
     "by hand": by_hand,
     "for batch in window": by_windows,
     "window.run": by_function,
@@ -136,7 +136,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
         torch.tensor(labels)[: _samples()],
     )
     loader = DataLoader(data, batch_size=MICRO_BATCH)
-    runs = {name: Run() for name in LOOPS}
+    runs = {name: Training() for name in LOOPS}
     seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
     for turn in range(rounds + 1):
         order = list(LOOPS) if turn % 2 else list(LOOPS)[::-1]

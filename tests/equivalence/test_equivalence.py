@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autobatch
 from autobatch import UsageError, Workload, WorkloadError, check_equivalence
 from autobatch.cli import main
-from autobatch.equivalence import Equivalence
+from autobatch.equivalence.result import Equivalence
 from autobatch.records.codec import decode
 from tests.support.plans import example_plan, ragged_plan
 

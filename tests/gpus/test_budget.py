@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.gpus.budget import (
-    CardReading,
-    Holdings,
+    DeviceReading,
+    OutsideMemory,
     budget_bytes,
     growth_bytes,
-    holdings,
-    sentences,
+    notes,
+    outside_memory,
     spilled_bytes,
     usable_bytes,
 )
@@ -24,10 +24,10 @@ headrooms = st.floats(0, 1, exclude_max=True)
 
 
 @st.composite
-def readings(draw: st.DrawFn, known: bool | None = None) -> CardReading:
+def readings(draw: st.DrawFn, known: bool | None = None) -> DeviceReading:
     context, others, reserved, free = (draw(sizes) for _ in range(4))
     known = draw(st.booleans()) if known is None else known
-    return CardReading(
+    return DeviceReading(
         capacity_bytes=context + others + reserved + free,
         free_bytes=free,
         reserved_bytes=reserved,
@@ -38,9 +38,9 @@ def readings(draw: st.DrawFn, known: bool | None = None) -> CardReading:
 
 def card(
     *, context: int = 600 * MIB, others: int = 0, reserved: int = 10 * GIB, known: bool = True
-) -> CardReading:
+) -> DeviceReading:
     """A card of 80 GiB."""
-    return CardReading(
+    return DeviceReading(
         capacity_bytes=80 * GIB,
         free_bytes=80 * GIB - context - others - reserved,
         reserved_bytes=reserved,
@@ -48,17 +48,17 @@ def card(
     )
 
 
-def said(first: CardReading, last: CardReading, *, spilled: int = 0) -> list[str]:
-    lines = list(sentences(first, last, typical_context_bytes=TYPICAL, spilled=spilled))
+def said(first: DeviceReading, last: DeviceReading, *, spilled: int = 0) -> list[str]:
+    lines = list(notes(first, last, typical_context_bytes=TYPICAL, spilled=spilled))
     assert not any("\n" in line for line in lines)
     return lines
 
 
 @given(readings(), sizes)
 def test_context_others_reserved_and_free_are_the_capacity(
-    reading: CardReading, typical: int
+    reading: DeviceReading, typical: int
 ) -> None:
-    held = holdings(reading, typical_context_bytes=typical)
+    held = outside_memory(reading, typical_context_bytes=typical)
     parts = (held.context_bytes, held.others_bytes, reading.reserved_bytes, reading.free_bytes)
     assert min(parts) >= 0
     assert sum(parts) == reading.capacity_bytes
@@ -67,39 +67,39 @@ def test_context_others_reserved_and_free_are_the_capacity(
 
 @given(readings(known=True), sizes)
 def test_the_drivers_figure_gives_the_context_whatever_is_typical(
-    reading: CardReading, typical: int
+    reading: DeviceReading, typical: int
 ) -> None:
-    held = holdings(reading, typical_context_bytes=typical)
+    held = outside_memory(reading, typical_context_bytes=typical)
     assert held.context_bytes + reading.reserved_bytes == reading.own_bytes
 
 
 @given(readings(known=False), sizes)
 def test_without_the_drivers_figure_the_context_is_typical_but_no_more_than_the_sum(
-    reading: CardReading, typical: int
+    reading: DeviceReading, typical: int
 ) -> None:
-    held = holdings(reading, typical_context_bytes=typical)
+    held = outside_memory(reading, typical_context_bytes=typical)
     assert held.context_bytes == min(typical, held.outside_bytes)
 
 
 @given(readings(), st.integers(0, 10**12), sizes)
 def test_nothing_is_negative_even_where_figures_contradict_each_other(
-    reading: CardReading, own: int, reserved: int
+    reading: DeviceReading, own: int, reserved: int
 ) -> None:
     odd = replace(reading, own_bytes=own, reserved_bytes=reserved)
-    held = holdings(odd, typical_context_bytes=TYPICAL)
+    held = outside_memory(odd, typical_context_bytes=TYPICAL)
     assert min(held.context_bytes, held.others_bytes, usable_bytes(odd, held)) >= 0
 
 
 def test_a_figure_below_what_is_reserved_is_another_process_with_this_id() -> None:
     stranger = replace(card(), own_bytes=5 * GIB)
-    assert not holdings(stranger, typical_context_bytes=TYPICAL).split_known
+    assert not outside_memory(stranger, typical_context_bytes=TYPICAL).split_known
 
 
 @given(readings(), headrooms)
 def test_budget_is_at_most_usable_is_at_most_what_is_allowed_and_the_capacity(
-    reading: CardReading, headroom: float
+    reading: DeviceReading, headroom: float
 ) -> None:
-    usable = usable_bytes(reading, holdings(reading, typical_context_bytes=TYPICAL))
+    usable = usable_bytes(reading, outside_memory(reading, typical_context_bytes=TYPICAL))
     assert 0 <= budget_bytes(usable, headroom) <= usable <= reading.capacity_bytes
     assert budget_bytes(usable, 0.0) == usable
     if reading.allowed_bytes is None:
@@ -110,11 +110,11 @@ def test_budget_is_at_most_usable_is_at_most_what_is_allowed_and_the_capacity(
 
 @given(readings(), sizes, sizes, headrooms)
 def test_more_in_other_hands_never_leaves_more(
-    reading: CardReading, context: int, more: int, headroom: float
+    reading: DeviceReading, context: int, more: int, headroom: float
 ) -> None:
     usable = [
         usable_bytes(
-            reading, Holdings(context_bytes=context, others_bytes=others, split_known=True)
+            reading, OutsideMemory(context_bytes=context, others_bytes=others, split_known=True)
         )
         for others in (0, more)
     ]
@@ -124,9 +124,9 @@ def test_more_in_other_hands_never_leaves_more(
 
 @given(st.lists(readings(), min_size=1, max_size=4), readings())
 def test_no_further_look_at_the_card_makes_more_of_it_usable_than_that_look_shows(
-    seen: list[CardReading], last: CardReading
+    seen: list[DeviceReading], last: DeviceReading
 ) -> None:
-    held = holdings(*seen, last, typical_context_bytes=TYPICAL)
+    held = outside_memory(*seen, last, typical_context_bytes=TYPICAL)
     assert held.outside_bytes >= last.outside_bytes
     assert usable_bytes(last, held) <= last.free_bytes + last.reserved_bytes
 
@@ -134,14 +134,14 @@ def test_no_further_look_at_the_card_makes_more_of_it_usable_than_that_look_show
 def test_the_largest_context_and_the_largest_others_count() -> None:
     cold = card(context=400 * MIB, others=2 * GIB)
     warm = card(context=700 * MIB, others=1 * GIB)
-    assert holdings(cold, warm, typical_context_bytes=TYPICAL) == Holdings(
+    assert outside_memory(cold, warm, typical_context_bytes=TYPICAL) == OutsideMemory(
         context_bytes=700 * MIB, others_bytes=2 * GIB, split_known=True
     )
 
 
 def test_one_reading_with_the_drivers_figure_divides_the_others() -> None:
     blind = card(others=GIB, known=False)
-    assert holdings(blind, card(others=GIB), typical_context_bytes=TYPICAL) == Holdings(
+    assert outside_memory(blind, card(others=GIB), typical_context_bytes=TYPICAL) == OutsideMemory(
         context_bytes=600 * MIB, others_bytes=GIB, split_known=True
     )
 
@@ -149,7 +149,7 @@ def test_one_reading_with_the_drivers_figure_divides_the_others() -> None:
 def test_a_context_that_loads_kernels_is_growth_only_where_it_cannot_be_told_apart() -> None:
     for known, growth in ((True, 0), (False, 300 * MIB)):
         first, last = (
-            holdings(card(context=context, known=known), typical_context_bytes=TYPICAL)
+            outside_memory(card(context=context, known=known), typical_context_bytes=TYPICAL)
             for context in (400 * MIB, 700 * MIB)
         )
         assert growth_bytes(first, last) == growth
@@ -157,7 +157,7 @@ def test_a_context_that_loads_kernels_is_growth_only_where_it_cannot_be_told_apa
 
 
 @given(readings(), sizes)
-def test_what_fits_on_the_card_has_not_spilled(reading: CardReading, peak: int) -> None:
+def test_what_fits_on_the_card_has_not_spilled(reading: DeviceReading, peak: int) -> None:
     spilled = spilled_bytes(reading, peak)
     assert spilled >= 0
     if peak <= reading.free_bytes + reading.reserved_bytes:
@@ -174,7 +174,7 @@ def test_reserved_beyond_the_card_lies_in_the_hosts_memory() -> None:
 def test_a_spill_does_not_make_the_card_look_emptier() -> None:
     before = card(context=GIB, known=False)
     after = replace(before, free_bytes=0, reserved_bytes=90 * GIB)
-    held = holdings(before, after, typical_context_bytes=TYPICAL)
+    held = outside_memory(before, after, typical_context_bytes=TYPICAL)
     assert held.outside_bytes == GIB
 
 

@@ -18,7 +18,7 @@ from autobatch.memory.accounting import (
 )
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import simulate
-from autobatch.memory.trace import CATEGORIES, Block, Mark, Trace
+from autobatch.memory.trace import CATEGORIES, Allocation, Mark, Trace
 from autobatch.memory.trace_model import TraceModel
 from autobatch.workload.workload import Workload
 
@@ -212,7 +212,7 @@ def traces(draw):
     blocks, events, live = [], [], []
     for index in range(draw(st.integers(1, 30))):
         size = draw(st.sampled_from([0, 1, 512, 1000, MIB, 3 * MIB, 11 * MIB]))
-        blocks.append(Block(size, draw(st.sampled_from(CATEGORIES)), "forward", "op"))
+        blocks.append(Allocation(size, draw(st.sampled_from(CATEGORIES)), "forward", "op"))
         events.append(index)
         live.append(index)
         while live and draw(st.booleans()):
@@ -240,8 +240,8 @@ def test_a_footprint_sums_exactly_to_the_peak_of_any_trace(trace):
 def test_a_footprint_counts_what_is_alive_at_the_peak_and_nothing_else():
     kinds = ["parameters", "buffers", "gradients", "optimizer_state", "activations"]
     kinds += ["temporaries", "inputs", "workspace", "other"]
-    blocks = [Block(512 * (i + 1), kind, "forward", "op") for i, kind in enumerate(kinds)]
-    blocks.append(Block(512 * 20, "temporaries", "backward", "op"))
+    blocks = [Allocation(512 * (i + 1), kind, "forward", "op") for i, kind in enumerate(kinds)]
+    blocks.append(Allocation(512 * 20, "temporaries", "backward", "op"))
     trace = Trace(
         micro_batch=1,
         accumulation_steps=1,
@@ -256,7 +256,7 @@ def test_a_footprint_counts_what_is_alive_at_the_peak_and_nothing_else():
 
 
 def test_rounding_is_what_blocks_take_beyond_their_request():
-    block = Block(1000, "inputs", "inputs", "op")
+    block = Allocation(1000, "inputs", "inputs", "op")
     trace = Trace(micro_batch=1, accumulation_steps=1, blocks=(block,), events=(0,), marks=())
     footprint = footprint_of(trace, replay(trace), GPU, "simulated", simulated=True)
     assert (footprint.inputs_bytes, footprint.rounding_bytes) == (1000, 24)
@@ -319,7 +319,7 @@ def test_the_timeline_of_real_windows_shows_their_phases_and_their_peak(trace):
 
 
 def test_a_short_timeline_keeps_every_event():
-    block = Block(512, "inputs", "inputs", "op")
+    block = Allocation(512, "inputs", "inputs", "op")
     trace = Trace(
         micro_batch=1, accumulation_steps=1, blocks=(block, block), events=(0, ~0, 1), marks=()
     )

@@ -33,50 +33,60 @@ class Recorder(CachingAllocator):
         """Start recording from here."""
         self.events: list[dict[str, Any]] = []
 
-    def note(self, action: str, address: int, size: int, stream: int) -> None:
-        event = {"action": action, "addr": address, "size": size, "stream": stream, "time_us": 0}
-        self.events.append(event)
+    def note(
+        self, action: str, address: int, size: int, stream: int, pool_id: tuple[int, int]
+    ) -> None:
+        self.events.append(
+            {
+                "action": action,
+                "addr": address,
+                "size": size,
+                "stream": stream,
+                "pool_id": pool_id,
+                "time_us": 0,
+            }
+        )
 
     def alloc(self, size: int, stream: int = 0, pool_id: tuple[int, int] = (0, 0)) -> Block:
-        self.stream = stream
+        self.owner = (stream, pool_id)
         try:
             block = self.malloc(size, stream, pool_id)
         except OutOfMemory:
-            self.note("oom", 0, size, stream)
+            self.note("oom", 0, size, stream, pool_id)
             raise
-        self.note("alloc", block.address, size, stream)
+        self.note("alloc", block.address, size, stream, pool_id)
         return block
 
     def cuda_malloc(self, size_bytes: int) -> int | None:
         address = super().cuda_malloc(size_bytes)
         if address is not None:
-            self.note("segment_alloc", address, size_bytes, self.stream)
+            self.note("segment_alloc", address, size_bytes, *self.owner)
         return address
 
     def cuda_map(self, address: int, size_bytes: int) -> bool:
         mapped = super().cuda_map(address, size_bytes)
         if mapped:
-            self.note("segment_map", address, size_bytes, self.stream)
+            self.note("segment_map", address, size_bytes, *self.owner)
         return mapped
 
     def free(self, block: Block) -> None:
         size = block.requested_bytes
-        self.note("free_requested", block.address, size, block.pool.stream)
+        self.note("free_requested", block.address, size, block.pool.stream, block.pool.pool_id)
         self.request_free(block)
         if not block.shared:
             self.complete_free(block)
 
     def complete_free(self, block: Block) -> None:
         size = block.requested_bytes
-        self.note("free_completed", block.address, size, block.pool.stream)
+        self.note("free_completed", block.address, size, block.pool.stream, block.pool.pool_id)
         super().complete_free(block)
 
     def release(self, block: Block) -> tuple[int, int]:
         action = "segment_free" if block.base is None else "segment_unmap"
-        stream = block.pool.stream
+        owner = (block.pool.stream, block.pool.pool_id)
         address, size = super().release(block)
         if size:
-            self.note(action, address, size, stream)
+            self.note(action, address, size, *owner)
         return address, size
 
     def dump(self) -> dict[str, Any]:
@@ -354,6 +364,65 @@ def test_a_replay_finds_a_segment_of_the_wrong_size(tmp_path: Path) -> None:
     made.alloc(3 * MIB)
     score = scored(tmp_path, made)
     assert (score.segments, score.segments_matched, score.agrees) == (1, 0, False)
+
+
+def test_an_expandable_segment_reaches_below_its_lowest_page_when_the_recording_begins(
+    tmp_path: Path,
+) -> None:
+    made = recorder(EXPANDABLE)
+    low, _ = made.alloc(20 * MIB), made.alloc(20 * MIB)
+    made.free(low)
+    made.empty_cache()
+    made.record()
+    assert made.alloc(10 * MIB).address == low.address
+    recording = rewind(loaded(tmp_path, made), 0)
+    assert [part.reserved_from for part in recording.start] == [low.address]
+    assert scored(tmp_path, made).agrees
+
+
+def test_an_expandable_segment_still_reaches_down_after_a_difference(tmp_path: Path) -> None:
+    made = recorder(EXPANDABLE)
+    low, _ = made.alloc(20 * MIB), made.alloc(20 * MIB)
+    others = [made.alloc(size * MIB, 7) for size in (14, 2, 12, 2)]
+    made.free(others[0])
+    made.free(others[2])
+    made.record()
+    made.free(low)
+    made.empty_cache()
+    taken = made.alloc(14 * MIB, 7)  # recorded as a request that the 12 MiB block fits better
+    made.events[-1]["size"] = taken.requested_bytes = 12 * MIB
+    assert made.alloc(10 * MIB).address == low.address
+    score = scored(tmp_path, made)
+    assert (score.blocks, score.blocks_matched) == (2, 1)
+    assert (score.segments, score.segments_matched) == (1, 1)
+
+
+def test_a_segment_that_is_gone_at_the_end_still_belongs_to_its_private_pool(
+    tmp_path: Path,
+) -> None:
+    made = recorder(AllocatorSettings(max_split_size_bytes=40 * MIB), capacity=70 * MIB)
+    private = made.alloc(38 * MIB + 1, 0, PRIVATE)
+    public = made.alloc(MIB + 1)  # fits into what is left of the other pool's segment
+    made.free(private)
+    made.free(public)
+    made.alloc(48 * MIB, 0, PRIVATE)  # has the pool give the first segment back
+    assert "segment_free" in [event["action"] for event in made.events]
+    score = scored(tmp_path, made)
+    assert score.first_difference is None
+    assert score.agrees
+
+
+def test_blocks_that_only_a_failed_request_freed_do_not_serve_it(tmp_path: Path) -> None:
+    made = recorder(EXPANDABLE, capacity=100 * MIB)
+    large, last = made.alloc(60 * MIB, 0, PRIVATE), made.alloc(2 * MIB, 0, PRIVATE)
+    other = made.alloc(20 * MIB, 7)
+    made.record_stream(large, 99)
+    made.free(large)
+    made.free(other)
+    block = made.alloc(30 * MIB, 0, PRIVATE)  # waits for `large`, and gives the page of `other` up
+    assert made.alloc_retries == 1
+    assert block.address == last.address + last.size_bytes
+    assert scored(tmp_path, made).agrees
 
 
 @st.composite

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.memory.trace import CATEGORIES, Block, Mark, Trace
+from autobatch.memory.trace import CATEGORIES, Allocation, Mark, Trace
 from autobatch.memory.trace_model import Misaligned, TraceModel, scratch_blocks
 
 MARKS = (Mark(0, "forward", 0, 0),)
@@ -10,7 +10,9 @@ MARKS = (Mark(0, "forward", 0, 0),)
 
 def make_trace(micro_batch, sizes, events=None, **block_fields):
     fields = {"category": "activations", "phase": "forward", "op": "aten.mm"} | block_fields
-    blocks = tuple(Block(size, fields["category"], fields["phase"], fields["op"]) for size in sizes)
+    blocks = tuple(
+        Allocation(size, fields["category"], fields["phase"], fields["op"]) for size in sizes
+    )
     events = tuple(range(len(blocks))) if events is None else tuple(events)
     return Trace(
         micro_batch=micro_batch, accumulation_steps=1, blocks=blocks, events=events, marks=MARKS
@@ -40,7 +42,7 @@ def polynomial_traces(draw, degree):
 
     def trace_at(n):
         sizes = [base + slope * n + bend * n * n for base, slope, bend in coefficients]
-        blocks = tuple(Block(s, *kind) for s, kind in zip(sizes, kinds, strict=True))
+        blocks = tuple(Allocation(s, *kind) for s, kind in zip(sizes, kinds, strict=True))
         return Trace(
             micro_batch=n, accumulation_steps=1, blocks=blocks, events=tuple(events), marks=MARKS
         )
@@ -145,9 +147,9 @@ def test_blocks_that_are_padded_do_not_make_memory_quadratic():
     def trace_at(n):
         return make_trace(n, [100_000 * n, -(-n // 32) * 32])
 
-    assert TraceModel.fit([trace_at(n) for n in (2, 3, 40)]).bent_share < 1e-3
+    assert TraceModel.fit([trace_at(n) for n in (2, 3, 40)]).quadratic_share < 1e-3
     bent = [make_trace(n, [1000 * n, 100 * n * n]) for n in (2, 3, 40)]
-    assert TraceModel.fit(bent).bent_share > 0.5
+    assert TraceModel.fit(bent).quadratic_share > 0.5
 
 
 # Scratch memory of real kernels

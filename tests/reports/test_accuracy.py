@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from autobatch.support.units import MIB
 from reports.accuracy import __main__ as command
 from reports.accuracy import render, score
-from reports.accuracy.journal import append, read_journal
 from reports.accuracy.models import OPTIMIZERS, torchvision_name, workload_of
-from reports.accuracy.pool import WorkersFailError, run_tasks
 from reports.accuracy.predict import predict
 from reports.accuracy.results import write_results
 from reports.accuracy.tables import (
@@ -27,6 +25,8 @@ from reports.accuracy.tables import (
     sample,
     tasks_of,
 )
+from reports.common.journal import append, read_journal
+from reports.common.pool import WorkersFailError, run_tasks
 
 SETTINGS = Settings(
     gpu="a100-40gb", optimizer="sgd-momentum", precision="fp32", context_bytes=1000 * MIB
@@ -91,8 +91,9 @@ def table(tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the charts out, which take longer than the rest."""
-    for name in ("scatter", "families", "ceilings", "verdicts", "write"):
+    for name in ("scatter", "families", "ceilings", "verdicts"):
         monkeypatch.setattr(f"reports.accuracy.charts.{name}", lambda *_: None)
+    monkeypatch.setattr("reports.accuracy.results.write", lambda *_: None)
 
 
 def read_rows(path, settings=SETTINGS):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.support.units import GIB, MIB
-from reports.accuracy.journal import append, read_journal
+from reports.common.journal import append, read_journal
 from reports.coverage import __main__ as command
 from reports.coverage import memory, models, render, results, summary, text
 from reports.coverage import worker as worker_process

@@ -18,16 +18,16 @@ from torch import nn
 
 from autobatch import Workload, find_gpu
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.memory.trace import Block, Mark, Trace
+from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.support.units import MIB
 from reports.hardware import __main__ as command
 from reports.hardware import child, rivals
 from reports.hardware.alignment import align, longest_common, summary
 from reports.hardware.bench import Bench, PeakWatch
+from reports.hardware.findings import Findings
 from reports.hardware.jobs import run_jobs
 from reports.hardware.measure import PlainTraining, measure, run_plain
-from reports.hardware.record import Record
-from reports.hardware.render import NOTHING, load, render, section, table
+from reports.hardware.render import NOTHING, load, render, section
 from reports.hardware.virtual import simulate_all
 from reports.hardware.workloads import CASES, Case, classify, find_case, momentum
 from tests.support import ROOT
@@ -88,7 +88,7 @@ def test_names_are_one_file_name_each_and_some_limits_are_tight():
 
 def trace(sizes, phase="forward", op="op"):
     """Blocks that are made one after the other, and freed at the end."""
-    blocks = tuple(Block(size, "temporaries", phase, op) for size in sizes)
+    blocks = tuple(Allocation(size, "temporaries", phase, op) for size in sizes)
     numbers = range(len(blocks))
     events = (*numbers, *(~number for number in numbers))
     return Trace(
@@ -225,15 +225,15 @@ def played(tmp_path):
 
     def run(name, **options):
         bench, limit_bytes = rehearsed(**options)
-        record = Record(tmp_path / f"measure-{name}.json")
-        record["card"] = bench.facts()
-        record["limit_bytes"] = limit_bytes
+        findings = Findings(tmp_path / f"measure-{name}.json")
+        findings["card"] = bench.facts()
+        findings["limit_bytes"] = limit_bytes
         case = TINY[name]
         traces = child.traces_folder(tmp_path, name)
         traces.mkdir()
-        measure(case.make(), bench, record, traces=traces, times_recording=case.times_recording)
-        assert record["errors"] == []
-        return json.loads(record.path.read_text())
+        measure(case.make(), bench, findings, traces=traces, times_recording=case.times_recording)
+        assert findings["errors"] == []
+        return json.loads(findings.path.read_text())
 
     return run
 
@@ -260,14 +260,14 @@ def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, pl
     real = child._real(tmp_path, name)
     assert real.micro_batch == 2 and len(real.blocks) == facts["labelled"]["blocks"]
 
-    record = Record(tmp_path / "virtual.json")
-    simulate_all(TINY[name].make(), facts, real, record)
-    assert record["errors"] == []
-    assert {size["micro_batch"] for size in record["sizes"]} == {
+    findings = Findings(tmp_path / "virtual.json")
+    simulate_all(TINY[name].make(), facts, real, findings)
+    assert findings["errors"] == []
+    assert {size["micro_batch"] for size in findings["sizes"]} == {
         size["micro_batch"] for size in facts["extrapolation"]["sizes"]
     }
-    assert record["ceiling"]["micro_batch"] > 0
-    aligned = record["alignment"]
+    assert findings["ceiling"]["micro_batch"] > 0
+    aligned = findings["alignment"]
     assert aligned["matched"] > 30
     only_virtual = {op["op"] for op in aligned["only_virtual_ops"]}
     assert "cublas workspace" in only_virtual  # a CPU takes none
@@ -285,17 +285,17 @@ def test_a_ceiling_that_the_model_cannot_foretell_is_found_and_named(played):
 
 
 def test_a_stage_that_fails_is_named_and_the_next_one_runs(tmp_path):
-    record = Record(tmp_path / "record.json")
-    with record.stage("first"):
+    findings = Findings(tmp_path / "findings.json")
+    with findings.stage("first"):
         raise ValueError("no such luck\nand more")
-    with record.stage("second"):
-        record["answer"] = 42
-    saved = json.loads(record.path.read_text())
+    with findings.stage("second"):
+        findings["answer"] = 42
+    saved = json.loads(findings.path.read_text())
     assert [(e["stage"], e["error"]) for e in saved["errors"]] == [
         ("first", "ValueError: no such luck")
     ]
     assert saved["answer"] == 42 and set(saved["stage_seconds"]) == {"first", "second"}
-    assert record.failed("first") and not record.failed("second")
+    assert findings.failed("first") and not findings.failed("second")
 
 
 def test_the_whole_command_on_a_tiny_workload(tmp_path):
@@ -342,10 +342,10 @@ def lightning_modes():
 def test_lightning_searches_with_the_same_window(tmp_path):
     names = lightning_modes()
     bench, _ = rehearsed(44 * MIB)
-    record = Record(tmp_path / "rivals.json")
-    rivals.compare(tiny_cnn(), bench, record, ceiling=300)
-    assert record["errors"] == []
-    found = {finder["finder"]: finder for finder in record["finders"]}
+    findings = Findings(tmp_path / "rivals.json")
+    rivals.compare(tiny_cnn(), bench, findings, ceiling=300)
+    assert findings["errors"] == []
+    found = {finder["finder"]: finder for finder in findings["finders"]}
     for name in names:
         finder = found[name]
         assert finder["ending"] is None
@@ -410,9 +410,9 @@ def test_a_finder_that_takes_too_long_is_cut_off():
 def test_a_finder_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(rivals, "installed_version", lambda package: None)
     bench, _ = rehearsed()
-    record = Record(tmp_path / "rivals.json")
-    rivals.compare(tiny_mlp(), bench, record, ceiling=10)
-    assert [finder["version"] for finder in record["finders"]] == [None] * 3
+    findings = Findings(tmp_path / "rivals.json")
+    rivals.compare(tiny_mlp(), bench, findings, ceiling=10)
+    assert [finder["version"] for finder in findings["finders"]] == [None] * 3
 
 
 def test_plain_windows_are_those_of_the_probe():
@@ -502,10 +502,6 @@ import reports.hardware.__main__, reports.hardware.child
 def test_the_page_shows_what_the_files_hold():
     page = (command.FOLDER / "README.md").read_text()
     assert section(load(command.FOLDER)) in page
-
-
-def test_a_table_has_as_many_cells_in_each_row():
-    assert table(("a", "b"), [("1", "2")]) == "| a | b |\n|-|-|\n| 1 | 2 |"
 
 
 @pytest.mark.gpu

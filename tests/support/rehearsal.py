@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from autobatch.devices import choose
 from autobatch.devices.cuda.runtime import Stats
-from autobatch.gpus.budget import CardReading
+from autobatch.gpus.budget import DeviceReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.snapshot import Snapshot, TraceEvent
@@ -82,7 +82,7 @@ class RehearsedCard:
     def reading(self):
         reserved = self.allocator.reserved_bytes
         held = self.context_bytes + self.others_bytes + reserved
-        return CardReading(
+        return DeviceReading(
             capacity_bytes=self.capacity_bytes,
             free_bytes=max(self.capacity_bytes - held, 0),
             reserved_bytes=reserved,

@@ -9,7 +9,7 @@ from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
-from autobatch.memory.trace import Block, Mark, Trace
+from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.records.progress import silent
 from autobatch.tuning.ceiling import find_ceiling
 from autobatch.tuning.probe import Probe
@@ -52,7 +52,7 @@ class FakeDevice:
 
 
 def trace_of(micro_batch, sizes, *, events=None, op="aten::mm"):
-    blocks = tuple(Block(size, "activations", "forward", op) for size in sizes)
+    blocks = tuple(Allocation(size, "activations", "forward", op) for size in sizes)
     return Trace(
         micro_batch=micro_batch,
         accumulation_steps=2,

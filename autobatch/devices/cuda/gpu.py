@@ -27,7 +27,7 @@ from autobatch.devices.preserve import undisturbed
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.gpus.budget import Holdings, holdings, sentences, spilled_bytes, usable_bytes
+from autobatch.gpus.budget import OutsideMemory, notes, outside_memory, spilled_bytes, usable_bytes
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM
 from autobatch.memory.allocator import CachingAllocator
@@ -85,8 +85,8 @@ class CudaGpu:
         self._spilled_bytes = 0
 
     @property
-    def _held(self) -> Holdings:
-        return holdings(*self._readings, typical_context_bytes=self._known.context_bytes)
+    def _held(self) -> OutsideMemory:
+        return outside_memory(*self._readings, typical_context_bytes=self._known.context_bytes)
 
     @property
     def spec(self) -> GpuSpec:
@@ -139,7 +139,7 @@ class CudaGpu:
 
     def remarks(self) -> tuple[str, ...]:
         """Return what the user should know about the card: its neighbours, spilling, limits."""
-        card = sentences(
+        card = notes(
             self._readings[0],
             self._readings[-1],
             typical_context_bytes=self._known.context_bytes,

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autobatch.devices.cuda.runtime import Card
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
-from autobatch.memory.trace import Block, Category, Mark, Phase, Trace
+from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
 
 __all__ = ["HistoryRecorder"]
 
@@ -116,7 +116,7 @@ class HistoryRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Block(e.size_bytes, category, phase, self._op(lives[i][0]), streams[e.stream])
+                Allocation(e.size_bytes, category, phase, self._op(lives[i][0]), streams[e.stream])
                 for i, (e, category, phase) in enumerate(
                     zip(starts, categories, phases, strict=True)
                 )

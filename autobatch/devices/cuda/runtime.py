@@ -15,7 +15,7 @@ import torch
 
 from autobatch.errors import UsageError
 from autobatch.gpus import nvml
-from autobatch.gpus.budget import CardReading
+from autobatch.gpus.budget import DeviceReading
 from autobatch.memory.snapshot import Snapshot, read_snapshot
 
 __all__ = ["Card", "Clock", "Stats"]
@@ -86,13 +86,13 @@ class Card:
         """Make this the current device for the length of a block."""
         return torch.cuda.device(self.index)
 
-    def reading(self) -> CardReading:
+    def reading(self) -> DeviceReading:
         """Look at the card: what is free on it, and whose the rest is."""
         torch.cuda.synchronize(self.index)
         free, total = torch.cuda.mem_get_info(self.index)
         fraction = torch.cuda.get_per_process_memory_fraction(self.index)
         occupancy = nvml.occupancy(self._uuid, self._pci_bus_id, os.getpid())
-        return CardReading(
+        return DeviceReading(
             capacity_bytes=total,
             free_bytes=free,
             reserved_bytes=torch.cuda.memory_reserved(self.index),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.memory.trace import Block, Category, Mark, Phase, Trace
+from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
 
 __all__ = ["StorageRecorder"]
 
@@ -127,7 +127,8 @@ class StorageRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Block(b.size_bytes, b.category or _by_phase(b), b.phase, b.op) for b in self._blocks
+                Allocation(b.size_bytes, b.category or _by_phase(b), b.phase, b.op)
+                for b in self._blocks
             ),
             events=tuple(self._events),
             marks=tuple(self._marks),

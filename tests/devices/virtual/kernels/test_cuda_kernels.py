@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.devices.virtual.kernels.fused import FUSED
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.memory.trace import Block
+from autobatch.memory.trace import Allocation
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 
@@ -19,7 +19,7 @@ WIDTH, SAMPLES = 16, 4
 TENSOR_BYTES = WIDTH * SAMPLES * 4
 
 
-def blocks(model: nn.Module, phase: str) -> list[Block]:
+def blocks(model: nn.Module, phase: str) -> list[Allocation]:
     workload = Workload(
         model=model,
         batch=batch_builder(torch.zeros(2, WIDTH)),

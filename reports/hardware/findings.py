@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reports.common.results import one_line
 
-class Record:
+
+class Findings:
     """Facts by name, saved as JSON."""
 
     def __init__(self, path: Path):
@@ -56,8 +58,3 @@ class Record:
 
     def failed(self, stage: str) -> bool:
         return any(error["stage"] == stage for error in self["errors"])
-
-
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

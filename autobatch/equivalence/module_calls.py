@@ -1,8 +1,8 @@
-"""Which modules look across the samples of a batch, or change from call to call.
+"""Records the calls of every module, and repeats a run to see which modules answer differently.
 
-A recorded run is repeated with one thing changed, such as the values of the later samples. After
-each module, what must not have changed is compared with the record and then put back, so that a
-module answers for itself alone and not for those before it.
+A run is repeated with one thing changed, such as the values of the later samples. After each
+module, the part of its output that must not have changed is compared with the record and then
+restored, so that a module is blamed for its own changes and not for those of earlier modules.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from autobatch.workload.tree import tensors, with_tensors
 
 __all__ = [
-    "OWN_LOSS",
+    "LOSS",
     "Call",
-    "Layout",
-    "Replay",
+    "RecordedRun",
+    "Rerun",
+    "changed_values",
     "embeddings_changed",
-    "hooked",
-    "one_micro_batch_at_a_time",
-    "otherwise",
-    "recorded",
+    "module_hooks",
+    "recorded_calls",
+    "run_in_micro_batches",
 ]
 
-OWN_LOSS = "the loss"
+LOSS = "the loss"
+"""Stands for the loss where a module's name is expected: it calls the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: its name, and the tensors that went in and came out."""
+    """One call of a module: its name, its input tensors and its output tensors."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -44,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Where the samples of a tensor lie: its dimension, and how many entries each one has."""
+    """The dimension along which a tensor holds samples, and the entries there of each sample."""
 
     dim: int
     entries: int
@@ -58,8 +59,8 @@ Axes = tuple[Axis | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """A call of a module, and where the samples of its tensors lie; None where nowhere."""
+class LocatedCall:
+    """A call of a module with the sample axis of each tensor; None where a tensor has none."""
 
     call: Call
     inputs: Axes
@@ -67,23 +68,25 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A recorded run, with the axes of its tensors, found from two batches of different size.
+class RecordedRun:
+    """The calls of a run, with the sample axes of their tensors.
+
+    Axes are found by comparing the shapes of two runs on batches of different size.
 
     Attributes:
         samples: of the larger batch.
-        calls: its calls by module, each with how many of the same module came before; those that
-            both batches made.
+        calls: by the module's name and the number of its earlier calls; only those that both
+            batches made.
     """
 
     samples: int
-    calls: Mapping[tuple[str, int], Located]
+    calls: Mapping[tuple[str, int], LocatedCall]
 
     @classmethod
     def of(
         cls, calls: Sequence[Call], samples: int, fewer: Sequence[Call], fewer_samples: int
-    ) -> Layout:
-        """Compare two runs."""
+    ) -> RecordedRun:
+        """Find the sample axes of a run from the calls of another one on fewer samples."""
 
         def axes(some: Sequence[Tensor], others: Sequence[Tensor]) -> Axes:
             return tuple(
@@ -95,7 +98,7 @@ class Layout:
         return cls(
             samples,
             {
-                key: Located(
+                key: LocatedCall(
                     call,
                     axes(call.inputs, smaller[key].inputs),
                     axes(call.outputs, smaller[key].outputs),
@@ -120,51 +123,51 @@ def _axis(
         return None
     changed = [dim for dim in range(len(shape)) if shape[dim] != other[dim]]
     if len(changed) != 1:
-        return None  # none, or every sample with every other
+        return None  # no dimension depends on the samples, or two do, as in a similarity matrix
     dim = changed[0]
     entries, rest = divmod(shape[dim], samples)
     return Axis(dim, entries) if not rest and other[dim] == entries * other_samples else None
 
 
-def recorded(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
-    """Run, and return every call of a module within."""
+def recorded_calls(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
+    """Call `run`, and return every call of a module inside it."""
     calls: list[Call] = []
 
     def end(name: str, _: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
         calls.append(Call(name, inputs, _tensors(output)))
         return output
 
-    with hooked(model, end):
+    with module_hooks(model, end):
         run()
     return calls
 
 
 @dataclass(slots=True)
-class Replay:
-    """A recorded run once more, of which some is expected to be unchanged.
+class Rerun:
+    """A repetition of a recorded run, in which part of every output must stay the same.
 
     Attributes:
-        layout: the recorded run.
-        kept: first sample that must not change, and the end of those; None if nothing may.
-        blamed: modules of which something changed that should not have.
+        recorded: the run to compare with.
+        kept: start and end of the samples that must stay the same; all must if None.
+        blamed: modules that changed what must stay the same.
     """
 
-    layout: Layout
+    recorded: RecordedRun
     kept: tuple[int, int] | None = None
     blamed: list[str] = field(default_factory=list)
     _seen: Counter[str] = field(default_factory=Counter)
 
     def run(self, model: nn.Module, run: Callable[[], Any]) -> list[str]:
-        """Run, and return the names of the modules to blame."""
-        with hooked(model, self._end):
+        """Call `run`, and return the names of the modules to blame."""
+        with module_hooks(model, self._end):
             run()
         return list(dict.fromkeys(self.blamed))
 
     def _end(self, name: str, caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        located = self.layout.calls.get((name, self._seen[name]))
+        located = self.recorded.calls.get((name, self._seen[name]))
         self._seen[name] += 1
         if located is None:
-            return output  # called for this batch only
+            return output  # a call that the two recorded batches do not share
         call = located.call
         if self._changed(inputs, call.inputs, located.inputs):
             self.blamed.append(caller)
@@ -185,7 +188,7 @@ class Replay:
         return axis.cut(tensor, *self.kept)
 
     def _put_back(self, output: Any, then: Sequence[Tensor], axes: Axes) -> Any:
-        """Restore what must not change, and change what may."""
+        """Restore the samples that must stay the same, and change the others once more."""
         found = list(tensors(output))
         for index, (now, old, axis) in enumerate(zip(tuple(found), then, axes, strict=False)):
             if now.shape != old.shape or not now.is_floating_point():
@@ -195,33 +198,33 @@ class Replay:
             elif axis is not None:
                 start, stop = self.kept
                 earlier = axis.cut(now, 0, start)
-                later = axis.cut(now, stop, self.layout.samples)
-                parts = [otherwise(earlier), axis.cut(old, start, stop), otherwise(later)]
+                later = axis.cut(now, stop, self.recorded.samples)
+                parts = [changed_values(earlier), axis.cut(old, start, stop), changed_values(later)]
                 found[index] = torch.cat(parts, axis.dim)
         return with_tensors(output, found)
 
 
-def otherwise(tensor: Tensor) -> Tensor:
-    """Return other values of the same signs and range, different for every entry."""
+def changed_values(tensor: Tensor) -> Tensor:
+    """Return values of the same sign and scale, each entry changed by another factor."""
     steps = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
     return tensor * (0.75 + 0.25 * torch.sin(1.7 * steps + 1.0)).to(tensor.dtype)
 
 
-def one_micro_batch_at_a_time(
-    model: nn.Module, name: str, layout: Layout, window: Sequence[int]
+def run_in_micro_batches(
+    model: nn.Module, name: str, recorded: RecordedRun, window: Sequence[int]
 ) -> None:
-    """Let a module of a copied model see the whole batch in micro-batches only."""
+    """Make a module of a replica run the whole batch one micro-batch at a time."""
     module = model.get_submodule(name)
-    located = layout.calls[name, 0]
+    located = recorded.calls[name, 0]
     before, after = located.inputs, located.outputs
-    whole = layout.samples
+    whole = recorded.samples
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         found = list(tensors((args, kwargs)))
         axes = {i: axis for i, axis in enumerate(before[: len(found)]) if axis is not None}
         if any(found[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
-            return original(*args, **kwargs)  # a module around this one has cut the batch
+            return original(*args, **kwargs)  # an enclosing module runs in micro-batches already
         outputs = []
         for start, stop in _spans(window):
             part = [
@@ -236,7 +239,7 @@ def one_micro_batch_at_a_time(
 
 
 def _joined(outputs: Sequence[Any], axes: Axes, window: Sequence[int]) -> Any:
-    """Put the outputs of micro-batches together; what has no samples is averaged over them."""
+    """Concatenate the outputs of micro-batches; average those without a sample axis."""
     found = [list(tensors(output)) for output in outputs]
     joined = list(found[0])
     for index, axis in enumerate(axes[: len(joined)]):
@@ -259,27 +262,27 @@ def _spans(window: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def hooked(
+def module_hooks(
     model: nn.Module,
     end: Callable[[str, str, tuple[Tensor, ...], Any], Any],
     begin: Callable[[str], None] = lambda caller: None,
 ) -> Iterator[None]:
-    """Call `end(name, caller, inputs, output)` after every module; what it returns is the output.
+    """Call `begin(caller)` before every module and `end(name, caller, inputs, output)` after it.
 
-    The model itself is called "" and its caller `OWN_LOSS`. `begin(caller)` is called before.
+    What `end` returns replaces the output. The model itself is named "", its caller `LOSS`.
     """
     running: list[tuple[str, tuple[Tensor, ...]]] = []
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            begin(running[-1][0] if running else OWN_LOSS)
+            begin(running[-1][0] if running else LOSS)
             running.append((name, _tensors((args, kwargs))))
 
         return hook
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
         name, inputs = running.pop()
-        return end(name, running[-1][0] if running else OWN_LOSS, inputs, output)
+        return end(name, running[-1][0] if running else LOSS, inputs, output)
 
     handles = []
     for name, module in model.named_modules():
@@ -301,7 +304,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
         return False
     if not one.is_floating_point():
         return True
-    apart = torch.where(one == other, 0.0, one - other).abs()  # infinities of a mask are equal
+    apart = torch.where(one == other, 0.0, one - other).abs()  # equal infinities, as in masks
     scale = other[other.isfinite()].abs()
     limit = 1e4 * torch.finfo(one.dtype).eps * (float(scale.max()) if scale.numel() else 0.0)
     return not float(apart.max()) <= limit
@@ -309,12 +312,12 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def embeddings_changed(
-    model: nn.Module, layout: Layout, spans: Sequence[tuple[int, int]]
+    model: nn.Module, recorded: RecordedRun, spans: Sequence[tuple[int, int]]
 ) -> Iterator[None]:
-    """Give some samples other values where integers become numbers, as in an embedding."""
+    """Change the outputs of some samples in modules without floating-point inputs: embeddings."""
     axes = {
         name: located.outputs[0]
-        for (name, _), located in layout.calls.items()
+        for (name, _), located in recorded.calls.items()
         if located.outputs and not any(t.is_floating_point() for t in located.call.inputs)
     }
 
@@ -325,7 +328,7 @@ def embeddings_changed(
             output = output.clone()
             for start, stop in spans:
                 part = axis.cut(output, start, stop)
-                part.copy_(otherwise(part))
+                part.copy_(changed_values(part))
             return output
 
         return hook

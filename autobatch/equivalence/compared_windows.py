@@ -1,6 +1,6 @@
-"""Which windows are compared, and on which samples.
+"""Chooses the windows to compare with their batches, and the samples in them.
 
-Invariant: what is compared instead of what was asked for is said in a note.
+Invariant: where other windows or samples are compared than were asked for, a note says so.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import torch
 from torch import Tensor
 
 from autobatch.advice.wording import count
-from autobatch.equivalence.layers import otherwise
+from autobatch.equivalence.module_calls import changed_values
 from autobatch.equivalence.subject import Subject
 from autobatch.workload.sample import Rows, named_tensors
 from autobatch.workload.tree import map_tensors
 
-__all__ = ["Choice", "choose_windows"]
+__all__ = ["ComparedWindows", "choose_windows"]
 
 _STEPS = 4
-"""Most micro-batches of a plan that are compared: from the second on, all are alike."""
+"""The most micro-batches of a plan to compare: from the second on, all run alike."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Windows with their samples, and what is to be said about them."""
+class ComparedWindows:
+    """Windows, each as the sizes of its micro-batches with its samples, and notes for the user."""
 
     windows: tuple[tuple[tuple[int, ...], Rows], ...]
     notes: tuple[str, ...]
 
 
-def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) -> Choice:
+def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) -> ComparedWindows:
     """Return the window that was asked for, or a smaller one, and a window of unequal sizes.
 
     Args:
-        subject: makes the batches.
-        asked: the micro-batches of a window.
-        limit: the most samples to compare; None compares all that were asked for.
+        subject: builds the batch.
+        asked: sizes of the micro-batches of a window.
+        limit: the most samples to compare; all that were asked for if None.
 
     Raises:
         SampleError: the batch cannot be cut.
@@ -61,11 +61,11 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
             f"the sample has {count(different, 'different row')}, and {rows.size} were compared: "
             "where rows repeat, numbers that are not integers were varied"
         )
-    return Choice(tuple((each, _first(rows, sum(each))) for each in windows), tuple(notes))
+    return ComparedWindows(tuple((each, _first(rows, sum(each))) for each in windows), tuple(notes))
 
 
 def _unequal(size: int) -> tuple[int, int]:
-    """Return two sizes, of at least 2 where BatchNorm may need that."""
+    """Return two different sizes, of at least 2 where possible: BatchNorm refuses one sample."""
     if size == 1:
         return 2, 1
     return (size, size - 1) if size > 2 else (3, 2)
@@ -76,6 +76,8 @@ def _first(rows: Rows, samples: int) -> Rows:
 
 
 def _different(rows: Rows) -> int:
+    """Count the rows that differ from one another."""
+
     def content(index: int) -> tuple[bytes, ...]:
         tensors = named_tensors(rows.cut(index, index + 1)).values()
         return tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.dim())
@@ -84,9 +86,9 @@ def _different(rows: Rows) -> int:
 
 
 def _varied(rows: Rows, different: int) -> Rows:
-    """Change the floating-point values of rows that repeat earlier ones."""
+    """Change the floating-point values of all rows after the first `different` ones."""
     changed = replace(rows, batch=map_tensors(Tensor.clone, rows.batch))
     for part in named_tensors(changed.cut(different, rows.size)).values():  # views
         if part.is_floating_point():
-            part.copy_(otherwise(part))
+            part.copy_(changed_values(part))
     return changed

@@ -6,20 +6,23 @@ Invariant: a line that was only half written is as if it had never been.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from reports.accuracy.tables import Record
+Record = dict[str, Any]
 
 
-def read_journal(path: Path) -> dict[str, Record]:
-    """Return the records by key."""
-    records: dict[str, Record] = {}
+def read_journal(path: Path, key: Callable[[Record], Any] = itemgetter("key")) -> dict[Any, Record]:
+    """Return the records of a file by key; none where there is no file."""
+    records: dict[Any, Record] = {}
     if path.exists():
         for line in path.read_text().splitlines():
             with suppress(json.JSONDecodeError):
                 record = json.loads(line)
-                records[record["key"]] = record
+                records[key(record)] = record
     return records
 
 

@@ -1,4 +1,4 @@
-"""How the numbers of a check are computed: in float64 throughout, with random draws held.
+"""A dispatch mode that keeps ops in float64, and counts random draws or replaces them by means.
 
 Invariant: outside of the mode, torch is as before.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Arithmetic"]
+__all__ = ["Numerics"]
 
 aten = torch.ops.aten
 
@@ -24,18 +24,18 @@ _EXACT = {
 }
 
 
-class Arithmetic(TorchDispatchMode):
-    """Keeps ops in float64 where asked to, and counts or holds random draws.
+class Numerics(TorchDispatchMode):
+    """Keeps ops in float64 where asked to, and counts random draws or replaces them by their means.
 
-    Models cast parts of themselves to float32 (norms, softmax, positions), which would leave
-    rounding of 1e-7 in a gradient of float64.
+    Many models compute parts in float32 (norms, softmax, positions), which would leave rounding
+    errors of 1e-7 in a float64 gradient.
 
     Attributes:
         draws: how many ops drew random numbers.
     """
 
     def __init__(self, *, exact: bool, hold: bool) -> None:
-        """Cast to float64 if `exact`; replace each random draw by its mean if `hold`."""
+        """Turn casts to lower precision into float64 if `exact`; replace draws if `hold`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._exact, self._hold = exact, hold
         self.draws = 0
@@ -51,7 +51,7 @@ class Arithmetic(TorchDispatchMode):
         before = torch.get_rng_state()
         result = func(*args, **options)
         if torch.equal(before, torch.get_rng_state()) and options.get("generator") is None:
-            return result  # attention without dropout, say
+            return result  # the op can draw but did not, as attention without dropout
         self.draws += 1
         if not self._hold:
             return result
@@ -94,7 +94,7 @@ _MEANS: dict[Any, Callable[..., float | Tensor]] = {
     aten.randint: _middle_integer,
     aten.randint_like: _middle_integer,
 }
-"""The mean of what an op draws, from its arguments; dropout keeps a sample unscaled with it.
+"""For each op, the mean of what it draws, from its arguments; with it, dropout changes nothing.
 
-Other ops are seeded alike each time.
+Other ops are seeded with the same number before each call.
 """

@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 from autobatch.support.units import GIB, format_bytes
-from reports.accuracy.tables import Record
+from reports.common.journal import Record
+from reports.common.memory import resident_bytes
 
 TIME_LIMIT_S = 120.0
 START_LIMIT_S = 180.0
@@ -199,12 +199,3 @@ class _Crew:
         self.workers.remove(worker)
         self._selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
         return worker.end(grace_s)
-
-
-def resident_bytes(pid: int) -> int | None:
-    """Return the memory that a process holds; None where the system does not tell."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Random models of timm."""
+"""Models of timm on `meta`, by name or drawn."""
 
 from __future__ import annotations
 

@@ -198,6 +198,16 @@ def test_on_the_command_line_it_is_a_message_and_exit_code_2():
 # -- the versions that work
 
 
+def test_the_oldest_torch_is_the_one_that_pyproject_asks_for_and_ci_runs() -> None:
+    def text(path: str) -> str:
+        return (ROOT / path).read_text(encoding="utf-8")
+
+    assert f'"torch>={OLDEST_TORCH}",' in text("pyproject.toml")
+    assert f'"torch=={OLDEST_TORCH}.0"' in text("Makefile")
+    assert f'"torch=={OLDEST_TORCH}.*"' in text(".github/workflows/ci.yml")
+    assert "make test-lowest" in text(".ci/run")
+
+
 def test_this_torch_is_none_that_is_too_old() -> None:
     def numbers(version: str) -> list[int]:
         return [int(part) for part in version.split(".")[:2]]

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autobatch.errors import FileError
-from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import load_snapshot
+from reports.allocator.recording import rewind
 from reports.allocator.replay import Score, replay
 
 SUFFIXES = (".pickle", ".pkl", ".p")

@@ -15,8 +15,8 @@ from typing import Any
 from autobatch.memory.allocator import Block, CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import SegmentInfo
-from autobatch.memory.recording import MemoryMap, Recording
 from autobatch.memory.snapshot import TraceEvent
+from reports.allocator.recording import MemoryMap, Recording
 
 __all__ = ["Score", "replay"]
 

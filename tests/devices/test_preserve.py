@@ -11,10 +11,10 @@ import torch
 import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
 from autobatch.devices.cuda import offload as shelter
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.support.units import MIB
 from tests.support.busy import lm_loss, state_of, trained
-from tests.support.rehearsal import RehearsedCard, played
+from tests.support.cuda_on_cpu import CudaOnCpu, installed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 
@@ -48,11 +48,11 @@ def device(kind):
     if kind == "simulated":
         yield {"gpu": SIMULATED, "autocast": "fp16"}, lambda: None
     elif kind == "rehearsed":
-        with played(RehearsedCard(32 * MIB, context_bytes=2 * MIB)) as card:
+        with installed(CudaOnCpu(32 * MIB, context_bytes=2 * MIB)) as card:
             card.touch(5 * MIB)
             yield {}, card.stats
     else:
-        card = Card()
+        card = CudaRuntime()
         card.touch(50 * MIB)
         card.empty_cache()
         yield {"autocast": "fp16", "target": 64}, card.stats
@@ -103,10 +103,10 @@ def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():
     module.weight = torch.nn.Parameter(base.view(4, 3))
     view = base[2:5]
     module.weight.grad = torch.ones(4, 3)
-    hut = shelter.Shelter(torch.device("cpu"))
+    hut = shelter.HostOffload(torch.device("cpu"))
     stand_in = hut.note(module.weight, torch.device("meta"))
     assert (stand_in.is_meta, stand_in.shape) == (True, (4, 3))
-    hut.take_in()
+    hut.offload()
     assert base.untyped_storage().nbytes() == 0
     assert module.weight.grad.untyped_storage().nbytes() == 0
     assert hut.bytes_held == 12 * 4 * 2
@@ -121,26 +121,26 @@ def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():
 
 def test_a_host_without_room_is_told_before_anything_moves(monkeypatch):
     weight = torch.ones(1000)
-    hut = shelter.Shelter(torch.device("cpu"))
+    hut = shelter.HostOffload(torch.device("cpu"))
     hut.note(weight, torch.device("meta"))
     monkeypatch.setattr(shelter, "free_host_bytes", lambda: 3999)
     with pytest.raises(WorkloadError, match=r"3\.91 KiB on the GPU"):
-        hut.take_in()
+        hut.offload()
     assert weight.sum() == 1000
 
 
 def test_a_storage_that_cannot_be_emptied_stays_and_is_copied():
     borrowed = torch.from_numpy(np.ones(8))
-    hut = shelter.Shelter(torch.device("cpu"))
+    hut = shelter.HostOffload(torch.device("cpu"))
     hut.note(borrowed, torch.device("meta"))
-    hut.take_in()
+    hut.offload()
     assert borrowed.sum() == 8
     assert hut.copy_of(borrowed, torch.device("cpu")).sum() == 8
 
 
 def test_an_expanded_tensor_is_copied_whole():
     expanded = torch.arange(3.0).expand(2, 3)
-    hut = shelter.Shelter(torch.device("cpu"))
+    hut = shelter.HostOffload(torch.device("cpu"))
     assert hut.copy_of(expanded, torch.device("cpu")).tolist() == [[0, 1, 2]] * 2
 
 

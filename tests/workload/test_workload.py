@@ -18,10 +18,10 @@ from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.wrappers import is_compiled, unwrapped
-from tests.support.rehearsal import RehearsedCard
+from tests.support.cuda_on_cpu import CudaOnCpu
 
 WIDTH = 256
-DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "rehearsed": RehearsedCard}
+DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "rehearsed": CudaOnCpu}
 
 
 class Parallel(nn.Module):
@@ -149,7 +149,7 @@ def test_an_optimizer_that_never_steps_is_reported():
             model(batch).sum().backward()
         optimizer.zero_grad()
 
-    warnings = " ".join(run("rehearsed", workload(window=stuck)).warnings)
+    warnings = " ".join(run("rehearsed", workload(window=stuck)).notes)
     assert "AdamW never made a step" in warnings
 
 

@@ -20,7 +20,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autobatch.devices.virtual.known_values import forget, values_of
-from autobatch.devices.virtual.unknown_values import standin_of
+from autobatch.devices.virtual.unknown_values import placeholder_of
 from autobatch.support.patching import patched
 
 __all__ = ["CudaCalls"]
@@ -152,7 +152,7 @@ def _tolist(tensor: Tensor) -> Any:
     if known is not None:
         with no_dispatch():
             return known.tolist()
-    return _filled(tuple(tensor.shape), standin_of(tensor))
+    return _filled(tuple(tensor.shape), placeholder_of(tensor))
 
 
 def _filled(shape: tuple[int, ...], value: Any) -> Any:

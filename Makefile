@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 CPU_VENV := .venv-cpu
+LOWEST_VENV := .venv-lowest
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cpu lint clean
+.PHONY: demo test test-cpu test-lowest lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/autobatch probe timm:resnet50 --target 256 --gpu t4 --autocast fp16
@@ -17,6 +18,10 @@ test: $(VENV)/test.stamp
 # the core alone, on the CPU build of PyTorch where the package index offers one
 test-cpu: $(CPU_VENV)/test.stamp
 	$(CPU_VENV)/bin/python -m pytest -n auto
+
+# what depends on PyTorch, on the oldest that pyproject.toml takes
+test-lowest: $(LOWEST_VENV)/test.stamp
+	$(LOWEST_VENV)/bin/python -m pytest -n auto --ignore tests/reports
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -43,5 +48,12 @@ $(CPU_VENV)/test.stamp: pyproject.toml
 	$(CPU_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
 	touch $@
 
+$(LOWEST_VENV)/test.stamp: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST_VENV)/bin/python -m pip install --quiet "torch==2.10.0"
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(CPU_VENV) demo-report build *.egg-info
+	rm -rf $(VENV) $(CPU_VENV) $(LOWEST_VENV) demo-report build *.egg-info

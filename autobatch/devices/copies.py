@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from autobatch.errors import WorkloadError
+from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Copier", "apply_without_swapping", "blank"]
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from autobatch.advice.wording import count
 from autobatch.equivalence import culprits
@@ -37,6 +36,7 @@ from autobatch.equivalence.suspects import (
 )
 from autobatch.equivalence.weights import fitted_weights, shares, tried_weights
 from autobatch.errors import UsageError
+from autobatch.support.torch_private import BatchNorm
 
 __all__ = ["TOLERANCES", "Investigation"]
 
@@ -46,8 +46,6 @@ _INTERACTIONS = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 _SEEDS = (9, 10, 11, 12)
 """Seeds tried in turn: with few draws in a batch, two seeds may draw the same numbers."""
-
-_BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +184,7 @@ class Investigation:
         self, experiment: Experiment, ablation: Ablation, layers: Sequence[str], ablated: Gradients
     ) -> None:
         model = self.subject.replica().model
-        norms = [name for name in layers if isinstance(model.get_submodule(name), _BATCHNORM)]
+        norms = [name for name in layers if isinstance(model.get_submodule(name), BatchNorm)]
         others = [name for name in layers if name not in norms]
         for names, culprit in ((norms, culprits.batchnorm), (others, culprits.layer)):
             kept = replace(ablation, layers=ablation.layers.difference(names))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from autobatch.support.torch_private import TorchDispatchMode
 
 __all__ = ["Numerics"]
 

@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from functools import partial
 
 import torch
-from torch import nn
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
@@ -30,6 +29,7 @@ from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.progress import silent
 from autobatch.records.split import Split, split
+from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
 from autobatch.tuning.probe import Probe
@@ -208,12 +208,11 @@ def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
 
 def _facts(workload: Workload, run: Run) -> ModelFacts:
     parameters = list(workload.model.parameters())
-    batchnorm = nn.modules.batchnorm._BatchNorm
     return ModelFacts(
         name=type(workload.model).__name__,
         parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        batchnorm_layers=sum(isinstance(m, batchnorm) for m in workload.model.modules()),
+        batchnorm_layers=sum(isinstance(m, BatchNorm) for m in workload.model.modules()),
         optimizer=run.optimizer,
         loss=run.loss,
         autocast=workload.autocast,

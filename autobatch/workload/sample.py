@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.nn.utils.rnn import PackedSequence
 
 from autobatch.errors import SampleError
+from autobatch.support.torch_private import detect_fake_mode
 from autobatch.workload.dataset import draw
 from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
 

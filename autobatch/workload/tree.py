@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import SUPPORTED_NODES
+
+from autobatch.support.torch_private import SUPPORTED_NODES
 
 __all__ = [
     "Path",

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
+from autobatch.support.torch_private import TorchDispatchMode
 
 __all__ = ["HistoryRecorder"]
 

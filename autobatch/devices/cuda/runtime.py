@@ -17,6 +17,12 @@ from autobatch.errors import UsageError
 from autobatch.gpus import nvml
 from autobatch.gpus.budget import DeviceReading
 from autobatch.memory.snapshot import Snapshot, read_snapshot
+from autobatch.support.torch_private import (
+    clear_cublas_workspaces,
+    is_memory_history_on,
+    memory_snapshot,
+    record_memory_history,
+)
 
 __all__ = ["Clock", "CudaRuntime", "Stats"]
 
@@ -124,7 +130,7 @@ class CudaRuntime:
         they need them, so that every run begins as a new process does.
         """
         torch.cuda.synchronize(self.index)
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
         torch.backends.cuda.cufft_plan_cache[self.index].clear()
         torch.cuda.empty_cache()
 
@@ -135,20 +141,20 @@ class CudaRuntime:
     @property
     def is_recording(self) -> bool:
         """Whether PyTorch's memory history is on."""
-        return bool(torch._C._cuda_isHistoryEnabled())
+        return is_memory_history_on()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record every allocator event, without stacks; `snapshot` shows them until the end."""
-        torch.cuda.memory._record_memory_history(
+        record_memory_history(
             "all", context=None, stacks="python", max_entries=MAX_EVENTS, device=self.index
         )
         try:
             yield
         finally:
-            torch.cuda.memory._record_memory_history(None, device=self.index)
+            record_memory_history(None, device=self.index)
 
     def snapshot(self) -> Snapshot:
         """Return the allocator's state, and its events since recording began."""
         torch.cuda.synchronize(self.index)
-        return read_snapshot(torch.cuda.memory._snapshot(self.index))
+        return read_snapshot(memory_snapshot(self.index))

@@ -16,9 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import (
+    DispatchKeySet,
+    ExcludeDispatchKeyGuard,
+    parse_dispatch_key,
+    tree_leaves,
+    tree_map,
+)
 
 __all__ = ["mirrored", "register"]
 
@@ -104,7 +110,7 @@ class _Policy:
 
     def promote(self, op: Any, args: Any, kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(self.device_type)
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         if any(self._eligible(leaf) and leaf.dtype is torch.float32 for leaf in leaves):
             dtype = torch.float32
         return op(*self._all(args, dtype), **self._all(kwargs, dtype))
@@ -144,11 +150,11 @@ def _overload(name: str) -> Any:
 
 
 def _kernel(op: Any, rule: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
-    key: Any = torch._C._parse_dispatch_key("AutocastPrivateUse1")
-    autocast_keys = torch._C.DispatchKeySet(key)
+    key: Any = parse_dispatch_key("AutocastPrivateUse1")
+    autocast_keys = DispatchKeySet(key)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
+        with ExcludeDispatchKeyGuard(autocast_keys):
             return rule(op, args, kwargs)
 
     return kernel

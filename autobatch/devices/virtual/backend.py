@@ -11,7 +11,6 @@ registration would make the virtual device its current accelerator, for ever).
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.virtual import autocast
@@ -31,6 +28,14 @@ from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import (
+    FOREACH_MODULES,
+    FakeTensor,
+    PrivateUse1Hooks,
+    fake_tensor,
+    private_use_1_name,
+    register_private_use_1,
+)
 
 __all__ = ["pretend", "virtual_device"]
 
@@ -90,7 +95,7 @@ class _Inert:
         return lambda *args, **kwargs: None
 
 
-class _Hooks(torch._C._acc.PrivateUse1Hooks):
+class _Hooks(PrivateUse1Hooks):
     def is_available(self) -> bool:
         return _active
 
@@ -109,7 +114,7 @@ def virtual_device() -> torch.device:
     """
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    slot = torch._C._get_privateuse1_backend_name()
+    slot = private_use_1_name()
     if slot == _NAME:
         return torch.device(_NAME, 0)
     live = torch.accelerator.current_accelerator(check_available=True)
@@ -118,9 +123,7 @@ def virtual_device() -> torch.device:
             f"this process has the accelerator {live or slot}, which a simulation would take the "
             "place of: use the command line, `autobatch probe your_file.py:function --gpu NAME`"
         )
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    _setup_privateuseone_for_python_backend(
+    register_private_use_1(
         rename=_NAME,
         backend_module=_Module(),
         hook=_Hooks(),
@@ -143,8 +146,7 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
             # values are followed in `values.py`
             patched(fake_tensor, CONSTANT_NUMEL_LIMIT=-1, run_fallback_kernel=run_on_cpu)
         )
-        for name in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
-            module = importlib.import_module(name)  # torch.optim hides its own submodule
+        for module in FOREACH_MODULES:
             types = [*module._foreach_supported_types, FakeTensor]
             patches.enter_context(patched(module, _foreach_supported_types=types))
         if device.type == _NAME:

@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from autobatch.support.torch_private import PRIVATE_USE_1, DeviceGuard
 
 __all__ = ["VirtualDeviceGuard", "lost_errors_found"]
 
@@ -22,7 +22,7 @@ _slots = tuple(map(ctypes.byref, _error))
 _lost: list[tuple[Any, ...]] = []
 
 
-class VirtualDeviceGuard(torch._C._acc.DeviceGuard):
+class VirtualDeviceGuard(DeviceGuard):
     """Tells the autograd engine its device type."""
 
     def type_(
@@ -34,7 +34,7 @@ class VirtualDeviceGuard(torch._C._acc.DeviceGuard):
         take(*slots)
         if _error[0]:
             _lost.append(tuple(part.value if part else None for part in _error))
-        return torch._C._autograd.DeviceType.PrivateUse1
+        return PRIVATE_USE_1
 
 
 @contextlib.contextmanager

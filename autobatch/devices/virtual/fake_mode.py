@@ -15,21 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-
-# two seconds of imports that FakeTensorMode would make in the middle of the first answer
-import torch._dynamo.config
-import torch._functorch.config
-import torch.fx.experimental.symbolic_shapes
-import torch.nested._internal.nested_tensor
 from torch import Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_impls import op_implementations_checks
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.support.torch_private import (
+    DisableTorchFunction,
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    op_implementations_checks,
+    preload_fake_tensors,
+    tree_leaves,
+    tree_map,
+)
 
 __all__ = ["Recorder", "VirtualMode"]
+
+preload_fake_tensors()
 
 
 class Recorder(Protocol):
@@ -133,7 +135,7 @@ class VirtualMode(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self._depth += 1
         try:
-            with torch._C.DisableTorchFunction():  # what happens in here is no call of the user's
+            with DisableTorchFunction():  # what happens in here is no call of the user's
                 return self._dispatch(func, types, args, kwargs)
         finally:
             self._depth -= 1

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from autobatch.devices.virtual.known_values import forget, values_of
 from autobatch.devices.virtual.unknown_values import placeholder_of
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import (
+    FakeTensor,
+    no_dispatch,
+    run_backward,
+    tree_leaves,
+    tree_map,
+)
 
 __all__ = ["CudaCalls"]
 
@@ -111,11 +115,10 @@ class CudaCalls(TorchFunctionMode):
         PyTorch sets a function mode aside while `Tensor.backward`, which the mode could override,
         runs; so it is entered again at the last step before the engine.
         """
-        engine = torch.autograd.graph._engine_run_backward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self:
-                return engine(*args, **kwargs)
+                return run_backward(*args, **kwargs)
 
         with patched(torch.autograd, _engine_run_backward=run):
             yield

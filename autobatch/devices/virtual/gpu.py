@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
@@ -45,6 +44,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Category, Phase
 from autobatch.records.footprint import Evidence
+from autobatch.support.torch_private import FakeTensor
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from autobatch.support.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    current_graph_task_id,
+    storage_use_count,
+)
 
 __all__ = ["Holders", "adds_in_place", "holders_of_a_sum"]
 
@@ -35,7 +41,7 @@ def adds_in_place(func: Any, args: Sequence[Any], sole: Holders) -> bool:
     """
     return (
         func is _ADD
-        and torch._C._current_graph_task_id() >= 0
+        and current_graph_task_id() >= 0
         and not torch.is_grad_enabled()
         and all(isinstance(term, FakeTensor) for term in args)
         and args[0].shape == args[1].shape
@@ -57,7 +63,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _holders(args: Sequence[Any]) -> Holders:
-    storage = torch._C._storage_Use_Count(args[0].untyped_storage()._cdata)
+    storage = storage_use_count(args[0].untyped_storage()._cdata)
     return args[0]._use_count(), storage, sys.getrefcount(args[0])
 
 
@@ -79,6 +85,6 @@ class _Watch(FakeTensorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is _ADD and torch._C._current_graph_task_id() >= 0 and self.holders is None:
+        if func is _ADD and current_graph_task_id() >= 0 and self.holders is None:
             self.holders = _holders(args)
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
 
 from autobatch.devices.copies import blank
+from autobatch.support.torch_private import FakeTensor, no_dispatch
 
 __all__ = ["KnownValues", "forget", "mirror", "values_of"]
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import (
+
+from autobatch.support.patching import patched
+from autobatch.support.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    fake_tensor,
 )
-
-from autobatch.support.patching import patched
 from autobatch.workload.infer.fields import Fields, builder, describe, unknown
 from autobatch.workload.loss import output_of
 
@@ -34,7 +34,6 @@ TRIED_SAMPLES = 7
 
 # Fake tensors up to this many elements keep their values where these are constants.
 KNOWN_ELEMENTS = 1024
-FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
 # Raised where a model reads values, which fake tensors lack; on real ones it may well run.
 CANNOT_TELL = (
@@ -64,7 +63,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings of a dry run: those that matter come again in the real run."""
-    loggers = [logging.getLogger(name) for name in ("transformers", FAKE_TENSORS)]
+    loggers = [logging.getLogger(name) for name in ("transformers", fake_tensor.__name__)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

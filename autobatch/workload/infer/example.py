@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autobatch.support.torch_private import FakeTensorMode
 from autobatch.workload.infer.dry_run import TRIED_SAMPLES, fake_copy, quiet
 from autobatch.workload.infer.fields import SURROGATE, Inferred
 from autobatch.workload.sample import batch_builder

@@ -15,10 +15,8 @@ def unregistered(monkeypatch):
     def refuse(**options):
         raise AssertionError("registered")
 
-    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "privateuseone")
-    monkeypatch.setattr(
-        "torch.utils.backend_registration._setup_privateuseone_for_python_backend", refuse
-    )
+    monkeypatch.setattr(backend, "private_use_1_name", lambda: "privateuseone")
+    monkeypatch.setattr(backend, "register_private_use_1", refuse)
 
 
 def test_a_process_with_a_live_cuda_device_uses_that_device_type(unregistered, monkeypatch):
@@ -48,7 +46,7 @@ def test_the_command_lines_own_process_registers_there(unregistered, monkeypatch
 
 def test_another_backend_in_the_same_slot_is_left_alone(unregistered, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "npu")
+    monkeypatch.setattr(backend, "private_use_1_name", lambda: "npu")
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cpu")
     )

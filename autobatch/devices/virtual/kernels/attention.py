@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autobatch.support.torch_private import cudnn_bindings
+
 __all__ = ["attend", "choose_backend"]
 
 aten = torch.ops.aten
@@ -112,7 +114,7 @@ def attend(
 
 
 def _cudnn_version() -> int:
-    bindings = getattr(torch._C, "_cudnn", None)  # torch.backends.cudnn asks for the GPU's driver
+    bindings = cudnn_bindings()
     return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention import attend
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import VF, FakeTensor
 
 __all__ = ["cuda_kernels"]
 
@@ -36,16 +36,16 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
     def attention(*args: Any, **kwargs: Any) -> Any:
         return attend(capability, *args, **kwargs)
 
-    layers = {name: on_device(getattr(torch._VF, name), rnn.layer(name)) for name in rnn.LAYERS}
+    layers = {name: on_device(getattr(VF, name), rnn.layer(name)) for name in rnn.LAYERS}
     packing = {
-        "_pack_padded_sequence": on_device(torch._VF._pack_padded_sequence, rnn.pack),
-        "_pad_packed_sequence": on_device(torch._VF._pad_packed_sequence, rnn.pad),
+        "_pack_padded_sequence": on_device(VF._pack_padded_sequence, rnn.pack),
+        "_pad_packed_sequence": on_device(VF._pad_packed_sequence, rnn.pad),
     }
     sdpa = on_device(F.scaled_dot_product_attention, attention)
     with (
         patched(F, scaled_dot_product_attention=sdpa),
         patched(torch, ctc_loss=on_device(torch.ctc_loss, _ctc_loss)),
-        patched(torch._VF, **layers, **packing),
+        patched(VF, **layers, **packing),
     ):
         yield
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_map, tree_unflatten
 
 from autobatch.errors import WorkloadError
+from autobatch.support.torch_private import FakeTensor, no_dispatch, tree_map, tree_unflatten
 from autobatch.support.units import MIB, format_bytes
 
 __all__ = ["MOST_BYTES", "run_on_cpu"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.support.torch_private import OpOverload
 
 __all__ = ["rank_mode"]
 

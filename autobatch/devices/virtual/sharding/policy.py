@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autobatch.devices.virtual.sharding.blocks import repeated_blocks
 from autobatch.errors import UsageError
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import fsdp2, unset_fake_temporarily
 from autobatch.workload.workload import Workload
 
 __all__ = ["sharded"]
@@ -68,14 +68,13 @@ def _shard_blocks(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def _meshes_can_be_made() -> Iterator[None]:
     """Build device meshes with real tensors, whose values are read, and groups with fake ones."""
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-
-    make = FSDPParamGroup.__init__
+    group_class = fsdp2().group_class
+    make = group_class.__init__
 
     def made(group: Any, *args: Any, **kwargs: Any) -> None:
         with mode:
             make(group, *args, **kwargs)
 
-    with unset_fake_temporarily() as found, patched(FSDPParamGroup, __init__=made):
+    with unset_fake_temporarily() as found, patched(group_class, __init__=made):
         mode: Any = found
         yield

@@ -29,6 +29,7 @@ from autobatch.devices.virtual.sharding.recorder import RankRecorder
 from autobatch.devices.virtual.sharding.streams import Streams
 from autobatch.errors import UsageError
 from autobatch.support.patching import patched
+from autobatch.support.torch_private import Fsdp2, fsdp2
 
 __all__ = ["as_rank_zero"]
 
@@ -57,8 +58,8 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
         )
     import torch.distributed.fsdp
     import torch.distributed.tensor
-    import torch.testing._internal.distributed.fake_pg
 
+    private = fsdp2()
     c10d: Any = dist
     handle = getattr(torch, device.type)
     streams = Streams(handle)
@@ -66,7 +67,7 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
     hook = sys.excepthook  # replaced by init_process_group, which prefixes every line
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, sys, "excepthook", hook)
-        stack.callback(_forget_rank)
+        stack.callback(private.set_global_rank, -1)
         dist.init_process_group(
             f"cpu:fake,{device.type}:fake",
             store=c10d.HashStore(),
@@ -78,31 +79,16 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
         c10d.group.WORLD._set_default_backend(c10d.ProcessGroup.BackendType.CUSTOM)
         if device.type != "cuda":
             stack.enter_context(_lent(handle, streams.answers()))
-        try:
-            for target, replacements in _substitutes(recorder, device, world_size):
-                stack.enter_context(patched(target, **replacements))
-        except (AttributeError, ImportError) as error:
-            raise UsageError(
-                f"FSDP2 of torch {torch.__version__} is built in a way that is not known here "
-                f"({error}): use torch 2.13 to 2.15, or a newer autobatch"
-            ) from error
+        for target, replacements in _substitutes(private, recorder, device, world_size):
+            stack.enter_context(patched(target, **replacements))
         yield recorder
 
 
-def _forget_rank() -> None:
-    """Let C++ no longer prefix its messages with a rank."""
-    forget = getattr(torch._C._distributed_c10d, "_set_global_rank", None)
-    if forget is not None:
-        forget(-1)
-
-
 def _substitutes(
-    recorder: RankRecorder, device: torch.device, world_size: int
+    private: Fsdp2, recorder: RankRecorder, device: torch.device, world_size: int
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield what to replace in PyTorch: where, and by what."""
     from torch.distributed import device_mesh
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
-    from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     resize = torch.UntypedStorage.resize_
 
@@ -111,19 +97,20 @@ def _substitutes(
 
     yield torch.UntypedStorage, {"resize_": resized}
 
-    infer = ShardingPropagator._propagate_tensor_meta_non_cached
+    infer = private.propagator._propagate_tensor_meta_non_cached
 
     def inferred(propagator: Any, *args: Any) -> Any:
         with recorder.muted():
             return infer(propagator, *args)
 
-    yield ShardingPropagator, {"_propagate_tensor_meta_non_cached": inferred}
+    yield private.propagator, {"_propagate_tensor_meta_non_cached": inferred}
 
-    names = ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce")
-    collectives = {name: _gathering(recorder, getattr(_fsdp_param_group, name)) for name in names}
+    collectives = {
+        name: _gathering(recorder, collective) for name, collective in private.collectives.items()
+    }
     # labels for profilers take a tenth of the time
     unlabelled = {"record_function": lambda *_: contextlib.nullcontext()}
-    yield _fsdp_param_group, {**collectives, **unlabelled}
+    yield private.param_group, {**collectives, **unlabelled}
 
     mesh_class: Any = device_mesh.DeviceMesh
     make = mesh_class.__init__
@@ -133,7 +120,8 @@ def _substitutes(
 
     yield mesh_class, {"__init__": made}
     # init_device_mesh takes no device type with an underscore
-    yield _fully_shard, {"_init_default_mesh": lambda: mesh_class(device.type, range(world_size))}
+    default_mesh = {private.default_mesh: lambda: mesh_class(device.type, range(world_size))}
+    yield private.fully_shard, default_mesh
 
 
 def _gathering(recorder: RankRecorder, collective: Callable[..., Any]) -> Callable[..., Any]:

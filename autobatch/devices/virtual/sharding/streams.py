@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from autobatch.support.torch_private import PRIVATE_USE_1
 
 __all__ = ["Streams"]
 
@@ -37,8 +37,7 @@ class _Stream:
 
     def __init__(self, stream_id: int):
         self.stream_id = stream_id
-        kind: Any = torch._C._autograd.DeviceType.PrivateUse1
-        self.device_type = int(kind)
+        self.device_type = int(PRIVATE_USE_1)
 
     def wait_stream(self, stream: Any) -> None:
         pass

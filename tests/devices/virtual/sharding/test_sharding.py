@@ -214,22 +214,32 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
     def loss(model, inputs):
         return model(inputs).sum()
 
+    def sharded():
+        model = Net()
+        policy(mesh=init_device_mesh("cpu", (4,)))(model)
+        return model, torch.optim.AdamW(model.parameters(), foreach=True)
+
+    def update(model, optimizer, inputs):
+        loss(model, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     trace = run(n=n, steps=1, loss=loss)
     peak = trace.peak_event()
     ours = trace.allocated()[peak] - trace.by_category(peak)["workspace"]
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=4)
     try:
-        model = Net()
-        policy(mesh=init_device_mesh("cpu", (4,)))(model)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        # DTensor infers shapes once from tensors of the whole model: up to torch 2.11 the tracker
+        # would count them
+        first, optimizer = sharded()
+        update(first, optimizer, batch(n))
+        model, optimizer = sharded()
         tracker, inputs = tools.FSDPMemTracker(model, optimizer), batch(n)
         tracker.track_inputs((inputs,))
         with tracker:
             for _ in range(2):
-                loss(model, inputs).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                update(model, optimizer, inputs)
                 tracker.reset_mod_stats()
         theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     finally:

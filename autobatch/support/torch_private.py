@@ -1,0 +1,219 @@
+"""The private parts of PyTorch that the simulation needs, and nothing else knows how to reach.
+
+Private names come and go with PyTorch's releases. Each is imported here, once, under a name of its
+own, and everything else imports it from here. Modules and classes on which names are replaced for
+the length of a run are handed out as they are; that the names are there is checked here.
+
+Invariant: no other module of the package names a private part of PyTorch. The import of one that
+the installed PyTorch lacks is a `UsageError` that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from autobatch.errors import UsageError
+
+__all__ = [
+    "FOREACH_MODULES",
+    "NEWEST_TORCH",
+    "OLDEST_TORCH",
+    "PRIVATE_USE_1",
+    "SUPPORTED_NODES",
+    "VF",
+    "BatchNorm",
+    "DataDependentOutputException",
+    "DeviceGuard",
+    "DisableTorchFunction",
+    "DispatchKeySet",
+    "DynamicOutputShapeException",
+    "ExcludeDispatchKeyGuard",
+    "FakeTensor",
+    "FakeTensorMode",
+    "Fsdp2",
+    "OpOverload",
+    "PrivateUse1Hooks",
+    "TorchDispatchMode",
+    "UnsupportedOperatorException",
+    "clear_cublas_workspaces",
+    "cudnn_bindings",
+    "current_graph_task_id",
+    "detect_fake_mode",
+    "fake_tensor",
+    "fsdp2",
+    "is_memory_history_on",
+    "memory_snapshot",
+    "no_dispatch",
+    "op_implementations_checks",
+    "parse_dispatch_key",
+    "preload_fake_tensors",
+    "private_use_1_name",
+    "record_memory_history",
+    "register_private_use_1",
+    "run_backward",
+    "storage_use_count",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "unset_fake_temporarily",
+]
+
+OLDEST_TORCH, NEWEST_TORCH = "2.10", "2.15"
+"""The releases that the tests have been run on; `pyproject.toml` asks for the oldest."""
+
+
+@contextlib.contextmanager
+def _known(part: str = "") -> Iterator[None]:
+    """Turn a private name that is missing into an error that says which versions have it."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        what = str(error).partition(" (")[0]  # without the path of a file
+        raise UsageError(
+            f"{part}torch {torch.__version__} is built in a way that is not known here ({what}): "
+            f"use torch {OLDEST_TORCH} to {NEWEST_TORCH}, or a newer autobatch"
+        ) from error
+
+
+def _require(owner: Any, *names: str) -> None:
+    """Look up names that are replaced, or called, on their owner."""
+    for name in names:
+        getattr(owner, name)
+
+
+with _known():
+    from torch import _VF as VF
+    from torch._C import DisableTorchFunction, DispatchKeySet
+    from torch._C import _current_graph_task_id as current_graph_task_id
+    from torch._C import _ExcludeDispatchKeyGuard as ExcludeDispatchKeyGuard
+    from torch._C import _get_privateuse1_backend_name as private_use_1_name
+    from torch._C import _parse_dispatch_key as parse_dispatch_key
+    from torch._C import _storage_Use_Count as storage_use_count
+    from torch._C._acc import DeviceGuard, PrivateUse1Hooks
+    from torch._C._autograd import DeviceType
+    from torch._guards import detect_fake_mode
+    from torch._ops import OpOverload
+    from torch._subclasses import fake_tensor
+    from torch._subclasses.fake_impls import op_implementations_checks
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+        UnsupportedOperatorException,
+        unset_fake_temporarily,
+    )
+    from torch.autograd.graph import _engine_run_backward as run_backward
+    from torch.cuda.memory import _record_memory_history as record_memory_history
+    from torch.cuda.memory import _snapshot as memory_snapshot
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.utils._mode_utils import no_dispatch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map, tree_unflatten
+    from torch.utils.backend_registration import (
+        _setup_privateuseone_for_python_backend as register_private_use_1,
+    )
+
+    PRIVATE_USE_1: Any = DeviceType.PrivateUse1
+    # torch.optim hides its own submodule
+    FOREACH_MODULES = tuple(
+        map(importlib.import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils"))
+    )
+    for _module in FOREACH_MODULES:
+        _require(_module, "_foreach_supported_types")
+    _require(fake_tensor, "CONSTANT_NUMEL_LIMIT", "run_fallback_kernel")
+    _require(torch.autograd, "_engine_run_backward")
+    _require(VF, "_pack_padded_sequence", "_pad_packed_sequence")
+    if torch.backends.cuda.is_built():
+        _require(torch._C, "_cuda_clearCublasWorkspaces", "_cuda_isHistoryEnabled")
+
+
+def preload_fake_tensors() -> None:
+    """Import what FakeTensorMode would import in the middle of the first answer: two seconds."""
+    with _known():
+        import torch._dynamo.config
+        import torch._functorch.config
+        import torch.fx.experimental.symbolic_shapes
+        import torch.nested._internal.nested_tensor  # noqa: F401
+
+
+def cudnn_bindings() -> Any:
+    """Return PyTorch's bindings of cuDNN, or None in a build without it.
+
+    They need no driver; `torch.backends.cudnn` asks for the GPU's.
+    """
+    return getattr(torch._C, "_cudnn", None)
+
+
+def clear_cublas_workspaces() -> None:
+    """Free the workspaces that cuBLAS keeps; for CUDA builds."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def is_memory_history_on() -> bool:
+    """Whether the CUDA allocator records its events; for CUDA builds."""
+    return bool(torch._C._cuda_isHistoryEnabled())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fsdp2:
+    """The private parts of FSDP2 and DTensor, on which names are replaced.
+
+    Attributes:
+        param_group: the module that runs the collectives.
+        collectives: its functions that do, by name.
+        group_class: holds the parameters that are gathered together.
+        fully_shard: the module of `fully_shard`, which makes the default mesh.
+        default_mesh: the name there of the function that makes it.
+        propagator: infers the shapes of DTensors.
+        set_global_rank: tells C++ the rank that its messages begin with; -1 for none.
+    """
+
+    param_group: ModuleType
+    collectives: Mapping[str, Callable[..., Any]]
+    group_class: Any
+    fully_shard: ModuleType
+    default_mesh: str
+    propagator: Any
+    set_global_rank: Callable[[int], None]
+
+
+def fsdp2() -> Fsdp2:
+    """Import what a simulated rank needs, the process group `fake` included.
+
+    Raises:
+        UsageError: a name that is replaced for the length of a run is not there.
+    """
+    with _known("FSDP2 of "):
+        import torch.testing._internal.distributed.fake_pg
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+        default_mesh = "_init_default_mesh"
+        if torch.__version__.startswith("2.10."):  # it was renamed in torch 2.11
+            default_mesh = "_init_default_fully_shard_mesh"
+            # gives collectives the shape rules that torch 2.11 has built in
+            import torch.distributed._tools.fake_collectives
+        collectives = ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce")
+        _require(_fully_shard, default_mesh)
+        _require(_fsdp_param_group, "record_function")
+        _require(ShardingPropagator, "_propagate_tensor_meta_non_cached")
+        return Fsdp2(
+            param_group=_fsdp_param_group,
+            collectives={name: getattr(_fsdp_param_group, name) for name in collectives},
+            group_class=_fsdp_param_group.FSDPParamGroup,
+            fully_shard=_fully_shard,
+            default_mesh=default_mesh,
+            propagator=ShardingPropagator,
+            # not every build prefixes its messages
+            set_global_rank=getattr(
+                torch._C._distributed_c10d, "_set_global_rank", lambda rank: None
+            ),
+        )

@@ -32,7 +32,7 @@ class Run:
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
             "scalar output" or "surrogate sum".
         optimizer: class name of the optimizer.
-        warnings: what the user should know about this run.
+        notes: what the user should know about this run.
     """
 
     trace: Trace
@@ -42,7 +42,7 @@ class Run:
     shortage: str | None = None
     loss: str
     optimizer: str
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def is_free(self) -> bool:
@@ -124,6 +124,6 @@ class Device(Protocol):
         """
         ...
 
-    def remarks(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """Return what the user should know about the card itself, by now."""
         ...

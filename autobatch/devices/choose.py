@@ -6,7 +6,7 @@ import torch
 
 from autobatch.devices.base import Device
 from autobatch.devices.cuda.gpu import CudaGpu, describe
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import NoGpuError, UsageError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
@@ -23,7 +23,7 @@ def choose_device(gpu: Gpu) -> Device:
         UsageError: it names nothing; the subclass says how.
     """
     if is_device(gpu):
-        return CudaGpu(Card(_cuda_index(gpu)))
+        return CudaGpu(CudaRuntime(_cuda_index(gpu)))
     return VirtualGpu(described(gpu))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from autobatch.support.randomness import random_state_kept
 
-__all__ = ["undisturbed"]
+__all__ = ["process_state_preserved"]
 
 _SWITCHES = (
     (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
@@ -24,7 +24,7 @@ _SWITCHES = (
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def process_state_preserved() -> Iterator[None]:
     """Put back random states, torch's switches and the collector's; collect where we say."""
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()

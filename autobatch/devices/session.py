@@ -24,7 +24,7 @@ from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import is_data_parallel
 
-__all__ = ["Copies", "Recorder", "Session", "user_errors"]
+__all__ = ["CopiedObjects", "Recorder", "Session", "user_errors"]
 
 _BUCKET_BYTES = 25 * 2**20
 """Default `bucket_cap_mb` of DistributedDataParallel."""
@@ -41,7 +41,7 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Copies:
+class CopiedObjects:
     """What runs in place of the user's objects."""
 
     model: nn.Module
@@ -56,7 +56,7 @@ class Copies:
         model: nn.Module,
         copier: Copier,
         before_optimizer: Callable[[nn.Module], nn.Module],
-    ) -> Copies:
+    ) -> CopiedObjects:
         """Copy a workload's objects, of which `model` is the module to train.
 
         Args:
@@ -130,7 +130,7 @@ class Session:
             recorder.tag(copied.buffers(), "buffers")
             return wrapped
 
-        self._copies = Copies.make(workload, model, copier, tagged)
+        self._copies = CopiedObjects.make(workload, model, copier, tagged)
         self._buckets = _gradient_buckets(workload, self._copies.model)
         recorder.tag(self._buckets, "gradients")
         self._steps = 0
@@ -155,7 +155,7 @@ class Session:
         return (loss.kind if isinstance(loss, DefaultLoss) else None) or "user"
 
     @property
-    def warnings(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What windows that ran through leave to say."""
         if self._steps:
             return []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.devices.preserve import undisturbed
+from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.compared_windows import choose_windows
 from autobatch.equivalence.gradients import Weigh
@@ -93,7 +93,7 @@ def check_equivalence(
     precise = torch.float64 if autocast is None else torch.float32
     types = (dtype,) if dtype else tuple(dict.fromkeys((precise, torch.float32)))
     notes: list[str] = []
-    with undisturbed(), torch.compiler.set_stance("force_eager"):
+    with process_state_preserved(), torch.compiler.set_stance("force_eager"):
         for each in types:
             is_last = each is types[-1]
             try:

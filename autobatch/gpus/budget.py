@@ -15,8 +15,8 @@ __all__ = [
     "DeviceReading",
     "OutsideMemory",
     "budget_bytes",
+    "device_notes",
     "growth_bytes",
-    "notes",
     "outside_memory",
     "spilled_bytes",
     "usable_bytes",
@@ -133,7 +133,7 @@ def spilled_bytes(before: DeviceReading, peak_reserved_bytes: int) -> int:
     return max(peak_reserved_bytes + before.outside_bytes - before.capacity_bytes, 0)
 
 
-def notes(
+def device_notes(
     first: DeviceReading, last: DeviceReading, *, typical_context_bytes: int, spilled: int = 0
 ) -> Iterator[str]:
     """Yield notes for the user about the GPU's memory, one line each.

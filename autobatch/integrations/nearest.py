@@ -25,8 +25,8 @@ def tuned_to_one_size(
         return plan
     plan = make(split.target)
     one_size(plan, trainer)
-    remark = (
+    note = (
         f"an effective batch of {split.target} in place of the {target} asked for, which needs "
         "micro-batches of several sizes (nearest=True)"
     )
-    return replace(plan, warnings=(*plan.warnings, remark))
+    return replace(plan, warnings=(*plan.warnings, note))

@@ -47,8 +47,8 @@ def agreed(make: Callable[[], Plan]) -> Plan:
     ceilings = [plan.ceiling_at_least for plan in plans]
     if len(set(ceilings)) == 1:
         return least
-    remark = (
+    note = (
         f"the ranks' ceilings are {', '.join(f'{n:,}' for n in ceilings)}: this is the plan of "
         f"rank {plans.index(least)}, which holds least"
     )
-    return replace(least, warnings=(*least.warnings, remark))
+    return replace(least, warnings=(*least.warnings, note))

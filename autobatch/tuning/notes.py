@@ -16,8 +16,8 @@ __all__ = ["plan_notes", "what_is_missing"]
 def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
     """Yield what becomes the warnings of a plan, one line each."""
     yield from probe.workload.notes
-    yield from dict.fromkeys(warning for each in probe.runs.values() for warning in each.warnings)
-    yield from probe.device.remarks()
+    yield from dict.fromkeys(note for each in probe.runs.values() for note in each.notes)
+    yield from probe.device.notes()
     for trial in probe.trials:
         if not trial.fits and trial.micro_batch < found.micro_batch:
             yield (

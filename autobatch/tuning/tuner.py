@@ -151,7 +151,7 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
     with device.hosting(workload):
         plan = make_plan(request.target, probe, prove=request.prove)
     # what is known only when the user's state is back
-    notes = tuple(note for note in device.remarks() if note not in plan.warnings)
+    notes = tuple(note for note in device.notes() if note not in plan.warnings)
     plan = replace(plan, warnings=(*plan.warnings, *notes), seconds=time.perf_counter() - started)
     if entry is not None:
         entry.store(plan)

@@ -92,7 +92,7 @@ def _observed() -> Iterator[Record]:
     def run(self: VirtualGpu, workload: Workload, **options: Any) -> Run:
         seen["inputs"] = next(iter(workload.notes), "")
         found = original(self, workload, **options)
-        seen["loss"], seen["warnings"] = found.loss, list(found.warnings)
+        seen["loss"], seen["warnings"] = found.loss, list(found.notes)
         return found
 
     with patched(VirtualGpu, run=run):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.gpus import nvml
 
 _INTERVAL_S = 0.01
@@ -77,7 +77,7 @@ class Bench:
     """A card, and what surrounds it.
 
     Attributes:
-        card: a `Card`, or what plays one in a rehearsal.
+        card: a `CudaRuntime`, or what plays one in a rehearsal.
         watch: the driver's view.
         limited: what makes the card refuse memory outside of a probe; a real card always does.
         accelerator: Lightning's name of the device.
@@ -108,7 +108,7 @@ class Bench:
 def cuda_bench(limit_bytes: int | None) -> tuple[Bench, int | None]:
     """Open the current CUDA device under a limit, which is dropped on a card that is smaller."""
     watch = PeakWatch(looks_at_card())
-    card = Card()
+    card = CudaRuntime()
     capacity_bytes = card.reading().capacity_bytes
     if limit_bytes is not None and limit_bytes >= capacity_bytes:
         limit_bytes = None

@@ -75,7 +75,7 @@ def measure(
             with findings.stage("extrapolation"):
                 findings["extrapolation"] = extrapolation(probe, found)
                 findings["footprint"] = _footprint(probe, found.micro_batch)
-        findings["remarks"] = list(device.remarks())
+        findings["remarks"] = list(device.notes())
         findings["context_bytes"] = device.spec.context_bytes
         findings["others_bytes"] = device.others_bytes
         findings["nvml_before_bytes"] = bench.watch.before_bytes
@@ -103,7 +103,7 @@ def _search(probe: Probe, findings: Findings) -> Ceiling:
         "alloc_retries": sum(trial.alloc_retries for trial in probe.trials),
         "seconds": time.perf_counter() - started,
         "budget_bytes": probe.budget_bytes,
-        "warnings": list(dict.fromkeys(w for run in probe.runs.values() for w in run.warnings)),
+        "warnings": list(dict.fromkeys(w for run in probe.runs.values() for w in run.notes)),
     }
     return found
 

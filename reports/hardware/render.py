@@ -39,7 +39,7 @@ when this was written. Unmeasured are therefore, on every card:
 - what accelerate's and Lightning's batch-size finders need for the same windows.
 
 Every test of the package runs on CPUs; there a card is simulated, or played by
-`tests/support/rehearsal.py`, with which `tests/reports/test_hardware.py` rehearses this command."""
+`tests/support/cuda_on_cpu.py`; `tests/reports/test_hardware.py` rehearses this command with it."""
 
 
 def render(folder: Path) -> None:

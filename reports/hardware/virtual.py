@@ -68,7 +68,7 @@ def simulate_all(
             "reason": found.reason,
             "executions": len(probe.trials),
             "seconds": time.perf_counter() - started,
-            "warnings": list(dict.fromkeys(w for r in probe.runs.values() for w in r.warnings)),
+            "warnings": list(dict.fromkeys(w for r in probe.runs.values() for w in r.notes)),
         }
     with findings.stage("sizes"):
         trials = measured["trials"]

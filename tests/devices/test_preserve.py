@@ -1,22 +1,17 @@
 """Nothing of the user's changes, whatever happens: on every kind of device."""
 
 import contextlib
-import os
-import signal
 
-import numpy as np
 import pytest
 import torch
 
 import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
-from autobatch.devices.cuda import offload as shelter
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.support.units import MIB
 from tests.support.busy import lm_loss, state_of, trained
-from tests.support.rehearsal import RehearsedCard, played
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+from tests.support.cuda_on_cpu import CudaOnCpu, installed
+from tests.support.devices import KINDS
 
 
 def interrupt(progress):
@@ -47,21 +42,19 @@ def device(kind):
     """Give the arguments of `tune` for a kind of device, and what its allocator counts."""
     if kind == "simulated":
         yield {"gpu": SIMULATED, "autocast": "fp16"}, lambda: None
-    elif kind == "rehearsed":
-        with played(RehearsedCard(32 * MIB, context_bytes=2 * MIB)) as card:
+    elif kind == "played":
+        with installed(CudaOnCpu(32 * MIB, context_bytes=2 * MIB)) as card:
             card.touch(5 * MIB)
             yield {}, card.stats
     else:
-        card = Card()
+        card = CudaRuntime()
         card.touch(50 * MIB)
         card.empty_cache()
         yield {"autocast": "fp16", "target": 64}, card.stats
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
-@pytest.mark.parametrize(
-    "kind", ["simulated", "rehearsed", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_users_changes_after(kind, outcome):
     options, fail_with, expected = OUTCOMES[outcome]
     if kind == "simulated" and outcome == "out of memory":
@@ -95,64 +88,3 @@ def test_nothing_of_the_users_changes_after(kind, outcome):
     lm_loss(model, sample.to(place)).backward()  # and training simply goes on
     optimizer.step()
     assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():
-    base = torch.arange(12.0)
-    module = torch.nn.Linear(3, 4)
-    module.weight = torch.nn.Parameter(base.view(4, 3))
-    view = base[2:5]
-    module.weight.grad = torch.ones(4, 3)
-    hut = shelter.Shelter(torch.device("cpu"))
-    stand_in = hut.note(module.weight, torch.device("meta"))
-    assert (stand_in.is_meta, stand_in.shape) == (True, (4, 3))
-    hut.take_in()
-    assert base.untyped_storage().nbytes() == 0
-    assert module.weight.grad.untyped_storage().nbytes() == 0
-    assert hut.bytes_held == 12 * 4 * 2
-    copied = hut.copy_of(module.weight, torch.device("cpu"))
-    assert copied.tolist() == torch.arange(12.0).view(4, 3).tolist()
-    hut.restore()
-    assert base.tolist() == list(range(12)) and view.tolist() == [2, 3, 4]
-    assert module.weight.grad.sum() == 12
-    view.zero_()
-    assert module.weight.detach()[0, 2] == 0  # still one memory
-
-
-def test_a_host_without_room_is_told_before_anything_moves(monkeypatch):
-    weight = torch.ones(1000)
-    hut = shelter.Shelter(torch.device("cpu"))
-    hut.note(weight, torch.device("meta"))
-    monkeypatch.setattr(shelter, "free_host_bytes", lambda: 3999)
-    with pytest.raises(WorkloadError, match=r"3\.91 KiB on the GPU"):
-        hut.take_in()
-    assert weight.sum() == 1000
-
-
-def test_a_storage_that_cannot_be_emptied_stays_and_is_copied():
-    borrowed = torch.from_numpy(np.ones(8))
-    hut = shelter.Shelter(torch.device("cpu"))
-    hut.note(borrowed, torch.device("meta"))
-    hut.take_in()
-    assert borrowed.sum() == 8
-    assert hut.copy_of(borrowed, torch.device("cpu")).sum() == 8
-
-
-def test_an_expanded_tensor_is_copied_whole():
-    expanded = torch.arange(3.0).expand(2, 3)
-    hut = shelter.Shelter(torch.device("cpu"))
-    assert hut.copy_of(expanded, torch.device("cpu")).tolist() == [[0, 1, 2]] * 2
-
-
-def test_a_ctrl_c_waits_until_everything_is_back():
-    done = []
-
-    def restore():
-        with shelter.uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("restored")
-
-    with pytest.raises(KeyboardInterrupt):
-        restore()
-    assert done == ["restored"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -10,8 +10,8 @@ from autobatch.gpus.budget import (
     DeviceReading,
     OutsideMemory,
     budget_bytes,
+    device_notes,
     growth_bytes,
-    notes,
     outside_memory,
     spilled_bytes,
     usable_bytes,
@@ -49,7 +49,7 @@ def card(
 
 
 def said(first: DeviceReading, last: DeviceReading, *, spilled: int = 0) -> list[str]:
-    lines = list(notes(first, last, typical_context_bytes=TYPICAL, spilled=spilled))
+    lines = list(device_notes(first, last, typical_context_bytes=TYPICAL, spilled=spilled))
     assert not any("\n" in line for line in lines)
     return lines
 

@@ -44,7 +44,7 @@ class FakeDevice:
             seconds=0.0,
             loss="user",
             optimizer="SGD",
-            warnings=(),
+            notes=(),
         )
 
     def allocator(self):

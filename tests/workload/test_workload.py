@@ -18,10 +18,10 @@ from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.wrappers import is_compiled, unwrapped
-from tests.support.rehearsal import RehearsedCard
+from tests.support.cuda_on_cpu import CudaOnCpu
 
 WIDTH = 256
-DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "rehearsed": RehearsedCard}
+DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "played": CudaOnCpu}
 
 
 class Parallel(nn.Module):
@@ -61,7 +61,7 @@ def workload(**options):
 
 def run(kind, job, n=8, steps=2):
     device = DEVICES[kind]()
-    if kind == "rehearsed":
+    if kind == "played":
         device = CudaGpu(device)
     with device.hosting(job):
         return device.run(job, micro_batch=n, accumulation_steps=steps)
@@ -149,7 +149,7 @@ def test_an_optimizer_that_never_steps_is_reported():
             model(batch).sum().backward()
         optimizer.zero_grad()
 
-    warnings = " ".join(run("rehearsed", workload(window=stuck)).warnings)
+    warnings = " ".join(run("played", workload(window=stuck)).notes)
     assert "AdamW never made a step" in warnings
 
 
@@ -204,8 +204,8 @@ def test_a_process_that_has_trained_before_can_simulate():
 
 
 def test_the_surrogate_of_a_loss_is_known_by_its_kind():
-    assert run("rehearsed", workload()).loss == "surrogate sum"
-    named = run("rehearsed", workload(loss=lambda m, b: F.mse_loss(m(b), b), loss_name="mse"))
+    assert run("played", workload()).loss == "surrogate sum"
+    named = run("played", workload(loss=lambda m, b: F.mse_loss(m(b), b), loss_name="mse"))
     assert named.loss == "mse"
 
 
@@ -218,7 +218,7 @@ class PerSample(nn.Linear):
 
 def test_a_loss_of_one_value_a_sample_is_averaged_and_that_is_said():
     job = workload(model=PerSample(WIDTH, WIDTH))
-    assert run("rehearsed", job).loss == "mean of output.loss"
+    assert run("played", job).loss == "mean of output.loss"
     plan = tune(job, target=8, gpu="t4")
     assert any("their mean was taken" in warning for warning in plan.warnings)
     assert "model(**batch).loss.mean()" in training_loop(plan)

@@ -1,6 +1,6 @@
 """The GPU in the machine: windows that really run, measured by its own allocator.
 
-Copies of the user's objects run; what the user has on the card waits in host memory meanwhile.
+Copies of the user's objects run; what the user has on the GPU waits in host memory meanwhile.
 Invariant: after `hosting`, the model, its gradients, the optimizer's state, random states and the
 allocator's peaks are as before, whatever happened inside.
 """
@@ -21,13 +21,19 @@ from torch import nn
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
 from autobatch.devices.cuda.memory_history import HistoryRecorder
-from autobatch.devices.cuda.offload import Shelter, uninterrupted
-from autobatch.devices.cuda.runtime import Card, Stats
-from autobatch.devices.preserve import undisturbed
+from autobatch.devices.cuda.offload import HostOffload, uninterrupted
+from autobatch.devices.cuda.runtime import CudaRuntime, Stats
+from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.gpus.budget import OutsideMemory, notes, outside_memory, spilled_bytes, usable_bytes
+from autobatch.gpus.budget import (
+    OutsideMemory,
+    device_notes,
+    outside_memory,
+    spilled_bytes,
+    usable_bytes,
+)
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM
 from autobatch.memory.allocator import CachingAllocator
@@ -73,15 +79,15 @@ class CudaGpu:
     scratch_varies = True
     must_run_the_plan = True
 
-    def __init__(self, card: Card, *, labelled: bool = False):
-        """Measure on `card`; `labelled` finds the op of every allocation, for reports."""
-        self._card = card
+    def __init__(self, runtime: CudaRuntime, *, labelled: bool = False):
+        """Measure on `runtime`; `labelled` finds the op of every allocation, for reports."""
+        self._runtime = runtime
         self._labelled = labelled
-        self._readings = [card.reading()]
-        self._known = describe(card.name, self._readings[0].capacity_bytes, card.capability)
+        self._readings = [runtime.reading()]
+        self._known = describe(runtime.name, self._readings[0].capacity_bytes, runtime.capability)
         self._start: Snapshot | None = None
-        self._shelter = Shelter(card.device)
-        self._remarks: list[str] = []
+        self._offload = HostOffload(runtime.device)
+        self._notes: list[str] = []
         self._spilled_bytes = 0
 
     @property
@@ -134,18 +140,18 @@ class CudaGpu:
         """Return a simulated allocator in the state in which runs begin."""
         if self._start is None:
             return CachingAllocator(AllocatorSettings.of_environment())
-        segments = self._start.segments.get(self._card.index, ())
+        segments = self._start.segments.get(self._runtime.index, ())
         return CachingAllocator.from_segments(segments, self._start.settings)
 
-    def remarks(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """Return what the user should know about the card: its neighbours, spilling, limits."""
-        card = notes(
+        own = device_notes(
             self._readings[0],
             self._readings[-1],
             typical_context_bytes=self._known.context_bytes,
             spilled=self._spilled_bytes,
         )
-        return (*card, *self._remarks)
+        return (*own, *self._notes)
 
     @contextlib.contextmanager
     def hosting(self, workload: Workload) -> Iterator[None]:
@@ -155,32 +161,32 @@ class CudaGpu:
             UsageError: PyTorch's memory history is being recorded already.
             WorkloadError: the host has no room for it.
         """
-        if self._card.is_recording:
+        if self._runtime.is_recording:
             raise UsageError(
                 "PyTorch's memory history is being recorded, and a probe records its own: end it "
                 "with torch.cuda.memory._record_memory_history(None), or pass isolate=True"
             )
         gc.collect()  # garbage of the user's own may hold the card's memory
-        with undisturbed(), self._card.selected():
-            before = self._card.stats()
+        with process_state_preserved(), self._runtime.selected():
+            before = self._runtime.stats()
             try:
                 self._note(workload)
-                self._shelter.take_in()
+                self._offload.offload()
                 gc.collect()
-                self._card.empty_cache()
-                self._readings = [self._card.reading()]
-                self._start = self._card.snapshot()
+                self._runtime.empty_cache()
+                self._readings = [self._runtime.reading()]
+                self._start = self._runtime.snapshot()
                 yield
             finally:
                 with uninterrupted():
                     gc.collect()
-                    self._card.empty_cache()
-                    self._shelter.restore()
+                    self._runtime.empty_cache()
+                    self._offload.restore()
                     self._put_back_peaks(before)
 
     def _note(self, workload: Workload) -> None:
         """Let a copier that copies nothing show what a run will copy."""
-        copier = Copier(torch.device("meta"), self._shelter.note)
+        copier = Copier(torch.device("meta"), self._offload.note)
         copier.model(unwrapped(workload.model))
         for part in (workload.loss, workload.evaluate, workload.window):
             copier.any(part)
@@ -194,11 +200,11 @@ class CudaGpu:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         started = time.perf_counter()
-        card = self._card
-        recorder = HistoryRecorder(card, labelled=self._labelled)
-        before = card.stats()
-        card.reset_peaks()
-        with undisturbed(), card.selected(), recorder.recording():
+        runtime = self._runtime
+        recorder = HistoryRecorder(runtime, labelled=self._labelled)
+        before = runtime.stats()
+        runtime.reset_peaks()
+        with process_state_preserved(), runtime.selected(), recorder.recording():
             try:
                 with user_errors(workload, micro_batch):
                     done = attempt(
@@ -207,17 +213,17 @@ class CudaGpu:
             except BaseException as error:
                 let_go(error)
                 raise
-        after = card.stats()
+        after = runtime.stats()
         gc.collect()
         spilled = spilled_bytes(self._readings[0], after.peak_reserved_bytes)
         self._spilled_bytes = max(self._spilled_bytes, spilled)
-        self._readings.append(card.reading())
-        card.empty_cache()
-        self._start = card.snapshot()  # with what libraries have taken for good
+        self._readings.append(runtime.reading())
+        runtime.empty_cache()
+        self._start = runtime.snapshot()  # with what libraries have taken for good
         shortage = done if isinstance(done, Shortage) else None
         facts = _Facts() if isinstance(done, Shortage) else done
-        if (left := card.stats().allocated_bytes - before.allocated_bytes) > 0:
-            facts.warnings.append(
+        if (left := runtime.stats().allocated_bytes - before.allocated_bytes) > 0:
+            facts.notes.append(
                 f"{format_bytes(left)} were still allocated after a run at micro-batch "
                 f"{micro_batch}: something outside the model keeps tensors of past micro-batches"
             )
@@ -237,7 +243,7 @@ class CudaGpu:
             shortage=shortage,
             loss=facts.loss,
             optimizer=facts.optimizer,
-            warnings=tuple(facts.warnings),
+            notes=tuple(facts.notes),
         )
 
     def _windows(
@@ -247,16 +253,16 @@ class CudaGpu:
         micro_batch: int,
         accumulation_steps: int,
     ) -> _Facts:
-        copier = Copier(self._card.device, self._shelter.copy_of)
+        copier = Copier(self._runtime.device, self._offload.copy_of)
         model = workload.model
         wrap = _recompiled(model) if is_compiled(model) else _as_it_is
-        session = Session(workload, unwrapped(model), self._card.device, copier, recorder, wrap)
+        session = Session(workload, unwrapped(model), self._runtime.device, copier, recorder, wrap)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
-        facts = _Facts(peak=self._card.stats(), warnings=session.warnings)
+        facts = _Facts(peak=self._runtime.stats(), notes=session.notes)
         seconds: list[float] = []
         while len(seconds) < TIMED_WINDOWS and sum(seconds) < TIMED_SECONDS:
-            clock = self._card.clock()
+            clock = self._runtime.clock()
             session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
             seconds.append(clock.seconds())
         facts.window_seconds = median(seconds)
@@ -265,20 +271,20 @@ class CudaGpu:
 
     def _put_back_peaks(self, before: Stats) -> None:
         """Let the allocator's peaks read as before; PyTorch can only reset them, or reach them."""
-        card = self._card
-        if card.stats().peak_reserved_bytes == before.peak_reserved_bytes:
+        runtime = self._runtime
+        if runtime.stats().peak_reserved_bytes == before.peak_reserved_bytes:
             return
-        card.reset_peaks()
-        missing = before.peak_allocated_bytes - card.stats().allocated_bytes
+        runtime.reset_peaks()
+        missing = before.peak_allocated_bytes - runtime.stats().allocated_bytes
         if missing > 0:
             with contextlib.suppress(torch.OutOfMemoryError):
-                card.touch(missing)
-            card.empty_cache()
-        now = card.stats()
+                runtime.touch(missing)
+            runtime.empty_cache()
+        now = runtime.stats()
         for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
             was, read = getattr(before, name), getattr(now, name)
             if was != read:
-                self._remarks.append(
+                self._notes.append(
                     f"the allocator's {name.replace('_', ' ')} were {was:,} before the probe and "
                     f"read {read:,} now, which PyTorch cannot set: isolate=True leaves them alone"
                 )
@@ -292,7 +298,7 @@ class _Facts:
     window_seconds: float | None = None
     loss: str = "user"
     optimizer: str = ""
-    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _as_it_is(model: nn.Module) -> nn.Module:

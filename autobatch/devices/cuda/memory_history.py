@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
@@ -29,9 +29,9 @@ _Counts = Callable[[], int]
 class HistoryRecorder:
     """Told where a run is and whose the memory is; reads what happened when asked for a trace."""
 
-    def __init__(self, card: Card, *, labelled: bool = False):
-        """Record `card`; `labelled` finds the op of every allocation, at some cost in time."""
-        self._card = card
+    def __init__(self, runtime: CudaRuntime, *, labelled: bool = False):
+        """Record `runtime`; `labelled` finds the op of every allocation, at some cost in time."""
+        self._runtime = runtime
         self._labelled = labelled
         self._first = 0
         self._marks: list[Mark] = []
@@ -45,8 +45,8 @@ class HistoryRecorder:
     def recording(self) -> Iterator[None]:
         """Record until the end of the block, or until `stop`."""
         with self._switches:
-            self._switches.enter_context(self._card.recording())
-            self._first = self._card.stats().events
+            self._switches.enter_context(self._runtime.recording())
+            self._first = self._runtime.stats().events
             self._is_on = True
             if self._labelled:
                 self._switches.enter_context(_OpLabels(self._count, self._labels))
@@ -66,7 +66,7 @@ class HistoryRecorder:
         self._is_on = False
         with self._switches:
             count = self._count()
-            trace = self._card.snapshot().traces.get(self._card.index, ())
+            trace = self._runtime.snapshot().traces.get(self._runtime.index, ())
             self._events = [e for e in trace if e.action in ("alloc", "free_requested")][:count]
             if len(self._events) < count:
                 raise AutobatchError(
@@ -85,11 +85,11 @@ class HistoryRecorder:
             return
         count = self._count()
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.device == self._card.device:
+            if isinstance(tensor, Tensor) and tensor.device == self._runtime.device:
                 self._tags.append((count, tensor.untyped_storage().data_ptr(), category))
 
     def _count(self) -> int:
-        return self._card.stats().events - self._first
+        return self._runtime.stats().events - self._first
 
     def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
         """Return what was recorded."""

@@ -21,10 +21,10 @@ from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 
-__all__ = ["Shelter", "uninterrupted"]
+__all__ = ["HostOffload", "uninterrupted"]
 
 
-class Shelter:
+class HostOffload:
     """Host copies of storages that were on a card."""
 
     def __init__(self, device: torch.device):
@@ -50,7 +50,7 @@ class Shelter:
                     self._noted[storage._cdata] = storage
         return blank(tensor, torch.device("meta"))
 
-    def take_in(self) -> None:
+    def offload(self) -> None:
         """Move everything noted to the host, and free its memory on the card.
 
         Raises:

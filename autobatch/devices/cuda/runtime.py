@@ -24,7 +24,7 @@ from autobatch.support.torch_private import (
     record_memory_history,
 )
 
-__all__ = ["Card", "Clock", "Stats"]
+__all__ = ["Clock", "CudaRuntime", "Stats"]
 
 MAX_EVENTS = 1_000_000
 """Allocator events that are kept, about 150 B each on the host; a window has some ten thousand."""
@@ -60,7 +60,7 @@ class Clock:
         return float(self._start.elapsed_time(self._end)) / 1000
 
 
-class Card:
+class CudaRuntime:
     """One CUDA device."""
 
     clock = Clock

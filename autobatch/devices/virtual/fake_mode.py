@@ -3,7 +3,7 @@
 `VirtualMode` is PyTorch's `FakeTensorMode` with three additions: a recorder sees every storage
 that comes to life on the simulated device, calls that repeat with the same shapes are answered
 from a cache of output layouts (a training window repeats nearly all of them), and reads of values
-that do not exist are answered by stand-ins (`standins.py`).
+that do not exist are answered by stand-ins (`unknown.py`).
 
 Invariant: a cached answer has the same shapes, strides, dtypes and aliasing as FakeTensorMode's.
 """
@@ -41,7 +41,7 @@ class Recorder(Protocol):
         """A storage may have come to life as `tensor`'s; called for new and for old ones."""
 
 
-class StandIns(Protocol):
+class UnknownValues(Protocol):
     """Answers for values that do not exist."""
 
     def __call__(
@@ -81,7 +81,7 @@ class VirtualMode(FakeTensorMode):
         self,
         device: torch.device,
         recorder: Recorder,
-        standins: StandIns,
+        unknown: UnknownValues,
         before: Callable[[OpOverload, Sequence[Any]], Callable[[], None] | None],
         adopt: Callable[[Tensor], Tensor],
         recipes: dict[Any, Any],
@@ -91,7 +91,7 @@ class VirtualMode(FakeTensorMode):
         Args:
             device: the simulated device; tensors elsewhere are fake but not recorded.
             recorder: told of every storage on the device.
-            standins: asked first, for every op.
+            unknown: asked first, for every op.
             before: called before every op that runs on the device, for hidden allocations; may
                 return what to call after it.
             adopt: moves a real tensor that meets tensors of the device in an op.
@@ -101,7 +101,7 @@ class VirtualMode(FakeTensorMode):
         self.cache_enabled = False  # ours is in front of it
         self.virtual_device = device
         self._recorder = recorder
-        self._standins = standins
+        self._unknown = unknown
         self._before = before
         self._adopt = adopt
         self.adopted = 0
@@ -150,14 +150,14 @@ class VirtualMode(FakeTensorMode):
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
         after = self._before(func, args)
-        output = self._standins(self, func, args, kwargs)
+        output = self._unknown(self, func, args, kwargs)
         if output is NotImplemented:
             output = self._answer(func, types, args, kwargs)
         else:
             self._created(output, func.name())
         if after is not None:
             after()
-        self._standins.note(func, args, kwargs, output)
+        self._unknown.note(func, args, kwargs, output)
         return output
 
     def _answer(
@@ -227,7 +227,7 @@ class VirtualMode(FakeTensorMode):
     def from_tensor(self, tensor: Tensor, **kwargs: Any) -> FakeTensor:
         """Make a fake of a tensor of the sample."""
         fake = super().from_tensor(tensor, **kwargs)
-        self._standins.given(fake, tensor)
+        self._unknown.given(fake, tensor)
         return fake
 
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:

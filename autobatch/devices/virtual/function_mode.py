@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autobatch.devices.virtual.known_values import forget, values_of
-from autobatch.devices.virtual.unknown_values import standin_of
+from autobatch.devices.virtual.unknown_values import placeholder_of
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -155,7 +155,7 @@ def _tolist(tensor: Tensor) -> Any:
     if known is not None:
         with no_dispatch():
             return known.tolist()
-    return _filled(tuple(tensor.shape), standin_of(tensor))
+    return _filled(tuple(tensor.shape), placeholder_of(tensor))
 
 
 def _filled(shape: tuple[int, ...], value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import nn
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
-from autobatch.devices.preserve import undisturbed
+from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import pretend, virtual_device
 from autobatch.devices.virtual.device_guard import lost_errors_found
@@ -34,9 +34,9 @@ from autobatch.devices.virtual.kernels.workspaces import (
     takes_workspace,
     uses_cublas,
 )
-from autobatch.devices.virtual.known_values import Values
+from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.recorder import StorageRecorder
-from autobatch.devices.virtual.unknown_values import StandIns
+from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.memory.accounting import replay
@@ -107,7 +107,7 @@ class VirtualGpu:
         """Nothing needs room."""
         yield
 
-    def remarks(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[str, ...]:
         """Say nothing: a simulated card has no neighbours."""
         return ()
 
@@ -133,16 +133,16 @@ class VirtualGpu:
     ) -> Run:
         started = time.perf_counter()
         device, recorder = part.device, part.recorder
-        warnings: list[str] = []
-        values = Values(micro_batch)
-        standins = StandIns(_KERNELS, values)
+        notes: list[str] = []
+        values = KnownValues(micro_batch)
+        unknown = UnknownValues(_KERNELS, values)
         workspaces = _Workspaces(recorder, self.spec, device)
         copier = Copier(device, values.blank)
-        mode = part.mode(device, recorder, standins, workspaces.before, copier.move, self._recipes)
+        mode = part.mode(device, recorder, unknown, workspaces.before, copier.move, self._recipes)
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
-            undisturbed(),
+            process_state_preserved(),
             pretend(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an engine that has run before we registered has no thread for our device
@@ -156,19 +156,19 @@ class VirtualGpu:
         ):
 
             def wrapped(copied: nn.Module) -> nn.Module:
-                warnings.extend(part.shard(copied, workload, copier.any(workload.sharding)))
+                notes.extend(part.shard(copied, workload, copier.any(workload.sharding)))
                 return copied
 
             session = Session(workload, original, device, copier, workspaces, wrapped)
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        warnings.extend(_shape_warnings(standins))
+        notes.extend(_shape_notes(unknown))
         if mode.adopted:
-            warnings.append(
+            notes.append(
                 f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
                 "there too; on a real GPU, move them first"
             )
         if is_compiled(workload.model):
-            warnings.append(
+            notes.append(
                 "the model is compiled; it was simulated through its eager original, and compiled "
                 "kernels usually need less memory"
             )
@@ -179,7 +179,7 @@ class VirtualGpu:
             seconds=time.perf_counter() - started,
             loss=session.loss_kind,
             optimizer=type(session.optimizer).__name__,
-            warnings=tuple(warnings),
+            notes=tuple(notes),
         )
 
 
@@ -220,20 +220,20 @@ class _Workspaces:
             self._recorder.free(block)
 
 
-def _shape_warnings(standins: StandIns) -> Iterator[str]:
-    if standins.upper_bounds:
-        ops = ", ".join(sorted(standins.upper_bounds))
+def _shape_notes(unknown: UnknownValues) -> Iterator[str]:
+    if unknown.upper_bounds:
+        ops = ", ".join(sorted(unknown.upper_bounds))
         yield (
             f"shapes that depend on values ({ops}) took their upper bound: the real run may need "
             "less memory"
         )
-    if standins.shared_out:
+    if unknown.shared_out:
         yield (
             "sizes of parts that depend on values (split) were taken to be equal: the real run "
             "may need more memory or less"
         )
-    if standins.followed:
-        ops = ", ".join(sorted(standins.followed))
+    if unknown.followed:
+        ops = ", ".join(sorted(unknown.followed))
         yield (
             f"shapes that depend on values ({ops}) followed those of the sample: a run on others "
             "may need more memory"

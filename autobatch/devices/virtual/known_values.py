@@ -1,4 +1,4 @@
-"""Values that tensors without memory do have: small whole numbers, and what follows from them.
+"""KnownValues that tensors without memory do have: small whole numbers, and what follows from them.
 
 Models read sizes back from the GPU: the grid of patches of every image, the lengths of sequences,
 the shapes of feature maps. Those are numbers of the user's code, of small integer buffers and of
@@ -22,7 +22,7 @@ from torch import Tensor
 from autobatch.devices.copies import blank
 from autobatch.support.torch_private import FakeTensor, no_dispatch
 
-__all__ = ["Values", "forget", "mirror", "values_of"]
+__all__ = ["KnownValues", "forget", "mirror", "values_of"]
 
 GIVEN_ELEMENTS = 64
 """Whole numbers of one sample that are known, as sizes are; token ids are more, and are not."""
@@ -47,7 +47,7 @@ _MAKERS = _UNINITIALISED | frozenset(
 """Ops that read the value of no tensor."""
 
 
-class Values:
+class KnownValues:
     """Follows what is known through the ops of one run."""
 
     def __init__(self, micro_batch: int):

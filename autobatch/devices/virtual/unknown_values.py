@@ -21,10 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.known_values import Values, values_of
+from autobatch.devices.virtual.known_values import KnownValues, values_of
 from autobatch.errors import WorkloadError
 
-__all__ = ["StandIns", "standin_of"]
+__all__ = ["UnknownValues", "placeholder_of"]
 
 aten = torch.ops.aten
 
@@ -46,8 +46,8 @@ _NEGATIONS = {"logical_not", "bitwise_not"}
 _FILLING: dict[str, Callable[[Sequence[Any]], Any]] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero_"), lambda args: 0),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda args: 1),
-    **dict.fromkeys(("full", "full_like", "fill_"), lambda args: standin_of(args[1])),
-    "new_full": lambda args: standin_of(args[2]),
+    **dict.fromkeys(("full", "full_like", "fill_"), lambda args: placeholder_of(args[1])),
+    "new_full": lambda args: placeholder_of(args[2]),
 }
 _KEEPING = frozenset(
     """
@@ -61,7 +61,7 @@ _MASKS = (torch.bool, torch.uint8)
 _CONSTANTS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
 
 
-class StandIns:
+class UnknownValues:
     """Stand-in values and upper-bound shapes for one simulated run.
 
     Attributes:
@@ -70,7 +70,7 @@ class StandIns:
         shared_out: whether parts of unknown sizes were taken to be equal.
     """
 
-    def __init__(self, kernels: Mapping[Any, Callable[..., Any]], values: Values) -> None:
+    def __init__(self, kernels: Mapping[Any, Callable[..., Any]], values: KnownValues) -> None:
         """Start with further rules for ops whose results only the target GPU's kernels define."""
         self.upper_bounds: set[str] = set()
         self.followed: set[str] = set()
@@ -120,14 +120,14 @@ class StandIns:
         if not isinstance(output, Tensor):
             return
         if args and output is args[0] and not _writes_nothing(func._opname, args):
-            vars(output).pop("standin", None)  # it was something else
+            vars(output).pop("placeholder", None)  # it was something else
             vars(output.untyped_storage()).pop("chosen", None)
         if output.dtype.is_floating_point:  # only what is known of truths and integers goes on
             value = None if "alpha" in kwargs else _derived(func._opname, args)
         else:
             value = _result(func._opname, args, output.dtype)
         if value is not None:
-            vars(output)["standin"] = value
+            vars(output)["placeholder"] = value
 
     def given(self, fake: Tensor, real: Tensor) -> None:
         """Remember the values of a tensor of the sample where it is as small as sizes are."""
@@ -155,11 +155,11 @@ class StandIns:
                 f"the workload asked {_MOST_READS:,} times whether something holds on the GPU, "
                 "which a simulation cannot know: a loop that ends by such a value never ends here"
             )
-        value: bool | int | float = standin_of(tensor)
+        value: bool | int | float = placeholder_of(tensor)
         return value
 
     def _unscale(self, mode: Any, grads: Any, found_inf: Any, inv_scale: Any) -> None:
-        vars(found_inf)["standin"] = 0.0
+        vars(found_inf)["placeholder"] = 0.0
 
     def _embedding(
         self,
@@ -335,10 +335,10 @@ def _count_by_rows(tensor: Tensor, indices: Sequence[Tensor | None], values: Ten
 def _writes_nothing(name: str, args: Sequence[Any]) -> bool:
     """Whether an op writes where a mask is true that stands for false everywhere."""
     if name == "masked_fill_":
-        return not standin_of(args[1])
+        return not placeholder_of(args[1])
     if name in ("index_put_", "_index_put_impl_"):
         masks = [i for i in args[1] if i is not None and i.dtype in _MASKS]
-        return any(not standin_of(mask) for mask in masks)
+        return any(not placeholder_of(mask) for mask in masks)
     return False
 
 
@@ -354,44 +354,44 @@ def _derived(name: str, args: Sequence[Any]) -> float | None:
         first, second = map(_known_standin, args[:2])
         return None if first is None or second is None else _ARITHMETIC[name](first, second)
     if name == "where" and len(args) == 3:
-        return _known_standin(args[1 if standin_of(args[0]) else 2])
+        return _known_standin(args[1 if placeholder_of(args[0]) else 2])
     if name == "masked_fill":
-        return _known_standin(args[2 if standin_of(args[1]) else 0])
+        return _known_standin(args[2 if placeholder_of(args[1]) else 0])
     if name not in _KEEPING or not args or not isinstance(args[0], Tensor):
         return None
     return _known_standin(args[0])
 
 
 def _known_standin(value: Any) -> float | None:
-    known = vars(value).get("standin") if isinstance(value, Tensor) else value
+    known = vars(value).get("placeholder") if isinstance(value, Tensor) else value
     return None if known is None else float(known)
 
 
 def _result(name: str, args: Sequence[Any], dtype: torch.dtype) -> bool | int | None:
     """Return the stand-in of an op's truth value or integer; None where nothing follows."""
     if dtype is torch.bool and name in _COMPARISONS:
-        return _COMPARISONS[name](standin_of(args[0]), standin_of(args[1]))
+        return _COMPARISONS[name](placeholder_of(args[0]), placeholder_of(args[1]))
     if dtype is torch.bool and name in _CONSTANTS:
         return _CONSTANTS[name]
     if name in _NEGATIONS and dtype is torch.bool:
-        return not standin_of(args[0])
+        return not placeholder_of(args[0])
     if name in ("logical_or", "bitwise_or"):
-        return bool(standin_of(args[0]) or standin_of(args[1]))
+        return bool(placeholder_of(args[0]) or placeholder_of(args[1]))
     if name in ("logical_and", "bitwise_and", "mul") and dtype is torch.bool:
-        return bool(standin_of(args[0]) and standin_of(args[1]))
+        return bool(placeholder_of(args[0]) and placeholder_of(args[1]))
     if name in _FILLING:
         return cast("bool | int | None", _FILLING[name](args))
     if not args or not isinstance(args[0], Tensor) or args[0].dtype.is_floating_point:
         return None
-    value = standin_of(args[0])  # a view, a copy or a reduction of equal elements
+    value = placeholder_of(args[0])  # a view, a copy or a reduction of equal elements
     return bool(value) if dtype is torch.bool else int(value)
 
 
-def standin_of(value: Any) -> Any:
+def placeholder_of(value: Any) -> Any:
     """Return what every element of a tensor reads as; a plain number is itself."""
     if not isinstance(value, Tensor):
         return value
-    known = vars(value).get("standin")
+    known = vars(value).get("placeholder")
     if known is not None:
         return known
     if value.dtype is torch.bool:

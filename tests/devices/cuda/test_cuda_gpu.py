@@ -11,13 +11,13 @@ import autobatch
 from autobatch import DoesNotFitError, UsageError, Workload, WorkloadError
 from autobatch.devices.base import Run
 from autobatch.devices.cuda.gpu import CudaGpu, describe
-from autobatch.devices.cuda.runtime import Card
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.memory.accounting import replay
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.support.units import GIB, MIB
 from autobatch.workload.sample import batch_builder
-from tests.support.rehearsal import RehearsedCard, played
+from tests.support.cuda_on_cpu import CudaOnCpu, installed
 
 SAMPLE = (torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,)))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -45,7 +45,7 @@ def workload(model=None, **options):
 
 def tune(card, **options):
     given = {"target": 4096, "cache": False, "headroom": 0.0} | options
-    with played(card):
+    with installed(card):
         return autobatch.tune(given.pop("workload", None) or workload(), **given)
 
 
@@ -61,7 +61,7 @@ def run(card, n=2, steps=2, model=None, labelled=False, **options):
 
 def test_a_run_says_what_every_byte_is_for():
     model = cnn()
-    result = run(RehearsedCard(), n=8, model=model)
+    result = run(CudaOnCpu(), n=8, model=model)
     elements = sum(p.numel() for p in model.parameters())
     account = result.trace.by_category(result.replay.peak_event)
     assert account["parameters"] == account["gradients"] == 4 * elements
@@ -76,7 +76,7 @@ def test_a_run_says_what_every_byte_is_for():
 
 
 def test_the_trace_replays_to_the_peaks_that_were_measured():
-    card = RehearsedCard()
+    card = CudaOnCpu()
     result = run(card, n=8)
     simulated = replay(result.trace)
     assert simulated.peak_reserved_bytes == result.replay.peak_reserved_bytes
@@ -84,7 +84,7 @@ def test_the_trace_replays_to_the_peaks_that_were_measured():
 
 
 def test_phases_are_where_they_begin():
-    trace = run(RehearsedCard()).trace
+    trace = run(CudaOnCpu()).trace
     phases = [(m.phase, m.window, m.micro_batch) for m in trace.marks]
     window = [("inputs", 0), ("forward", 0), ("backward", 0)]
     window += [("inputs", 1), ("forward", 1), ("backward", 1), ("step", 1)]
@@ -93,8 +93,8 @@ def test_phases_are_where_they_begin():
 
 
 def test_ops_are_named_on_request():
-    assert {block.op for block in run(RehearsedCard()).trace.blocks} == {""}
-    ops = {block.op for block in run(RehearsedCard(), labelled=True).trace.blocks}
+    assert {block.op for block in run(CudaOnCpu()).trace.blocks} == {""}
+    ops = {block.op for block in run(CudaOnCpu(), labelled=True).trace.blocks}
     assert {"aten::convolution", "aten::native_batch_norm"} & ops
 
 
@@ -106,12 +106,12 @@ def test_a_library_that_keeps_memory_of_its_own_is_seen():
             kept.append(torch.zeros(1000))
         return cross_entropy(model, batch)
 
-    trace = run(RehearsedCard(), loss=loss).trace
+    trace = run(CudaOnCpu(), loss=loss).trace
     assert [b.size_bytes for b in trace.blocks if b.category == "workspace"] == [4000]
 
 
 def test_out_of_memory_is_a_value_and_leaves_the_allocator_as_it_was():
-    card = RehearsedCard(24 * MIB, context_bytes=0)
+    card = CudaOnCpu(24 * MIB, context_bytes=0)
     before = card.stats()
     result = run(card, n=512)
     assert result.shortage.startswith("CUDA out of memory. Tried to allocate")
@@ -125,7 +125,7 @@ def test_out_of_memory_is_a_value_and_leaves_the_allocator_as_it_was():
 
 def test_what_fits_only_after_a_retry_does_not_fit():
     trace = Trace(micro_batch=1, accumulation_steps=1, blocks=(), events=(), marks=())
-    facts = {"seconds": 0.0, "loss": "user", "optimizer": "SGD", "warnings": (), "trace": trace}
+    facts = {"seconds": 0.0, "loss": "user", "optimizer": "SGD", "notes": (), "trace": trace}
     peaks = {"peak_allocated_bytes": 5, "peak_reserved_bytes": 5, "peak_event": 0}
     calm = Run(replay=Replay(**peaks, alloc_retries=0, oom_event=None), **facts)
     retried = Run(replay=Replay(**peaks, alloc_retries=1, oom_event=None), **facts)
@@ -140,12 +140,12 @@ def test_tensors_that_survive_a_run_are_reported():
         kept.append(model(batch[0]))
         return F.cross_entropy(kept[-1], batch[1])
 
-    warning = " ".join(run(RehearsedCard(), loss=loss).warnings)
+    warning = " ".join(run(CudaOnCpu(), loss=loss).notes)
     assert "still allocated after a run at micro-batch 2" in warning
 
 
 def test_a_users_error_is_theirs_and_nothing_stays_on_the_card():
-    card = RehearsedCard()
+    card = CudaOnCpu()
 
     def loss(model, batch):
         held = model(batch[0])
@@ -165,7 +165,7 @@ def test_a_model_that_is_compiled_runs_compiled():
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     compiled = torch.compile(net, backend="eager")
-    assert run(RehearsedCard(), model=compiled, loss=loss).shortage is None
+    assert run(CudaOnCpu(), model=compiled, loss=loss).shortage is None
     assert seen == {"OptimizedModule"}
 
 
@@ -173,7 +173,7 @@ def test_a_model_that_is_compiled_runs_compiled():
 
 
 def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
-    card = RehearsedCard(96 * MIB)
+    card = CudaOnCpu(96 * MIB)
     plan = tune(card, prove=True)
     sizes = [trial.micro_batch for trial in plan.trials]
     assert sizes[:4] == [2, 3, plan.ceiling, plan.ceiling + 1]
@@ -187,7 +187,7 @@ def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
 
 
 def test_without_proof_nothing_is_run_that_does_not_fit():
-    card = RehearsedCard(96 * MIB)
+    card = CudaOnCpu(96 * MIB)
     plan = tune(card)
     assert card.ooms == 0 and all(trial.fits for trial in plan.trials)
     assert not plan.proven
@@ -202,7 +202,7 @@ def varying_scratch(name, shapes):
 
 
 def test_scratch_memory_that_changes_with_the_size_does_not_end_the_model():
-    card = RehearsedCard(96 * MIB, scratch=varying_scratch)
+    card = CudaOnCpu(96 * MIB, scratch=varying_scratch)
     plan = tune(card, prove=True)
     assert plan.method == "trace model" and plan.proven
     assert len([t for t in plan.trials if t.micro_batch <= plan.ceiling]) <= 6
@@ -215,7 +215,7 @@ def test_a_smaller_size_that_needs_more_is_reported_and_not_planned():
             return 0
         return 60 * MIB if shapes[0][0] == 192 else 0
 
-    plan = tune(RehearsedCard(96 * MIB, scratch=scratch), target=384)
+    plan = tune(CudaOnCpu(96 * MIB, scratch=scratch), target=384)
     assert plan.ceiling > 192  # of which two would have made the target
     assert (plan.micro_batch, plan.accumulation_steps, plan.effective_batch) == (128, 3, 384)
     assert any("memory is not monotone here: micro-batch 192" in w for w in plan.warnings)
@@ -232,7 +232,7 @@ def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling():
                 images = images + 1
             return self.net(images)
 
-    card = RehearsedCard(64 * MIB)
+    card = CudaOnCpu(64 * MIB)
     plan = tune(card, workload=workload(Shifty()))
     assert plan.method == "bisection"
     fits = {trial.micro_batch: trial.fits for trial in plan.trials}
@@ -244,16 +244,16 @@ def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling():
 
 def test_nothing_fits_says_by_how_much():
     with pytest.raises(DoesNotFitError, match="not even micro-batch 1 fits on rehearsed"):
-        tune(RehearsedCard(96 * MIB), headroom=0.99)
+        tune(CudaOnCpu(96 * MIB), headroom=0.99)
     with pytest.raises(DoesNotFitError, match="ran out of memory"):
-        tune(RehearsedCard(17 * MIB))
+        tune(CudaOnCpu(17 * MIB))
 
 
 # The card
 
 
 def test_the_budget_leaves_out_context_and_other_processes():
-    card = RehearsedCard(300 * MIB, context_bytes=20 * MIB, others_bytes=180 * MIB)
+    card = CudaOnCpu(300 * MIB, context_bytes=20 * MIB, others_bytes=180 * MIB)
     plan = tune(card, headroom=0.1)
     assert plan.budget_bytes == int(100 * MIB * 0.9)
     assert (plan.gpu.context_bytes, plan.others_bytes) == (20 * MIB, 180 * MIB)
@@ -262,14 +262,14 @@ def test_the_budget_leaves_out_context_and_other_processes():
 
 
 def test_the_processes_fraction_is_obeyed():
-    plan = tune(RehearsedCard(300 * MIB, allowed_bytes=64 * MIB), prove=True)
+    plan = tune(CudaOnCpu(300 * MIB, allowed_bytes=64 * MIB), prove=True)
     assert plan.budget_bytes == plan.allowed_bytes == 64 * MIB
     assert "64.0 MiB allowed to the process × (1 - 0 headroom)" in str(plan)
     assert plan.proven
 
 
 def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():
-    card = RehearsedCard(96 * MIB)
+    card = CudaOnCpu(96 * MIB)
     grown = iter(range(1, 100))
 
     def scratch(name, shapes):
@@ -285,7 +285,7 @@ def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():
 
 
 def test_a_neighbour_that_grows_during_the_probe_is_reported():
-    card = RehearsedCard(300 * MIB, others_bytes=MIB)
+    card = CudaOnCpu(300 * MIB, others_bytes=MIB)
     calls = []
 
     def scratch(name, shapes):
@@ -301,13 +301,13 @@ def test_a_neighbour_that_grows_during_the_probe_is_reported():
 
 
 def test_a_driver_that_hides_processes_is_said_to():
-    plan = tune(RehearsedCard(96 * MIB, knows_own=False))
+    plan = tune(CudaOnCpu(96 * MIB, knows_own=False))
     assert any("does not say what this process holds" in warning for warning in plan.warnings)
     assert plan.budget_bytes == 80 * MIB
 
 
 def test_spilling_into_the_hosts_memory_is_not_believed():
-    card = RehearsedCard(64 * MIB, knows_own=False)
+    card = CudaOnCpu(64 * MIB, knows_own=False)
     card.allocator = type(card.allocator)()  # a driver that never says no
     plan = tune(card, prove=True)
     assert plan.budget_bytes == 48 * MIB
@@ -316,7 +316,7 @@ def test_spilling_into_the_hosts_memory_is_not_believed():
 
 
 def test_a_recording_of_the_users_own_is_not_ended():
-    card = RehearsedCard()
+    card = CudaOnCpu()
     card.is_recording = True
     with pytest.raises(UsageError, match="isolate=True"):
         tune(card)
@@ -334,7 +334,7 @@ def test_a_known_card_keeps_its_figures_and_takes_the_drivers_capacity():
 
 
 def test_a_second_tune_answers_without_running_anything(tmp_path):
-    card, cache = RehearsedCard(96 * MIB), tmp_path / "plan.json"
+    card, cache = CudaOnCpu(96 * MIB), tmp_path / "plan.json"
     first = tune(card, cache=cache)
     ran = card.calls
     second = tune(card, cache=cache)
@@ -346,11 +346,11 @@ def test_a_second_tune_answers_without_running_anything(tmp_path):
 
 
 def test_a_plan_made_beside_smaller_neighbours_is_made_again(tmp_path):
-    card, cache = RehearsedCard(400 * MIB), tmp_path / "plan.json"
+    card, cache = CudaOnCpu(400 * MIB), tmp_path / "plan.json"
     tune(card, cache=cache)
     ran = card.calls
     card.others_bytes = 200 * MIB
-    card.allocator = RehearsedCard(400 * MIB, others_bytes=200 * MIB).allocator
+    card.allocator = CudaOnCpu(400 * MIB, others_bytes=200 * MIB).allocator
     assert tune(card, cache=cache).others_bytes == 200 * MIB
     assert card.calls > ran
 
@@ -376,7 +376,7 @@ def test_on_a_gpu_the_ceiling_is_exact(limit):
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_the_trace_replays_to_the_measured_peak():
-    result = run(Card(), n=64)
+    result = run(CudaRuntime(), n=64)
     simulated = replay(result.trace)
     assert abs(simulated.peak_reserved_bytes / result.replay.peak_reserved_bytes - 1) < 0.01
 
@@ -385,7 +385,7 @@ def test_on_a_gpu_the_trace_replays_to_the_measured_peak():
 @needs_gpu
 def test_on_a_gpu_a_model_there_is_not_duplicated():
     model = cnn().cuda()
-    gpu = CudaGpu(Card())
+    gpu = CudaGpu(CudaRuntime())
     job = workload(model)
     before = torch.cuda.memory_allocated()
     with gpu.hosting(job):
@@ -397,6 +397,6 @@ def test_on_a_gpu_a_model_there_is_not_duplicated():
 @needs_gpu
 def test_on_a_gpu_an_oom_leaves_the_allocator_as_it_was():
     before = torch.cuda.memory_allocated()
-    result = run(Card(), n=2**21)
+    result = run(CudaRuntime(), n=2**21)
     assert result.shortage is not None
     assert torch.cuda.memory_allocated() == before

@@ -241,8 +241,8 @@ def test_shapes_that_depend_on_values_take_their_upper_bound_and_say_so():
     workload = Workload(model=mlp(), batch=batch_builder(torch.zeros(2, WIDTH)), loss=loss)
     ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=4, accumulation_steps=1)
     assert shapes[:3] == [(4 * WIDTH,), (4 * WIDTH, 2), (4 * WIDTH,)]
-    assert "upper bound" in ran.warnings[0]
-    assert "nonzero" in ran.warnings[0]
+    assert "upper bound" in ran.notes[0]
+    assert "nonzero" in ran.notes[0]
 
 
 class Attention(nn.Module):
@@ -324,7 +324,7 @@ def test_a_compiled_model_is_simulated_through_its_eager_original():
     model = torch.compile(mlp())
     workload = Workload(model=model, batch=batch_builder(torch.zeros(2, WIDTH)))
     ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=4, accumulation_steps=1)
-    assert "eager original" in ran.warnings[0]
+    assert "eager original" in ran.notes[0]
     assert largest(ran.trace, "parameters") == nbytes(mlp())
 
 
@@ -582,7 +582,7 @@ def test_small_whole_numbers_of_the_sample_are_read_back_as_they_are(n, capsys):
 def test_shapes_that_follow_values_of_the_sample_say_so():
     workload = Workload(model=Patches(), batch=batch_builder(PATCHES))
     ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=2, accumulation_steps=1)
-    assert "(index, repeat_interleave) followed those of the sample" in ran.warnings[-1]
+    assert "(index, repeat_interleave) followed those of the sample" in ran.notes[-1]
 
 
 def test_values_that_are_written_over_with_unknown_ones_are_unknown_in_every_view():
@@ -648,7 +648,7 @@ class Experts(nn.Module):
 def test_parts_of_unknown_sizes_are_taken_to_be_equal_and_it_is_said():
     workload = Workload(model=Experts(), batch=batch_builder(torch.zeros(2, WIDTH)))
     ran = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=8, accumulation_steps=1)
-    assert "taken to be equal" in " ".join(ran.warnings)
+    assert "taken to be equal" in " ".join(ran.notes)
     written = [
         b.size_bytes for b in ran.trace.blocks if b.op == "aten::mm" and b.phase == "forward"
     ]

@@ -56,7 +56,7 @@ def pack(data: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tens
     steps_first = data.transpose(0, 1) if batch_first else data
     steps, samples = steps_first.shape[:2]
     sizes = torch.full((steps,), samples, device="cpu")
-    vars(sizes)["standin"] = samples
+    vars(sizes)["placeholder"] = samples
     return steps_first.flatten(0, 1).clone(), sizes
 
 

@@ -28,8 +28,8 @@ from autobatch.report.text import render
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import question_of
 from autobatch.workload.workload import Workload
+from tests.support.cuda_on_cpu import CudaOnCpu, installed
 from tests.support.plans import example_plan, ragged_plan
-from tests.support.rehearsal import RehearsedCard, played
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
@@ -319,7 +319,7 @@ def test_clipping_and_loss_scaling_work_on_shards(options):
 def test_autocast_keeps_copies_of_the_weights_and_says_so():
     device = VirtualGpu(GPU)
     found = device.run(workload(autocast="bf16"), micro_batch=8, accumulation_steps=1)
-    assert any("MixedPrecisionPolicy" in warning for warning in found.warnings)
+    assert any("MixedPrecisionPolicy" in warning for warning in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_a_model_without_blocks_is_one_unit_and_says_so():
     model = nn.Linear(7, 5)
     device = VirtualGpu(GPU)
     found = device.run(workload(model), micro_batch=2, accumulation_steps=1)
-    assert any("no repeated blocks" in warning for warning in found.warnings)
+    assert any("no repeated blocks" in warning for warning in found.notes)
 
 
 # -- nothing is left behind
@@ -657,7 +657,7 @@ def test_a_policy_that_shards_nothing_is_refused():
 def test_fsdp_on_the_gpu_in_the_machine_is_refused_and_names_the_way_out():
     for asked in ("fsdp", policy()):
         with (
-            played(RehearsedCard()),
+            installed(CudaOnCpu()),
             pytest.raises(UsageError, match=r'simulated only.*gpu="a100-40gb"'),
         ):
             autobatch.tune(workload(sharding=asked), target=64)

@@ -1,7 +1,7 @@
-"""A GPU played on the CPU: real tensors and arithmetic, the allocator simulated, with a limit.
+"""CUDA played on the CPU: real tensors and arithmetic, the allocator simulated, with a limit.
 
-It stands in for `autobatch.devices.cuda.runtime.Card`, so that everything above it runs as on a
-real GPU.
+It takes the place of `autobatch.devices.cuda.runtime.CudaRuntime`, so that everything above runs as
+on a real GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class WallClock:
         return time.perf_counter() - self._start
 
 
-class RehearsedCard:
+class CudaOnCpu:
     """Counts what tensors made while recording would take.
 
     Args:
@@ -188,7 +188,7 @@ class _Ledger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def played(card):
+def installed(card):
     """Let `tune` without a `gpu` find this card in the machine."""
-    with patched(choose, Card=lambda index: card, _cuda_index=lambda gpu: 0):
+    with patched(choose, CudaRuntime=lambda index: card, _cuda_index=lambda gpu: 0):
         yield card

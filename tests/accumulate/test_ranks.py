@@ -82,7 +82,7 @@ def test_the_last_micro_batch_averages_not_the_one_before(ranks: Ranks) -> None:
 
 
 @pytest.fixture(scope="module")
-def process_state_preserved(ranks: Ranks) -> list[torch.Tensor]:
+def undisturbed(ranks: Ranks) -> list[torch.Tensor]:
     results = ranks.run(rank_work.recover, place=None)
     assert_close(results[0]["parameters"], results[1]["parameters"], 0)
     return results[0]["parameters"]
@@ -103,7 +103,7 @@ def test_a_shortage_on_any_rank_is_recovered(
             rank_work.recover, place=place, window=window, index=index, ranks=failing
         )
         for rank, result in enumerate(results):
-            assert_close(result["parameters"], process_state_preserved)
+            assert_close(result["parameters"], undisturbed)
             assert result["shortages"] == (rank in failing)
             assert len(result["said"]) == (rank in failing)
         assert results[0]["losses"] == results[1]["losses"]
@@ -117,7 +117,7 @@ def test_repeated_shortages_of_the_averaging_micro_batch(
         rank_work.recover, place=place, window=3, index=STEPS - 1, times=2, ranks=(1,)
     )
     for result in results:
-        assert_close(result["parameters"], process_state_preserved)
+        assert_close(result["parameters"], undisturbed)
 
 
 @pytest.mark.parametrize("place", ["inputs", "forward", "loss", "backward"])

@@ -37,7 +37,7 @@ def assert_close(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def process_state_preserved() -> list[torch.Tensor]:
+def undisturbed() -> list[torch.Tensor]:
     parameters, said, sizes = trained(Stumble(None, 0, 0))
     assert not said and sizes == [(MICRO_BATCH,) * STEPS] * 10
     return parameters
@@ -52,7 +52,7 @@ def test_a_micro_batch_that_runs_out_of_memory_is_split(
     stumble = Stumble(place, window, index)
     parameters, said, sizes = trained(stumble)
     assert stumble.shortages == 1
-    assert_close(parameters, process_state_preserved)
+    assert_close(parameters, undisturbed)
     split = [MICRO_BATCH] * STEPS
     split[index : index + 1] = [2, 2]
     assert sizes[window] == tuple(split)
@@ -74,7 +74,7 @@ def test_halves_share_the_weight_that_their_micro_batch_had() -> None:
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_halves_are_split_again(place: str, undisturbed: list[torch.Tensor]) -> None:
     parameters, _, sizes = trained(Stumble(place, 2, 1, times=2))
-    assert_close(parameters, process_state_preserved)
+    assert_close(parameters, undisturbed)
     assert sizes[2] == (4, 1, 1, 2, 4)
 
 

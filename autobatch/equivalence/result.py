@@ -9,6 +9,7 @@ from typing import Literal
 from autobatch.records.codec import dump_json, encode
 from autobatch.report import text
 from autobatch.report.document import Bullets, Document, Facts, Section, Table, printable
+from autobatch.support.wording import listed
 
 __all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind", "equivalence_summary"]
 
@@ -201,5 +202,4 @@ def _parameters(result: Equivalence) -> tuple[Section, ...]:
 
 
 def _where(names: tuple[str, ...]) -> str:
-    shown = ", ".join(name or "the model itself" for name in names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+    return listed([name or "the model itself" for name in names], _SHOWN)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from autobatch.errors import SampleError
 from autobatch.support.torch_private import detect_fake_mode
+from autobatch.support.wording import listed
 from autobatch.workload.dataset import draw
 from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
 
@@ -270,8 +271,7 @@ def _dotted(path: Path) -> str:
 
 def _shapes(tensors: Mapping[Path, Tensor]) -> str:
     shown = [f"{_dotted(path)} {tuple(tensor.shape)}" for path, tensor in tensors.items()]
-    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-    return (", ".join(shown[:8]) + more) or "no tensors"
+    return listed(shown, 8) or "no tensors"
 
 
 def _is_per_sample(leaf: Any, size: int) -> bool:

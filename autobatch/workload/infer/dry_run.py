@@ -24,6 +24,7 @@ from autobatch.support.torch_private import (
     UnsupportedOperatorException,
     fake_tensor,
 )
+from autobatch.support.wording import one_line
 from autobatch.workload.infer.fields import Fields, builder, describe, unknown
 from autobatch.workload.loss import output_of
 
@@ -103,7 +104,7 @@ class DryRun:
         try:
             self._clone = fake_copy(model, self._mode).train()
         except Exception as error:
-            raise unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+            raise unknown(model, f"it cannot be copied: {one_line(error)}") from error
         self._calls = 0
         for module in self._clone.modules():
             module.register_forward_hook(self._count)
@@ -124,7 +125,7 @@ class DryRun:
         except CANNOT_TELL:
             return None
         except Exception as error:
-            why = f"on {describe(fields)} it raises {_first_line(error)}"
+            why = f"on {describe(fields)} it raises {one_line(error)}"
             raise Refused(why, error, self._calls) from error
         if not _keeps_samples(output):
             why = f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
@@ -172,8 +173,3 @@ def _keeps_samples(output: Any) -> bool:
     """Say whether an output has one row per sample: `view(-1, 400)` accepts many wrong sizes."""
     scalar = not isinstance(output, Tensor) or output.dim() == 0
     return scalar or TRIED_SAMPLES in output.shape
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

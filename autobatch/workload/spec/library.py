@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.spec.wording import one_line
+from autobatch.support.wording import one_line
 
 __all__ = ["Options", "harmless_warnings", "import_library", "on_meta", "rejected"]
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autobatch.errors import SpecError
+from autobatch.support.wording import near, one_line
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.spec.library import (
     Options,
@@ -23,7 +24,6 @@ from autobatch.workload.spec.library import (
     on_meta,
     rejected,
 )
-from autobatch.workload.spec.wording import near, one_line
 from autobatch.workload.workload import Workload
 
 __all__ = ["auto_class", "load_transformers", "offline"]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from autobatch.errors import SpecError, WorkloadError
-from autobatch.workload.spec.wording import near, one_line
+from autobatch.support.wording import near, one_line
 from autobatch.workload.workload import Workload
 
 __all__ = ["load_function"]

@@ -24,49 +24,14 @@ from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, ma
 
 __all__ = [
     "BatchDims",
-    "Prepared",
     "Rows",
     "batch_builder",
     "named_tensors",
-    "prepare",
+    "repeated",
     "rows_of",
 ]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a sample gives to a workload.
-
-    Attributes:
-        build: makes a batch of any number of samples, as `batch_builder` describes.
-        limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
-        notes: which items of a data set are repeated, where its items differ in size.
-    """
-
-    build: Callable[[int], Any]
-    limit: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
-    """Return all that a workload needs of a sample, which is looked through once.
-
-    Takes the arguments of `batch_builder`.
-
-    Raises:
-        SampleError: as from `batch_builder`.
-
-    >>> prepare(torch.utils.data.TensorDataset(torch.zeros(10, 3))).limit
-    10
-    """
-    drawn = draw(sample)
-    return Prepared(
-        build=_builder(drawn.batch, batch_dims),
-        limit=drawn.limit,
-        notes=drawn.notes,
-    )
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
@@ -99,7 +64,25 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
             [3, 4],
             [1, 2]]), 'scale': 0.5}
     """
-    return prepare(sample, batch_dims=batch_dims).build
+    return repeated(draw(sample).batch, batch_dims)
+
+
+def repeated(batch: Any, batch_dims: BatchDims = None) -> Callable[[int], Any]:
+    """Return a function that repeats the rows of one batch, as `batch_builder` describes it."""
+    example = map_tensors(_on_cpu, batch)
+    dims, size = _locate_batch(named_tensors(example), batch_dims)
+
+    def build(n: int) -> Any:
+        def resize(path: Path, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return _resized(leaf, dims.get(path), n)
+            if _is_per_sample(leaf, size):
+                return type(leaf)(_fresh(leaf[row % size]) for row in range(n))
+            return leaf
+
+        return map_leaves(resize, example, stop=_is_whole)
+
+    return build
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,23 +167,6 @@ def named_tensors(batch: Any) -> dict[Path, Tensor]:
 def _is_whole(node: Any) -> bool:
     """Say whether the rows of a container are not those of the tensors in it."""
     return is_sample_list(node) or isinstance(node, PackedSequence)
-
-
-def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
-    example = map_tensors(_on_cpu, batch)
-    dims, size = _locate_batch(named_tensors(example), batch_dims)
-
-    def build(n: int) -> Any:
-        def resize(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return _resized(leaf, dims.get(path), n)
-            if _is_per_sample(leaf, size):
-                return type(leaf)(_fresh(leaf[row % size]) for row in range(n))
-            return leaf
-
-        return map_leaves(resize, example, stop=_is_whole)
-
-    return build
 
 
 def _locate_batch(

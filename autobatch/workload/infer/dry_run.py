@@ -10,7 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ __all__ = ["TRIED_SAMPLES", "DryRun", "Refused", "fake_copy", "first_that_runs",
 # Odd and prime, so that a wrong reshape of the batch seldom goes unnoticed.
 TRIED_SAMPLES = 7
 
-# Fake tensors up to this many elements keep their values where these are constants.
+# Fake tensors up to this many elements keep their values where these are constants, such as what a
+# model computes from the sizes of images.
 KNOWN_ELEMENTS = 1024
 
 # Raised where a model reads values, which fake tensors lack; on real ones it may well run.
@@ -63,7 +64,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of a dry run: those that matter come again in the real run."""
+    """Silence what is said of building and trying a model: what matters comes in the real run."""
     loggers = [logging.getLogger(name) for name in ("transformers", fake_tensor.__name__)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -119,8 +120,9 @@ class DryRun:
             Refused: the model does not run, or mixes the samples.
         """
         self._calls = 0
+        known = patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS)
         try:
-            with self._mode, torch.no_grad(), quiet(), _uncached(), _known_values():
+            with self._mode, torch.no_grad(), quiet(), _uncached(), known:
                 output = output_of(self._clone, builder(fields)(TRIED_SAMPLES))
         except CANNOT_TELL:
             return None
@@ -133,22 +135,12 @@ class DryRun:
         return output
 
 
-@contextmanager
-def _known_values() -> Iterator[None]:
-    """Let fake tensors keep more constants: what a model computes from the sizes of images, say."""
-    with patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS):
-        yield
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
+def _uncached() -> AbstractContextManager[None]:
     """Keep fake tensors out of transformers' caches, which outlive a model."""
     home = sys.modules.get("transformers.pytorch_utils")
     if not hasattr(home, "is_torchdynamo_compiling"):
-        yield
-        return
-    with patched(home, is_torchdynamo_compiling=lambda: True):
-        yield
+        return nullcontext()
+    return patched(home, is_torchdynamo_compiling=lambda: True)
 
 
 def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fields, Any]:

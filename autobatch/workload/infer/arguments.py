@@ -107,7 +107,7 @@ class Arguments:
             yield replace(sizes, has_column=True)
         codebooks = stated(self._config, "num_codebooks")
         if codebooks and "input_ids" in main:
-            yield from (replace(sizes, codebooks=codebooks + more) for more in (0, 1))
+            yield from (replace(sizes, codebooks=(codebooks + more,)) for more in (0, 1))
 
     def asked_for(
         self, error: Exception | None, given: Mapping[str, Any], sizes: Sizes

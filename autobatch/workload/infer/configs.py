@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
-
 from autobatch.errors import SampleError
-from autobatch.workload.infer.plain import POSITIONS
+from autobatch.workload.infer.plain import position_tables
 
 __all__ = ["AUDIO", "VISION", "context_of", "stated", "text_configs"]
 
@@ -66,12 +64,11 @@ def context_of(model: Any, text: Any, seq: int | None) -> int:
         return seq or CONTEXT_WITHOUT_LIMIT
     learned = False
     usable = limit
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
-        if is_table and limit <= module.num_embeddings <= limit + 2:
+    for table in position_tables(model):
+        if limit <= table.num_embeddings <= limit + 2:
             learned = True
-            if module.padding_idx is not None:
-                usable = min(usable, module.num_embeddings - module.padding_idx - 1)
+            if table.padding_idx is not None:
+                usable = min(usable, table.num_embeddings - table.padding_idx - 1)
     if learned and seq and seq > usable:
         raise SampleError(
             f"seq={seq} is longer than the {usable} positions of {type(model).__name__}: use a "

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,18 +79,19 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Refused(Exception):
+@dataclass(frozen=True, slots=True)
+class Refused:
     """A model does not run on a batch.
 
     Attributes:
+        why: what it was given and what happened.
         error: what the model raised; None where it ran, but mixed the samples.
         calls: how many calls of modules had returned by then, which tells how far it got.
     """
 
-    def __init__(self, why: str, error: Exception | None, calls: int) -> None:
-        super().__init__(why)
-        self.error = error
-        self.calls = calls
+    why: str
+    error: Exception | None
+    calls: int
 
 
 class DryRun:
@@ -114,10 +116,9 @@ class DryRun:
         self._calls += 1
 
     def run(self, fields: Fields) -> Any:
-        """Return the fake output; None where the model reads values, which fake tensors lack.
+        """Return the fake output, or Refused where the model does not run or mixes the samples.
 
-        Raises:
-            Refused: the model does not run, or mixes the samples.
+        None stands for the output of a model that reads values, which fake tensors lack.
         """
         self._calls = 0
         known = patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS)
@@ -128,10 +129,10 @@ class DryRun:
             return None
         except Exception as error:
             why = f"on {describe(fields)} it raises {one_line(error)}"
-            raise Refused(why, error, self._calls) from error
+            return Refused(why, error, self._calls)
         if not _keeps_samples(output):
             why = f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
-            raise Refused(why, None, self._calls)
+            return Refused(why, None, self._calls)
         return output
 
 
@@ -152,12 +153,10 @@ def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fie
     why = "no layer tells what it takes"
     dry_run = DryRun(model)
     for fields in candidates:
-        try:
-            output = dry_run.run(fields)
-        except Refused as refused:
-            why = str(refused)
-            continue
-        return fields, output
+        output = dry_run.run(fields)
+        if not isinstance(output, Refused):
+            return fields, output
+        why = output.why
     raise unknown(model, why)
 
 

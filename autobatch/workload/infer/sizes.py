@@ -43,7 +43,7 @@ class Sizes:
 
     Attributes:
         tokens: length of a text, and of labels that are as long.
-        codebooks: audio tokens at each position; 0 for one, without a dimension of its own.
+        codebooks: dimensions after that of a text, where each position has several audio tokens.
         image: height and width in pixels.
         images: dimensions before those of an image, where a sample has several images.
         has_image_mask: whether a pixel mask says which images exist, not which pixels.
@@ -63,7 +63,7 @@ class Sizes:
     image: tuple[int, int]
     frames: int
     bins: int
-    codebooks: int = 0
+    codebooks: tuple[int, ...] = ()
     images: tuple[int, ...] = ()
     has_image_mask: bool = False
     has_flat_patches: bool = True
@@ -89,7 +89,7 @@ def sizes_of(model: Any, main: str | None, seq: int | None, image_size: int | No
     else:
         names = ("max_target_positions", "max_position_embeddings")
         limits = (getattr(text, name, None) for name in names)
-        tokens = min(TOKENS, *(n for n in limits if isinstance(n, int) and n > 0), TOKENS)
+        tokens = min([TOKENS, *(n for n in limits if isinstance(n, int) and n > 0)])
     side = stated(config, "image_size", "max_img_size", prefer=VISION)
     positions = stated(config, "max_source_positions", prefer=AUDIO)
     frames = 2 * positions if positions else None

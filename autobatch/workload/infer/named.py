@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from autobatch.workload.infer.configs import VISION, stated, text_configs
 from autobatch.workload.infer.documented import evaluated
 from autobatch.workload.infer.fields import Field, float_dtype, pair
 from autobatch.workload.infer.labels import CHOICES
 from autobatch.workload.infer.plain import TOKENS
 from autobatch.workload.infer.signature import Signature
-from autobatch.workload.infer.sizes import Sizes
+from autobatch.workload.infer.sizes import VISION, Sizes, stated, text_configs
 
 __all__ = ["NamedFields"]
 

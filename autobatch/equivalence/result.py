@@ -147,7 +147,7 @@ def equivalence_summary(result: Equivalence) -> Document:
                 )
                 for culprit in result.culprits
             ),
-            *(_parameters(result)),
+            Section("Parameters that differ most", (_parameters(result),)),
             *(
                 (Section("Notes", (Bullets(tuple(map(printable, result.notes))),)),)
                 if result.notes
@@ -193,12 +193,10 @@ def _windows(result: Equivalence) -> Table:
     )
 
 
-def _parameters(result: Equivalence) -> tuple[Section, ...]:
+def _parameters(result: Equivalence) -> Table:
     worst = sorted(result.parameters.items(), key=lambda item: -item[1])[:_SHOWN]
     rows = tuple((printable(name), f"{value:.2g}") for name, value in worst)
-    return (
-        Section("Parameters that differ most", (Table(("parameter", "difference"), "lr", rows),)),
-    )
+    return Table(("parameter", "difference"), "lr", rows)
 
 
 def _where(names: tuple[str, ...]) -> str:

@@ -19,13 +19,13 @@ from autobatch.errors import UsageError
 from autobatch.support.ranks import ranks_here
 from autobatch.workload.wrappers import is_data_parallel
 
-__all__ = ["Ranks", "Share", "Sync", "group_of", "ranks_of"]
+__all__ = ["Ranks", "Sync", "Tally", "group_of", "ranks_of"]
 
 Sync = Literal["last", "each"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Tally:
     """What one rank has drawn for a window, or what all have drawn together.
 
     Attributes:
@@ -53,9 +53,9 @@ class Ranks:
     alike = False
     recovers = True
 
-    def total(self, share: Share) -> Share:
+    def total(self, own: Tally) -> Tally:
         """Add up what the ranks have drawn; waits for the device."""
-        return share
+        return own
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank; waits for the device."""
@@ -90,13 +90,13 @@ class _Group(Ranks):
         on_cards = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda" if on_cards else "cpu")
 
-    def total(self, share: Share) -> Share:
-        own = [share.weight, share.samples, share.micro_batches, share.can_go_on]
-        mine = torch.tensor(own, dtype=torch.float64, device=self._device)
+    def total(self, own: Tally) -> Tally:
+        values = [own.weight, own.samples, own.micro_batches, own.can_go_on]
+        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine, group=self._group)
         weights, samples, counts, able = torch.stack(every).T.tolist()
-        return Share(
+        return Tally(
             weight=sum(weights),
             samples=int(sum(samples)),
             micro_batches=int(max(counts)),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.accumulate.batches import Piece
-from autobatch.accumulate.ranks import Ranks, Share
+from autobatch.accumulate.ranks import Ranks, Tally
 from autobatch.accumulate.update import Updater, free_caches
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.support.oom import Shortage, attempt
@@ -90,7 +90,7 @@ class Window:
         self,
         training: Training,
         micros: list[Micro],
-        total: Share,
+        total: Tally,
         *,
         number: int,
         largest: int,

@@ -22,14 +22,7 @@ from autobatch.support.wording import listed
 from autobatch.workload.dataset import draw
 from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
 
-__all__ = [
-    "BatchDims",
-    "Rows",
-    "batch_builder",
-    "named_tensors",
-    "repeated",
-    "rows_of",
-]
+__all__ = ["BatchDims", "Rows", "batch_builder", "named_tensors", "repeated", "rows_of"]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
 

@@ -45,7 +45,7 @@ _ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
 
 
 class OutOfMemory(Exception):
-    """The allocator's answer to a request that cannot be met; never leaves autobatch."""
+    """The answer to a request, as rounded, that cannot be met; never leaves autobatch."""
 
     def __init__(
         self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, limit_bytes: int

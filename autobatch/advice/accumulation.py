@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autobatch.advice.wording import count, window_text
+from autobatch.advice.wording import window_text
 from autobatch.records.evidence import MemoryPoint
 from autobatch.records.footprint import Evidence
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count
 
 __all__ = [
     "AccumulationRow",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autobatch.advice.accumulation import samples_per_update
-from autobatch.advice.wording import count
 from autobatch.records.plan_record import PlanRecord
+from autobatch.support.wording import count
 
 __all__ = ["BatchNormRow", "batchnorm", "batchnorm_rows"]
 

@@ -1,4 +1,4 @@
-"""Plain words for counts, windows and the effective batch."""
+"""Plain words for windows and the effective batch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from autobatch.records.plan_record import PlanRecord
+from autobatch.support.wording import count
 
-__all__ = ["count", "effective_batch", "window_text"]
-
-
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """Render a number with its noun; the plural, where it is not given, ends in s.
-
-    >>> count(1, "GPU"), count(1024, "sample"), count(2, "retry", "retries")
-    ('1 GPU', '1,024 samples', '2 retries')
-    """
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+__all__ = ["effective_batch", "window_text"]
 
 
 def window_text(window: Sequence[int]) -> str:

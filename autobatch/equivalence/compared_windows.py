@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autobatch.advice.wording import count
 from autobatch.equivalence.module_calls import changed_values
 from autobatch.equivalence.subject import Subject
+from autobatch.support.wording import count
 from autobatch.workload.sample import Rows, named_tensors
 from autobatch.workload.tree import map_tensors
 

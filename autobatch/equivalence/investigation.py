@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from autobatch.advice.wording import count
 from autobatch.equivalence.compared_windows import ComparedWindows
 from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.gradients import (
@@ -37,6 +36,7 @@ from autobatch.equivalence.suspects import (
 from autobatch.equivalence.weights import SUM, fitted_weights, shares, tried_weights
 from autobatch.errors import UsageError
 from autobatch.support.torch_private import BatchNorm
+from autobatch.support.wording import count
 
 __all__ = ["TOLERANCES", "Investigation"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch.devices.copies import Copier
 from autobatch.errors import SampleError
@@ -135,7 +135,7 @@ def one_batch(sample: Any, samples: int) -> Any:
     is_loader = isinstance(sample, DataLoader)
     dataset = sample.dataset if is_loader else sample
     length = dataset_length(sample)
-    if length is None or not isinstance(dataset, Dataset):
+    if length is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
         return sample
     number = min(samples, length)
     collate = sample.collate_fn if is_loader else default_collate

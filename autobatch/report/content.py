@@ -18,7 +18,7 @@ from autobatch.advice.accumulation import (
 from autobatch.advice.loop import training_loop
 from autobatch.advice.normalization import batchnorm, batchnorm_rows
 from autobatch.advice.rates import learning_rate, learning_rate_factors, warm_up
-from autobatch.advice.wording import count, effective_batch, window_text
+from autobatch.advice.wording import effective_batch, window_text
 from autobatch.records.evidence import Trial
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.document import (
@@ -34,6 +34,7 @@ from autobatch.report.document import (
 )
 from autobatch.report.footprint_summary import account, device_range, share
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count
 
 __all__ = ["full_report", "summary"]
 

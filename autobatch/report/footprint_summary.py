@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autobatch.advice.wording import count
 from autobatch.records.footprint import Footprint
 from autobatch.report.document import Document, Facts, Section, Table, printable
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count
 
 __all__ = ["account", "device_range", "footprint_summary", "share"]
 

@@ -1,11 +1,20 @@
-"""Pieces of messages: an error in one line, names alike, the first of many names."""
+"""Pieces of messages: counts, an error in one line, names alike, the first of many names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["listed", "near", "one_line"]
+__all__ = ["count", "listed", "near", "one_line"]
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Render a number with its noun; the plural, where it is not given, ends in s.
+
+    >>> count(1, "GPU"), count(1024, "sample"), count(2, "retry", "retries")
+    ('1 GPU', '1,024 samples', '2 retries')
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def one_line(error: BaseException) -> str:

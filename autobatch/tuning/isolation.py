@@ -36,6 +36,7 @@ from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
 from autobatch.support.files import prepare_folder, user_folder
+from autobatch.support.wording import one_line
 
 __all__ = ["RemoteTraceback", "apart"]
 
@@ -142,13 +143,13 @@ def _send(
         _pickle((work, args, kwargs), folder / _WORK)
     except OSError as error:
         raise FileError(
-            f"cannot write the model and its arguments into {str(folder)!r}: {_one_line(error)}; "
+            f"cannot write the model and its arguments into {str(folder)!r}: {one_line(error)}; "
             "free some space there, or leave isolate out"
         ) from error
     except Exception as error:
         raise UsageError(
             f"{_unsendable(work, args, kwargs)} cannot be sent to the process of the probe "
-            f"({_one_line(error)}): {_SENDABLE}"
+            f"({one_line(error)}): {_SENDABLE}"
         ) from error
 
 
@@ -312,7 +313,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
         with (folder / _WORK).open("rb") as file:
             work, args, kwargs = pickle.load(file)
     except Exception as error:
-        what = f"the process of the probe cannot rebuild what it was sent ({_one_line(error)})"
+        what = f"the process of the probe cannot rebuild what it was sent ({one_line(error)})"
         return _error("UsageError", f"{what}: {_SENDABLE}", error)
     (folder / _WORK).unlink()
     try:
@@ -322,7 +323,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
         known = (kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
         return _error(next(known), str(error), error.__cause__)
     except Exception as error:
-        return _error("WorkloadError", f"the probe raised {_one_line(error)}", error)
+        return _error("WorkloadError", f"the probe raised {one_line(error)}", error)
     return {"plan": _PLAN}
 
 
@@ -342,7 +343,3 @@ def _append(folder: Path, line: Mapping[str, Any]) -> None:
 def _error(kind: str, message: str, cause: BaseException | None = None) -> dict[str, Any]:
     text = "" if cause is None else "".join(traceback.format_exception(cause))
     return {"error": {"kind": kind, "message": message, "traceback": text}}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

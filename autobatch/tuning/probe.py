@@ -10,6 +10,7 @@ from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace_model import TraceModel
 from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback
+from autobatch.support.wording import count
 from autobatch.workload.workload import Workload
 
 __all__ = ["Probe"]
@@ -53,8 +54,7 @@ class Probe:
         """Run two windows and log the trial; runs of the probed window are remembered."""
         evidence = self.device.evidence
         begin = Progress(
-            step=f"{_ACTIONS[evidence]} of {accumulation_steps} accumulation step"
-            + "s" * (accumulation_steps > 1),
+            step=f"{_ACTIONS[evidence]} of {count(accumulation_steps, 'accumulation step')}",
             executions=len(self.trials),
             expected=max(_EXPECTED, len(self.trials) + 1),
             micro_batch=micro_batch,

@@ -546,3 +546,21 @@ def test_the_command_takes_a_plan(tmp_path, capsys) -> None:
     assert "3 + 3" in capsys.readouterr().out
     assert main(["check", f"{path}:clean", "--plan", str(plan), "--micro-batch", "2"]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def test_a_stream_that_knows_its_length_is_read_as_a_stream():
+    class Stream(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 12
+
+        def __iter__(self):
+            return iter(torch.randn(12, 4))
+
+    result = check_equivalence(
+        nn.Linear(4, 1), Stream(), micro_batch=2, accumulation_steps=2, loss=square
+    )
+    assert result.equivalent
+
+
+def square(model, batch):
+    return model(batch).square().mean()

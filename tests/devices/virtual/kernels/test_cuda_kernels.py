@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.devices.virtual.kernels.fused import FUSED
+from autobatch.devices.virtual.kernels.outputs import FUSED
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Allocation
 from autobatch.workload.sample import batch_builder

@@ -19,7 +19,7 @@ test: $(VENV)/test.stamp
 test-cpu: $(CPU_VENV)/test.stamp
 	$(CPU_VENV)/bin/python -m pytest -n auto
 
-# what depends on PyTorch, on the oldest that pyproject.toml takes
+# the core on the oldest PyTorch that pyproject.toml takes; reports run on any, and take minutes
 test-lowest: $(LOWEST_VENV)/test.stamp
 	$(LOWEST_VENV)/bin/python -m pytest -n auto --ignore tests/reports
 

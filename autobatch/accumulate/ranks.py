@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,33 +19,29 @@ from autobatch.errors import UsageError
 from autobatch.support.ranks import ranks_here
 from autobatch.workload.wrappers import is_data_parallel
 
-__all__ = ["Alone", "Ranks", "Share", "Sync", "Total", "group_of", "ranks_of"]
+__all__ = ["Ranks", "Sync", "Tally", "group_of", "ranks_of"]
 
 Sync = Literal["last", "each"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one rank has drawn for a window."""
+class Tally:
+    """What one rank has drawn for a window, or what all have drawn together.
+
+    Attributes:
+        weight, samples: sums over the ranks.
+        micro_batches: the most that one rank has.
+        can_go_on: whether every rank has samples, or had some that it can repeat with weight 0.
+    """
 
     weight: float
     samples: int
     micro_batches: int
-    can_go_on: bool  # has samples, or had some that it can repeat with weight 0
+    can_go_on: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Total:
-    """A window over all ranks; `micro_batches` is the most that one of them has."""
-
-    weight: float
-    samples: int
-    micro_batches: int
-    all_can_go_on: bool
-
-
-class Ranks(Protocol):
-    """The processes that train one model on different samples.
+class Ranks:
+    """The processes that train one model on different samples; as it stands, a single process.
 
     Attributes:
         size: how many there are; gradients are averaged over them.
@@ -53,24 +49,28 @@ class Ranks(Protocol):
         recovers: whether an OOM on one of them can be recovered.
     """
 
-    size: int
-    alike: bool
-    recovers: bool
+    size = 1
+    alike = False
+    recovers = True
 
-    def total(self, share: Share) -> Total:
-        """Add up what the ranks have drawn."""
+    def total(self, own: Tally) -> Tally:
+        """Add up what the ranks have drawn; waits for the device."""
+        return own
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank; waits for the device."""
+        return flag
 
     def sum(self, value: Tensor) -> Tensor:
         """Add up a scalar over the ranks, without waiting for the device."""
+        return value
 
     def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
         """Run one micro-batch, averaging gradients if it is the last of the window.
 
         `watched` prepares for `leave`.
         """
+        return contextlib.nullcontext()
 
     def leave(self, *, in_backward: bool) -> bool:
         """Go on after a micro-batch that was cut short before or in its backward pass.
@@ -78,42 +78,10 @@ class Ranks(Protocol):
         Returns whether the gradients of the other ranks are spoiled, so that all of them have to
         repeat the window.
         """
-
-
-class Alone:
-    """A single process."""
-
-    size = 1
-    alike = False
-    recovers = True
-
-    def total(self, share: Share) -> Total:
-        """Return its own share."""
-        return Total(
-            weight=share.weight,
-            samples=share.samples,
-            micro_batches=share.micro_batches,
-            all_can_go_on=True,
-        )
-
-    def any(self, flag: bool) -> bool:
-        """Return its own flag."""
-        return flag
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Return its own value."""
-        return value
-
-    def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
-        """Do nothing: no other rank has gradients to average with."""
-        return contextlib.nullcontext()
-
-    def leave(self, *, in_backward: bool) -> bool:
-        """Return False: there are no other gradients."""
         return False
 
 
-class _Group(Alone):
+class _Group(Ranks):
     """The collective calls that every kind of training run shares."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -122,28 +90,25 @@ class _Group(Alone):
         on_cards = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda" if on_cards else "cpu")
 
-    def total(self, share: Share) -> Total:
-        """Add up what the ranks have drawn; waits for the device."""
-        own = [share.weight, share.samples, share.micro_batches, share.can_go_on]
-        mine = torch.tensor(own, dtype=torch.float64, device=self._device)
+    def total(self, own: Tally) -> Tally:
+        values = [own.weight, own.samples, own.micro_batches, own.can_go_on]
+        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine, group=self._group)
         weights, samples, counts, able = torch.stack(every).T.tolist()
-        return Total(
+        return Tally(
             weight=sum(weights),
             samples=int(sum(samples)),
             micro_batches=int(max(counts)),
-            all_can_go_on=all(able),
+            can_go_on=all(able),
         )
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank; waits for the device."""
         raised = torch.tensor(float(flag), device=self._device)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return bool(raised.item())
 
     def sum(self, value: Tensor) -> Tensor:
-        """Add up a scalar over the ranks."""
         value = value.to(self._device)
         dist.all_reduce(value, group=self._group)
         return value
@@ -169,15 +134,15 @@ class Replicas(_Group):
     def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
         """Run one micro-batch, with or without DDP's averaging."""
         self._averages = last
-        hooks = self._watch() if watched else []
-        try:
-            with contextlib.nullcontext() if last else self._model.no_sync():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as stack:
+            for hook in self._watch() if watched else ():
+                stack.enter_context(hook)
+            if not last:
+                stack.enter_context(self._model.no_sync())
+            yield
 
     def _watch(self) -> list[Any]:
+        """Register hooks that note how far a micro-batch gets."""
         self._entered = self._left = False
         self._reached.clear()
 
@@ -187,13 +152,11 @@ class Replicas(_Group):
         def left(*_: Any) -> None:
             self._left = True
 
+        watched = self._parameters() if self._averages else ()
         return [
             self._model.register_forward_pre_hook(entered),
             self._model.register_forward_hook(left),
-            *(
-                p.register_post_accumulate_grad_hook(self._reached.add)
-                for p in (self._parameters() if self._averages else ())
-            ),
+            *(p.register_post_accumulate_grad_hook(self._reached.add) for p in watched),
         ]
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -274,7 +237,7 @@ def ranks_of(
     group = group_of(model, group)
     ranks = ranks_here(group)
     if ranks == 1:
-        return Alone()
+        return Ranks()
     if model is None:
         raise UsageError(
             f"{ranks} ranks train together: pass model=, the module that "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -19,15 +18,7 @@ from torch import Tensor, nn
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError
 from autobatch.support.oom import Shortage, attempt
 
-__all__ = ["Updated", "Updater", "free_caches"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Updated:
-    """The outcome of an update: the norm before clipping, and whether the scaler skipped it."""
-
-    norm: Tensor | None
-    skipped: bool
+__all__ = ["Updater", "free_caches"]
 
 
 class Updater:
@@ -71,10 +62,13 @@ class Updater:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self) -> Updated:
+    def __call__(self) -> tuple[Tensor | None, bool]:
         """Update the parameters from their gradients, then drop the gradients.
 
         Schedulers are not stepped where the scaler skipped the update.
+
+        Returns:
+            The norm before clipping (None without clipping), and whether the scaler skipped it.
 
         Raises:
             DoesNotFitError: memory ran out, and again when the update was repeated; the message
@@ -92,7 +86,7 @@ class Updater:
             for scheduler in self._schedulers:
                 scheduler.step()
         self.zero()
-        return Updated(norm=norm, skipped=skipped)
+        return norm, skipped
 
     def _clip(self) -> Tensor | None:
         if self._clip_norm is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.accumulate.batches import Piece
-from autobatch.accumulate.ranks import Ranks, Total
+from autobatch.accumulate.ranks import Ranks, Tally
 from autobatch.accumulate.update import Updater, free_caches
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.support.oom import Shortage, attempt
@@ -90,7 +90,7 @@ class Window:
         self,
         training: Training,
         micros: list[Micro],
-        total: Total,
+        total: Tally,
         *,
         number: int,
         largest: int,
@@ -219,8 +219,7 @@ class Window:
             )
         values = [micro.loss.reshape(()) for micro in self._ran if micro.loss is not None]
         self._loss = self._training.ranks.sum(torch.stack(values).sum() / self._training.ranks.size)
-        updated = self._training.update()
-        self.grad_norm, self.skipped = updated.norm, updated.skipped
+        self.grad_norm, self.skipped = self._training.update()
         self.stepped = True
         self._finish(self._shortages, self._smallest)
 

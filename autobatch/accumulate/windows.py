@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autobatch.accumulate.batches import Count, Cut, Pieces, Position, Reader
-from autobatch.accumulate.ranks import Share, Sync, Total, group_of, ranks_of
+from autobatch.accumulate.ranks import Sync, Tally, group_of, ranks_of
 from autobatch.accumulate.update import Updater
 from autobatch.accumulate.window import Micro, Training, Weight, Window
 from autobatch.errors import AutobatchWarning, UsageError, WorkloadError
@@ -189,7 +189,7 @@ class Windows:
             micros = [micro for micro in micros if micro.weight]
             self._spare = micros[-1] if micros else self._spare
             total = self._training.ranks.total(
-                Share(
+                Tally(
                     weight=sum(micro.weight for micro in micros),
                     samples=sum(piece.samples for piece in drawn),
                     micro_batches=len(micros),
@@ -216,10 +216,10 @@ class Windows:
             )
             self._position = pieces.position
 
-    def _in_step(self, micros: list[Micro], total: Total) -> list[Micro]:
+    def _in_step(self, micros: list[Micro], total: Tally) -> list[Micro]:
         """Add repetitions of weight 0 where other ranks would wait for this one."""
         spare = self._spare
-        if spare is None or not total.all_can_go_on:
+        if spare is None or not total.can_go_on:
             raise UsageError(
                 "the loader of a rank has no samples, or none that weigh anything: give every rank "
                 "a part of the data, as DistributedSampler does"

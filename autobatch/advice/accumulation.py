@@ -194,7 +194,7 @@ def equivalence_conditions(plan: PlanRecord) -> tuple[str, ...]:
         if plan.split.uniform and plan.accumulation_steps > 1
         else f"its share of the {plan.effective_batch:,} samples"
     )
-    conditions = [
+    return (
         f"The loss is a mean over samples, and each micro-batch's loss is weighted by {weight}. "
         "A mean over tokens needs its share of the window's tokens instead.",
         "No layer or loss looks across the samples of a batch: BatchNorm and in-batch contrastive "
@@ -202,8 +202,7 @@ def equivalence_conditions(plan: PlanRecord) -> tuple[str, ...]:
         "Clipping, the update, zeroing the gradients and the learning-rate schedule happen once "
         "per window, not once per micro-batch.",
         "Equal means up to floating-point rounding; dropout draws other random numbers.",
-    ]
-    return tuple(conditions)
+    )
 
 
 def _upper_half(points: Sequence[MemoryPoint]) -> tuple[MemoryPoint, MemoryPoint]:

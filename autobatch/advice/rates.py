@@ -1,9 +1,4 @@
-"""How the learning rate follows the effective batch, and how to warm it up.
-
-Sources: Goyal et al. 2017 (https://arxiv.org/abs/1706.02677) for SGD; Malladi et al. 2022
-(https://arxiv.org/abs/2205.10287) for Adam and RMSprop; Ma and Yarats 2021
-(https://arxiv.org/abs/1910.04209) for the warm-up of Adam.
-"""
+"""How the learning rate follows the effective batch, and how to warm it up."""
 
 from __future__ import annotations
 
@@ -26,6 +21,7 @@ LearningRateRule = Literal["linear", "sqrt"]
 
 _SQRT = ("adam", "rmsprop")
 
+# The sources: for SGD, for Adam and RMSprop, for the warm-up of Adam.
 _GOYAL = "Goyal et al. 2017, https://arxiv.org/abs/1706.02677"
 _MALLADI = "Malladi et al. 2022, https://arxiv.org/abs/2205.10287"
 _MA = "Ma and Yarats 2021, https://arxiv.org/abs/1910.04209"

@@ -5,6 +5,7 @@ Invariant: where other windows or samples are compared than were asked for, a no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from autobatch.equivalence.subject import Subject
 from autobatch.workload.sample import Rows, named_tensors
 from autobatch.workload.tree import map_tensors
 
-__all__ = ["ComparedWindows", "choose_windows"]
+__all__ = ["ComparedWindows", "changed_rows", "choose_windows"]
 
 _STEPS = 4
 """The most micro-batches of a plan to compare: from the second on, all run alike."""
@@ -56,7 +57,7 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
     rows = subject.batch(max(map(sum, windows)))
     different = _different(rows)
     if different < rows.size:
-        rows = _varied(rows, different)
+        rows = changed_rows(rows, [(different, rows.size)])
         notes.append(
             f"the sample has {count(different, 'different row')}, and {rows.size} were compared: "
             "where rows repeat, numbers that are not integers were varied"
@@ -85,10 +86,16 @@ def _different(rows: Rows) -> int:
     return len({content(index) for index in range(rows.size)})
 
 
-def _varied(rows: Rows, different: int) -> Rows:
-    """Change the floating-point values of all rows after the first `different` ones."""
+def changed_rows(rows: Rows, spans: Iterable[tuple[int, int]]) -> Rows:
+    """Return a copy of the rows in which some samples have other floating-point values.
+
+    Args:
+        rows: to copy.
+        spans: start and end of the samples to change.
+    """
     changed = replace(rows, batch=map_tensors(Tensor.clone, rows.batch))
-    for part in named_tensors(changed.cut(different, rows.size)).values():  # views
-        if part.is_floating_point():
-            part.copy_(changed_values(part))
+    for start, stop in spans:
+        for part in named_tensors(changed.cut(start, stop)).values():  # views
+            if part.is_floating_point():
+                part.copy_(changed_values(part))
     return changed

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autobatch.equivalence.module_calls import RecordedRun, run_in_micro_batches
 from autobatch.equivalence.numerics import Numerics
@@ -90,14 +90,13 @@ class Experiment:
         return gradients
 
     def _gradients(self, replica: Replica, batch: Any, ablation: Ablation, seed: int) -> Gradients:
-        parameters = dict(replica.model.named_parameters())
+        replica.model.zero_grad()
         with self.running(hold=ablation.draws, seed=seed):
             replica.value(batch).backward()
         return {
-            name: torch.zeros_like(parameter) if grad is None else grad
-            for name, parameter in parameters.items()
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in replica.model.named_parameters()
             if parameter.requires_grad
-            for grad in [_taken(parameter)]
         }
 
     @contextlib.contextmanager
@@ -117,13 +116,8 @@ class Experiment:
             yield numerics
 
 
-def _taken(parameter: nn.Parameter) -> Tensor | None:
-    gradient, parameter.grad = parameter.grad, None
-    return gradient
-
-
 def _check(gradients: Gradients) -> None:
-    largest = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
+    largest = max(map(_largest, gradients.values()), default=0.0)
     if not 0 < largest < float("inf"):
         raise WorkloadError(
             f"the largest gradient of the whole batch is {largest}: there is nothing to compare; "

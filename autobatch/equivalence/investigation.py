@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from autobatch.advice.wording import count
-from autobatch.equivalence import culprits
 from autobatch.equivalence.compared_windows import ComparedWindows
+from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.gradients import (
     Ablation,
     Experiment,
@@ -34,7 +34,7 @@ from autobatch.equivalence.suspects import (
     stateful_modules,
     with_ignored_labels,
 )
-from autobatch.equivalence.weights import fitted_weights, shares, tried_weights
+from autobatch.equivalence.weights import SUM, fitted_weights, shares, tried_weights
 from autobatch.errors import UsageError
 from autobatch.support.torch_private import BatchNorm
 
@@ -178,7 +178,7 @@ class Investigation:
         others = (_apart(one, experiment.whole(drawn, seed)) for seed in _SEEDS)
         apart = next((apart for apart in others if apart > self.tolerance), 0.0)
         if apart > self.tolerance:
-            self.culprits.append(culprits.random_draws(drawing, apart))
+            self.culprits.append(culprit("random", drawing, apart))
 
     def _blame_layers(
         self, experiment: Experiment, ablation: Ablation, layers: Sequence[str], ablated: Gradients
@@ -186,11 +186,11 @@ class Investigation:
         model = self.subject.replica().model
         norms = [name for name in layers if isinstance(model.get_submodule(name), BatchNorm)]
         others = [name for name in layers if name not in norms]
-        for names, culprit in ((norms, culprits.batchnorm), (others, culprits.layer)):
+        for names, cause in ((norms, "batchnorm"), (others, "layer")):
             kept = replace(ablation, layers=ablation.layers.difference(names))
             apart = _apart(ablated, experiment.whole(kept)) if names else 0.0
             if apart > self.tolerance:
-                self.culprits.append(culprit(names, apart))
+                self.culprits.append(culprit(cause, names, apart))
 
     def _blame_state(
         self,
@@ -205,7 +205,7 @@ class Investigation:
         buffers = changed_buffers(experiment)
         if apart > self.tolerance:
             names = stateful_modules(experiment, recorded)
-            self.culprits.append(culprits.state(names, apart, len(weights)))
+            self.culprits.append(culprit("state", names, apart, steps=len(weights)))
         elif buffers:
             self.notes.append(
                 f"every forward pass changes {count(len(buffers), 'buffer')} ({buffers[0]}), so "
@@ -216,16 +216,19 @@ class Investigation:
         self, experiment: Experiment, ablation: Ablation, ablated: _Measured, recorded: RecordedRun
     ) -> Culprit:
         """Return the culprit in the loss: a wrong weight, samples that interact, or unexplained."""
+        worst = ablated.worst
         for expression, weights in tried_weights(experiment.pieces()):
             if _apart(ablated.whole, combined(ablated.parts, weights)) <= self.tolerance:
-                return culprits.wrong_weight(expression, weights, ablated.worst)
+                if expression == SUM:
+                    return culprit("sum", [LOSS], worst)
+                return culprit("weight", [expression], worst, weights=weights)
         share = interaction(experiment, ablation, recorded)
         if share > _INTERACTIONS[self.subject.dtype]:
-            return culprits.interacting_loss(share, ablated.worst)
+            return culprit("loss", [LOSS], worst, share=share)
         fitted = fitted_weights(ablated.whole, ablated.parts)
         if _apart(ablated.whole, combined(ablated.parts, fitted)) <= self.tolerance:
-            return culprits.unnamed_weight(fitted, ablated.worst)
-        return culprits.unexplained(ablated.worst)
+            return culprit("unnamed weight", [LOSS], worst, weights=fitted)
+        return culprit("unexplained", [], worst)
 
     def _try_ignored_labels(self, experiment: Experiment) -> None:
         """Note the weight that ignored labels (-100) would need, though the sample has none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,15 +284,11 @@ def module_hooks(
         name, inputs = running.pop()
         return end(name, running[-1][0] if running else LOSS, inputs, output)
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:
@@ -310,10 +306,9 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return not float(apart.max()) <= limit
 
 
-@contextmanager
 def embeddings_changed(
     model: nn.Module, recorded: RecordedRun, spans: Sequence[tuple[int, int]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Change the outputs of some samples in modules without floating-point inputs: embeddings."""
     axes = {
         name: located.outputs[0]
@@ -321,25 +316,14 @@ def embeddings_changed(
         if located.outputs and not any(t.is_floating_point() for t in located.call.inputs)
     }
 
-    def changed(axis: Axis) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return output
-            output = output.clone()
-            for start, stop in spans:
-                part = axis.cut(output, start, stop)
-                part.copy_(changed_values(part))
+    def end(name: str, _caller: str, _inputs: tuple[Tensor, ...], output: Any) -> Any:
+        axis = axes.get(name) if name else None  # not the whole model
+        if axis is None or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
+        output = output.clone()
+        for start, stop in spans:
+            part = axis.cut(output, start, stop)
+            part.copy_(changed_values(part))
+        return output
 
-        return hook
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(changed(axis))
-        for name, axis in axes.items()
-        if axis is not None and name
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return module_hooks(model, end)

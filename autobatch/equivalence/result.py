@@ -9,6 +9,7 @@ from typing import Literal
 from autobatch.records.codec import dump_json, encode
 from autobatch.report import text
 from autobatch.report.document import Bullets, Document, Facts, Section, Table, printable
+from autobatch.support.wording import listed
 
 __all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind", "equivalence_summary"]
 
@@ -146,7 +147,7 @@ def equivalence_summary(result: Equivalence) -> Document:
                 )
                 for culprit in result.culprits
             ),
-            *(_parameters(result)),
+            Section("Parameters that differ most", (_parameters(result),)),
             *(
                 (Section("Notes", (Bullets(tuple(map(printable, result.notes))),)),)
                 if result.notes
@@ -192,14 +193,11 @@ def _windows(result: Equivalence) -> Table:
     )
 
 
-def _parameters(result: Equivalence) -> tuple[Section, ...]:
+def _parameters(result: Equivalence) -> Table:
     worst = sorted(result.parameters.items(), key=lambda item: -item[1])[:_SHOWN]
     rows = tuple((printable(name), f"{value:.2g}") for name, value in worst)
-    return (
-        Section("Parameters that differ most", (Table(("parameter", "difference"), "lr", rows),)),
-    )
+    return Table(("parameter", "difference"), "lr", rows)
 
 
 def _where(names: tuple[str, ...]) -> str:
-    shown = ", ".join(name or "the model itself" for name in names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+    return listed([name or "the model itself" for name in names], _SHOWN)

@@ -5,7 +5,7 @@ Invariant: the user's objects are only read; every replica starts in the same st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
 
-__all__ = ["Replica", "Subject", "cut_batch", "one_batch"]
+__all__ = ["Replica", "Subject", "one_batch"]
 
 
 class _MeanOfOutputs(DefaultLoss):
@@ -86,12 +86,25 @@ class Subject:
         )
 
     def batch(self, samples: int) -> Rows:
-        """Build a batch of `samples` samples in the subject's dtype that can be cut.
+        """Build a batch in the subject's dtype that can be cut where two sizes of it differ.
 
         Raises:
             SampleError: no dimension of its tensors grows with the samples.
         """
-        return cut_batch(self.workload.batch, samples, self._cast)
+        build = self.workload.batch
+        batch, longer = map_tensors(self._cast, build(samples)), named_tensors(build(samples + 1))
+        dims: dict[str | int, int | None] = {
+            ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
+            for path, tensor in named_tensors(batch).items()
+        }
+        alone = tuple(dims) == ("",)  # the batch is a single tensor
+        rows = rows_of(batch, batch_dims=dims[""] if alone else dims)
+        if rows.size != samples:
+            raise SampleError(
+                f"a batch of {samples} samples has {rows.size} rows: pass a sample whose tensors "
+                "all have one row for each of its samples"
+            )
+        return rows
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -119,39 +132,15 @@ def one_batch(sample: Any, samples: int) -> Any:
 
     `tune` repeats the largest item because it measures memory; gradients need different items.
     """
-    loader = isinstance(sample, DataLoader)
-    dataset = sample.dataset if loader else sample
-    is_batched = not loader or sample.batch_size is not None or sample.batch_sampler is not None
+    is_loader = isinstance(sample, DataLoader)
+    dataset = sample.dataset if is_loader else sample
     length = dataset_length(sample)
-    if length is None or not is_batched or not hasattr(dataset, "__getitem__"):
-        return sample
-    if not isinstance(dataset, Dataset):
+    if length is None or not isinstance(dataset, Dataset):
         return sample
     number = min(samples, length)
-    collate = sample.collate_fn if loader else default_collate
+    collate = sample.collate_fn if is_loader else default_collate
     with random_state_kept():
         return collate([dataset[index * length // number] for index in range(number)])
-
-
-def cut_batch(build: Callable[[int], Any], samples: int, cast: Callable[[Tensor], Tensor]) -> Rows:
-    """Build a batch, and find along which dimension each of its tensors holds the samples.
-
-    Raises:
-        SampleError: no dimension grows with the samples.
-    """
-    batch, longer = map_tensors(cast, build(samples)), named_tensors(build(samples + 1))
-    dims: dict[str | int, int | None] = {
-        ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
-        for path, tensor in named_tensors(batch).items()
-    }
-    alone = tuple(dims) == ("",)  # the batch is a single tensor
-    rows = rows_of(batch, batch_dims=dims[""] if alone else dims)
-    if rows.size != samples:
-        raise SampleError(
-            f"a batch of {samples} samples has {rows.size} rows: pass a sample whose tensors all "
-            "have one row for each of its samples"
-        )
-    return rows
 
 
 def _changed_dim(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.equivalence.compared_windows import changed_rows
 from autobatch.equivalence.gradients import Ablation, Experiment
 from autobatch.equivalence.module_calls import (
     LOSS,
     Call,
     RecordedRun,
     Rerun,
-    changed_values,
     embeddings_changed,
     module_hooks,
     recorded_calls,
@@ -31,8 +31,7 @@ from autobatch.equivalence.module_calls import (
 from autobatch.equivalence.numerics import Numerics
 from autobatch.equivalence.subject import Replica
 from autobatch.equivalence.weights import IGNORED
-from autobatch.workload.sample import Rows, named_tensors
-from autobatch.workload.tree import map_tensors
+from autobatch.workload.sample import named_tensors
 
 __all__ = [
     "changed_buffers",
@@ -100,7 +99,7 @@ def mixing_modules(experiment: Experiment, recorded: RecordedRun) -> list[str]:
     names: list[str] = []
     for kept, changed in (((0, first), (first, size)), ((first, size), (0, first))):
         replica = experiment.subject.replica()
-        batch = _with_other_values(experiment.rows, [changed])
+        batch = changed_rows(experiment.rows, [changed]).batch
         rerun = Rerun(recorded, kept=kept)
         names += rerun.run(replica.model, partial(_forward, experiment, replica, batch))
     return list(dict.fromkeys(names))
@@ -140,7 +139,7 @@ def interaction(experiment: Experiment, ablation: Ablation, recorded: RecordedRu
         replica = experiment.subject.replica()
         for name in ablation.layers:
             run_in_micro_batches(replica.model, name, recorded, experiment.window)
-        batch = _with_other_values(experiment.rows, changed)
+        batch = changed_rows(experiment.rows, changed).batch
         with embeddings_changed(replica.model, recorded, changed):
             return float(_forward(experiment, replica, batch))
 
@@ -163,7 +162,7 @@ def with_ignored_labels(experiment: Experiment) -> Iterator[Experiment]:
             continue
         if bool((tensor == IGNORED).any()):
             continue
-        changed = Rows(map_tensors(Tensor.clone, rows.batch), rows.size, rows.dims, rows.whole)
+        changed = changed_rows(rows, ())
         first = named_tensors(changed.cut(0, 1))[path]  # a view
         half = first.shape[-1] // 2
         first[..., half:] = IGNORED
@@ -173,13 +172,3 @@ def with_ignored_labels(experiment: Experiment) -> Iterator[Experiment]:
 def _forward(experiment: Experiment, replica: Replica, batch: Any) -> Tensor:
     with torch.no_grad(), experiment.running(hold=True):
         return replica.loss(replica.model, batch)
-
-
-def _with_other_values(rows: Rows, spans: Sequence[Span]) -> Any:
-    """Return the whole batch with the floating-point values of some samples changed."""
-    whole = Rows(map_tensors(Tensor.clone, rows.batch), rows.size, rows.dims, rows.whole)
-    for start, stop in spans:
-        for part in named_tensors(whole.cut(start, stop)).values():  # views
-            if part.is_floating_point():
-                part.copy_(changed_values(part))
-    return whole.batch

@@ -16,14 +16,7 @@ from autobatch.memory.trace import Category, Trace
 from autobatch.records.evidence import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 
-__all__ = [
-    "curve_sizes",
-    "footprint_of",
-    "memory_point",
-    "replay",
-    "timeline_of",
-    "whole_window",
-]
+__all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of", "whole_window"]
 
 _SAMPLES = 400
 _CURVE_POINTS = 7
@@ -31,13 +24,17 @@ _CURVE_POINTS = 7
 _NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
 
 
-def replay(trace: Trace, allocator: CachingAllocator | None = None) -> Replay:
-    """Run a trace through an allocator without a limit; an empty one if None.
+def replay(
+    trace: Trace, allocator: CachingAllocator | None = None, *, timeline: bool = False
+) -> Replay:
+    """Run a trace through an allocator without a limit, as `simulate` does.
 
     A run fits into a budget without a retry exactly if its peak without a limit does, because the
     limit only matters to requests that would exceed it.
     """
-    return simulate(trace.sizes, trace.events, allocator=allocator, streams=trace.streams)
+    return simulate(
+        trace.sizes, trace.events, allocator=allocator, streams=trace.streams, timeline=timeline
+    )
 
 
 def footprint_of(
@@ -102,9 +99,7 @@ def whole_window(
         allocator: the state of the device before the trace; empty if None.
     """
     held_bytes = allocator.allocated_bytes if allocator else 0
-    replayed = simulate(
-        trace.sizes, trace.events, allocator=allocator, streams=trace.streams, timeline=True
-    )
+    replayed = replay(trace, allocator, timeline=True)
     spans = zip(trace.marks, (*(m.event for m in trace.marks[1:]), len(trace.events)), strict=True)
     instants = (
         event
@@ -145,9 +140,7 @@ def curve_sizes(ceiling: int, known: Collection[int] = ()) -> list[int]:
 
 def timeline_of(trace: Trace, allocator: CachingAllocator | None = None) -> Timeline:
     """Thin the traced windows to a few hundred instants for drawing."""
-    replayed = simulate(
-        trace.sizes, trace.events, allocator=allocator, streams=trace.streams, timeline=True
-    )
+    replayed = replay(trace, allocator, timeline=True)
     kept = set(_highest_of_each_stretch(replayed.allocated_bytes)) | {replayed.peak_event}
     live: dict[Category, int] = {block.category: 0 for block in trace.blocks}
     samples = []

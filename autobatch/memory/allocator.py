@@ -45,21 +45,16 @@ _ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
 
 
 class OutOfMemory(Exception):
-    """The allocator's answer to a request that cannot be met; never leaves autobatch."""
+    """The answer to a request, as rounded, that cannot be met; never leaves autobatch."""
 
     def __init__(
         self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, limit_bytes: int
     ) -> None:
-        """Keep the numbers, all in bytes; the request as rounded."""
         super().__init__(
             f"out of memory: {format_bytes(requested_bytes)} requested,"
             f" {format_bytes(allocated_bytes)} allocated, {format_bytes(reserved_bytes)} reserved"
             f" of at most {format_bytes(limit_bytes)}"
         )
-        self.requested_bytes = requested_bytes
-        self.allocated_bytes = allocated_bytes
-        self.reserved_bytes = reserved_bytes
-        self.limit_bytes = limit_bytes
 
 
 class _Pool:
@@ -125,7 +120,6 @@ class CachingAllocator:
         awaiting_bytes: blocks whose free waits for work on other streams.
         reserved_bytes: all segments.
         alloc_retries: how often everything cached was released to satisfy a request.
-        ooms: requests that failed.
     """
 
     def __init__(
@@ -148,10 +142,8 @@ class CachingAllocator:
         self.awaiting_bytes = 0
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
-        self.peak_active_bytes = 0
         self.peak_reserved_bytes = 0
         self.alloc_retries = 0
-        self.ooms = 0
         self._capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
         self._limit = _UNLIMITED if limit_bytes is None else limit_bytes
         self._oversize = settings.max_split_size_bytes or _UNLIMITED
@@ -203,14 +195,8 @@ class CachingAllocator:
             if start < end:
                 self._add_unmapped(start, end, pool, tail.base, after=tail)
         self.peak_allocated_bytes = self.allocated_bytes
-        self.peak_active_bytes = self.active_bytes
         self.peak_reserved_bytes = self.reserved_bytes
         return self
-
-    @property
-    def active_bytes(self) -> int:
-        """Blocks in use, or waiting for other streams to be done with them."""
-        return self.allocated_bytes + self.awaiting_bytes
 
     def malloc(
         self, size_bytes: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL
@@ -243,8 +229,6 @@ class CachingAllocator:
         allocated = self.allocated_bytes = self.allocated_bytes + block.size_bytes
         if allocated > self.peak_allocated_bytes:
             self.peak_allocated_bytes = allocated
-        if allocated + self.awaiting_bytes > self.peak_active_bytes:
-            self.peak_active_bytes = allocated + self.awaiting_bytes
         return block
 
     def free(self, block: Block) -> None:
@@ -409,7 +393,6 @@ class CachingAllocator:
             self.alloc_retries += 1
             block = self._new_block(pool, size)
         if block is None:
-            self.ooms += 1
             limit = min(self._limit, self._capacity)
             raise OutOfMemory(size, self.allocated_bytes, self.reserved_bytes, limit)
         return block

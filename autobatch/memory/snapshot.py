@@ -13,20 +13,9 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 from autobatch.errors import FileError, UsageError
 from autobatch.memory.allocator_settings import SIZE_CLASSES, AllocatorSettings
-from autobatch.memory.blocks import (
-    DEFAULT_POOL,
-    BlockInfo,
-    BlockState,
-    SegmentInfo,
-)
+from autobatch.memory.blocks import DEFAULT_POOL, BlockInfo, BlockState, SegmentInfo
 
-__all__ = [
-    "Action",
-    "Snapshot",
-    "TraceEvent",
-    "load_snapshot",
-    "read_snapshot",
-]
+__all__ = ["Action", "Snapshot", "TraceEvent", "load_snapshot", "read_snapshot"]
 
 Action = Literal[
     "alloc",

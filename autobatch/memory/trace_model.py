@@ -170,10 +170,6 @@ class TraceModel:
         """Return the most requested bytes alive at once, before the allocator rounds them."""
         return max(running_bytes(self.sizes(micro_batch), self.template.events), default=0)
 
-    def bytes_per_sample(self, first: int, second: int) -> float:
-        """Return the slope of the peak between two micro-batches, in bytes per sample."""
-        return (self.peak_bytes(second) - self.peak_bytes(first)) / (second - first)
-
 
 _ABSENT = -1
 """Stands for the size of a block that a trace does not have."""

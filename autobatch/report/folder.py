@@ -11,11 +11,14 @@ from pathlib import Path
 from autobatch.records.plan_json import write_plan
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report import html, markdown, table
-from autobatch.report.charts.files import write_charts
+from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
+from autobatch.report.charts.frame import save, style
+from autobatch.report.charts.memory import draw_memory, memory_chart
+from autobatch.report.charts.timeline import draw_timeline, timeline_chart
 from autobatch.report.content import full_report
 from autobatch.support.files import prepare_folder, write_text
 
-__all__ = ["write_report"]
+__all__ = ["write_charts", "write_report"]
 
 
 def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
@@ -34,3 +37,18 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
     document = full_report(plan)
     write_text(target / "report.md", markdown.render(document))
     return write_text(target / "report.html", html.page(document, drawings))
+
+
+def write_charts(plan: PlanRecord, folder: Path) -> dict[str, str]:
+    """Draw every chart as NAME.png and NAME.svg, and return each SVG for inlining.
+
+    Raises:
+        FileError: a file cannot be written.
+    """
+    with style():
+        figures = {
+            "memory": draw_memory(memory_chart(plan)),
+            "breakdown": draw_breakdown(breakdown_chart(plan)),
+            "timeline": draw_timeline(timeline_chart(plan)),
+        }
+        return {name: save(figure, folder, name) for name, figure in figures.items()}

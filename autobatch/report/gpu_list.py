@@ -11,6 +11,9 @@ from autobatch.support.units import format_bytes
 
 __all__ = ["gpu_list"]
 
+_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+_COLUMNS = ("name", "capacity", "context", "compute", "GB/s", *_PRECISIONS)
+
 
 def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) -> Document:
     """Return the known GPUs, and those that are in this machine."""
@@ -31,26 +34,7 @@ def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) ->
         title=f"{len(known)} known GPUs",
         subtitle="capacity is what CUDA reports; TFLOP/s are dense peaks; - is unknown or absent",
         sections=(
-            Section(
-                "",
-                (
-                    Table(
-                        columns=(
-                            "name",
-                            "capacity",
-                            "context",
-                            "compute",
-                            "GB/s",
-                            "fp32",
-                            "tf32",
-                            "fp16",
-                            "bf16",
-                        ),
-                        align="lrrrrrrrr",
-                        rows=tuple(map(_gpu_row, known)),
-                    ),
-                ),
-            ),
+            Section("", (Table(_COLUMNS, "lrrrrrrrr", tuple(map(_gpu_row, known))),)),
             Section("In this machine", (in_machine,)),
         ),
     )
@@ -66,6 +50,6 @@ def _gpu_row(gpu: GpuSpec) -> tuple[str, ...]:
         "-" if bandwidth is None else f"{bandwidth / 1e9:,.0f}",
         *(
             f"{gpu.flops[precision] / 1e12:,.0f}" if precision in gpu.flops else "-"
-            for precision in ("fp32", "tf32", "fp16", "bf16")
+            for precision in _PRECISIONS
         ),
     )

@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 OLDEST_TORCH, NEWEST_TORCH = "2.10", "2.15"
-"""The releases that the tests have been run on; `pyproject.toml` asks for the oldest."""
+"""CI runs the tests on the oldest, which `pyproject.toml` asks for; reports used the newest."""
 
 
 @contextlib.contextmanager

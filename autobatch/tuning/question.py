@@ -11,6 +11,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from autobatch.devices.base import Device
 from autobatch.devices.virtual.elements import KEPT_ELEMENTS
@@ -18,15 +19,18 @@ from autobatch.plan.plan import Plan
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning.probe import Probe
-from autobatch.workload.sample import named_tensors
+from autobatch.workload.tree import leaves
 from autobatch.workload.workload import Workload
 
 __all__ = ["holds", "question_of"]
 
 _GREW_BYTES, _LEFT_BYTES = 64 * MIB, GIB
 
+_PLAIN = (bool, int, float, str, type(None))
 _FEW = 100
 """Entries of a container that is described."""
+
+_OPTIONS = [f.name for f in fields(Workload) if f.name not in ("model", "batch", "notes")]
 
 
 def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
@@ -37,7 +41,9 @@ def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
     functions do is in the source files that a cache compares; what they were told, in the arguments
     of the script.
     """
-    device = probe.device
+    device, workload = probe.device, probe.workload
+    with random_state_kept():
+        batch = workload.batch(2)
     gpu = replace(device.spec, sources={})
     if not device.is_simulated:  # its context grows with the kernels that it loads
         gpu = replace(gpu, context_bytes=0)
@@ -48,9 +54,9 @@ def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
         "evidence": device.evidence,
         "gpu": gpu,
         "allowed_bytes": device.allowed_bytes,
-        "model": _structure(probe.workload.model),
-        "inputs": _shapes(probe.workload),
-        "options": _options(probe.workload),
+        "model": _structure(workload.model),
+        "inputs": {".".join(path): _described(leaf) for path, leaf in leaves(batch)},
+        "options": {name: _described(getattr(workload, name)) for name in _OPTIONS},
         "arguments": sys.orig_argv[1:],
     }
 
@@ -64,24 +70,19 @@ def holds(plan: Plan, device: Device) -> bool:
     return -_LEFT_BYTES <= grown <= _GREW_BYTES
 
 
-def _structure(model: torch.nn.Module) -> str:
+def _structure(model: nn.Module) -> str:
     """Return a hash of a model's modules, parameters and buffers, without their values."""
     lines = []
     for name, module in model.named_modules():
+        switches = {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
         config = getattr(module, "config", None)
-        lines.append(f"{name} {type(module)} {module.extra_repr()} {_plain(vars(module))} {config}")
+        lines.append(f"{name} {type(module)} {module.extra_repr()} {switches} {config}")
     tensors = (*model.named_parameters(), *model.named_buffers())
     lines += [f"{name} {_layout(tensor)}" for name, tensor in tensors]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _shapes(workload: Workload) -> dict[str, str]:
-    with random_state_kept():
-        tensors = named_tensors(workload.batch(2))
-    return {".".join(path): _layout(tensor) for path, tensor in tensors.items()}
-
-
-def _layout(tensor: torch.Tensor) -> str:
+def _layout(tensor: Tensor) -> str:
     """Return a tensor's dtype and shape; of a few whole numbers, which may be sizes, the values."""
     layout = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
     if tensor.is_floating_point() or tensor.is_meta or tensor.numel() > KEPT_ELEMENTS:
@@ -89,42 +90,32 @@ def _layout(tensor: torch.Tensor) -> str:
     return f"{layout} {tensor.tolist()}"
 
 
-def _options(workload: Workload) -> dict[str, str]:
-    names = (f.name for f in fields(workload) if f.name not in ("model", "batch", "notes"))
-    return {name: _named(getattr(workload, name)) for name in names}
-
-
-def _named(value: Any) -> str:
-    """Return how an option is called, the same in every process."""
-    if isinstance(value, functools.partial):
-        return f"partial({_named(value.func)}, {value.args}, {value.keywords})"
+def _described(value: Any, depth: int = 3) -> str:
+    """Return what can be told of a value: numbers and text, what functions hold, options."""
+    if isinstance(value, Tensor):
+        return _layout(value)
+    if isinstance(value, (*_PLAIN, type, torch.dtype)):
+        return repr(value)
     if isinstance(value, torch.optim.Optimizer):
         return f"{value!r} with state of {len(value.state)} parameters"
+    if isinstance(value, (list, tuple, Mapping)) and len(value) > _FEW:
+        return f"{type(value)} of {len(value)}"
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    held = value if isinstance(value, Mapping) else _held(value)
+    parts = {str(name): _described(part, depth - 1) for name, part in held.items() if depth}
+    return f"{getattr(value, '__qualname__', type(value))} {parts}"
+
+
+def _held(value: Any) -> dict[str, Any]:
+    """Return what a function was made with, or what an object holds; of a module, nothing."""
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": value.args, **value.keywords}
     if isinstance(value, FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        held = _plain({name: _content(cell) for name, cell in cells})
-        return f"{value.__module__}.{value.__qualname__} {held} {value.__defaults__}"
-    if callable(value) and not isinstance(value, type):
-        return f"{type(value)} {_plain(vars(value))} {getattr(value, 'cache_key', '')}"
-    return repr(value)
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """Return what can be written down of a value: numbers, text, and small containers of those."""
-    if isinstance(value, (bool, int, float, str, torch.dtype)):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {each.name: getattr(value, each.name) for each in fields(value)}
-    if isinstance(value, Mapping) and len(value) <= _FEW:
-        named = {str(name): _plain(part) for name, part in value.items()}
-        return {name: part for name, part in named.items() if part is not None}
-    if isinstance(value, (list, tuple)) and len(value) <= _FEW:
-        return [_plain(part) for part in value]
-    return None
+        held = {name: cell.cell_contents for name, cell in cells if cell != CellType()}  # not empty
+        return {**held, "defaults": value.__defaults__}
+    if is_dataclass(value):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    own = {"key": value.cache_key} if hasattr(value, "cache_key") else {}
+    return own if isinstance(value, nn.Module) else {**own, **getattr(value, "__dict__", {})}

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import UsageError
+from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
-from autobatch.workload.sample import prepare
+from autobatch.workload.sample import repeated
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Asked"]
@@ -76,14 +77,12 @@ class Asked:
             )
         if self.sample is None:
             return model if isinstance(model, Workload) else infer(model).workload(model)
-        prepared = prepare(self.sample)
-        if isinstance(model, Workload):
-            workload = model
-        else:
-            workload = Workload(model=model, batch=prepared.build)
+        drawn = draw(self.sample)
+        batch = repeated(drawn.batch)
+        workload = model if isinstance(model, Workload) else Workload(model=model, batch=batch)
         return replace(
             workload,
-            batch=prepared.build,
-            sample_limit=prepared.limit,
-            notes=(*workload.notes, *prepared.notes),
+            batch=batch,
+            sample_limit=drawn.limit,
+            notes=(*workload.notes, *drawn.notes),
         )

@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
+from autobatch.support.wording import listed, one_line
 from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
 
 __all__ = ["Drawn", "dataset_length", "draw"]
@@ -34,6 +35,8 @@ ITEMS_STREAMED = 4096
 ITEMS_COLLATED = 6
 # Dimensions whose longest item is kept: items that each have keys of their own may name any number.
 EXTENTS_COMPARED = 32
+# Leaves and items that a note names.
+NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +179,7 @@ def _worst(
             raise
         except Exception as error:
             raise SampleError(
-                f"no batch can be made from the data set ({_brief(error)}): pass "
+                f"no batch can be made from the data set ({one_line(error)}): pass "
                 "a DataLoader with the collate_fn that it needs, or one batch"
             ) from error
     return batch, () if look.alike else (_note(look, used, batched=batched),)
@@ -259,13 +262,8 @@ def _stream_items(stream: Iterable[Any], batched: bool) -> Iterator[tuple[str, A
 
 def _unreadable(name: str, error: Exception) -> SampleError:
     return SampleError(
-        f"{name} cannot be read ({_brief(error)}): repair it or leave it out, or pass one batch"
+        f"{name} cannot be read ({one_line(error)}): repair it or leave it out, or pass one batch"
     )
-
-
-def _brief(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _measured(name: str, value: Any, *, batched: bool) -> _Item:
@@ -323,10 +321,10 @@ def _note(look: _Look, used: Sequence[tuple[Path, _Item]], *, batched: bool) -> 
     note = f"the probe's batches repeat {rows}{look.largest.name}, the {largest} {look.extent}"
     shown = [_described(path, shape) for path, shape in look.largest.shapes.items() if shape]
     if shown:
-        note += f" ({_listed(shown)})"
+        note += f" ({listed(shown, NAMES_SHOWN)})"
     if used:
         others = [f"{item.name} ({_described(path, item.shapes[path])})" for path, item in used]
-        note += f", padded to what is longer in {_listed(others)}"
+        note += f", padded to what is longer in {listed(others, NAMES_SHOWN)}"
     if not look.complete:
         note += "; if you know a larger one, pass a batch of it as sample="
     return note
@@ -336,11 +334,6 @@ def _described(path: Path, shape: Shape) -> str:
     name = ".".join(path)
     extents = "×".join(f"{extent:,}" for extent in shape)
     return f"{f'[{name}]' if name.isdigit() else name} {extents}".strip()
-
-
-def _listed(words: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
 
 
 @contextmanager

@@ -18,54 +18,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from autobatch.errors import SampleError
 from autobatch.support.torch_private import detect_fake_mode
+from autobatch.support.wording import listed
 from autobatch.workload.dataset import draw
 from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
 
-__all__ = [
-    "BatchDims",
-    "Prepared",
-    "Rows",
-    "batch_builder",
-    "named_tensors",
-    "prepare",
-    "rows_of",
-]
+__all__ = ["BatchDims", "Rows", "batch_builder", "named_tensors", "repeated", "rows_of"]
 
 BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a sample gives to a workload.
-
-    Attributes:
-        build: makes a batch of any number of samples, as `batch_builder` describes.
-        limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
-        notes: which items of a data set are repeated, where its items differ in size.
-    """
-
-    build: Callable[[int], Any]
-    limit: int | None = None
-    notes: tuple[str, ...] = ()
-
-
-def prepare(sample: Any, *, batch_dims: BatchDims = None) -> Prepared:
-    """Return all that a workload needs of a sample, which is looked through once.
-
-    Takes the arguments of `batch_builder`.
-
-    Raises:
-        SampleError: as from `batch_builder`.
-
-    >>> prepare(torch.utils.data.TensorDataset(torch.zeros(10, 3))).limit
-    10
-    """
-    drawn = draw(sample)
-    return Prepared(
-        build=_builder(drawn.batch, batch_dims),
-        limit=drawn.limit,
-        notes=drawn.notes,
-    )
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
@@ -98,7 +57,24 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
             [3, 4],
             [1, 2]]), 'scale': 0.5}
     """
-    return prepare(sample, batch_dims=batch_dims).build
+    return repeated(draw(sample).batch, batch_dims)
+
+
+def repeated(batch: Any, batch_dims: BatchDims = None) -> Callable[[int], Any]:
+    """Return a function that repeats the rows of one batch, as `batch_builder` describes it."""
+    rows = rows_of(map_tensors(_on_cpu, batch), batch_dims=batch_dims)
+
+    def build(n: int) -> Any:
+        def resize(path: Path, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return _resized(leaf, rows.dims.get(path), n)
+            if _is_per_sample(leaf, rows.size):
+                return type(leaf)(_fresh(leaf[row % rows.size]) for row in range(n))
+            return leaf
+
+        return map_leaves(resize, rows.batch, stop=_is_whole)
+
+    return build
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +122,8 @@ def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
     """Count the samples of a batch, by the rules of `batch_builder`.
 
     Raises:
-        SampleError: no tensor has a batch dimension, or the batch is empty.
+        SampleError: no tensor has a batch dimension, the batch is empty, or `batch_dims` does not
+            match.
 
     >>> rows = rows_of({"x": torch.tensor([[1, 2], [3, 4], [5, 6]]), "id": ["a", "b", "c"]})
     >>> rows.size, rows.cut(1, 3)
@@ -154,10 +131,18 @@ def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
             [5, 6]]), 'id': ['b', 'c']})
     """
     tensors = named_tensors(batch)
-    dims, size = _locate_batch(tensors, batch_dims)
-    named = {} if isinstance(batch_dims, int) else batch_dims or {}
-    whole = frozenset(path for path in tensors if _named_dim(path, named, 0) is None)
-    return Rows(batch, size, dims, whole)
+    stated: dict[Path, int | None] = {}
+    for key, dim in ({} if isinstance(batch_dims, int) else batch_dims or {}).items():
+        covered = [path for path in tensors if _covers(key, path)]
+        if not covered:
+            raise SampleError(
+                f"batch_dims names {key!r}, but the sample's tensors are {_shapes(tensors)}"
+            )
+        for path in covered:
+            stated.setdefault(path, dim)
+    default = batch_dims if isinstance(batch_dims, int) else 0
+    dims, size = _locate_batch(tensors, stated, default)
+    return Rows(batch, size, dims, frozenset(path for path, dim in stated.items() if dim is None))
 
 
 def named_tensors(batch: Any) -> dict[Path, Tensor]:
@@ -185,47 +170,21 @@ def _is_whole(node: Any) -> bool:
     return is_sample_list(node) or isinstance(node, PackedSequence)
 
 
-def _builder(batch: Any, batch_dims: BatchDims) -> Callable[[int], Any]:
-    example = map_tensors(_on_cpu, batch)
-    dims, size = _locate_batch(named_tensors(example), batch_dims)
-
-    def build(n: int) -> Any:
-        def resize(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return _resized(leaf, dims.get(path), n)
-            if _is_per_sample(leaf, size):
-                return type(leaf)(_fresh(leaf[row % size]) for row in range(n))
-            return leaf
-
-        return map_leaves(resize, example, stop=_is_whole)
-
-    return build
-
-
 def _locate_batch(
-    tensors: Mapping[Path, Tensor], batch_dims: BatchDims
+    tensors: Mapping[Path, Tensor], stated: Mapping[Path, int | None], default: int
 ) -> tuple[dict[Path, int], int]:
     """Return the batch dimension of every tensor to resize, and the sample's batch size."""
-    default, named = (batch_dims, {}) if isinstance(batch_dims, int) else (0, batch_dims or {})
-    chosen = {path: _named_dim(path, named, default) for path in tensors}
-    explicit = {path for path in tensors if any(_covers(key, path) for key in named)}
-    for key in named:
-        if not any(_covers(key, path) for path in tensors):
-            raise SampleError(
-                f"batch_dims names {key!r}, but the sample's tensors are {_shapes(tensors)}"
-            )
-
     dims: dict[Path, int] = {}
-    for path, dim in chosen.items():
-        rank = tensors[path].dim()
+    for path, tensor in tensors.items():
+        dim, rank = stated.get(path, default), tensor.dim()
         if dim is None:
             continue
         if -rank <= dim < rank:
             dims[path] = dim % rank
-        elif path in explicit:
+        elif path in stated:
             raise SampleError(
                 f"batch_dims puts the batch of {_dotted(path)} in dimension {dim}, but its "
-                f"shape is {tuple(tensors[path].shape)}"
+                f"shape is {tuple(tensor.shape)}"
             )
     if not dims:
         raise SampleError(
@@ -234,10 +193,10 @@ def _locate_batch(
         )
 
     sizes = {path: tensors[path].shape[dim] for path, dim in dims.items()}
-    voters = [path for path in dims if path in explicit] or list(dims)
+    voters = [path for path in dims if path in stated] or list(dims)
     votes = Counter(sizes[path] for path in voters)
     size = votes.most_common(1)[0][0]
-    if explicit and len(votes) > 1:
+    if stated and len(votes) > 1:
         raise SampleError(
             f"batch_dims gives different batch sizes, {sorted(votes)}: the sample's tensors "
             f"are {_shapes(tensors)}"
@@ -247,15 +206,6 @@ def _locate_batch(
             f"the sample's batch is empty ({_shapes(tensors)}): pass a batch of one or more samples"
         )
     return {path: dim for path, dim in dims.items() if sizes[path] == size}, size
-
-
-def _named_dim(
-    path: Path, named: Mapping[str | int, int | None], default: int | None
-) -> int | None:
-    for key, dim in named.items():
-        if _covers(key, path):
-            return dim
-    return default
 
 
 def _covers(key: str | int, path: Path) -> bool:
@@ -270,8 +220,7 @@ def _dotted(path: Path) -> str:
 
 def _shapes(tensors: Mapping[Path, Tensor]) -> str:
     shown = [f"{_dotted(path)} {tuple(tensor.shape)}" for path, tensor in tensors.items()]
-    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-    return (", ".join(shown[:8]) + more) or "no tensors"
+    return listed(shown, 8) or "no tensors"
 
 
 def _is_per_sample(leaf: Any, size: int) -> bool:

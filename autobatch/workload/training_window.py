@@ -135,17 +135,14 @@ def _own_windows(training: Training) -> Any:
 
     original = torch.autograd.backward
     hook = training.optimizer.register_step_pre_hook(step)
-    try:
-        with patched(torch.autograd, backward=backward):
-            for window in range(training.windows):
-                run_window(training.model, training.optimizer, batches(window))
-                if taken != (window + 1) * steps:
-                    raise WorkloadError(
-                        f"the window function took {taken - window * steps} of "
-                        f"{steps} micro-batches: it has to run over all it is given"
-                    )
-    finally:
-        hook.remove()
+    with hook, patched(torch.autograd, backward=backward):
+        for window in range(training.windows):
+            run_window(training.model, training.optimizer, batches(window))
+            if taken != (window + 1) * steps:
+                raise WorkloadError(
+                    f"the window function took {taken - window * steps} of "
+                    f"{steps} micro-batches: it has to run over all it is given"
+                )
     return drawn[0]
 
 

@@ -97,33 +97,30 @@ def _rebuilt_registered(node: Any, parts: list[Any]) -> Any:
     return definition.unflatten_fn(parts, definition.flatten_fn(node)[1])
 
 
-def _fields(node: Any) -> Parts:
+def _is_record(node: Any) -> bool:
+    """Say whether a value is a dataclass, or an object one of whose attributes is a tensor."""
+    values = getattr(node, "__dict__", {}).values()
+    return dataclasses.is_dataclass(node) or any(isinstance(value, Tensor) for value in values)
+
+
+def _attributes(node: Any) -> Parts:
+    if not dataclasses.is_dataclass(node):
+        return list(vars(node).items())
     names = (field.name for field in dataclasses.fields(node))
     return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
 
 
-def _rebuilt_dataclass(node: Any, parts: list[Any]) -> Any:
-    values = dict(zip((name for name, _ in _fields(node)), parts, strict=True))
-    taken = {field.name for field in dataclasses.fields(node) if field.init}
+def _rebuilt_record(node: Any, parts: list[Any]) -> Any:
+    values = dict(zip((name for name, _ in _attributes(node)), parts, strict=True))
     try:
+        taken = {field.name for field in dataclasses.fields(node) if field.init}
         # Constructed, so that what `__post_init__` derives follows the new parts.
         result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})
         rest = {n: v for n, v in values.items() if n not in taken and _holds_tensor(v)}
-    except (TypeError, ValueError):  # its fields are not what it is constructed from
+    except (TypeError, ValueError):  # no dataclass, or its fields are not what it is made from
         result, rest = copy.copy(node), values
     for name, value in rest.items():
         object.__setattr__(result, name, value)  # it may be frozen
-    return result
-
-
-def _has_tensor(node: Any) -> bool:
-    """Say whether an attribute of an object is a tensor."""
-    return any(isinstance(value, Tensor) for value in getattr(node, "__dict__", {}).values())
-
-
-def _rebuilt_object(node: Any, parts: list[Any]) -> Any:
-    result = copy.copy(node)
-    vars(result).update(zip(vars(node), parts, strict=True))
     return result
 
 
@@ -136,8 +133,7 @@ KINDS = (
         lambda node: [(str(key), node[key]) for key in node],
         _rebuilt_mapping,
     ),
-    Kind(dataclasses.is_dataclass, _fields, _rebuilt_dataclass),
-    Kind(_has_tensor, lambda node: list(vars(node).items()), _rebuilt_object),
+    Kind(_is_record, _attributes, _rebuilt_record),
 )
 """Every kind of container; of several that cover a value, the first one holds."""
 

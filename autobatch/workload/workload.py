@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from autobatch.errors import UsageError
 
-__all__ = [
-    "AUTOCAST_DTYPES",
-    "Loss",
-    "OptimizerSpec",
-    "Sharding",
-    "WindowFunction",
-    "Workload",
-]
+__all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Sharding", "WindowFunction", "Workload"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerSpec = (

@@ -130,10 +130,10 @@ def test_a_block_used_on_another_stream_waits_for_its_event() -> None:
     block = allocator.malloc(20 * MIB)
     allocator.record_stream(block, 7)
     allocator.free(block)
-    assert (allocator.allocated_bytes, allocator.active_bytes) == (0, 20 * MIB)
+    assert (allocator.allocated_bytes, allocator.awaiting_bytes) == (0, 20 * MIB)
     allocator.malloc(20 * MIB)
     assert allocator.reserved_bytes == 40 * MIB
-    assert allocator.peak_active_bytes == 40 * MIB
+    assert (allocator.allocated_bytes, allocator.awaiting_bytes) == (20 * MIB, 20 * MIB)
     assert allocator.peak_allocated_bytes == 20 * MIB
     allocator.complete_free(block)
     allocator.malloc(20 * MIB)
@@ -145,7 +145,7 @@ def test_a_block_used_on_its_own_stream_does_not_wait() -> None:
     block = allocator.malloc(512, stream=7)
     allocator.record_stream(block, 7)
     allocator.free(block)
-    assert allocator.active_bytes == 0
+    assert (allocator.allocated_bytes, allocator.awaiting_bytes) == (0, 0)
 
 
 def test_a_block_cannot_be_freed_twice() -> None:
@@ -189,13 +189,13 @@ def test_waiting_frees_complete_before_the_cache_is_released() -> None:
 def test_an_out_of_memory_error_carries_the_numbers() -> None:
     allocator = CachingAllocator(limit_bytes=50 * MIB)
     allocator.malloc(31 * MIB)
-    with pytest.raises(OutOfMemory, match=r"20\.0 MiB requested") as caught:
+    with pytest.raises(OutOfMemory) as caught:
         allocator.malloc(20 * MIB)
-    error = caught.value
-    assert error.requested_bytes == 20 * MIB
-    assert error.allocated_bytes == error.reserved_bytes == 32 * MIB
-    assert error.limit_bytes == 50 * MIB
-    assert (allocator.ooms, allocator.alloc_retries) == (1, 1)
+    assert str(caught.value) == (
+        "out of memory: 20.0 MiB requested, 32.0 MiB allocated, 32.0 MiB reserved of at most "
+        "50.0 MiB"
+    )
+    assert allocator.alloc_retries == 1
 
 
 def test_the_limit_is_checked_before_cuda_malloc_is_called() -> None:

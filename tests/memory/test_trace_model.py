@@ -101,7 +101,7 @@ def test_the_peak_and_its_slope_count_only_what_is_alive_at_once():
     events = [0, 1, ~1, 2]
     model = TraceModel.fit([make_trace(n, [1000, 10 * n, 4 * n], events) for n in (2, 3)])
     assert model.peak_bytes(50) == 1000 + 10 * 50
-    assert model.bytes_per_sample(2, 50) == 10.0
+    assert model.peak_bytes(2) == 1000 + 10 * 2
 
 
 def test_a_trace_without_events_has_no_peak():

@@ -19,7 +19,6 @@ from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
 from autobatch.report import html, markdown, table, text
 from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
-from autobatch.report.charts.files import write_charts
 from autobatch.report.charts.memory import draw_memory, memory_chart
 from autobatch.report.charts.timeline import draw_timeline, timeline_chart
 from autobatch.report.content import full_report, summary
@@ -34,6 +33,7 @@ from autobatch.report.document import (
     Section,
     Table,
 )
+from autobatch.report.folder import write_charts
 from autobatch.report.footprint_summary import footprint_summary
 from tests.support.plans import BUDGET, example_plan, ragged_plan
 

@@ -349,8 +349,8 @@ def test_an_item_that_cannot_be_read_is_named():
     with pytest.raises(SampleError) as caught:
         draw(Damaged(LENGTHS))
     assert str(caught.value) == (
-        "dataset[41] cannot be read (OSError: truncated file): repair it or leave it out, or pass "
-        "one batch"
+        "dataset[41] cannot be read (OSError: truncated file at byte 7): repair it or leave it "
+        "out, or pass one batch"
     )
     with pytest.raises(SampleError, match=r"item 3 of the stream cannot be read \(TypeError: "):
         draw(Stream([1, 2, "three"]))

@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from autobatch.errors import SampleError
-from autobatch.workload.sample import batch_builder, prepare
+from autobatch.workload.complete import Asked
+from autobatch.workload.dataset import draw
+from autobatch.workload.sample import batch_builder, repeated
 
 Pair = namedtuple("Pair", "image label")
 
@@ -230,16 +232,17 @@ def test_a_sample_is_looked_through_once_for_all_that_a_workload_needs():
             Counted.read += 1
             return super().__getitem__(index)
 
-    prepared = prepare(DataLoader(Counted(), batch_size=4, collate_fn=pad))
-    assert Counted.read == prepared.limit == 10
-    assert prepared.build(3)["rows"].shape == (3, 10)
-    assert len(prepared.notes) == 1 and "dataset[9]" in prepared.notes[0]
+    loader = DataLoader(Counted(), batch_size=4, collate_fn=pad)
+    workload = Asked(model=torch.nn.Linear(10, 1), sample=loader).workload()
+    assert workload.batch(3)["rows"].shape == (3, 10)
+    assert Counted.read == workload.sample_limit == 10
+    assert len(workload.notes) == 1 and "dataset[9]" in workload.notes[0]
 
 
 def test_one_batch_has_no_limit_and_no_notes():
-    prepared = prepare((torch.zeros(7, 2), torch.zeros(2)), batch_dims={0: 1})
-    assert prepared.build(5)[0].shape == (7, 5)
-    assert prepared.limit is None and prepared.notes == ()
+    drawn = draw((torch.zeros(7, 2), torch.zeros(2)))
+    assert repeated(drawn.batch, {0: 1})(5)[0].shape == (7, 5)
+    assert drawn.limit is None and drawn.notes == ()
 
 
 def test_rows_of_a_batch_padded_to_several_items_are_all_as_long():

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from autobatch.records.evidence import MemoryPoint
 from autobatch.records.footprint import Evidence
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.charts.frame import (
@@ -24,7 +25,7 @@ from autobatch.report.charts.frame import (
 )
 from autobatch.support.units import format_bytes
 
-__all__ = ["CurvePoint", "MemoryChart", "draw_memory", "memory_chart"]
+__all__ = ["MemoryChart", "draw_memory", "memory_chart"]
 
 _MARKERS: dict[Evidence, str] = {"measured": "o", "simulated": "D", "predicted": "."}
 _RESERVED, _RAN, _PLAN = "#44AA99", "#117733", "#332288"
@@ -34,22 +35,12 @@ _RING: dict[str, Any] = {"marker": "o", "ls": "", "mfc": "none", "mec": _PLAN, "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CurvePoint:
-    """Peak bytes at one micro-batch, and how they are known."""
-
-    micro_batch: int
-    allocated_bytes: int
-    reserved_bytes: int
-    evidence: Evidence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChart:
     """Memory against micro-batch, smallest first; `ceiling` is the largest known to fit."""
 
-    points: tuple[CurvePoint, ...]
+    points: tuple[MemoryPoint, ...]
     budget_bytes: int
-    chosen: CurvePoint
+    chosen: MemoryPoint
     ceiling: int
     ceiling_is_exact: bool
 
@@ -57,20 +48,13 @@ class MemoryChart:
 def memory_chart(plan: PlanRecord) -> MemoryChart:
     """Collect the curve, with what really ran in place of what was predicted."""
     footprint = plan.footprint
-    chosen = CurvePoint(
+    chosen = MemoryPoint(
         micro_batch=footprint.micro_batch,
-        allocated_bytes=footprint.peak_allocated_bytes,
-        reserved_bytes=footprint.peak_reserved_bytes,
+        peak_allocated_bytes=footprint.peak_allocated_bytes,
+        peak_reserved_bytes=footprint.peak_reserved_bytes,
         evidence=footprint.evidence,
     )
-    points = {chosen.micro_batch: chosen}
-    for point in plan.curve:
-        points[point.micro_batch] = CurvePoint(
-            micro_batch=point.micro_batch,
-            allocated_bytes=point.peak_allocated_bytes,
-            reserved_bytes=point.peak_reserved_bytes,
-            evidence=point.evidence,
-        )
+    points = {point.micro_batch: point for point in (chosen, *plan.curve)}
     return MemoryChart(
         points=tuple(points[size] for size in sorted(points)),
         budget_bytes=plan.budget_bytes,
@@ -83,14 +67,14 @@ def memory_chart(plan: PlanRecord) -> MemoryChart:
 def draw_memory(chart: MemoryChart) -> Figure:
     """Draw memory against micro-batch with the budget, the ceiling and the chosen size."""
     figure, axes = new_figure(8.6, 4.9, "Memory against micro-batch", bottom=0.22)
-    top = max(chart.budget_bytes, *(point.reserved_bytes for point in chart.points)) * 1.06
+    top = max(chart.budget_bytes, *(point.peak_reserved_bytes for point in chart.points)) * 1.06
     unit, scale = byte_unit(top)
     _draw_curve(axes, chart.points, scale)
     budget = chart.budget_bytes / scale
     axes.axhspan(budget, top / scale, color=BUDGET, alpha=0.06, lw=0)
     axes.axhline(budget, color=BUDGET, lw=1.3)
     chosen = chart.chosen
-    axes.plot([chosen.micro_batch], [chosen.reserved_bytes / scale], ms=13, zorder=4, **_RING)
+    axes.plot([chosen.micro_batch], [chosen.peak_reserved_bytes / scale], ms=13, zorder=4, **_RING)
     ceiling = "ceiling" if chart.ceiling_is_exact else "at least"
     if chart.ceiling == chosen.micro_batch:
         names = [(chart.ceiling, f"plan = {ceiling} {chart.ceiling:,}", _PLAN)]
@@ -112,16 +96,16 @@ def draw_memory(chart: MemoryChart) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, points: Sequence[CurvePoint], scale: int) -> None:
+def _draw_curve(axes: Axes, points: Sequence[MemoryPoint], scale: int) -> None:
     """Draw allocated and reserved bytes, and a marker at each size that says how it is known."""
     sizes = [point.micro_batch for point in points]
-    axes.plot(sizes, [p.allocated_bytes / scale for p in points], **_ALLOCATED_LINE)
-    axes.plot(sizes, [p.reserved_bytes / scale for p in points], **_RESERVED_LINE)
+    axes.plot(sizes, [p.peak_allocated_bytes / scale for p in points], **_ALLOCATED_LINE)
+    axes.plot(sizes, [p.peak_reserved_bytes / scale for p in points], **_RESERVED_LINE)
     for evidence, marker in _MARKERS.items():
         known = [point for point in points if point.evidence == evidence]
         axes.plot(
             [point.micro_batch for point in known],
-            [point.reserved_bytes / scale for point in known],
+            [point.peak_reserved_bytes / scale for point in known],
             marker,
             color=_marker_colour(evidence),
             ms=6,
@@ -132,7 +116,7 @@ def _draw_curve(axes: Axes, points: Sequence[CurvePoint], scale: int) -> None:
 def _legend_handles(chart: MemoryChart) -> list[Line2D]:
     used = {point.evidence for point in chart.points}
     budget = f"budget {format_bytes(chart.budget_bytes)}"
-    plan = f"plan, {format_bytes(chart.chosen.reserved_bytes)} reserved"
+    plan = f"plan, {format_bytes(chart.chosen.peak_reserved_bytes)} reserved"
     return [
         Line2D([], [], label="reserved", **_RESERVED_LINE),
         Line2D([], [], label="allocated", **_ALLOCATED_LINE),

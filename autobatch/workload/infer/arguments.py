@@ -11,19 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from autobatch.workload.infer.configs import stated
 from autobatch.workload.infer.fields import Field
 from autobatch.workload.infer.labels import labels_of
 from autobatch.workload.infer.named import NamedFields
 from autobatch.workload.infer.signature import Signature
-from autobatch.workload.infer.sizes import (
-    ALIGNED_FRAMES,
-    LARGER_SIDES,
-    STACKED_FRAMES,
-    WHOLE_WAVE,
-    Sizes,
-    sizes_of,
-)
+from autobatch.workload.infer.sizes import Sizes, sizes_of, stated
 
 __all__ = ["Arguments"]
 
@@ -34,6 +26,14 @@ BESIDE = re.compile(
 )
 # Arguments that training seldom gives, even where the docstring tells their shape.
 RARELY = re.compile(r"mask|embeds$|labels?$|position_ids$|cache|past_key")
+# Sides of images, tried where a model does not run at the size of its config.
+LARGER_SIDES = (336, 384, 448, 512, 640, 1024, 1536)
+# Frames of a spectrogram that feature extractors stack into one.
+STACKED_FRAMES = (2, 4, 7)
+# Audio frames per text token in models that take both.
+ALIGNED_FRAMES = (2, 4, 8)
+# Samples of a waveform that most chunk lengths of models divide: 12 s.
+WHOLE_WAVE = 192_000
 
 
 class Arguments:
@@ -107,7 +107,7 @@ class Arguments:
             yield replace(sizes, has_column=True)
         codebooks = stated(self._config, "num_codebooks")
         if codebooks and "input_ids" in main:
-            yield from (replace(sizes, codebooks=codebooks + more) for more in (0, 1))
+            yield from (replace(sizes, codebooks=(codebooks + more,)) for more in (0, 1))
 
     def asked_for(
         self, error: Exception | None, given: Mapping[str, Any], sizes: Sizes

@@ -10,7 +10,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from autobatch.support.torch_private import (
     UnsupportedOperatorException,
     fake_tensor,
 )
+from autobatch.support.wording import one_line
 from autobatch.workload.infer.fields import Fields, builder, describe, unknown
 from autobatch.workload.loss import output_of
 
@@ -32,7 +34,8 @@ __all__ = ["TRIED_SAMPLES", "DryRun", "Refused", "fake_copy", "first_that_runs",
 # Odd and prime, so that a wrong reshape of the batch seldom goes unnoticed.
 TRIED_SAMPLES = 7
 
-# Fake tensors up to this many elements keep their values where these are constants.
+# Fake tensors up to this many elements keep their values where these are constants, such as what a
+# model computes from the sizes of images.
 KNOWN_ELEMENTS = 1024
 
 # Raised where a model reads values, which fake tensors lack; on real ones it may well run.
@@ -62,7 +65,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of a dry run: those that matter come again in the real run."""
+    """Silence what is said of building and trying a model: what matters comes in the real run."""
     loggers = [logging.getLogger(name) for name in ("transformers", fake_tensor.__name__)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -76,18 +79,19 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Refused(Exception):
+@dataclass(frozen=True, slots=True)
+class Refused:
     """A model does not run on a batch.
 
     Attributes:
+        why: what it was given and what happened.
         error: what the model raised; None where it ran, but mixed the samples.
         calls: how many calls of modules had returned by then, which tells how far it got.
     """
 
-    def __init__(self, why: str, error: Exception | None, calls: int) -> None:
-        super().__init__(why)
-        self.error = error
-        self.calls = calls
+    why: str
+    error: Exception | None
+    calls: int
 
 
 class DryRun:
@@ -103,7 +107,7 @@ class DryRun:
         try:
             self._clone = fake_copy(model, self._mode).train()
         except Exception as error:
-            raise unknown(model, f"it cannot be copied: {_first_line(error)}") from error
+            raise unknown(model, f"it cannot be copied: {one_line(error)}") from error
         self._calls = 0
         for module in self._clone.modules():
             module.register_forward_hook(self._count)
@@ -112,42 +116,32 @@ class DryRun:
         self._calls += 1
 
     def run(self, fields: Fields) -> Any:
-        """Return the fake output; None where the model reads values, which fake tensors lack.
+        """Return the fake output, or Refused where the model does not run or mixes the samples.
 
-        Raises:
-            Refused: the model does not run, or mixes the samples.
+        None stands for the output of a model that reads values, which fake tensors lack.
         """
         self._calls = 0
+        known = patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS)
         try:
-            with self._mode, torch.no_grad(), quiet(), _uncached(), _known_values():
+            with self._mode, torch.no_grad(), quiet(), _uncached(), known:
                 output = output_of(self._clone, builder(fields)(TRIED_SAMPLES))
         except CANNOT_TELL:
             return None
         except Exception as error:
-            why = f"on {describe(fields)} it raises {_first_line(error)}"
-            raise Refused(why, error, self._calls) from error
+            why = f"on {describe(fields)} it raises {one_line(error)}"
+            return Refused(why, error, self._calls)
         if not _keeps_samples(output):
             why = f"on {describe(fields)} the output {tuple(output.shape)} mixes the samples"
-            raise Refused(why, None, self._calls)
+            return Refused(why, None, self._calls)
         return output
 
 
-@contextmanager
-def _known_values() -> Iterator[None]:
-    """Let fake tensors keep more constants: what a model computes from the sizes of images, say."""
-    with patched(fake_tensor, CONSTANT_NUMEL_LIMIT=KNOWN_ELEMENTS):
-        yield
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
+def _uncached() -> AbstractContextManager[None]:
     """Keep fake tensors out of transformers' caches, which outlive a model."""
     home = sys.modules.get("transformers.pytorch_utils")
     if not hasattr(home, "is_torchdynamo_compiling"):
-        yield
-        return
-    with patched(home, is_torchdynamo_compiling=lambda: True):
-        yield
+        return nullcontext()
+    return patched(home, is_torchdynamo_compiling=lambda: True)
 
 
 def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fields, Any]:
@@ -159,12 +153,10 @@ def first_that_runs(model: nn.Module, candidates: Iterable[Fields]) -> tuple[Fie
     why = "no layer tells what it takes"
     dry_run = DryRun(model)
     for fields in candidates:
-        try:
-            output = dry_run.run(fields)
-        except Refused as refused:
-            why = str(refused)
-            continue
-        return fields, output
+        output = dry_run.run(fields)
+        if not isinstance(output, Refused):
+            return fields, output
+        why = output.why
     raise unknown(model, why)
 
 
@@ -172,8 +164,3 @@ def _keeps_samples(output: Any) -> bool:
     """Say whether an output has one row per sample: `view(-1, 400)` accepts many wrong sizes."""
     scalar = not isinstance(output, Tensor) or output.dim() == 0
     return scalar or TRIED_SAMPLES in output.shape
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -36,30 +36,27 @@ class Inferred:
 
     Attributes:
         batch: builds one micro-batch of n samples on the CPU, in plain torch operations.
+        inputs_note: what the inputs are and how they were found, in one line.
         loss: the loss of the model's usual training; None where the output holds it (`.loss`),
             or where nothing better is known than a sum of the outputs.
-        inputs_note: what the inputs are and how they were found, in one line.
         loss_note: what the loss is and how it was found, in one line.
     """
 
     batch: Callable[[int], Any]
-    loss: Loss | None
     inputs_note: str
-    loss_note: str
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a plan says of the inputs and the loss; of a surrogate loss it warns by itself."""
-        return tuple(note for note in (self.inputs_note, self.loss_note) if note != SURROGATE)
+    loss: Loss | None = None
+    loss_note: str = SURROGATE
 
     def workload(self, model: nn.Module) -> Workload:
         """Return the workload of training `model` on these inputs."""
+        notes = (self.inputs_note, self.loss_note)
         return Workload(
             model=model,
             batch=self.batch,
             loss=self.loss,
             loss_name="inferred",
-            notes=self.notes,
+            # a plan warns of a surrogate loss by itself
+            notes=tuple(note for note in notes if note != SURROGATE),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autobatch.workload.infer.fields import SURROGATE, Field, Inferred, builder
+from autobatch.workload.infer.fields import Field, Inferred, builder
 
 __all__ = ["HEAD_LAYERS", "classification", "cross_entropy", "last_features"]
 
@@ -38,9 +38,7 @@ def classification(images: Field, classes: int, what: str) -> Inferred:
     dtype = str(images.dtype).removeprefix("torch.")
     inputs_note = f"inputs inferred: {dtype} images {what}"
     if classes == 0:
-        return Inferred(
-            batch=builder(images), loss=None, inputs_note=inputs_note, loss_note=SURROGATE
-        )
+        return Inferred(batch=builder(images), inputs_note=inputs_note)
     return Inferred(
         batch=builder((images, Field((), high=classes))),
         loss=cross_entropy,

@@ -14,13 +14,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from autobatch.workload.infer.configs import VISION, stated, text_configs
 from autobatch.workload.infer.documented import evaluated
 from autobatch.workload.infer.fields import Field, float_dtype, pair
 from autobatch.workload.infer.labels import CHOICES
 from autobatch.workload.infer.plain import TOKENS
 from autobatch.workload.infer.signature import Signature
-from autobatch.workload.infer.sizes import Sizes
+from autobatch.workload.infer.sizes import VISION, Sizes, stated, text_configs
 
 __all__ = ["NamedFields"]
 
@@ -61,14 +60,14 @@ class NamedFields:
         field = self._in_codebooks("labels", sizes)
         if field is not None and not field.shape:  # documented as flat, so any shape will do
             field = self._in_codebooks("decoder_input_ids", sizes)
-        field = field or Field(_text_shape(sizes))
+        field = field or Field((sizes.tokens, *sizes.codebooks))
         return replace(field, high=written or BYTES)
 
     def _tokens(self, name: str, sizes: Sizes) -> Field:
         text = self._written if name.startswith("decoder") else self._read
         vocabulary = stated(text, "vocab_size") or stated(self._config, "vocab_size") or BYTES
         lead = (CHOICES,) if "ForMultipleChoice" in self._name else ()
-        field = self._in_codebooks(name, sizes) or Field((*lead, *_text_shape(sizes)))
+        field = self._in_codebooks(name, sizes) or Field((*lead, sizes.tokens, *sizes.codebooks))
         return replace(field, high=vocabulary)
 
     def _in_codebooks(self, name: str, sizes: Sizes) -> Field | None:
@@ -243,10 +242,6 @@ class NamedFields:
             return stated(self._config, size, f"max_{size}")
 
         return size_of
-
-
-def _text_shape(sizes: Sizes) -> tuple[int, ...]:
-    return (sizes.tokens, *((sizes.codebooks,) if sizes.codebooks else ()))
 
 
 Maker: TypeAlias = Callable[[NamedFields, str, Sizes], Field | None]

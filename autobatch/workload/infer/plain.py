@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from autobatch.workload.infer.dry_run import first_that_runs
 from autobatch.workload.infer.fields import (
-    SURROGATE,
     Field,
     Fields,
     Inferred,
@@ -21,8 +18,9 @@ from autobatch.workload.infer.fields import (
     unknown,
 )
 from autobatch.workload.infer.images import HEAD_LAYERS
+from autobatch.workload.infer.signature import required_arguments
 
-__all__ = ["POSITIONS", "TOKENS", "infer_plain"]
+__all__ = ["TOKENS", "infer_plain", "position_tables"]
 
 # Length of a sequence where nothing says more.
 TOKENS = 128
@@ -53,12 +51,7 @@ def infer_plain(model: nn.Module, seq: int | None, image_size: int | None) -> In
     Raises:
         SampleError: there is no such layer, or the model takes more than one argument.
     """
-    required = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    required = required_arguments(model.forward)
     if len(required) > 1:
         raise unknown(model, f"forward takes {', '.join(required)}")
     first = next((m for m in model.modules() if isinstance(m, FIRST_LAYERS)), None)
@@ -68,9 +61,7 @@ def infer_plain(model: nn.Module, seq: int | None, image_size: int | None) -> In
     layer = type(first).__name__
     return Inferred(
         batch=builder(fields),
-        loss=None,
         inputs_note=f"inputs inferred: {describe(fields)} from the first layer ({layer})",
-        loss_note=SURROGATE,
     )
 
 
@@ -81,7 +72,7 @@ def _plain_candidates(
     dtype = float_dtype(model)
     layers = [m for m in model.modules() if isinstance(m, SEQUENCE_LAYERS)]
     batch_dim = 1 if any(not layer.batch_first for layer in layers) else 0
-    tokens = seq or min(TOKENS, _learned_positions(model))
+    tokens = seq or min([TOKENS, *(table.num_embeddings for table in position_tables(model))])
 
     def sequence(features: int) -> Field:
         return Field((tokens, features), dtype, batch_dim=batch_dim)
@@ -122,13 +113,8 @@ def _plain_candidates(
     return []
 
 
-def _learned_positions(model: nn.Module) -> int:
-    """Return the size of the smallest table of position embeddings."""
-    return min(
-        (
-            module.num_embeddings
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2])
-        ),
-        default=sys.maxsize,
-    )
+def position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    """Yield the tables of position embeddings, by their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and POSITIONS.search(name.rpartition(".")[2]):
+            yield module

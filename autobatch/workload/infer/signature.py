@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autobatch.workload.infer.documented import Documented, documented
 
-__all__ = ["Signature"]
+__all__ = ["Signature", "required_arguments"]
 
 # Arguments that hold samples; the one most often given alone comes first.
 MAIN_INPUTS = (
@@ -25,6 +25,13 @@ MAIN_INPUTS = (
     "hidden_states",
 )
 PATCH_GRID = re.compile(r"grid_thw$|spatial_shapes$|pixel_position_ids$")
+
+
+def required_arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a function's arguments that have no default."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind not in variadic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +58,10 @@ class Signature:
     @classmethod
     def of(cls, model: Any) -> Signature:
         """Read the signature of a model."""
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         parameters = inspect.signature(model.forward).parameters.values()
         accepts = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
         main_inputs = tuple(name for name in MAIN_INPUTS if name in accepts)
-        required = tuple(
-            p.name for p in parameters if p.default is p.empty and p.kind not in variadic
-        )
+        required = required_arguments(model.forward)
         named = model.main_input_name
         is_accepted = isinstance(named, str) and named in accepts
         likeliest = next(iter(main_inputs), None)

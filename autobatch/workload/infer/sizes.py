@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from autobatch.workload.infer.configs import AUDIO, VISION, context_of, stated, text_configs
+from autobatch.errors import SampleError
 from autobatch.workload.infer.fields import pair
+from autobatch.workload.infer.plain import TOKENS, position_tables
 
-__all__ = ["ALIGNED_FRAMES", "LARGER_SIDES", "STACKED_FRAMES", "WHOLE_WAVE", "Sizes", "sizes_of"]
+__all__ = ["VISION", "Sizes", "sizes_of", "stated", "text_configs"]
 
-TOKENS = 128
 IMAGE_SIZE = 224
 SECONDS_OF_SPEECH = 10
 SPEECH_HERTZ = 16_000
 FRAMES_OF_SPEECH = 100 * SECONDS_OF_SPEECH
-# Sides of images, tried where a model does not run at the size of its config.
-LARGER_SIDES = (336, 384, 448, 512, 640, 1024, 1536)
-# Frames of a spectrogram that feature extractors stack into one.
-STACKED_FRAMES = (2, 4, 7)
-# Audio frames per text token in models that take both.
-ALIGNED_FRAMES = (2, 4, 8)
-# Samples of a waveform that most chunk lengths of models divide: 12 s.
-WHOLE_WAVE = 192_000
+LONGEST_CONTEXT = 1024
+CONTEXT_WITHOUT_LIMIT = 512
+# Names of nested vision and audio configs.
+VISION, AUDIO = "vision|image|video|backbone|encoder", "audio|speech|encoder"
 # Names of the field that states the mel bins of a spectrogram.
 MEL_BINS = (
     "num_mel_bins",
@@ -43,7 +40,7 @@ class Sizes:
 
     Attributes:
         tokens: length of a text, and of labels that are as long.
-        codebooks: audio tokens at each position; 0 for one, without a dimension of its own.
+        codebooks: dimensions after that of a text, where each position has several audio tokens.
         image: height and width in pixels.
         images: dimensions before those of an image, where a sample has several images.
         has_image_mask: whether a pixel mask says which images exist, not which pixels.
@@ -63,7 +60,7 @@ class Sizes:
     image: tuple[int, int]
     frames: int
     bins: int
-    codebooks: int = 0
+    codebooks: tuple[int, ...] = ()
     images: tuple[int, ...] = ()
     has_image_mask: bool = False
     has_flat_patches: bool = True
@@ -85,11 +82,11 @@ def sizes_of(model: Any, main: str | None, seq: int | None, image_size: int | No
     config = model.config
     text, _ = text_configs(config)
     if main == "input_ids":
-        tokens = context_of(model, text, seq)
+        tokens = _context_of(model, text, seq)
     else:
         names = ("max_target_positions", "max_position_embeddings")
         limits = (getattr(text, name, None) for name in names)
-        tokens = min(TOKENS, *(n for n in limits if isinstance(n, int) and n > 0), TOKENS)
+        tokens = min([TOKENS, *(n for n in limits if isinstance(n, int) and n > 0)])
     side = stated(config, "image_size", "max_img_size", prefer=VISION)
     positions = stated(config, "max_source_positions", prefer=AUDIO)
     frames = 2 * positions if positions else None
@@ -99,3 +96,64 @@ def sizes_of(model: Any, main: str | None, seq: int | None, image_size: int | No
         frames=frames or FRAMES_OF_SPEECH,
         bins=stated(config, *MEL_BINS, prefer=AUDIO) or 80,
     )
+
+
+def stated(config: Any, *names: str, prefer: str = "", nested: bool = True) -> Any:
+    """Return the first of these sizes that a config or one nested in it states; None if none does.
+
+    Args:
+        config: is asked first, then the configs nested in it, depth first.
+        names: the fields that may hold the size, the likeliest first.
+        prefer: a pattern; nested configs whose name matches are asked before the others.
+        nested: whether nested configs are asked at all.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if value and not isinstance(value, (bool, str)):
+            return value
+    parts = {key: part for key, part in vars(config).items() if hasattr(part, "to_dict")}
+    for key in sorted(parts, key=lambda key: not re.search(prefer, key)):
+        value = stated(parts[key], *names, prefer=prefer) if nested else None
+        if value:
+            return value
+    return None
+
+
+def text_configs(config: Any) -> tuple[Any, Any]:
+    """Return the configs of the text that a model reads and of the text that it writes.
+
+    Most models have one config for both.
+    """
+    if not hasattr(config, "get_text_config"):
+        return config, config
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has one of each
+        return config.get_text_config(encoder=True), config.get_text_config(decoder=True)
+    return text, text
+
+
+def _context_of(model: Any, text: Any, seq: int | None) -> int:
+    """Return the length of a sequence: the one asked for, else what the positions allow, capped.
+
+    A table of positions that skips a padding index (RoBERTa's) holds fewer than the config says.
+
+    Raises:
+        SampleError: the length asked for exceeds a table of positions.
+    """
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return seq or CONTEXT_WITHOUT_LIMIT
+    learned = False
+    usable = limit
+    for table in position_tables(model):
+        if limit <= table.num_embeddings <= limit + 2:
+            learned = True
+            if table.padding_idx is not None:
+                usable = min(usable, table.num_embeddings - table.padding_idx - 1)
+    if learned and seq and seq > usable:
+        raise SampleError(
+            f"seq={seq} is longer than the {usable} positions of {type(model).__name__}: use a "
+            f"shorter one, or build the model with max_position_embeddings={seq + limit - usable}"
+        )
+    return seq or min(usable, LONGEST_CONTEXT)

@@ -37,7 +37,6 @@ def infer_transformers(model: Any, seq: int | None, image_size: int | None) -> I
     labels = ", ".join(sorted(key for key in fields if LABELS.search(key)))
     return Inferred(
         batch=builder(fields),
-        loss=None,
         inputs_note=f"inputs inferred: {describe(fields)} from the config of {name}",
         loss_note=f"loss inferred: output.loss of {name} given {labels}" if labels else SURROGATE,
     )
@@ -60,7 +59,7 @@ def _accepted(model: nn.Module, arguments: Arguments) -> dict[str, Field | bool]
             fields, refused = _completed(dry_run, arguments, sizes)
             if refused is None:
                 return fields
-            why = why or str(refused)
+            why = why or refused.why
             if refused.calls > furthest:
                 best, furthest = sizes, refused.calls
         if best == base:
@@ -74,17 +73,9 @@ def _completed(
 ) -> tuple[dict[str, Field | bool], Refused | None]:
     """Add what errors ask for until a model runs, or asks for nothing more."""
     fields = arguments.usual(sizes)
-    while (refused := _refused(dry_run, fields)) is not None:
+    while isinstance(refused := dry_run.run(fields), Refused):
         more = arguments.asked_for(refused.error, fields, sizes)
         if not more:
             return fields, refused
         fields |= more
     return fields, None
-
-
-def _refused(dry_run: DryRun, fields: Mapping[str, Field | bool]) -> Refused | None:
-    try:
-        dry_run.run(fields)
-    except Refused as refused:
-        return refused
-    return None

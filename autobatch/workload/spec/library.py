@@ -7,19 +7,17 @@ memory; whatever goes wrong is one SpecError.
 from __future__ import annotations
 
 import importlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from autobatch.errors import SpecError
-from autobatch.workload.spec.wording import one_line
+from autobatch.support.wording import one_line
+from autobatch.workload.infer.dry_run import quiet
 
-__all__ = ["Options", "harmless_warnings", "import_library", "on_meta", "rejected"]
+__all__ = ["Options", "import_library", "on_meta", "rejected"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that would fetch weights.
@@ -57,38 +55,23 @@ class Options(dict[str, Any]):
 def import_library(name: str, extra: str) -> Any:
     """Import an optional library, which the `extra` of this package installs."""
     try:
-        with harmless_warnings():
+        with quiet():
             return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
-        raise SpecError(f'{name} is not installed: pip install "autobatch-gpu[{extra}]"') from None
     except (ImportError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            install = f'pip install "autobatch-gpu[{extra}]"'
+            raise SpecError(f"{name} is not installed: {install}") from None
         raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """Build on `meta`, or on the CPU where the constructor reads values or mixes devices."""
-    with harmless_warnings():
+    with quiet():
         try:
             with torch.device("meta"):
                 return build()
         except RuntimeError:
             return build()
-
-
-@contextmanager
-def harmless_warnings() -> Iterator[None]:
-    """Silence deprecations and what libraries say of weights, which are random and never run."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def rejected(spec: str, options: Options, error: Exception) -> SpecError:

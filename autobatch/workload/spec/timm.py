@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from autobatch.errors import SpecError
+from autobatch.support.wording import near
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.spec.library import Options, import_library, on_meta, rejected
-from autobatch.workload.spec.wording import near
 from autobatch.workload.workload import Workload
 
 __all__ = ["load_timm"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 
 from autobatch.errors import SpecError
+from autobatch.support.wording import near
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.spec.library import Options, import_library, on_meta, rejected
-from autobatch.workload.spec.wording import near
 from autobatch.workload.workload import Workload
 
 __all__ = ["load_torchvision"]

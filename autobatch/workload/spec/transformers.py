@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autobatch.errors import SpecError
+from autobatch.support.patching import patched
+from autobatch.support.wording import near, one_line
+from autobatch.workload.infer.dry_run import quiet
 from autobatch.workload.infer.infer import infer
-from autobatch.workload.spec.library import (
-    Options,
-    harmless_warnings,
-    import_library,
-    on_meta,
-    rejected,
-)
-from autobatch.workload.spec.wording import near, one_line
+from autobatch.workload.spec.library import Options, import_library, on_meta, rejected
 from autobatch.workload.workload import Workload
 
 __all__ = ["auto_class", "load_transformers", "offline"]
@@ -98,7 +93,7 @@ def _transformers_config(transformers: Any, name: str, options: Options) -> Any:
         if key not in known:
             raise SpecError(f"the config of {kind} has no {key!r}{near(key, known)}")
     try:
-        with harmless_warnings():
+        with quiet():
             return config_class.from_dict({**stated, **options})
     except Exception as error:
         raise rejected(f"hf:{name}", options, error) from error
@@ -138,13 +133,6 @@ def auto_class(transformers: Any, config: Any, head: str | None) -> Any:
     return getattr(transformers, HEADS[head or usual[0]])
 
 
-@contextmanager
-def offline() -> Iterator[None]:
+def offline() -> AbstractContextManager[None]:
     """Make any request to the Hugging Face hub fail while a model is built."""
-    constants: Any = importlib.import_module("huggingface_hub.constants")
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    return patched(importlib.import_module("huggingface_hub.constants"), HF_HUB_OFFLINE=True)

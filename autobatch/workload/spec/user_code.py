@@ -10,8 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from autobatch.errors import SpecError, WorkloadError
-from autobatch.workload.spec.wording import near, one_line
+from autobatch.support.patching import patched
+from autobatch.support.wording import near, one_line
 from autobatch.workload.workload import Workload
 
 __all__ = ["load_function"]
@@ -41,7 +41,8 @@ def load_function(spec: str) -> nn.Module | Workload:
     if not source or not name:
         raise SpecError(f"{spec!r} is no SPEC: write {FORMS}")
     is_file = source.endswith(".py") or Path(source).is_file()
-    with _importable(Path(source).resolve().parent if is_file else Path.cwd()):
+    folder = Path(source).resolve().parent if is_file else Path.cwd()
+    with patched(sys, path=[str(folder), *sys.path]):
         module = _import_file(source) if is_file else _import_module(source)
         if not hasattr(module, name):
             known = [key for key in vars(module) if not key.startswith("_")]
@@ -53,16 +54,6 @@ def load_function(spec: str) -> nn.Module | Workload:
         f"{spec} returned {type(made).__name__}: it must return a torch.nn.Module or an "
         "autobatch.Workload"
     )
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    before = list(sys.path)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _import_file(source: str) -> ModuleType:

@@ -1,4 +1,4 @@
 """Where workloads run: what every device is, the GPU in the machine, and the simulated one.
 
-Imports workload, memory, gpus and support; tuning, equivalence and cli import it.
+Imports workload, memory, records, gpus and support; cli, equivalence and tuning import it.
 """

@@ -1,4 +1,4 @@
-"""What a device is: something that runs a workload's training windows and tells what they took."""
+"""What a device is: it runs a workload's training windows, and tells what memory they took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autobatch.workload.workload import Workload
 __all__ = ["WINDOWS", "Device", "Run"]
 
 WINDOWS = 2
-"""Traced windows: optimizer state appears in the first, the steady peak in the second."""
+"""Windows of a run: optimizer state appears in the first, the second peaks as all later ones do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def is_free(self) -> bool:
-        """Whether the windows ran through without ever meeting the limit of the memory."""
+        """Whether the windows ran through, and the allocator never had to retry or fail."""
         return self.shortage is None and self.replay.fits
 
     def fits(self, budget_bytes: int) -> bool:
@@ -58,12 +58,12 @@ class Device(Protocol):
     """A GPU, in the machine or simulated.
 
     Attributes:
-        evidence: how what it tells is known.
-        is_simulated: whether its figures are those of a card that is not there, and so uncertain.
+        evidence: how its figures are known.
+        is_simulated: whether the card is not there, so that its figures are uncertain.
         default_headroom: share of the usable memory to leave free where the user names none.
-        scratch_varies: whether kernels choose scratch memory by shape, so that sizes between two
-            that ran may need more than a straight line says.
-        must_run_the_plan: whether a window has to run before it is promised.
+        scratch_varies: whether kernels choose scratch memory by shape, so that a micro-batch
+            between two that ran may need more than a straight line between them says.
+        must_run_the_plan: whether a micro-batch has to run before a plan may name it.
     """
 
     evidence: Evidence
@@ -74,22 +74,22 @@ class Device(Protocol):
 
     @property
     def spec(self) -> GpuSpec:
-        """The card; its context is the largest seen by now."""
+        """The card, with the largest CUDA context that was seen so far."""
         ...
 
     @property
     def others_bytes(self) -> int:
-        """What other processes hold on it."""
+        """Bytes that other processes hold on the card."""
         ...
 
     @property
     def usable_bytes(self) -> int:
-        """What a run may reserve, before any headroom."""
+        """Bytes that a run may reserve, before any headroom."""
         ...
 
     @property
     def allowed_bytes(self) -> int | None:
-        """What `set_per_process_memory_fraction` lets the process reserve; None for no limit."""
+        """Bytes that `set_per_process_memory_fraction` allows the process; None for no limit."""
         ...
 
     def require(self, workload: Workload) -> None:
@@ -101,11 +101,11 @@ class Device(Protocol):
         ...
 
     def host_limit_bytes(self) -> int | None:
-        """Return the host memory that one batch may take; None where batches take none."""
+        """Return the bytes of host memory that a batch may take; None for no limit."""
         ...
 
     def simulated(self) -> Device | None:
-        """Return a simulated card like this one, for a first guess; None where this is one."""
+        """Return a simulated device like this one, for a first guess; None where this is one."""
         ...
 
     def allocator(self) -> CachingAllocator:
@@ -125,5 +125,5 @@ class Device(Protocol):
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """Return what the user should know about the card itself, by now."""
+        """Return what the user should know about the card itself, as it was seen so far."""
         ...

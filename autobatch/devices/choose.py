@@ -1,4 +1,4 @@
-"""From the argument `gpu` to a device."""
+"""From the argument `gpu` of the public functions to a device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_device(gpu: Gpu) -> Device:
 
 
 def described(gpu: Gpu) -> GpuSpec:
-    """Return the card to simulate; one in this machine is described as the catalogue would."""
+    """Return the specification of the card to simulate, which may be one in this machine."""
     if isinstance(gpu, GpuSpec):
         return gpu
     if is_device(gpu):

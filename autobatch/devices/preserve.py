@@ -1,6 +1,6 @@
-"""Nothing of the process is changed by a run: random states, torch's switches, the collector's.
+"""What a run must not change in the process: random states, torch's switches, the collector.
 
-Invariant: on the way out, by whatever door, every state listed here is as it was on the way in.
+Invariant: on every exit, including exceptions, each of these is as it was before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["process_state_preserved"]
 
 _SWITCHES = (
     (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
-    # `allow_tf32` stands for both of these, and cannot be read where they differ
+    # `allow_tf32` combines these two, and cannot be read where they differ
     (torch.backends.cudnn.conv, ("fp32_precision",)),  # type: ignore[attr-defined]
     (torch.backends.cudnn.rnn, ("fp32_precision",)),
 )
@@ -25,7 +25,7 @@ _SWITCHES = (
 
 @contextlib.contextmanager
 def process_state_preserved() -> Iterator[None]:
-    """Put back random states, torch's switches and the collector's; collect where we say."""
+    """Put back what the block changes in the process, and let it collect garbage by itself."""
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     switches = [(of, name, getattr(of, name)) for of, names in _SWITCHES for name in names]
@@ -34,7 +34,7 @@ def process_state_preserved() -> Iterator[None]:
     collecting = gc.isenabled()
     frozen_by_user = gc.get_freeze_count()
     gc.disable()
-    gc.freeze()  # what is alive now is no garbage of ours; leaving it out makes collecting fast
+    gc.freeze()  # objects from before the run are none of its garbage; leaving them out saves time
     try:
         with random_state_kept():
             yield

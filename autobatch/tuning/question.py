@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.devices.base import Device
-from autobatch.devices.virtual.known_values import KEPT_ELEMENTS
+from autobatch.devices.virtual.elements import KEPT_ELEMENTS
 from autobatch.plan.plan import Plan
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import GIB, MIB

@@ -57,8 +57,10 @@ def run(device: Device, workload: Workload, n: int = 8, steps: int = 2) -> Run:
 def test_a_run_tells_two_whole_windows_in_their_order(kind: str) -> None:
     trace = run(opened(kind), job(), steps=2).trace
     marks = [(mark.phase, mark.window, mark.micro_batch) for mark in trace.marks]
-    one = ["inputs", "forward", "backward"] * 2 + ["step"]
-    assert [phase for phase, _, _ in marks if phase != "setup"] == one * WINDOWS
+    window = [(phase, step) for step in range(2) for phase in ("inputs", "forward", "backward")]
+    window.append(("step", 1))
+    two = [(phase, number, step) for number in range(WINDOWS) for phase, step in window]
+    assert marks == [("setup", 0, 0), *two]
     assert [mark.event for mark in trace.marks] == sorted(mark.event for mark in trace.marks)
     assert (trace.micro_batch, trace.accumulation_steps) == (8, 2)
 
@@ -93,6 +95,8 @@ def test_the_replay_is_what_the_allocator_does_with_the_trace(kind: str) -> None
         result.trace.sizes, result.trace.events, allocator=start, streams=result.trace.streams
     )
     assert again.peak_allocated_bytes == result.replay.peak_allocated_bytes
+    if kind != "gpu":  # there it differs by up to 1%
+        assert again.peak_reserved_bytes == result.replay.peak_reserved_bytes
     assert result.replay.peak_reserved_bytes >= result.replay.peak_allocated_bytes
     assert result.is_free and result.shortage is None
 
@@ -103,7 +107,7 @@ def test_a_run_repeats_itself(kind: str) -> None:
         first, second = (
             device.run(job(), micro_batch=4, accumulation_steps=2).trace for _ in range(2)
         )
-    assert (first.sizes, first.events) == (second.sizes, second.events)
+    assert first == second
 
 
 def test_two_sizes_foretell_a_third(kind: str) -> None:

@@ -1,4 +1,5 @@
 """The GPU in the machine: windows that run on it, and its own record of the memory.
 
-Imports devices (base, session, copies), memory and workload; tuning imports it.
+Imports devices (the modules beside it, and virtual.gpu for a first guess) and what they import;
+only devices.choose imports it.
 """

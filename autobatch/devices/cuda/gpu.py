@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -49,13 +50,13 @@ from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["CudaGpu", "describe"]
 
-TIMED_WINDOWS = 3
-TIMED_SECONDS = 4.0
-"""Windows are timed until there are so many, or until so much time has gone by."""
+_TIMED_WINDOWS = 3
+_TIMED_SECONDS = 4.0
+"""Windows are timed until this many have run, or until they have taken this long."""
 
 
 def describe(name: str, capacity_bytes: int, capability: tuple[int, int]) -> GpuSpec:
-    """Return a card as the catalogue would have it, with what the driver says of it."""
+    """Return the catalogue's specification of a card, with the figures that the driver reports."""
     try:
         known = find_gpu(name)
     except UnknownGpuError:
@@ -85,34 +86,34 @@ class CudaGpu:
         self._labelled = labelled
         self._readings = [runtime.reading()]
         self._known = describe(runtime.name, self._readings[0].capacity_bytes, runtime.capability)
-        self._start: Snapshot | None = None
+        self._start: Snapshot | None = None  # the allocator's state in which runs begin
         self._offload = HostOffload(runtime.device)
         self._notes: list[str] = []
         self._spilled_bytes = 0
 
     @property
-    def _held(self) -> OutsideMemory:
+    def _outside(self) -> OutsideMemory:
         return outside_memory(*self._readings, typical_context_bytes=self._known.context_bytes)
 
     @property
     def spec(self) -> GpuSpec:
-        """The card; its context is the largest seen by now, as kernels load while windows run."""
-        return replace(self._known, context_bytes=self._held.context_bytes)
+        """The card, with the largest context seen so far: it grows as windows load kernels."""
+        return replace(self._known, context_bytes=self._outside.context_bytes)
 
     @property
     def others_bytes(self) -> int:
-        """What other processes hold on it."""
-        return self._held.others_bytes
+        """Bytes that other processes hold on the card."""
+        return self._outside.others_bytes
 
     @property
     def allowed_bytes(self) -> int | None:
-        """What `set_per_process_memory_fraction` lets this process reserve, if it was called."""
+        """Bytes that `set_per_process_memory_fraction` allows the process; None for no limit."""
         return self._readings[0].allowed_bytes
 
     @property
     def usable_bytes(self) -> int:
-        """What a run may reserve, before any headroom."""
-        return usable_bytes(self._readings[0], self._held)
+        """Bytes that a run may reserve, before any headroom."""
+        return usable_bytes(self._readings[0], self._outside)
 
     def require(self, workload: Workload) -> None:
         """Refuse sharded workloads.
@@ -144,7 +145,7 @@ class CudaGpu:
         return CachingAllocator.from_segments(segments, self._start.settings)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what the user should know about the card: its neighbours, spilling, limits."""
+        """Return what is known of other processes, memory spilled to the host, and limits."""
         own = device_notes(
             self._readings[0],
             self._readings[-1],
@@ -155,7 +156,7 @@ class CudaGpu:
 
     @contextlib.contextmanager
     def hosting(self, workload: Workload) -> Iterator[None]:
-        """Let everything of the workload that is on the card wait in host memory meanwhile.
+        """Keep everything of the workload that is on the card in host memory meanwhile.
 
         Raises:
             UsageError: PyTorch's memory history is being recorded already.
@@ -166,11 +167,11 @@ class CudaGpu:
                 "PyTorch's memory history is being recorded, and a probe records its own: end it "
                 "with torch.cuda.memory._record_memory_history(None), or pass isolate=True"
             )
-        gc.collect()  # garbage of the user's own may hold the card's memory
+        gc.collect()  # cyclic garbage from before may hold memory of the card
         with process_state_preserved(), self._runtime.selected():
             before = self._runtime.stats()
             try:
-                self._note(workload)
+                self._include(workload)
                 self._offload.offload()
                 gc.collect()
                 self._runtime.empty_cache()
@@ -184,9 +185,9 @@ class CudaGpu:
                     self._offload.restore()
                     self._put_back_peaks(before)
 
-    def _note(self, workload: Workload) -> None:
-        """Let a copier that copies nothing show what a run will copy."""
-        copier = Copier(torch.device("meta"), self._offload.note)
+    def _include(self, workload: Workload) -> None:
+        """Include in the offload what a run will copy: a copier without memory visits all of it."""
+        copier = Copier(torch.device("meta"), self._offload.include)
         copier.model(unwrapped(workload.model))
         for part in (workload.loss, workload.evaluate, workload.window):
             copier.any(part)
@@ -219,9 +220,9 @@ class CudaGpu:
         self._spilled_bytes = max(self._spilled_bytes, spilled)
         self._readings.append(runtime.reading())
         runtime.empty_cache()
-        self._start = runtime.snapshot()  # with what libraries have taken for good
+        self._start = runtime.snapshot()  # libraries may have taken memory for good
         shortage = done if isinstance(done, Shortage) else None
-        facts = _Facts() if isinstance(done, Shortage) else done
+        facts = done if isinstance(done, _Facts) else _Facts()
         if (left := runtime.stats().allocated_bytes - before.allocated_bytes) > 0:
             facts.notes.append(
                 f"{format_bytes(left)} were still allocated after a run at micro-batch "
@@ -254,23 +255,25 @@ class CudaGpu:
         accumulation_steps: int,
     ) -> _Facts:
         copier = Copier(self._runtime.device, self._offload.copy_of)
-        model = workload.model
-        wrap = _recompiled(model) if is_compiled(model) else _as_it_is
-        session = Session(workload, unwrapped(model), self._runtime.device, copier, recorder, wrap)
+        device, model = self._runtime.device, unwrapped(workload.model)
+        compiled = partial(_compiled_like, workload.model)
+        session = Session(workload, model, device, copier, recorder, compiled)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
-        facts = _Facts(peak=self._runtime.stats(), notes=session.notes)
+        peak, notes = self._runtime.stats(), session.notes
         seconds: list[float] = []
-        while len(seconds) < TIMED_WINDOWS and sum(seconds) < TIMED_SECONDS:
+        while len(seconds) < _TIMED_WINDOWS and sum(seconds) < _TIMED_SECONDS:
             clock = self._runtime.clock()
             session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
             seconds.append(clock.seconds())
-        facts.window_seconds = median(seconds)
-        facts.loss, facts.optimizer = session.loss_kind, type(session.optimizer).__name__
-        return facts
+        optimizer = type(session.optimizer).__name__
+        return _Facts(peak, median(seconds), session.loss_kind, optimizer, notes)
 
     def _put_back_peaks(self, before: Stats) -> None:
-        """Let the allocator's peaks read as before; PyTorch can only reset them, or reach them."""
+        """Let the allocator's peaks read as before.
+
+        PyTorch cannot set a peak: it is reset to what is allocated, then reached by allocating.
+        """
         runtime = self._runtime
         if runtime.stats().peak_reserved_bytes == before.peak_reserved_bytes:
             return
@@ -292,7 +295,7 @@ class CudaGpu:
 
 @dataclass(slots=True)
 class _Facts:
-    """What windows that ran through tell."""
+    """What windows tell when they have run through."""
 
     peak: Stats | None = None
     window_seconds: float | None = None
@@ -301,20 +304,14 @@ class _Facts:
     notes: list[str] = field(default_factory=list)
 
 
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
-
-
-def _recompiled(original: nn.Module) -> Callable[[nn.Module], nn.Module]:
-    """Return what compiles a copy as the original was."""
-
-    def compiled(copied: nn.Module) -> nn.Module:
-        inner: Any = original
-        while not hasattr(inner, "_orig_mod") and hasattr(inner, "module"):
-            inner = inner.module
-        if hasattr(inner, "dynamo_ctx"):
-            return inner.dynamo_ctx(copied)  # type: ignore[no-any-return]
-        copied.compile()
+def _compiled_like(original: nn.Module, copied: nn.Module) -> nn.Module:
+    """Compile a copy as the original was compiled, if it was."""
+    if not is_compiled(original):
         return copied
-
-    return compiled
+    inner: Any = original
+    while not hasattr(inner, "_orig_mod") and hasattr(inner, "module"):
+        inner = inner.module
+    if hasattr(inner, "dynamo_ctx"):
+        return inner.dynamo_ctx(copied)  # type: ignore[no-any-return]
+    copied.compile()
+    return copied

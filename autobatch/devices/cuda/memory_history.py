@@ -1,9 +1,9 @@
 """The trace of a real GPU, from PyTorch's memory history.
 
-The history has addresses and sizes; phases and owners are known here by counting: the allocator
-counts its allocations and frees, so the counter at the beginning of a phase is that phase's place
-among the recorded events. Invariant: every block is in exactly one category; events are in the
-order in which the allocator was called.
+The history has addresses and sizes, but no phases and no owners. Those are found by counting: the
+allocator counts its allocations and frees, so its counter at the beginning of a phase is the place
+of that phase among the recorded events. Invariant: every block is in exactly one category; events
+are in the order in which the allocator was called.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from autobatch.support.torch_private import TorchDispatchMode
 
 __all__ = ["HistoryRecorder"]
 
-_Counts = Callable[[], int]
-
 
 class HistoryRecorder:
-    """Told where a run is and whose the memory is; reads what happened when asked for a trace."""
+    """Records allocator events, the phases that they fall into, and the owners of blocks."""
 
     def __init__(self, runtime: CudaRuntime, *, labelled: bool = False):
         """Record `runtime`; `labelled` finds the op of every allocation, at some cost in time."""
@@ -80,7 +78,7 @@ class HistoryRecorder:
             self._marks.append(Mark(self._count(), phase, window, micro_batch))
 
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
-        """Put the blocks that hold tensors now into a category for their whole life."""
+        """Put the blocks that tensors are in now into a category for their whole life."""
         if not self._is_on:
             return
         count = self._count()
@@ -95,8 +93,8 @@ class HistoryRecorder:
         """Return what was recorded."""
         events: list[int] = []
         starts: list[TraceEvent] = []
-        lives: list[tuple[int, int]] = []  # of each block: events at which it lives, half-open
-        places = [0]  # of each recorded event: how many of ours came before it
+        lives: list[tuple[int, int]] = []  # of each block: from which event to which it lives
+        places = [0]  # of each recorded event: how many events of the trace come before it
         live: dict[int, int] = {}
         for event in self._events:
             if event.action == "alloc":
@@ -116,9 +114,9 @@ class HistoryRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Allocation(e.size_bytes, category, phase, self._op(lives[i][0]), streams[e.stream])
-                for i, (e, category, phase) in enumerate(
-                    zip(starts, categories, phases, strict=True)
+                Allocation(e.size_bytes, category, phase, self._op(begin), streams[e.stream])
+                for e, category, phase, (begin, _) in zip(
+                    starts, categories, phases, lives, strict=True
                 )
             ),
             events=tuple(events),
@@ -139,7 +137,7 @@ class HistoryRecorder:
         lives: Sequence[tuple[int, int]],
         phases: Sequence[Phase],
     ) -> list[Category]:
-        """Name owners by address and time; what no tensor owns is known by its life."""
+        """Find owners by address and time; a block that no tensor owns is known by its life."""
         at_address: dict[int, list[int]] = {}
         for index, event in enumerate(starts):
             at_address.setdefault(event.address, []).append(index)
@@ -156,7 +154,7 @@ class HistoryRecorder:
         ]
 
     def _op(self, event: int) -> str:
-        place = bisect_right(self._labels, (event, "\uffff"))
+        place = bisect_right(self._labels, (event, "\uffff"))  # after all labels of this event
         return self._labels[place - 1][1] if place else ""
 
 
@@ -175,9 +173,9 @@ def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end:
 
 
 class _OpLabels(TorchDispatchMode):
-    """Note which op runs from which event on."""
+    """Remembers from which event on which op runs."""
 
-    def __init__(self, count: _Counts, labels: list[tuple[int, str]]):
+    def __init__(self, count: Callable[[], int], labels: list[tuple[int, str]]):
         super().__init__()  # type: ignore[no-untyped-call]
         self._count = count
         self._labels = labels

@@ -1,7 +1,7 @@
-"""The user's own state waits in host memory while the card is needed.
+"""The user's own state, kept in host memory while its place on the GPU is needed.
 
 Storages are emptied and filled again in place, so that every tensor, view and alias on them stays
-the object that it was. Invariant: after `restore`, every byte is as it was when it was taken in.
+the object that it was. Invariant: after `restore`, every byte is as it was before `offload`.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ __all__ = ["HostOffload", "uninterrupted"]
 
 
 class HostOffload:
-    """Host copies of storages that were on a card."""
+    """Host copies of storages that were on a GPU."""
 
     def __init__(self, device: torch.device):
-        """Take in what lives on `device`."""
+        """Offload from `device`."""
         self._device = device
-        self._noted: dict[int, torch.UntypedStorage] = {}
+        self._included: dict[int, torch.UntypedStorage] = {}
         self._kept: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that wait in host memory."""
+        """Bytes that are kept in host memory."""
         return sum(host.nbytes for _, host in self._kept.values())
 
-    def note(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Remember to take a tensor in, with its gradient; return a stand-in without memory.
+    def include(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Include a tensor and its gradient in what `offload` moves; return a meta tensor like it.
 
-        Has the form of `Copier`'s `make`: what a copier reaches is what has to make room.
+        Has the signature of `Copier`'s `make`: what a copier reaches is what has to make room.
         """
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
             if part is not None and part.device == self._device:
                 storage = part.untyped_storage()
                 if storage.nbytes() and storage.resizable():
-                    self._noted[storage._cdata] = storage
+                    self._included[storage._cdata] = storage
         return blank(tensor, torch.device("meta"))
 
     def offload(self) -> None:
-        """Move everything noted to the host, and free its memory on the card.
+        """Move all that is included to the host, and free its memory on the GPU.
 
         Raises:
             WorkloadError: the host has not enough memory for it.
         """
-        needed = sum(storage.nbytes() for storage in self._noted.values())
+        needed = sum(storage.nbytes() for storage in self._included.values())
         free = free_host_bytes()
         if free is not None and needed > free:
             raise WorkloadError(
@@ -64,17 +64,18 @@ class HostOffload:
                 f"on the GPU and would have to wait in host memory, where {format_bytes(free)} "
                 "are free: tune before moving them to the GPU, or on the command line"
             )
-        for key, storage in self._noted.items():
+        for key, storage in self._included.items():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8)
             host.copy_(self._bytes(storage))
             self._kept[key] = (storage, host)
             storage.resize_(0)
-        self._noted.clear()
+        self._included.clear()
 
     def copy_of(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Make a tensor of the same layout and values on a device; `meta` has random values.
+        """Make a tensor of the same layout and values on a device.
 
-        Has the form of `Copier`'s `make`.
+        A tensor on `meta` has no values; its copy has random ones. Has the signature of `Copier`'s
+        `make`.
         """
         with torch.no_grad():
             if tensor.is_meta:
@@ -98,8 +99,8 @@ class HostOffload:
         """Put everything back where it was.
 
         Raises:
-            AutobatchError: the card no longer has room; what could not go back stays on the host,
-                and calling again goes on.
+            AutobatchError: the GPU no longer has room. What could not go back stays on the host;
+                another call goes on from there.
         """
         for key, (storage, host) in list(self._kept.items()):
             try:
@@ -119,7 +120,7 @@ class HostOffload:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a Ctrl-C wait until the block is done: half a restore would lose weights."""
+    """Delay a Ctrl-C until the block is done: half a restore would lose weights."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""The CUDA device of this machine, as far as a probe needs it.
+"""One CUDA device of this machine, as far as a probe needs it.
 
-Invariant: every call of PyTorch's CUDA memory functions is here, so that a rehearsal on the CPU can
-stand in for a card; nothing is set but what has a way back.
+Invariant: all calls of PyTorch's CUDA memory functions in `devices` are here, so that tests replace
+one class to play CUDA on the CPU. What is changed here can be changed back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from autobatch.support.torch_private import (
 __all__ = ["Clock", "CudaRuntime", "Stats"]
 
 MAX_EVENTS = 1_000_000
-"""Allocator events that are kept, about 150 B each on the host; a window has some ten thousand."""
+"""Allocator events that are kept, at about 150 B each; a window has some ten thousand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Stats:
 
 
 class Clock:
-    """Seconds between two points of the GPU's own time."""
+    """Measures seconds by the GPU's own time."""
 
     def __init__(self) -> None:
         self._start = torch.cuda.Event(enable_timing=True)
@@ -69,7 +69,7 @@ class CudaRuntime:
         """Open a device, the current one if no index is given; this makes its CUDA context.
 
         Raises:
-            UsageError: the allocator is one whose segments nobody can see.
+            UsageError: the allocator is not PyTorch's native one, and shows no segments.
         """
         torch.cuda.init()
         self.index = torch.cuda.current_device() if index is None else index
@@ -93,7 +93,7 @@ class CudaRuntime:
         return torch.cuda.device(self.index)
 
     def reading(self) -> DeviceReading:
-        """Look at the card: what is free on it, and whose the rest is."""
+        """Read how much of the GPU's memory is free, and who holds the rest."""
         torch.cuda.synchronize(self.index)
         free, total = torch.cuda.mem_get_info(self.index)
         fraction = torch.cuda.get_per_process_memory_fraction(self.index)
@@ -120,14 +120,14 @@ class CudaRuntime:
         )
 
     def reset_peaks(self) -> None:
-        """Let the peaks begin at what is allocated and reserved now."""
+        """Reset the peaks to what is allocated and reserved now."""
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def empty_cache(self) -> None:
-        """Give every wholly free segment back to the driver, and the workspaces of libraries.
+        """Give the workspaces of libraries, then all free segments, back to the driver.
 
-        cuBLAS and cuFFT take theirs from the allocator and keep them; they take them again when
-        they need them, so that every run begins as a new process does.
+        cuBLAS and cuFFT take workspaces from the allocator and keep them. Without them every run
+        begins as a new process does; a library takes its own again when it needs it.
         """
         torch.cuda.synchronize(self.index)
         clear_cublas_workspaces()
@@ -135,7 +135,7 @@ class CudaRuntime:
         torch.cuda.empty_cache()
 
     def touch(self, size_bytes: int) -> None:
-        """Hold memory for an instant, so that the peaks have seen it."""
+        """Allocate memory and free it at once, which raises the peaks."""
         torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     @property

@@ -4,8 +4,8 @@ The lists name the ops as PyTorch's `ATen/autocast_mode.h` does for CUDA: run in
 precision, run in fp32, run in fp32 through an optional dtype argument, or promote to the widest
 input. Everything else runs in the type it is given.
 
-Invariant: an fp32 leaf that needs a gradient is cast once per autocast region, as CUDA's weight
-cache does, and the cast is freed when the outermost region ends.
+Invariant: as in CUDA's weight cache, an fp32 leaf that needs a gradient is cast once per autocast
+region, and the cast is freed when the outermost region ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autobatch.support.torch_private import (
     tree_map,
 )
 
-__all__ = ["mirrored", "register"]
+__all__ = ["follows_cuda", "register"]
 
 _LOWER_PRECISION = """
     _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d
@@ -62,7 +62,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class _Policy:
-    """The casts for one device type, and its weight cache."""
+    """The casts for one device type, and its weight cache.
+
+    Its rules take an op and its arguments, and run the op on what they are cast to.
+    """
 
     def __init__(self, device_type: str):
         self.device_type = device_type
@@ -101,8 +104,7 @@ class _Policy:
         return op(*self._all(args, torch.float32), **self._all(kwargs, torch.float32))
 
     def fp32_by_dtype(self, op: Any, args: Any, kwargs: Any) -> Any:
-        takes_dtype = [argument.name for argument in op._schema.arguments]
-        position = takes_dtype.index("dtype")
+        position = [argument.name for argument in op._schema.arguments].index("dtype")
         given = args[position] if len(args) > position else kwargs.get("dtype")
         if given is None and self._eligible(args[0]) and args[0].dtype in _HALVES:
             return op(*args[:position], **{**kwargs, "dtype": torch.float32})
@@ -168,8 +170,8 @@ def _refuse_binary_cross_entropy(*args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def mirrored(device_type: str) -> Iterator[None]:
-    """Let `torch.autocast("cuda")` govern `device_type` too, and clear its weight cache."""
+def follows_cuda(device_type: str) -> Iterator[None]:
+    """Let `torch.autocast("cuda")` switch autocast of `device_type` too, and clear its cache."""
     policy = _policies[device_type]
     set_enabled, set_dtype = torch.set_autocast_enabled, torch.set_autocast_dtype
     clear_cache = torch.clear_autocast_cache

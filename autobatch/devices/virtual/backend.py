@@ -4,8 +4,8 @@ Where the process has a live CUDA device, fake tensors on `cuda` need no backend
 registered. Elsewhere PyTorch's PrivateUse1 slot is claimed once, under the name `virtual_gpu`;
 outside of a simulation it reports itself as unavailable.
 
-Invariant: a process of the user's that has a real accelerator is never registered in (the
-registration would make the virtual device its current accelerator, for ever).
+Invariant: nothing is registered in a user's process that has a real accelerator. Registration
+would make the virtual device the current accelerator of that process, for as long as it lives.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from autobatch.devices.copies import apply_without_swapping
 from autobatch.devices.virtual import autocast
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
-from autobatch.devices.virtual.kernels import fused
+from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import GpuSpec
@@ -37,62 +36,42 @@ from autobatch.support.torch_private import (
     register_private_use_1,
 )
 
-__all__ = ["pretend", "virtual_device"]
+__all__ = ["Inert", "emulated_cuda", "virtual_device"]
 
 _NAME = "virtual_gpu"
 _active = False
 
 
-class _Module:
-    """What PyTorch looks up as `torch.virtual_gpu`."""
+class Inert:
+    """Stands for streams, events and their contexts: there is one stream, and nothing to wait for.
 
-    _initialized = False
-
-    def is_available(self) -> bool:
-        return _active
-
-    def is_initialized(self) -> bool:
-        return False
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def device_count(self) -> int:
-        return int(_active)
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: Any) -> None:
-        pass
-
-    def synchronize(self, device: Any = None) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-    def manual_seed_all(self, seed: int) -> None:
-        pass
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-
-class _Inert:
-    """Stands for streams, events and their contexts: one stream, and nothing to wait for."""
+    Any method may be called; it does nothing.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __enter__(self) -> _Inert:
+    def __enter__(self) -> Inert:
         return self
 
     def __exit__(self, *args: object) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks for these where they are optional
+            raise AttributeError(name)
+        return _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+_STREAMS: dict[str, Any] = {
+    **dict.fromkeys(("current_stream", "default_stream"), lambda device=None: Inert()),
+    **dict.fromkeys(("Stream", "Event", "stream"), Inert),
+}
+"""What modules of devices have for streams, by name."""
 
 
 class _Hooks(PrivateUse1Hooks):
@@ -125,25 +104,45 @@ def virtual_device() -> torch.device:
         )
     register_private_use_1(
         rename=_NAME,
-        backend_module=_Module(),
+        backend_module=_device_module(),
         hook=_Hooks(),
         device_guard=VirtualDeviceGuard(),
     )
     autocast.register(_NAME)
-    fused.register()
+    outputs.register()
     return torch.device(_NAME, 0)
 
 
+def _device_module() -> ModuleType:
+    """Return what PyTorch finds as `torch.virtual_gpu`."""
+    module = ModuleType(f"torch.{_NAME}")
+    vars(module).update(
+        _initialized=False,
+        _is_in_bad_fork=lambda: False,
+        is_initialized=lambda: False,
+        is_available=lambda: _active,
+        device_count=lambda: int(_active),
+        current_device=lambda: 0,
+        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16, torch.float32],
+        set_device=_do_nothing,
+        synchronize=_do_nothing,
+        empty_cache=_do_nothing,
+        manual_seed_all=_do_nothing,
+        **_STREAMS,
+    )
+    return module
+
+
 @contextlib.contextmanager
-def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
+def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     """Let PyTorch's own Python code, and the user's, take the virtual device for a CUDA GPU."""
     global _active
     with contextlib.ExitStack() as patches:
-        # values that do not exist lie in no distribution's support
+        # placeholders need not lie in the support of a distribution
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
-        patches.enter_context(patched(nn.Module, _apply=apply_without_swapping))
+        patches.enter_context(patched(nn.Module, _apply=_apply_to_fakes))
         patches.enter_context(
-            # values are followed in `values.py`
+            # FakeTensorMode would follow constants, as `known_values.py` does
             patched(fake_tensor, CONSTANT_NUMEL_LIMIT=-1, run_fallback_kernel=run_on_cpu)
         )
         for module in FOREACH_MODULES:
@@ -151,7 +150,7 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
             patches.enter_context(patched(module, _foreach_supported_types=types))
         if device.type == _NAME:
             patches.enter_context(patched(torch.cuda, **_answers(spec)))
-            patches.enter_context(autocast.mirrored(_NAME))
+            patches.enter_context(autocast.follows_cuda(_NAME))
             _active = True
         try:
             yield
@@ -159,40 +158,56 @@ def pretend(spec: GpuSpec, device: torch.device) -> Iterator[None]:
             _active = False
 
 
-def _answers(spec: GpuSpec) -> dict[str, Callable[..., Any]]:
-    """Return what functions of `torch.cuda` would answer on the simulated GPU."""
+def _answers(spec: GpuSpec) -> dict[str, Any]:
+    """Return what takes the place of functions and classes of `torch.cuda`, by name."""
     major, minor = spec.compute_capability
     properties = SimpleNamespace(
         name=spec.name, major=major, minor=minor, total_memory=spec.capacity_bytes
     )
+    no_bytes = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+    no_effect = """
+        set_device synchronize empty_cache manual_seed manual_seed_all set_rng_state
+        reset_peak_memory_stats
+    """
     return {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
+        **dict.fromkeys(no_bytes.split(), lambda device=None: 0),
+        **dict.fromkeys(no_effect.split(), _do_nothing),
+        **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
+        **_STREAMS,
+        "device": Inert,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_name": lambda device=None: spec.name,
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
         "is_current_stream_capturing": lambda: False,
-        "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
-        "current_stream": lambda device=None: _Inert(),
-        "default_stream": lambda device=None: _Inert(),
-        "Stream": _Inert,
-        "Event": _Inert,
-        "stream": _Inert,
-        "device": _Inert,
         "memory_stats": lambda device=None: defaultdict(int),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: None,
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "memory_reserved": lambda device=None: 0,
-        "max_memory_reserved": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
         "mem_get_info": lambda device=None: (spec.capacity_bytes, spec.capacity_bytes),
     }
+
+
+def _apply_to_fakes(
+    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """Do what `Module._apply` does to modules of fake tensors; leave real ones where they are.
+
+    `Module._apply` swaps a fake parameter with what it becomes, and fails where anything else holds
+    the parameter. A real module that user code moves to the GPU stays where it is; an op that uses
+    its tensors moves copies.
+    """
+    parameters: dict[str, Any] = module._parameters
+    buffers: dict[str, Any] = module._buffers
+    if recurse:
+        for child in module.children():
+            child._apply(change)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            changed = change(parameter) if isinstance(parameter, FakeTensor) else parameter
+            if changed is not parameter:
+                parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+        for name, buffer in buffers.items():
+            if isinstance(buffer, FakeTensor):
+                buffers[name] = change(buffer)
+    return module

@@ -1,9 +1,9 @@
 """A device guard that survives errors in backward.
 
-While an error of Python code in the autograd thread unwinds through the engine, a destructor asks
-the guard for its device type with Python's error still set, and a Python function that returns in
-that state ends the process. So the error is set aside first, and `lost_errors_found` raises it
-again.
+While an error that Python code raised in backward unwinds through the engine, a destructor asks the
+guard for its device type. Python's error is still set then, and a Python function that returns in
+that state ends the process. So the guard takes the error first, the engine raises a `SystemError`
+for want of it, and `lost_errors_found` raises the original again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autobatch.support.torch_private import PRIVATE_USE_1, DeviceGuard
 
 __all__ = ["VirtualDeviceGuard", "lost_errors_found"]
 
-_error = tuple(ctypes.py_object() for _ in range(3))
+_error = tuple(ctypes.py_object() for _ in range(3))  # its type, value and traceback
 _slots = tuple(map(ctypes.byref, _error))
 _lost: list[tuple[Any, ...]] = []
 
@@ -30,7 +30,7 @@ class VirtualDeviceGuard(DeviceGuard):
         take: Any = ctypes.pythonapi.PyErr_Fetch,  # nothing may be looked up before it has run
         slots: Any = _slots,
     ) -> Any:
-        """Return the device type; an error that is set is taken and kept."""
+        """Take and keep an error that is set, and return the device type."""
         take(*slots)
         if _error[0]:
             _lost.append(tuple(part.value if part else None for part in _error))
@@ -39,7 +39,7 @@ class VirtualDeviceGuard(DeviceGuard):
 
 @contextlib.contextmanager
 def lost_errors_found() -> Iterator[None]:
-    """Raise what really went wrong where the engine lost the error that the guard took."""
+    """Raise the error that the guard took, in place of the engine's complaint that it is gone."""
     try:
         yield
     except SystemError:

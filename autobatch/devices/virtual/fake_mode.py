@@ -1,9 +1,9 @@
 """Fake tensors on the simulated device, fast enough to run whole training windows.
 
-`VirtualMode` is PyTorch's `FakeTensorMode` with three additions: a recorder sees every storage
-that comes to life on the simulated device, calls that repeat with the same shapes are answered
-from a cache of output layouts (a training window repeats nearly all of them), and reads of values
-that do not exist are answered by stand-ins (`unknown.py`).
+`VirtualMode` is PyTorch's `FakeTensorMode` with three additions. A recorder sees every storage that
+comes to life on the simulated device. Calls that repeat with the same shapes are answered from a
+cache of output layouts; a training window repeats nearly all of them. Reads of values that do not
+exist are answered by rules (`unknown_values.py`).
 
 Invariant: a cached answer has the same shapes, strides, dtypes and aliasing as FakeTensorMode's.
 """
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.kernels.workspaces import Workspaces
+from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.support.torch_private import (
     DisableTorchFunction,
     FakeTensor,
@@ -29,42 +32,22 @@ from autobatch.support.torch_private import (
     tree_map,
 )
 
-__all__ = ["Recorder", "VirtualMode"]
+__all__ = ["VirtualMode"]
 
 preload_fake_tensors()
-
-
-class Recorder(Protocol):
-    """Sees the storages of the simulated device."""
-
-    def created(self, tensor: Tensor, op: str) -> None:
-        """A storage may have come to life as `tensor`'s; called for new and for old ones."""
-
-
-class UnknownValues(Protocol):
-    """Answers for values that do not exist."""
-
-    def __call__(
-        self, mode: VirtualMode, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Answer an op, or return NotImplemented."""
-
-    def note(
-        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        """Remember what is known of a result's elements."""
-
-    def given(self, fake: Tensor, real: Tensor) -> None:
-        """Hear of a real tensor, such as one of the sample, and of its fake."""
 
 
 class _Uncacheable(Exception):
     """A call whose answer depends on more than the layout of its arguments."""
 
 
-# What to do with one output: ("same", i) is argument i itself, ("view", i, layout) aliases its
-# storage, ("new", layout) owns fresh storage, ("value", v) is a plain Python value.
 _Recipe = tuple[Any, ...]
+"""How to make one output without running its op.
+
+("same", i) is tensor i of the arguments, ("view", i, shape, stride, offset, dtype) aliases its
+storage, ("new", shape, stride, dtype) owns a new storage, ("list", kind, recipes) holds several,
+("value", v) is a plain Python value.
+"""
 
 # ops that change a tensor's layout, or whose result depends on values
 _CHANGING = frozenset(
@@ -75,15 +58,20 @@ _IMMUTABLE = (str, type(None), torch.dtype, torch.device, torch.layout, torch.me
 
 
 class VirtualMode(FakeTensorMode):
-    """Run tensors of `device` without memory; everything else is a fake CPU tensor."""
+    """Run tensors of `device` without memory; everything else is a fake CPU tensor.
+
+    Attributes:
+        virtual_device: the simulated device.
+        adopted: how many real tensors were moved there, as they met tensors of the device in an op.
+    """
 
     def __init__(
         self,
         device: torch.device,
-        recorder: Recorder,
+        recorder: StorageRecorder,
         unknown: UnknownValues,
-        before: Callable[[OpOverload, Sequence[Any]], Callable[[], None] | None],
-        adopt: Callable[[Tensor], Tensor],
+        workspaces: Workspaces,
+        move: Callable[[Tensor], Tensor],
         recipes: dict[Any, Any],
     ):
         """Prepare a mode.
@@ -92,21 +80,20 @@ class VirtualMode(FakeTensorMode):
             device: the simulated device; tensors elsewhere are fake but not recorded.
             recorder: told of every storage on the device.
             unknown: asked first, for every op.
-            before: called before every op that runs on the device, for hidden allocations; may
-                return what to call after it.
-            adopt: moves a real tensor that meets tensors of the device in an op.
+            workspaces: told of every op before it runs, for allocations that no tensor shows.
+            move: returns the counterpart on the device of a real tensor.
             recipes: the cache of output layouts, shared by runs on the same device.
         """
         super().__init__(allow_non_fake_inputs=True)
         self.cache_enabled = False  # ours is in front of it
         self.virtual_device = device
+        self.adopted = 0
         self._recorder = recorder
         self._unknown = unknown
-        self._before = before
-        self._adopt = adopt
-        self.adopted = 0
+        self._workspaces = workspaces
+        self._move = move
         self._recipes = recipes
-        self._depth = 0
+        self._is_inside = False
         self._attributes: dict[str, Any] | None = None
         self._sole_holders = holders_of_a_sum()
 
@@ -127,46 +114,34 @@ class VirtualMode(FakeTensorMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer from the cache, from a stand-in, or as FakeTensorMode does; then record."""
+        """Answer by a rule, from the cache, or as FakeTensorMode does; then record."""
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
-        if self._depth:  # a decomposition inside FakeTensorMode: no kernel, no memory
+        if self._is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self._depth += 1
+        self._is_inside = True
         try:
             with DisableTorchFunction():  # what happens in here is no call of the user's
-                return self._dispatch(func, types, args, kwargs)
+                return self._dispatch(func, args, kwargs)
         finally:
-            self._depth -= 1
+            self._is_inside = False
 
-    def _dispatch(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def _dispatch(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
-        after = self._before(func, args)
-        output = self._unknown(self, func, args, kwargs)
+        after = self._workspaces.before(func, args)
+        output = self._unknown.answer(self, func, args, kwargs)
         if output is NotImplemented:
-            output = self._answer(func, types, args, kwargs)
+            output = self._answer(func, args, kwargs)
         else:
             self._created(output, func.name())
         if after is not None:
             after()
-        self._unknown.note(func, args, kwargs, output)
+        self._unknown.follow(func, args, kwargs, output)
         return output
 
-    def _answer(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def _answer(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer from the cache or as FakeTensorMode does, and record what came to life."""
         tensors: list[Any] = []
         try:
@@ -176,58 +151,60 @@ class VirtualMode(FakeTensorMode):
                 recipe = self._recipes[key] = self._work_out(func, args, kwargs)
         except _Uncacheable:
             args, kwargs = self._adopted(args, kwargs)
-            output = super().__torch_dispatch__(func, types, args, kwargs)
+            output = super().__torch_dispatch__(func, (), args, kwargs)
         else:
             if recipe is not None:
                 return self._build(recipe, tensors, func)
-            output = super().__torch_dispatch__(func, types, args, kwargs)
+            output = super().__torch_dispatch__(func, (), args, kwargs)
             self._remember(key, func, output, tensors)
         self._created(output, func.name())
         return output
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move real tensors that user code holds (class weights, say) to where the others are."""
-        leaves = tree_leaves((args, kwargs))
-        if not any(self._is_virtual(leaf) for leaf in leaves):
+        if not any(map(self._is_virtual, tree_leaves((args, kwargs)))):
             return args, kwargs
-        return tree_map(self._adopt_leaf, (args, kwargs))  # type: ignore[no-any-return]
+        return tree_map(self._adopt, (args, kwargs))  # type: ignore[no-any-return]
 
-    def _adopt_leaf(self, leaf: Any) -> Any:
+    def _adopt(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.dim():
             return leaf  # numbers may live on the CPU
         with self:
-            adopted = self._adopt(leaf)
-        self._recorder.created(adopted, "adopted")
+            moved = self._move(leaf)
+        self._recorder.created(moved, "adopted")
         self.adopted += 1
-        return adopted
+        return moved
 
     def _is_virtual(self, value: Any) -> bool:
-        return isinstance(value, FakeTensor) and value.fake_device == self.virtual_device
+        return isinstance(value, FakeTensor) and (
+            value.fake_device is self.virtual_device or value.fake_device == self.virtual_device
+        )
 
     def run(self, func: OpOverload, *args: Any) -> Any:
-        """Run an op from inside a stand-in; its results are recorded."""
+        """Run an op from inside a rule; its results are recorded."""
         output = super().__torch_dispatch__(func, (), args, {})
         self._created(output, func.name())
         return output
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Make a tensor on `like`'s device from inside a stand-in."""
+        """Make a tensor on `like`'s device from inside a rule."""
         elem = torch.empty(shape, dtype=dtype, device="meta")
         return FakeTensor(self, elem, like.device)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Make a tensor of the same layout from inside a stand-in."""
-        elem = torch.empty_like(_alias(tensor, 0, tensor.shape, tensor.stride()))
+        """Make a tensor of the same layout from inside a rule."""
+        shape, stride, _, dtype = _layout(tensor)
+        elem = torch.empty_like(_alias(tensor, shape, stride, 0, dtype))
         return FakeTensor(self, elem, tensor.device)
 
     def fake_of(self, value: Tensor) -> Tensor:
-        """Make a fake of a real tensor, on its device."""
+        """Make a fake of a real tensor, on the device where that is."""
         return FakeTensor(self, torch.empty_like(value, device=_META), value.device)
 
     def from_tensor(self, tensor: Tensor, **kwargs: Any) -> FakeTensor:
-        """Make a fake of a tensor of the sample."""
+        """Make a fake of a tensor of the sample, with its values where they may be sizes."""
         fake = super().from_tensor(tensor, **kwargs)
-        self._unknown.given(fake, tensor)
+        self._unknown.known.give(fake, tensor)
         return fake
 
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
@@ -236,16 +213,10 @@ class VirtualMode(FakeTensorMode):
         for value in values:
             kind = type(value)
             if kind is FakeTensor:
-                if value.fake_device is not self.virtual_device and (
-                    value.fake_device != self.virtual_device
-                ):
-                    raise _Uncacheable
-                if value.dtype.is_complex:
+                if value.dtype.is_complex or not self._is_virtual(value):
                     raise _Uncacheable
                 tensors.append(value)
-                parts.append(
-                    (tuple(value.shape), value.stride(), value.storage_offset(), value.dtype)
-                )
+                parts.append(_layout(value))
             elif kind in (list, tuple):
                 parts.append((kind, self._key(value, tensors)))
             elif kind in (int, float, bool):
@@ -279,31 +250,26 @@ class VirtualMode(FakeTensorMode):
 
     def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
         """Say what an output is, given the tensors among the arguments."""
-        same: dict[int, int] = {}
-        storages: dict[int, int] = {}
-        for index, tensor in enumerate(tensors):
-            same.setdefault(id(tensor), index)
-            storages.setdefault(tensor.untyped_storage()._cdata, index)
+        numbered = [*enumerate(tensors)][::-1]  # the first of several that are alike wins
+        same = {id(tensor): index for index, tensor in numbered}
+        storages = {tensor.untyped_storage()._cdata: index for index, tensor in numbered}
         return self._described(output, same, storages)
 
     def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> _Recipe:
         if isinstance(output, Tensor):
             if id(output) in same:
                 return ("same", same[id(output)])
-            if isinstance(output, FakeTensor) and output.fake_device != self.virtual_device:
+            is_elsewhere = isinstance(output, FakeTensor) and not self._is_virtual(output)
+            if is_elsewhere or output.layout is not torch.strided or output.dtype.is_complex:
                 raise _Uncacheable
-            if output.layout is not torch.strided or output.dtype.is_complex:
+            shape, stride, offset, dtype = _layout(output)
+            storage = output.untyped_storage()
+            if (index := storages.get(storage._cdata)) is not None:
+                return ("view", index, shape, stride, offset, dtype)
+            dense = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+            if offset or dense.untyped_storage().nbytes() != storage.nbytes():
                 raise _Uncacheable
-            layout = (tuple(output.shape), output.stride(), output.storage_offset(), output.dtype)
-            index = storages.get(output.untyped_storage()._cdata)
-            if index is not None:
-                return ("view", index, *layout)
-            dense = torch.empty_strided(layout[0], layout[1], dtype=output.dtype, device="meta")
-            if output.storage_offset() or (
-                dense.untyped_storage().nbytes() != output.untyped_storage().nbytes()
-            ):
-                raise _Uncacheable
-            return ("new", *layout)
+            return ("new", shape, stride, dtype)
         if isinstance(output, (list, tuple)):
             kind = list if isinstance(output, list) else tuple
             return ("list", kind, [self._described(item, same, storages) for item in output])
@@ -314,21 +280,21 @@ class VirtualMode(FakeTensorMode):
     def _build(self, recipe: _Recipe, tensors: list[Any], func: OpOverload) -> Any:
         kind = recipe[0]
         if kind == "new":
-            _, shape, stride, _, dtype = recipe
+            _, shape, stride, dtype = recipe
             output = self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
             self._recorder.created(output, func.name())
             return output
         if kind == "same":
             return tensors[recipe[1]]
         if kind == "view":
-            _, index, shape, stride, offset, dtype = recipe
-            return self._wrap(_alias(tensors[index], offset, shape, stride, dtype))
+            _, index, *layout = recipe
+            return self._wrap(_alias(tensors[index], *layout))
         if kind == "list":
             return recipe[1](self._build(item, tensors, func) for item in recipe[2])
         return recipe[1]
 
     def _wrap(self, elem: Tensor) -> FakeTensor:
-        """Do what FakeTensor's constructor does, without its hundred checks."""
+        """Do what FakeTensor's constructor does, without its many checks."""
         if self._attributes is None:
             self._attributes = dict(FakeTensor(self, elem, self.virtual_device).__dict__)
         output: FakeTensor = Tensor._make_subclass(
@@ -342,19 +308,20 @@ class VirtualMode(FakeTensorMode):
         return output
 
     def _created(self, output: Any, op: str) -> None:
-        if isinstance(output, FakeTensor):
-            if output.fake_device == self.virtual_device:
-                self._recorder.created(output, op)
+        if self._is_virtual(output):
+            self._recorder.created(output, op)
         elif isinstance(output, (list, tuple)):
             for item in output:
                 self._created(item, op)
 
 
-def _alias(
-    tensor: Tensor, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None
-) -> Tensor:
+def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _alias(tensor: Tensor, shape: Any, stride: Any, offset: int, dtype: torch.dtype) -> Tensor:
     """Make a meta tensor of another layout over the storage of a tensor."""
-    elem = torch.empty((), dtype=dtype or tensor.dtype, device=_META)
+    elem = torch.empty((), dtype=dtype, device=_META)
     return elem.set_(tensor.untyped_storage(), offset, shape, stride)
 
 
@@ -363,7 +330,7 @@ def _with_metas(values: Iterable[Any], metas: list[Any]) -> list[Any]:
     replaced: list[Any] = []
     for value in values:
         if type(value) is FakeTensor:
-            metas.append(_alias(value, value.storage_offset(), value.shape, value.stride()))
+            metas.append(_alias(value, *_layout(value)))
             replaced.append(metas[-1])
         elif type(value) in (list, tuple):
             replaced.append(_with_metas(value, metas))
@@ -374,7 +341,7 @@ def _with_metas(values: Iterable[Any], metas: list[Any]) -> list[Any]:
 
 @functools.cache
 def _runs_on_meta(func: OpOverload) -> bool:
-    """Whether FakeTensorMode has no rule of its own for an op, and its meta kernel says it all."""
+    """Whether an op's meta kernel tells its result, and FakeTensorMode has no rule of its own."""
     return (
         func.namespace == "aten"
         and not _CHANGING.intersection(func.tags)

@@ -1,7 +1,7 @@
-"""Calls of user code that a simulated GPU answers in its own way.
+"""Calls of PyTorch's Python functions, in user code, that a simulated GPU answers in its own way.
 
 Literal "cuda" devices land on the virtual device, tensors there say that they are on CUDA, and
-reading their values gives stand-ins.
+reads of their values give known values or placeholders.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autobatch.devices.virtual.known_values import forget, values_of
-from autobatch.devices.virtual.unknown_values import placeholder_of
+from autobatch.devices.virtual.elements import forget_values, placeholder_of, values_of
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -29,12 +28,11 @@ from autobatch.support.torch_private import (
 
 __all__ = ["CudaCalls"]
 
-
 _NAMES = (str, torch.device)
 
 
 class CudaCalls(TorchFunctionMode):
-    """Route calls of PyTorch's Python functions while a workload is simulated."""
+    """Routes calls while a workload is simulated."""
 
     def __init__(self, device: torch.device):
         """Route to `device`."""
@@ -42,7 +40,7 @@ class CudaCalls(TorchFunctionMode):
         self._device = device
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
-            # imported by name before its substitute was in place
+            # a module that imported it by name has the original
             attention: lambda *args, **kwargs: F.scaled_dot_product_attention(*args, **kwargs),
             Tensor.__deepcopy__: _deepcopy,
             Tensor.__format__: _format,
@@ -53,9 +51,12 @@ class CudaCalls(TorchFunctionMode):
             Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
         if device.type != "cuda":
+            is_cuda: Any = Tensor.is_cuda
+            self._routes[is_cuda.__get__] = lambda tensor: tensor.device == device
             self._routes[Tensor.cuda] = self._cuda
-            self._routes[torch.device] = self._named_device
-            self._routes[Tensor.is_cuda.__get__] = self._is_cuda  # type: ignore[attr-defined]
+            self._routes[torch.device] = lambda *args, **kwargs: self._landed(
+                torch.device(*args, **kwargs)
+            )
 
     def __torch_function__(
         self,
@@ -69,7 +70,7 @@ class CudaCalls(TorchFunctionMode):
         if route is not None:
             return route(*args, **(kwargs or {}))
         if self._device.type != "cuda":
-            for arg in args:  # most calls name no device, and there are a great many calls
+            for arg in args:  # fast, because there are a great many calls and few name a device
                 if type(arg) in _NAMES:
                     args = [self._landed(arg) for arg in args]
                     break
@@ -78,7 +79,7 @@ class CudaCalls(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _of_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make a tensor of a list in which there may be numbers on the GPU."""
+        """Make a tensor of a list, which may hold numbers that are on the GPU."""
         leaves = tree_leaves(data) if isinstance(data, (list, tuple)) else ()
         held = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
         if held:
@@ -86,7 +87,7 @@ class CudaCalls(TorchFunctionMode):
         landed = {name: self._landed(value) for name, value in kwargs.items()}
         made = make(data, *map(self._landed, args), **landed)
         if any(values_of(leaf) is None for leaf in held):
-            forget(made)
+            forget_values(made)
         return made
 
     def _landed(self, value: Any) -> Any:
@@ -101,19 +102,12 @@ class CudaCalls(TorchFunctionMode):
         kwargs.pop("device", None)
         return tensor.to(self._device, **kwargs)
 
-    def _is_cuda(self, tensor: Tensor) -> bool:
-        return tensor.device == self._device
-
-    def _named_device(self, *args: Any, **kwargs: Any) -> torch.device:
-        device = torch.device(*args, **kwargs)
-        return self._device if device.type == "cuda" else device
-
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
-        """Be in force in the autograd thread too, where checkpointing runs forward passes.
+        """Route calls inside backward passes too, where checkpointing runs forward passes again.
 
-        PyTorch sets a function mode aside while `Tensor.backward`, which the mode could override,
-        runs; so it is entered again at the last step before the engine.
+        PyTorch leaves a function mode while `Tensor.backward` runs, which the mode could override;
+        so this one is entered again at the last step before the engine.
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:

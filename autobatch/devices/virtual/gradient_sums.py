@@ -3,6 +3,9 @@
 Where a tensor feeds several ops, the engine adds their gradients into the first one's memory, if
 nobody else holds it (`can_accumulate_inplace` in `torch/csrc/autograd/input_buffer.cpp`). It never
 does so for tensor subclasses such as fake tensors, so a simulation has to.
+
+Whether nobody else holds a gradient shows in its reference counts. Which counts mean that differs
+between versions of PyTorch and Python, so they are counted once, in a sum made for that.
 """
 
 from __future__ import annotations
@@ -22,22 +25,21 @@ from autobatch.support.torch_private import (
     storage_use_count,
 )
 
-__all__ = ["Holders", "adds_in_place", "holders_of_a_sum"]
+__all__ = ["adds_in_place", "holders_of_a_sum"]
 
 _ADD = torch.ops.aten.add.Tensor
 
-
-Holders = tuple[int, int, int]
+_Holders = tuple[int, int, int]
 """How many references there are to a tensor in C++, to its storage, and to it in Python."""
 
 
-def adds_in_place(func: Any, args: Sequence[Any], sole: Holders) -> bool:
+def adds_in_place(func: Any, args: Sequence[Any], sole: _Holders) -> bool:
     """Whether an op is the engine's sum of two gradients, made in the memory of the first.
 
     Args:
         func: the op.
         args: its arguments, as `__torch_dispatch__` got them.
-        sole: the holders of a sum that is the engine's alone.
+        sole: the holders of a gradient that only the engine holds.
     """
     return (
         func is _ADD
@@ -62,14 +64,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _holders(args: Sequence[Any]) -> Holders:
+def _holders(args: Sequence[Any]) -> _Holders:
     storage = storage_use_count(args[0].untyped_storage()._cdata)
     return args[0]._use_count(), storage, sys.getrefcount(args[0])
 
 
 @functools.cache
-def holders_of_a_sum() -> Holders:
-    """Return the holders that this PyTorch's engine alone makes, while it adds."""
+def holders_of_a_sum() -> _Holders:
+    """Return the holders of a gradient that only this PyTorch's engine holds, while it adds."""
     with torch.enable_grad(), _Watch() as watch:
         x = torch.ones(2, requires_grad=True)
         (x.exp() + x.tanh()).sum().backward()
@@ -80,7 +82,7 @@ def holders_of_a_sum() -> Holders:
 class _Watch(FakeTensorMode):
     """Counts the holders of the first sum that the engine makes."""
 
-    holders: Holders | None = None
+    holders: _Holders | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

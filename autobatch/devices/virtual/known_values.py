@@ -1,13 +1,11 @@
-"""KnownValues that tensors without memory do have: small whole numbers, and what follows from them.
+"""Values that tensors without memory do have: small whole numbers, and what follows from them.
 
 Models read sizes back from the GPU: the grid of patches of every image, the lengths of sequences,
-the shapes of feature maps. Those are numbers of the user's code, of small integer buffers and of
-small integer tensors in the sample, and ops on them are run for real, on the CPU.
+the shapes of feature maps. Those sizes are numbers in the user's code, small integer buffers and
+small integer tensors of the sample. Ops on them are run for real, on the CPU, and their results are
+kept in the mirrors of the fake tensors (`elements.py`).
 
-A fake storage has a *mirror*, a real storage of the same bytes. Views share it, ops that write
-change it, and one that writes what is unknown ends it.
-
-Invariant: a mirror holds what the device's memory would hold, or there is none.
+Invariant: an op that writes what is not known to a tensor ends its mirror.
 """
 
 from __future__ import annotations
@@ -20,35 +18,35 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.copies import blank
-from autobatch.support.torch_private import FakeTensor, no_dispatch
+from autobatch.devices.virtual.elements import (
+    KEPT_ELEMENTS,
+    WHOLE,
+    forget_values,
+    has_values,
+    placeholder_of,
+    set_values,
+    values_of,
+)
+from autobatch.support.torch_private import FakeTensor
 
-__all__ = ["KnownValues", "forget", "mirror", "values_of"]
+__all__ = ["KnownValues"]
 
 GIVEN_ELEMENTS = 64
-"""Whole numbers of one sample that are known, as sizes are; token ids are more, and are not."""
-
-KEPT_ELEMENTS = 1024
-"""Elements, per sample of the micro-batch, up to which a result is known.
-
-By the sample, as what is known at one micro-batch has to be known at any: its results may decide
-which ops run.
-"""
+"""Elements of one sample up to which a tensor is taken for sizes; token ids are more."""
 
 _MOST_ELEMENTS = 2**22
-_WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
 _FLOATS = frozenset((torch.float32, torch.float64))
-_UNINITIALISED = frozenset(("empty", "new_empty", "empty_like"))
-_MAKERS = _UNINITIALISED | frozenset(
-    """
-    arange zeros ones full scalar_tensor new_zeros new_ones new_full zeros_like ones_like full_like
-    eye tril_indices triu_indices
-    """.split()
+_UNINITIALISED = frozenset("empty new_empty empty_like".split())
+_FILLED = frozenset(
+    "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split()
 )
+_COMPUTED = frozenset("arange eye tril_indices triu_indices scalar_tensor".split())
+_MAKERS = _UNINITIALISED | _FILLED | _COMPUTED
 """Ops that read the value of no tensor."""
 
 
 class KnownValues:
-    """Follows what is known through the ops of one run."""
+    """Follows known values through the ops of one run."""
 
     def __init__(self, micro_batch: int):
         """Follow a run at this micro-batch."""
@@ -60,13 +58,13 @@ class KnownValues:
         if not is_plain or real.device.type != "cpu" or real.numel() > self._most:
             return NotImplemented
         fake = mode.fake_of(real)
-        mirror(fake, real)
+        set_values(fake, real)
         return fake
 
     def give(self, fake: Tensor, real: Tensor) -> None:
-        """Let a tensor of the sample have its values, where it has as few as sizes have.
+        """Let the fake of a tensor of the sample have its values, if it is small enough for sizes.
 
-        One element that is expanded is what stands for a sample on `meta`: it has no values.
+        A single element that is expanded has none: it stands for a sample on `meta`.
         """
         rows = real.shape[0] if real.dim() else 1
         is_few = real.numel() <= min(GIVEN_ELEMENTS * rows, _MOST_ELEMENTS)
@@ -84,8 +82,8 @@ class KnownValues:
         """Run an op for real, on the CPU; return NotImplemented where a value is unknown."""
         if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._opname:
             return NotImplemented
-        read = _read_out(args, self._most) if _reads_tensors(func) else None
-        return NotImplemented if read is None else _run(func, read, kwargs)
+        values = _values_in(args, self._most) if _reads_tensors(func) else None
+        return NotImplemented if values is None else _run(func, values, kwargs)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -94,91 +92,51 @@ class KnownValues:
         if written := _written(func):
             self._write(func, args, kwargs, written)
         elif isinstance(output, (list, tuple)):
-            if any(isinstance(part, Tensor) and self._may_be_known(part) for part in output):
+            if any(map(self._may_be_known, output)):
                 made = self.result(func, args, kwargs)
                 if made is not NotImplemented:
                     for part, real in zip(output, made, strict=True):
                         self._remember(part, real)
-        elif isinstance(output, Tensor) and self._may_be_known(output):
+        elif self._may_be_known(output):
             if func._opname in _MAKERS:
                 self._remember(output, _made(func, args, kwargs, output))
             else:
                 self._remember(output, self.result(func, args, kwargs))
 
-    def _may_be_known(self, output: Tensor) -> bool:
+    def _may_be_known(self, output: Any) -> bool:
         return (
-            (output.dtype in _WHOLE or output.dtype in _FLOATS)
+            type(output) is FakeTensor
+            and (output.dtype in WHOLE or output.dtype in _FLOATS)
             and output.numel() <= self._most
-            and type(output) is FakeTensor
-            and "mirror" not in vars(output.untyped_storage())  # a view's is its base's
+            and not has_values(output)  # a view already has those of its base
         )
 
     def _remember(self, output: Any, real: Any) -> None:
         is_alike = isinstance(real, Tensor) and real.shape == output.shape
         if is_alike and self._may_be_known(output):
-            mirror(output, real)
+            set_values(output, real)
 
     def _write(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], written: Sequence[Any]
     ) -> None:
+        """Run an op that writes on the mirrors too, or end them where that is not possible."""
         targets: list[Any] = []
         for key in written:
             target = kwargs.get(key) if isinstance(key, str) else args[key]
             targets += target if isinstance(target, (list, tuple)) else (target,)
         targets = [target for target in targets if type(target) is FakeTensor]
-        storages = [vars(target.untyped_storage()) for target in targets]
-        if not any("mirror" in storage for storage in storages):
-            return
-        if all("mirror" in storage for storage in storages) and (
-            self.result(func, args, kwargs) is not NotImplemented
-        ):
+        known = [has_values(target) for target in targets]
+        if not any(known) or (all(known) and self.result(func, args, kwargs) is not NotImplemented):
             return
         for target in targets:
-            forget(target)
-
-
-def mirror(fake: Tensor, real: Tensor) -> None:
-    """Let a tensor without memory have the values of a real one of its shape, on the CPU."""
-    storage = fake.untyped_storage()
-    with no_dispatch():
-        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
-        vars(storage)["mirror"] = memory.untyped_storage()
-        _over(memory.untyped_storage(), fake).copy_(real)
-
-
-def forget(fake: Tensor) -> None:
-    """Let a tensor without memory have no values."""
-    vars(fake.untyped_storage()).pop("mirror", None)
-
-
-def values_of(tensor: Tensor) -> Tensor | None:
-    """Return a tensor's elements, on the CPU, in memory that its views share; None if unknown."""
-    if type(tensor) is not FakeTensor:
-        is_plain = type(tensor) is Tensor and tensor.device.type == "cpu"
-        return tensor if is_plain and _is_few(tensor) else None
-    known = vars(tensor.untyped_storage()).get("mirror")
-    if known is None or known.nbytes() != tensor.untyped_storage().nbytes():  # resized since
-        return None
-    with no_dispatch():
-        return _over(known, tensor)
-
-
-def _over(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
-    """Return a real tensor of a fake one's layout over a storage."""
-    values = torch.empty((), dtype=tensor.dtype, device="cpu")
-    return values.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _is_few(tensor: Tensor) -> bool:
-    """Whether a real tensor that meets fake ones is a number, or whole numbers of the user's."""
-    return not tensor.dim() or (tensor.dtype in _WHOLE and tensor.numel() <= KEPT_ELEMENTS)
+            forget_values(target)
 
 
 def _copy_values(fake: Tensor, real: Tensor) -> None:
-    if real.dtype not in _WHOLE or real.device.type != "cpu" or type(fake) is not FakeTensor:
+    if real.dtype not in WHOLE or real.device.type != "cpu" or type(fake) is not FakeTensor:
         return
-    if real.untyped_storage().nbytes():  # a model that waits in the shelter has empty storages
-        mirror(fake, real)
+    if real.untyped_storage().nbytes():  # those of a model that is offloaded to the host are empty
+        set_values(fake, real)
 
 
 @functools.cache
@@ -193,22 +151,20 @@ def _written(func: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _reads_tensors(func: Any) -> bool:
-    """Whether an op takes tensors, for which numbers may stand as in `torch.div(7, 2)`."""
+    """Whether an op takes tensors; numbers may be in their place, as in `torch.div(7, 2)`."""
     return any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
-def _read_out(args: Sequence[Any], most: int) -> list[Any] | None:
+def _values_in(args: Sequence[Any], most: int) -> list[Any] | None:
     """Return arguments with every tensor replaced by its values; None where one is unknown."""
     values: list[Any] = []
     for arg in args:
+        value = arg
         if isinstance(arg, Tensor):
-            value: Any = values_of(arg) if arg.numel() <= most else None
+            value = values_of(arg) if arg.numel() <= most else None
         elif type(arg) in (list, tuple):
-            value = _read_out(arg, most)
-        else:
-            values.append(arg)
-            continue
-        if value is None:
+            value = _values_in(arg, most)
+        if value is None and arg is not None:
             return None
         values.append(value)
     return values
@@ -228,18 +184,10 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _made(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Any:
-    """Return what an op makes that reads no tensor; memory that is not set reads as ones."""
-    if output.dtype not in _WHOLE:  # tables of floats: nobody takes a size from them
+    """Return what an op makes that reads no tensor; uninitialised memory reads as ones."""
+    if output.dtype not in WHOLE:  # tables of floats: nobody takes a size from them
         return NotImplemented
-    name = func._opname
-    if name in _UNINITIALISED or "ones" in name:
-        fill: Any = 1
-    elif "zeros" in name:
-        fill = 0
-    elif "full" in name:
-        fill = args[2] if name == "new_full" else args[1]
-    else:
+    if func._opname in _COMPUTED:
         return _run(func, args, {**kwargs, "dtype": output.dtype})
-    if isinstance(fill, Tensor):
-        return NotImplemented
+    fill = 1 if func._opname in _UNINITIALISED else placeholder_of(output)
     return torch.full(output.shape, fill, dtype=output.dtype, device="cpu")

@@ -1,13 +1,14 @@
-"""Watch storages of a simulated device live and die, and tell it as a `Trace`.
+"""The trace of a simulated GPU: the storages of fake tensors, as they come and go.
 
 A storage is allocated when the first tensor on it appears and freed when its last reference goes,
-as with the caching allocator. Invariant: every live block is in exactly one category.
+as with the caching allocator. Invariant: every block is in exactly one category.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,16 @@ from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
 __all__ = ["StorageRecorder"]
 
 
+@dataclass(slots=True)
 class _Block:
     """A block while it is being recorded; its category is settled at the end."""
 
-    __slots__ = ("category", "op", "outlived_forward", "phase", "size_bytes")
-
-    def __init__(self, size_bytes: int, phase: Phase, op: str, category: Category | None):
-        self.size_bytes = size_bytes
-        self.phase = phase
-        self.op = op
-        self.category = category
-        self.outlived_forward = False
+    size_bytes: int
+    phase: Phase
+    op: str
+    category: Category | None
+    stream: int = 0
+    outlived_forward: bool = False
 
 
 class _StorageRef(weakref.ref):  # type: ignore[type-arg]
@@ -40,9 +40,12 @@ class _StorageRef(weakref.ref):  # type: ignore[type-arg]
 
 
 class StorageRecorder:
-    """Number storages in order of allocation and log their lives.
+    """Numbers storages in order of allocation, and logs when each is allocated and freed.
 
-    Tensors are identified by their storage, so views and in-place results are no new blocks.
+    Views and in-place results share a storage that was seen before, so they are no new blocks.
+
+    Attributes:
+        phase: the phase that runs.
     """
 
     def __init__(self) -> None:
@@ -50,14 +53,16 @@ class StorageRecorder:
         self._events: list[int] = []
         self._marks: list[Mark] = []
         self._live: dict[int, _StorageRef] = {}
-        self._phase: Phase = "setup"
+        self.phase: Phase = "setup"
         self._pending: Category | None = None
         self._due: list[tuple[int, int, str]] = []
         self._results = 0
 
     def created(self, tensor: Tensor, op: str) -> None:
         """Log an allocation if `tensor`'s storage has not been seen."""
-        storage = tensor.untyped_storage()
+        self._seen(tensor.untyped_storage(), op)
+
+    def _seen(self, storage: torch.UntypedStorage, op: str) -> None:
         key = storage._cdata
         if key in self._live:
             return
@@ -66,9 +71,9 @@ class StorageRecorder:
         ref.block = len(self._blocks)
         self._live[key] = ref
         category = self._pending
-        if category is None and self._phase == "backward" and torch.is_grad_enabled():
+        if category is None and self.phase == "backward" and torch.is_grad_enabled():
             category = "activations"  # recomputed by activation checkpointing
-        self._blocks.append(_Block(storage.nbytes(), self._phase, op, category))
+        self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
         if self._due:
             self._take_due()
@@ -82,18 +87,18 @@ class StorageRecorder:
     def hidden(self, size_bytes: int, op: str) -> int:
         """Log an allocation that no tensor shows; return its number, to free it or not."""
         self._events.append(len(self._blocks))
-        self._blocks.append(_Block(size_bytes, self._phase, op, "workspace"))
+        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace"))
         return len(self._blocks) - 1
 
-    def free(self, block: int) -> None:
-        """Log that a hidden allocation is given back."""
-        self._events.append(~block)
+    def free(self, blocks: Iterable[int]) -> None:
+        """Log that hidden allocations are given back."""
+        self._events.extend(~block for block in blocks)
 
     def expect(self, workspaces: Iterable[tuple[int, int]], op: str) -> None:
         """Log workspaces of the next op, each taken and given back after some of its results.
 
         Args:
-            workspaces: bytes, and the number of new storages (from 1 on) that come before.
+            workspaces: bytes of each, and how many of the op's new storages come before it.
             op: what takes them.
         """
         self._due = [(after, size_bytes, op) for size_bytes, after in workspaces]
@@ -103,14 +108,14 @@ class StorageRecorder:
         self._results += 1
         while self._due and self._due[0][0] == self._results:
             _, size_bytes, op = self._due.pop(0)
-            self.free(self.hidden(size_bytes, op))
+            self.free([self.hidden(size_bytes, op)])
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
-        """Mark the beginning of a phase; blocks alive when backward begins are activations."""
+        """Mark the beginning of a phase."""
         if phase == "backward":
             for ref in self._live.values():
                 self._blocks[ref.block].outlived_forward = True
-        self._phase = phase
+        self.phase = phase
         self._pending = "inputs" if phase == "inputs" else None
         self._marks.append(Mark(len(self._events), phase, window, micro_batch))
 
@@ -127,7 +132,7 @@ class StorageRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Allocation(b.size_bytes, b.category or _by_phase(b), b.phase, b.op)
+                Allocation(b.size_bytes, b.category or _by_phase(b), b.phase, b.op, b.stream)
                 for b in self._blocks
             ),
             events=tuple(self._events),
@@ -136,7 +141,7 @@ class StorageRecorder:
 
 
 def _by_phase(block: _Block) -> Category:
-    """Name what no owner claims: what a forward pass leaves for backward is an activation."""
+    """Return the category of a block without an owner: activations outlive their forward pass."""
     if block.phase == "setup":
         return "other"
     if block.phase == "forward" and block.outlived_forward:

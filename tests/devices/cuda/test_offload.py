@@ -19,7 +19,7 @@ def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():
     view = base[2:5]
     module.weight.grad = torch.ones(4, 3)
     waiting = HostOffload(torch.device("cpu"))
-    shown = waiting.note(module.weight, torch.device("meta"))
+    shown = waiting.include(module.weight, torch.device("meta"))
     assert (shown.is_meta, shown.shape) == (True, (4, 3))
     waiting.offload()
     assert base.untyped_storage().nbytes() == 0
@@ -37,7 +37,7 @@ def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():
 def test_a_host_without_room_is_told_before_anything_moves(monkeypatch):
     weight = torch.ones(1000)
     waiting = HostOffload(torch.device("cpu"))
-    waiting.note(weight, torch.device("meta"))
+    waiting.include(weight, torch.device("meta"))
     monkeypatch.setattr(offload, "free_host_bytes", lambda: 3999)
     with pytest.raises(WorkloadError, match=r"3\.91 KiB on the GPU"):
         waiting.offload()
@@ -47,7 +47,7 @@ def test_a_host_without_room_is_told_before_anything_moves(monkeypatch):
 def test_a_storage_that_cannot_be_emptied_stays_and_is_copied():
     borrowed = torch.from_numpy(np.ones(8))
     waiting = HostOffload(torch.device("cpu"))
-    waiting.note(borrowed, torch.device("meta"))
+    waiting.include(borrowed, torch.device("meta"))
     waiting.offload()
     assert borrowed.sum() == 8
     assert waiting.copy_of(borrowed, torch.device("cpu")).sum() == 8

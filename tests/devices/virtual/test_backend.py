@@ -8,6 +8,7 @@ import torch
 from autobatch.devices.virtual import backend
 from autobatch.errors import AutobatchError
 from autobatch.support import process
+from tests.support.simulated import mlp, run
 
 
 @pytest.fixture
@@ -52,3 +53,13 @@ def test_another_backend_in_the_same_slot_is_left_alone(unregistered, monkeypatc
     )
     with pytest.raises(AutobatchError, match="command line"):
         backend.virtual_device()
+
+
+def test_nothing_of_the_simulation_stays_behind():
+    set_autocast = torch.set_autocast_enabled
+    is_available = torch.cuda.is_available
+    run(mlp(), autocast="bf16")
+    assert torch.set_autocast_enabled is set_autocast
+    assert torch.cuda.is_available is is_available
+    assert type(torch.empty(1)) is torch.Tensor
+    assert torch.accelerator.is_available() == torch.cuda.is_available()

@@ -9,6 +9,7 @@ restate `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (`priority_order`
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,51 +18,28 @@ from torch import Tensor
 
 from autobatch.support.torch_private import cudnn_bindings
 
-__all__ = ["attend", "choose_backend"]
+__all__ = ["attend"]
 
 aten = torch.ops.aten
 
-Backend = Literal["cudnn", "flash", "efficient", "math"]
 _HALVES = (torch.float16, torch.bfloat16)
 _CUDNN_PREFERRED_ABOVE = 91500
 _ASSUMED_CUDNN = 91900  # of current wheels; a build without cuDNN cannot say which one
 
 
-def choose_backend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float,
-    causal: bool,
-    grouped: bool,
-    needs_grad: bool,
-    capability: tuple[int, int],
-) -> Backend:
-    """Return the kernel that CUDA would take for dense [B, H, S, D] inputs."""
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return "math"
-    cudnn_first = _cudnn_version() > _CUDNN_PREFERRED_ABOVE and capability[0] in (9, 10)
-    if (
-        cudnn_first
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and _cudnn_can(query, key, value, dropout, capability)
-    ):
-        return "cudnn"
-    if not _last_strides_are_one(query, key, value):
-        return "math"
-    if (
-        torch.backends.cuda.flash_sdp_enabled()
-        and mask is None
-        and _flash_can(query, key, value, dropout, causal, needs_grad, capability)
-    ):
-        return "flash"
-    if torch.backends.cuda.mem_efficient_sdp_enabled() and _efficient_can(
-        query, key, value, mask, grouped, capability
-    ):
-        return "efficient"
-    return "math"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What the choice of a kernel depends on; tensors are [B, H, S, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    dropout: float
+    is_causal: bool
+    is_grouped: bool
+    needs_grad: bool
+    capability: tuple[int, int]
 
 
 def attend(
@@ -81,29 +59,30 @@ def attend(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    backend = choose_backend(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout=dropout_p,
-        causal=is_causal,
-        grouped=enable_gqa and query.size(-3) != key.size(-3),
+    call = _Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=attn_mask,
+        dropout=float(dropout_p),
+        is_causal=is_causal,
+        is_grouped=enable_gqa and query.size(-3) != key.size(-3),
         needs_grad=needs_grad,
         capability=capability,
     )
-    if backend == "cudnn":
+    kernel = _kernel(call)
+    if kernel == "cudnn":
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, attn_mask, needs_grad, dropout_p, is_causal, False, scale=scale
         )[0]
-    if backend == "flash":
+    if kernel == "flash":
         head = query.size(-1)
         padded = [F.pad(t, (0, -head % 8)) if head % 8 else t for t in (query, key, value)]
         output = aten._scaled_dot_product_flash_attention(
             *padded, dropout_p, is_causal, False, scale=scale or 1 / math.sqrt(head)
         )[0]
         return output[..., :head] if head % 8 else output
-    if backend == "efficient":
+    if kernel == "efficient":
         bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale
@@ -113,11 +92,6 @@ def attend(
     )[0]
 
 
-def _cudnn_version() -> int:
-    bindings = cudnn_bindings()
-    return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
-
-
 def _autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
     if torch.is_autocast_enabled(device) and tensor.is_floating_point():
@@ -125,72 +99,75 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _last_strides_are_one(*tensors: Tensor) -> bool:
-    return all(tensor.stride(-1) == 1 for tensor in tensors)
+def _cudnn_version() -> int:
+    bindings = cudnn_bindings()
+    return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
 
 
-def _cudnn_can(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, capability: tuple[int, int]
-) -> bool:
-    head, value_head = query.size(-1), value.size(-1)
-    limit = 256 if _cudnn_version() > 92200 and capability[0] in (9, 10) else 128
+def _kernel(call: _Call) -> Literal["cudnn", "flash", "efficient", "math"]:
+    """Return the kernel that CUDA would take."""
+    tensors = (call.query, call.key, call.value)
+    if any(tensor.dim() != 4 for tensor in tensors):
+        return "math"
+    if torch.backends.cuda.cudnn_sdp_enabled() and _cudnn_can(call):
+        return "cudnn"
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        return "math"
+    if torch.backends.cuda.flash_sdp_enabled() and _flash_can(call):
+        return "flash"
+    if torch.backends.cuda.mem_efficient_sdp_enabled() and _efficient_can(call):
+        return "efficient"
+    return "math"
+
+
+def _cudnn_can(call: _Call) -> bool:
+    """Whether cuDNN's kernel comes first on the card, and takes these tensors."""
+    version = _cudnn_version()
+    query, head, value_head = call.query, call.query.size(-1), call.value.size(-1)
+    widest = max(head, value_head)
     return (
-        query.dtype in _HALVES
-        and capability >= (8, 0)
-        and (dropout * 16).is_integer()
-        and max(head, value_head) <= limit
-        and (max(head, value_head) <= 128 or (head, value_head) in ((192, 128), (256, 256)))
+        version > _CUDNN_PREFERRED_ABOVE
+        and call.capability[0] in (9, 10)
+        and query.dtype in _HALVES
+        and (call.dropout * 16).is_integer()
+        and widest <= (256 if version > 92200 else 128)
+        and (widest <= 128 or (head, value_head) in ((192, 128), (256, 256)))
         and head % 8 == 0
         and value_head % 8 == 0
-        and key.size(-2) != 1
-        and not (dropout and query.size(-2) == 1)
+        and call.key.size(-2) != 1
+        and not (call.dropout and query.size(-2) == 1)
         and max(query.size(0), query.size(1)) <= 65535
     )
 
 
-def _flash_can(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout: float,
-    causal: bool,
-    needs_grad: bool,
-    capability: tuple[int, int],
-) -> bool:
-    head = query.size(-1)
-    small_sm = (8, 6) <= capability <= (8, 9) or capability[0] == 12
-    backward_can = not (needs_grad and small_sm) or head <= 192 or (head > 224 and not dropout)
+def _flash_can(call: _Call) -> bool:
+    query, head = call.query, call.query.size(-1)
+    has_small_sm = (8, 6) <= call.capability <= (8, 9) or call.capability[0] == 12
+    backward_can = head <= 192 or (head > 224 and not call.dropout)
     return (
-        query.dtype in _HALVES
-        and capability >= (8, 0)
-        and head == key.size(-1) == value.size(-1)
+        call.mask is None
+        and query.dtype in _HALVES
+        and call.capability >= (8, 0)
+        and head == call.key.size(-1) == call.value.size(-1)
         and head <= 256
-        and not (causal and query.size(-2) != key.size(-2))
-        and backward_can
+        and not (call.is_causal and query.size(-2) != call.key.size(-2))
+        and (backward_can or not (call.needs_grad and has_small_sm))
     )
 
 
-def _efficient_can(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    grouped: bool,
-    capability: tuple[int, int],
-) -> bool:
+def _efficient_can(call: _Call) -> bool:
+    query, mask = call.query, call.mask
     half = query.dtype in _HALVES
-    if not (half or query.dtype is torch.float32):
-        return False
-    if query.dtype is torch.bfloat16 and capability < (8, 0):
-        return False
-    tensor_cores = capability[0] >= 8 or (capability[0] == 7 and half)
-    alignment = max(4 if capability[0] >= 8 else 1, (8 if half else 4) if tensor_cores else 1)
+    tensor_cores = call.capability[0] >= 8 or (call.capability[0] == 7 and half)
+    alignment = max(4 if call.capability[0] >= 8 else 1, (8 if half else 4) if tensor_cores else 1)
     return (
-        capability >= (5, 0)
-        and not grouped
-        and query.size(-1) == key.size(-1)
+        (half or query.dtype is torch.float32)
+        and (query.dtype is not torch.bfloat16 or call.capability >= (8, 0))
+        and call.capability >= (5, 0)
+        and not call.is_grouped
+        and query.size(-1) == call.key.size(-1)
         and query.size(-1) % alignment == 0
-        and value.size(-1) % alignment == 0
+        and call.value.size(-1) % alignment == 0
         and (mask is None or mask.stride(-1) == 1 or mask.size(-1) == 1)
     )
 

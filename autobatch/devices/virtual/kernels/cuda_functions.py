@@ -1,13 +1,14 @@
 """PyTorch functions that CUDA runs as one kernel of its own, and other devices in many steps.
 
-They are replaced where they are looked up (not by a function mode, which does not see calls from
-inside PyTorch's own Python functions or from the autograd thread).
+They are replaced in the modules where they are looked up. A function mode could not replace them:
+it does not see calls from inside PyTorch's own Python functions, or in backward passes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +27,21 @@ __all__ = ["cuda_kernels"]
 def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
     """Run attention, recurrent layers, packing and CTC on `device` as CUDA does."""
 
-    def on_device(original: Callable[..., Any], substitute: Callable[..., Any]) -> Any:
+    def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
         def choose(first: Any, *args: Any, **kwargs: Any) -> Any:
-            ours = isinstance(first, FakeTensor) and first.fake_device == device
-            return (substitute if ours else original)(first, *args, **kwargs)
+            is_ours = isinstance(first, FakeTensor) and first.fake_device == device
+            return (ours if is_ours else original)(first, *args, **kwargs)
 
         return choose
 
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        return attend(capability, *args, **kwargs)
-
-    layers = {name: on_device(getattr(VF, name), rnn.layer(name)) for name in rnn.LAYERS}
+    layers = {name: on_device(getattr(VF, name), layer) for name, layer in rnn.LAYERS.items()}
     packing = {
         "_pack_padded_sequence": on_device(VF._pack_padded_sequence, rnn.pack),
         "_pad_packed_sequence": on_device(VF._pad_packed_sequence, rnn.pad),
     }
-    sdpa = on_device(F.scaled_dot_product_attention, attention)
+    attention = on_device(F.scaled_dot_product_attention, partial(attend, capability))
     with (
-        patched(F, scaled_dot_product_attention=sdpa),
+        patched(F, scaled_dot_product_attention=attention),
         patched(torch, ctc_loss=on_device(torch.ctc_loss, _ctc_loss)),
         patched(VF, **layers, **packing),
     ):

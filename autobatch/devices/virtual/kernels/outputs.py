@@ -1,40 +1,62 @@
-"""Shapes of normalisations, as CUDA's kernels make them and PyTorch's own rules do not.
+"""Results of ops whose CUDA kernels return other tensors than PyTorch's own rules say.
 
-Sizes as CUDA's kernels return them (`aten/src/ATen/native/cuda/Normalization.cu`): statistics of
-half-precision inputs are fp32, and there are none in evaluation mode.
+Some results have other shapes on CUDA: statistics of half-precision inputs are fp32, and there are
+none in evaluation mode (`aten/src/ATen/native/cuda/Normalization.cu`). Other ops have a kernel for
+CUDA beside one made of other ops (`CompositeImplicitAutograd`). A device without a kernel of its
+own runs the second one, whose intermediate results CUDA never allocates: seven tensors for one
+backward pass of SiLU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm", "batch_norm_backward", "layer_norm_backward"]
+from autobatch.devices.virtual.kernels import rnn
+
+__all__ = ["FUSED", "RULES", "register"]
+
+aten = torch.ops.aten
+
+FUSED = ("silu_backward", "silu_backward.grad_input", "mish_backward", "_fused_rms_norm")
+"""Ops that CUDA runs as one kernel, and PyTorch takes apart on a device that it does not know."""
+
+_libraries: list[Any] = []  # a Library unregisters its kernels when it is collected
 
 
-def batch_norm(
-    mode: Any,
-    data: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Any, Any, Any]:
-    """Make what `native_batch_norm` returns: output, saved mean, saved inverse deviation."""
+def register() -> None:
+    """Tell the dispatcher that the virtual device has the fused kernels; once per process."""
+    kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    _libraries.append(kernels)
+    for name in FUSED:
+        if hasattr(aten, name.partition(".")[0]):  # not in every version
+            kernels.impl(name, _never)
+
+
+def _never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("fake tensors are answered before any kernel runs")
+
+
+def _log_sigmoid(mode: Any, data: Tensor) -> tuple[Any, Any]:
+    """Make the output, and the buffer that CUDA's kernel leaves empty and the CPU's does not."""
+    return mode.empty_like(data), mode.empty((0,), data.dtype, data)
+
+
+def _batch_norm(mode: Any, *args: Any) -> tuple[Any, Any, Any]:
+    """Make the output, the saved mean and the saved inverse deviation."""
+    data, _, _, _, _, training, _, _ = args
     half = data.dtype in (torch.float16, torch.bfloat16)
     statistics = (data.shape[1] if training else 0,), torch.float32 if half else data.dtype, data
     return mode.empty_like(data), mode.empty(*statistics), mode.empty(*statistics)
 
 
-def batch_norm_backward(
+def _batch_norm_backward(
     mode: Any, gradient: Tensor, data: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Any, Any, Any]:
-    """Make what `native_batch_norm_backward` returns; its last argument masks the outputs."""
+    """Make the gradients of data, weight and bias that the last argument asks for."""
     channels, wants = (data.shape[1],), rest[-1]
     dtype = data.dtype if weight is None else weight.dtype
     return (
@@ -44,22 +66,35 @@ def batch_norm_backward(
     )
 
 
-def layer_norm_backward(
-    mode: Any,
-    gradient: Tensor,
-    data: Tensor,
-    normalized_shape: Any,
-    mean: Tensor,
-    inverse_deviation: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wants: Any,
-) -> tuple[Any, ...]:
-    """Make what `native_layer_norm_backward` returns: contiguous, whatever the input was."""
-    made = zip((data, weight, bias), wants, strict=True)
+def _layer_norm_backward(mode: Any, *args: Any) -> tuple[Any, ...]:
+    """Make the gradients of data, weight and bias: contiguous, whatever the input was."""
+    _, data, _, _, _, weight, bias, wants = args
     return tuple(
         mode.empty(tuple(tensor.shape), tensor.dtype, tensor)
         if wanted and tensor is not None
         else None
-        for tensor, wanted in made
+        for tensor, wanted in zip((data, weight, bias), wants, strict=True)
     )
+
+
+def _ctc_loss(mode: Any, log_probs: Tensor, targets: Tensor, *lengths: Any) -> tuple[Any, Any]:
+    """Make the losses and the table of `alpha`, for targets of full length."""
+    steps, samples = log_probs.shape[:2]
+    longest = targets.shape[1] if targets.dim() == 2 else targets.numel() // max(samples, 1)
+    return (
+        mode.empty((samples,), log_probs.dtype, log_probs),
+        mode.empty((samples, steps, 2 * longest + 1), log_probs.dtype, log_probs),
+    )
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.log_sigmoid_forward.default: _log_sigmoid,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
+    aten._ctc_loss.default: _ctc_loss,
+    aten._ctc_loss.Tensor: _ctc_loss,
+    aten._cudnn_rnn.default: rnn.forward_outputs,
+    aten._cudnn_rnn_backward.default: rnn.backward_outputs,
+}
+"""By op, what makes its results from the mode and the op's arguments."""

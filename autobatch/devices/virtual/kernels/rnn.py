@@ -1,45 +1,41 @@
 """Recurrent layers as cuDNN runs them: one op for all layers and steps, not a cell at a time.
 
-The size of cuDNN's training reserve has no published formula. `reserve_bytes` counts what the
-backward pass cannot do without: the activated gates of every step, the cell states of an LSTM,
-and the outputs of every layer but the last. It is an estimate, and reported as one.
+cuDNN saves what the backward pass needs in one buffer, its reserve, whose size has no published
+formula. `forward_outputs` counts what a backward pass cannot do without: the activated gates of
+every step, the cell states of an LSTM, and the outputs of every layer but the last.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "layer", "pack", "pad"]
+from autobatch.devices.virtual.elements import set_placeholder
+
+__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "pack", "pad"]
 
 aten = torch.ops.aten
 
-LAYERS = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
+_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 """cuDNN's mode number by the name of PyTorch's function."""
 
+_LSTM = _MODES["lstm"]
 _GATES = (1, 1, 4, 4)  # kept per hidden unit; a GRU keeps its recurrent candidate beside 3 gates
-
-
-def layer(name: str) -> Callable[..., Any]:
-    """Return the cuDNN form of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
-    return functools.partial(_run_layer, LAYERS[name])
 
 
 def _run_layer(mode: int, *args: Any) -> Any:
     """Run `_cudnn_rnn` on the arguments of the dense or of the packed form of those functions."""
-    packed = isinstance(args[3], (list, tuple))
-    if packed:
+    if isinstance(args[3], (list, tuple)):  # packed: the fourth is the list of weights
         data, batch_sizes, hidden, weights, biases, layers, dropout, train, both = args
         batch_first, sizes = False, [1] * len(batch_sizes)
-        sizes[0] = hidden[0].size(1) if mode == 2 else hidden.size(1)
+        sizes[0] = hidden[0].size(1) if mode == _LSTM else hidden.size(1)
     else:
         data, hidden, weights, biases, layers, dropout, train, both, batch_first = args
         sizes = []
-    state, cell = hidden if mode == 2 else (hidden, None)
+    state, cell = hidden if mode == _LSTM else (hidden, None)
     directions = 2 if both else 1
     stride = len(weights) // (layers * directions)
     projection = weights[-1].size(0) if stride in (3, 5) else 0
@@ -48,7 +44,11 @@ def _run_layer(mode: int, *args: Any) -> Any:
         data, weights, stride, None, state, cell, mode, hidden_size, projection, layers,
         batch_first, dropout, train, both, sizes, None,
     )  # fmt: skip
-    return (output, last, last_cell) if mode == 2 else (output, last)
+    return (output, last, last_cell) if mode == _LSTM else (output, last)
+
+
+LAYERS = {name: functools.partial(_run_layer, mode) for name, mode in _MODES.items()}
+"""The cuDNN forms of `torch.lstm`, `torch.gru`, `torch.rnn_tanh` and `torch.rnn_relu`, by name."""
 
 
 def pack(data: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def pack(data: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tens
     steps_first = data.transpose(0, 1) if batch_first else data
     steps, samples = steps_first.shape[:2]
     sizes = torch.full((steps,), samples, device="cpu")
-    vars(sizes)["placeholder"] = samples
+    set_placeholder(sizes, samples)
     return steps_first.flatten(0, 1).clone(), sizes
 
 
@@ -75,7 +75,7 @@ def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:
     directions = 2 if both else 1
     width = (projection or hidden_size) * directions
     steps = data.numel() // data.size(-1)
-    cells = hidden_size if kind == 2 else 0
+    cells = hidden_size if kind == _LSTM else 0
     per_step = layers * directions * (_GATES[kind] * hidden_size + cells) + (layers - 1) * width
     reserve = steps * per_step * data.element_size() if train else 0
     empty = (0,)
@@ -91,12 +91,8 @@ def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:
 def backward_outputs(mode: Any, *args: Any) -> tuple[Any, ...]:
     """Make what `_cudnn_rnn_backward` returns: gradients of input, states and weights."""
     data, weights, _, _, state, cell = args[:6]
-    like = [data, state] + ([cell] if cell is not None else [])
-    gradients: list[Any] = [mode.empty(tuple(t.shape), t.dtype, data) for t in like]
-    if cell is None:
-        gradients.append(None)
-    return (*gradients, _gradients(mode, weights))
-
-
-def _gradients(mode: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [mode.empty(tuple(w.shape), w.dtype, w) for w in weights]
+    gradients = [
+        None if like is None else mode.empty(tuple(like.shape), like.dtype, data)
+        for like in (data, state, cell)
+    ]
+    return (*gradients, [mode.empty(tuple(w.shape), w.dtype, w) for w in weights])

@@ -1,6 +1,6 @@
 """Shapes of ops that PyTorch has no shape rule for: found by running them on zeros, on the CPU.
 
-Invariant: never more than `MOST_BYTES` of real memory, and never on an accelerator.
+Invariant: inputs of at most `MOST_BYTES` are made, and none on an accelerator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from autobatch.errors import WorkloadError
 from autobatch.support.torch_private import FakeTensor, no_dispatch, tree_map, tree_unflatten
 from autobatch.support.units import MIB, format_bytes
 
-__all__ = ["MOST_BYTES", "run_on_cpu"]
+__all__ = ["run_on_cpu"]
 
 MOST_BYTES = 256 * MIB
 
@@ -23,7 +23,7 @@ MOST_BYTES = 256 * MIB
 def run_on_cpu(
     mode: Any, func: Any, flat_args: Sequence[Any], args_spec: Any, error: RuntimeError
 ) -> Any:
-    """Take the place of FakeTensorMode's fallback, which would run on the device itself.
+    """Run an op in place of FakeTensorMode's fallback, which would run it on the device itself.
 
     Raises:
         WorkloadError: the op is too large for this, or fails on zeros.

@@ -4,15 +4,15 @@ cuBLAS takes a workspace per handle and stream from the caching allocator and ke
 has one handle per thread, so training holds two: the main thread's and the autograd thread's.
 Sizes: `aten/src/ATen/cuda/CublasHandlePool.cpp`; `CUBLAS_WORKSPACE_CONFIG` overrides them.
 
-cuDNN convolutions take a workspace while they run. Which one is cuDNN's own choice, by shape; one
-part of it is known: its kernels for tensor cores work in NHWC, and convert tensors that are in NCHW
-into the workspace. Public profiles of PyTorch on Ampere and later cards name the kernels of both
-gradients (`xmma_dgrad` and `xmma_wgrad…nhwckrsc_nhwc`) and, beside them, `nchwToNhwcKernel` and
-`nhwcToNchwKernel`. In forward passes they name kernels that convert both activations, one or none;
-those are counted as none, as are grouped convolutions, 1 x 1 ones (a matrix product in either
-layout) and cards whose tensor cores are at most twice as fast as their other cores (most GeForce
-cards), where a conversion does not pay: a lower bound. Tables of measured peaks agree with that
-line between the cards, see `reports/accuracy`.
+cuDNN convolutions take a workspace while they run. cuDNN chooses it by shape, and one part of it is
+known: kernels for tensor cores work in NHWC, and convert tensors that are in NCHW into the
+workspace. Public profiles of PyTorch on Ampere and later cards name such kernels for both gradients
+(`xmma_dgrad` and `xmma_wgrad…nhwckrsc_nhwc`) and, beside them, `nchwToNhwcKernel` and
+`nhwcToNchwKernel`. In forward passes they name kernels that convert both activations, one or none.
+As a lower bound, these are counted as converting none: forward passes, grouped convolutions, 1 x 1
+ones (a matrix product in either layout), and all of those on cards whose tensor cores are at most
+twice as fast as their other cores (most GeForce cards), where a conversion does not pay. Tables of
+measured peaks tell the same two kinds of cards apart, see `reports/accuracy`.
 
 Several kernels copy inputs that are not contiguous before they read them (`contiguous()` in
 `aten/src/ATen/native/cudnn/ConvShared.cpp` and `BatchNorm.cpp`, and in `SoftMax.cu`,
@@ -26,22 +26,47 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.support.torch_private import FakeTensor
 from autobatch.support.units import KIB, MIB
 
-__all__ = [
-    "contiguous_copies",
-    "convolution_workspaces",
-    "cublas_workspace_bytes",
-    "takes_workspace",
-    "uses_cublas",
-]
+__all__ = ["Workspaces"]
+
+
+class Workspaces:
+    """Logs the allocations of libraries beside those of tensors."""
+
+    def __init__(self, recorder: StorageRecorder, spec: GpuSpec, device: torch.device):
+        """Log in `recorder` what the GPU `spec` would take for ops on `device`."""
+        self._recorder = recorder
+        self._spec = spec
+        self._device = device
+        self._have_handle: set[bool] = set()  # of the two threads: whether it runs backward
+
+    def before(self, func: Any, args: Sequence[Any]) -> Callable[[], None] | None:
+        """Log what an op takes beside its results; return what to call when it has run, if any."""
+        if not _takes_workspace(func) or not any(map(self._is_on_device, args)):
+            return None
+        in_backward = self._recorder.phase == "backward"
+        if _uses_cublas(func) and in_backward not in self._have_handle:
+            self._have_handle.add(in_backward)
+            size_bytes = _cublas_workspace_bytes(self._spec.compute_capability)
+            self._recorder.hidden(size_bytes, "cublas workspace")
+        workspaces = _convolution_workspaces(func, args, self._spec)
+        self._recorder.expect(workspaces, "cudnn workspace")
+        copies = [self._recorder.hidden(n, "contiguous") for n in _contiguous_copies(func, args)]
+        return functools.partial(self._recorder.free, copies) if copies else None
+
+    def _is_on_device(self, value: Any) -> bool:
+        return isinstance(value, FakeTensor) and value.fake_device == self._device
+
 
 _CUBLAS = frozenset(
     f"aten::{name}"
@@ -50,24 +75,24 @@ _CUBLAS = frozenset(
 
 
 @functools.cache
-def uses_cublas(func: Any) -> bool:
+def _uses_cublas(func: Any) -> bool:
     """Whether an op is a matrix product that cuBLAS runs."""
     return func._schema.name in _CUBLAS
 
 
 @functools.cache
-def takes_workspace(func: Any) -> bool:
-    """Whether an op may take memory that is not its result's."""
-    return func in _COPIED or uses_cublas(func)  # convolutions are among the former
+def _takes_workspace(func: Any) -> bool:
+    """Whether an op may take memory beside its result's."""
+    return func in _COPIED or _uses_cublas(func)  # convolutions are among the former
 
 
 _CONFIG = re.compile(r":(\d+):(\d+)")
 
 
-def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
+def _cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     """Return the bytes of one cuBLAS workspace on a card of this compute capability.
 
-    >>> cublas_workspace_bytes((8, 0)), cublas_workspace_bytes((9, 0))
+    >>> _cublas_workspace_bytes((8, 0)), _cublas_workspace_bytes((9, 0))
     (8519680, 33554432)
     """
     configured = _CONFIG.findall(os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
@@ -95,10 +120,10 @@ _COPIED = {
 }
 
 
-def contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
+def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
     """Return the bytes of each copy that a kernel makes of its inputs, and drops at its end.
 
-    A 4-D input in NHWC is contiguous too.
+    An input in NHWC or NDHWC is not copied either.
     """
     return [
         args[position].nbytes
@@ -112,13 +137,13 @@ _PRECISIONS = {
     torch.bfloat16: ("bf16", (8, 0)),
     torch.float16: ("fp16", (7, 0)),
 }
-"""What tensor cores call a convolution's dtype, and the compute capability that brought it."""
+"""By dtype: the precision of tensor cores for it, and the first compute capability with that."""
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def convolution_workspaces(
+def _convolution_workspaces(
     func: Any, args: Sequence[Any], gpu: GpuSpec
 ) -> Iterator[tuple[int, int]]:
     """Yield the workspaces that a convolution takes and gives back while it runs.
@@ -143,7 +168,7 @@ def convolution_workspaces(
     gradient, data, weight, _, _, _, _, transposed, _, groups, wanted = args
     if _converts(data, weight, groups, gpu):
         converted = gradient.nbytes + data.nbytes + weight.nbytes
-        if wanted[0] and not transposed:  # the data gradient of that one is a forward pass
+        if wanted[0] and not transposed:  # a transposed one's data gradient is a forward pass
             yield converted, 1
         if wanted[1]:
             yield converted, 1 + wanted[0]

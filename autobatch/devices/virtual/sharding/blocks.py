@@ -13,11 +13,12 @@ __all__ = ["repeated_blocks"]
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the modules that FSDP2 usually shards one by one, inner ones first.
 
-    For a transformers model, those of the classes in `_no_split_modules`. Elsewhere, the members of
-    each `ModuleList`, and those of a `Sequential` that repeat a class and hold other modules; where
-    a Sequential makes up most of a member, its members in its place (the stages of an image model
-    hold their blocks in one). Without any, the outermost modules of one class side by side. A block
-    that shares a parameter with the rest of the model is left to the root, as FSDP2 asks for.
+    In a transformers model these are the modules of the classes in `_no_split_modules`. In others
+    they are the members of each `ModuleList`, and those members of a `Sequential` that share a
+    class and hold other modules. Where a Sequential makes up most of such a member, its members
+    take the member's place: the stages of an image model hold their blocks in one. If there are
+    none, they are the outermost modules of one class that share a parent. A block that shares a
+    parameter with the rest of the model is left to the root, as FSDP2 demands.
     """
     named = {
         name
@@ -56,7 +57,7 @@ def _elements(module: nn.Module) -> int:
 
 
 def _stacked(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return the members of stacks, and of each whether it is in a Sequential."""
+    """Return the members of ModuleLists and Sequentials; of each, whether it is in the latter."""
     is_sequential = isinstance(module, nn.Sequential)
     if is_sequential:
         members = _alike(module)

@@ -1,4 +1,7 @@
-"""Ops on DTensors, which PyTorch takes apart into ops on their local parts."""
+"""Ops on DTensors, which PyTorch takes apart into ops on their local parts.
+
+Invariant: an op takes the memory that it takes when DTensor runs it.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ _REDUCTIONS = frozenset(("_foreach_norm", "_foreach_max", "_foreach_powsum"))
 
 @functools.cache
 def rank_mode() -> type[VirtualMode]:
-    """Return a mode that leaves DTensors to themselves: they call again with their local parts.
+    """Return a mode that leaves ops to DTensor, which calls again with the local parts.
 
-    Two exceptions: GradScaler's check, whose answer would get lost on its way between ranks, and
-    an optimizer's ops on whole lists, for which DTensor takes time by the square of their length.
+    Two ops are answered at once: GradScaler's check, whose answer would get lost in DTensor's
+    reduction over ranks, and an optimizer's ops on lists of tensors, for which DTensor takes time
+    by the square of their length.
     """
     from torch.distributed.tensor import DTensor
 
@@ -55,9 +59,9 @@ def rank_mode() -> type[VirtualMode]:
 def _local_lists(
     func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any] | None:
-    """Return the arguments of an elementwise op on lists of tensors that are all sharded alike.
+    """Return an op's arguments with lists of DTensors replaced by lists of their local parts.
 
-    The lists are replaced by those of local parts; None for any other op, or other tensors.
+    None unless the op is elementwise on lists of tensors that are all sharded alike.
     """
     name = func._opname
     if not name.startswith("_foreach_") or name in _REDUCTIONS:
@@ -77,10 +81,7 @@ def _local_lists(
 
 
 def _sharded_alike(tensor: Any, other: Any) -> bool:
-    specs = getattr(tensor, "_spec", None), getattr(other, "_spec", None)
-    return (
-        specs[0] is not None
-        and specs[1] is not None
-        and specs[0].placements == specs[1].placements
-        and specs[0].mesh == specs[1].mesh
-    )
+    ours, theirs = getattr(tensor, "_spec", None), getattr(other, "_spec", None)
+    if ours is None or theirs is None:
+        return False
+    return bool(ours.placements == theirs.placements and ours.mesh == theirs.mesh)

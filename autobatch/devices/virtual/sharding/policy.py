@@ -1,4 +1,4 @@
-"""FSDP2 applied to a copied model, as the usual policy or the user's own says."""
+"""FSDP2 applied to a copied model: block by block, or by the user's own function."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from autobatch.support.patching import patched
 from autobatch.support.torch_private import fsdp2, unset_fake_temporarily
 from autobatch.workload.workload import Workload
 
-__all__ = ["sharded"]
+__all__ = ["shard"]
 
 
-def sharded(model: nn.Module, workload: Workload, policy: Any) -> list[str]:
-    """Apply FSDP2 to a module in place, as rank 0 of the process group, and return what to say.
+def shard(model: nn.Module, workload: Workload, policy: Any) -> list[str]:
+    """Apply FSDP2 to a module in place, as rank 0 of the process group; return notes for the user.
 
     Args:
         model: the copied module, whole, on the device.
-        workload: says whether a policy of the user's is to be applied.
-        policy: the copied function, where it is.
+        workload: says whether the user gave a function that shards.
+        policy: the copy of that function.
 
     Raises:
         UsageError: the function applied `fully_shard` to nothing.
     """
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     notes = []
-    with _meshes_can_be_made():
+    with _real_meshes():
         if workload.shares == "custom":
             policy(model)
-        elif not _shard_blocks(model):
-            notes.append(
-                f"{type(model).__name__} has no repeated blocks: FSDP2 gathers all of its "
-                "parameters at once; pass a function as sharding to shard its parts"
-            )
+        else:
+            blocks = repeated_blocks(model)
+            for module in (*blocks, model):
+                fully_shard(module)
+            if not blocks:
+                notes.append(
+                    f"{type(model).__name__} has no repeated blocks: FSDP2 gathers all of its "
+                    "parameters at once; pass a function as sharding to shard its parts"
+                )
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UsageError(
             "the function given as sharding applied fully_shard to no module of the model: call "
@@ -54,20 +58,12 @@ def sharded(model: nn.Module, workload: Workload, policy: Any) -> list[str]:
     return notes
 
 
-def _shard_blocks(model: nn.Module) -> bool:
-    """Shard a model the usual way, and return whether it has blocks."""
-    from torch.distributed.fsdp import fully_shard
-
-    blocks = repeated_blocks(model)
-    for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
-    return bool(blocks)
-
-
 @contextlib.contextmanager
-def _meshes_can_be_made() -> Iterator[None]:
-    """Build device meshes with real tensors, whose values are read, and groups with fake ones."""
+def _real_meshes() -> Iterator[None]:
+    """Build device meshes with real tensors, and parameter groups with fake ones.
+
+    FSDP2 reads the values of a mesh's tensors, and copies parameters when it makes a group.
+    """
     group_class = fsdp2().group_class
     make = group_class.__init__
 

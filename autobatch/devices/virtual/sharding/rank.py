@@ -1,16 +1,17 @@
 """Sharding over GPUs that are not there: PyTorch's own FSDP2 as rank 0 of a fake process group.
 
-`fully_shard` runs as it is: what it keeps, all-gathers, frees and reduce-scatters on a rank comes
-from PyTorch's code. A `fake` process group stands for the other ranks: its collectives return at
-once. What a simulation has to add is here: memory that FSDP2 frees and takes again by resizing
-storages, the streams that it allocates on (the caching allocator shares no blocks between streams),
-and DTensor's shape inference, which computes on tensors of the whole model that exist nowhere.
+`fully_shard` runs unchanged: what it keeps, all-gathers, frees and reduce-scatters on a rank comes
+from PyTorch's code. A `fake` process group takes the place of the other ranks: its collectives
+return at once. A simulation has to add three things: it follows the memory that FSDP2 frees and
+takes again by resizing storages; it tells which stream allocates, as the caching allocator shares
+no blocks between streams; and it leaves out the tensors on which DTensor infers shapes, which have
+no memory on a real rank either.
 
-What it leaves out: buffers of NCCL, which are outside the allocator; and time. FSDP2 keeps a
+NCCL's buffers are left out, because they are outside the allocator, and so is time. FSDP2 keeps a
 collective's buffers by reference until the event that ends it has been waited for, and calls no
-`record_stream`, so when memory is freed does not depend on how streams overlap. User code's own
-streams are one and the same. The model arrives as if it had been made on `meta`, or sharded block
-by block: whole parameters are never counted.
+`record_stream`, so when memory is freed does not depend on how streams overlap. All streams that
+the user's code makes are one. The model is taken to have been made on `meta`, or sharded block by
+block: whole parameters are never counted.
 
 Invariant: a process that has no process group has none afterwards, whatever happens.
 """
@@ -38,8 +39,7 @@ __all__ = ["as_rank_zero"]
 def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder]:
     """Be rank 0 of a fake process group, on a device with FSDP2's streams; give its recorder.
 
-    To be entered before PyTorch is made to take the device for a CUDA GPU: the modules imported
-    here add to lists that are replaced for as long as it is.
+    Enter it before `emulated_cuda`, which replaces lists that the modules imported here add to.
 
     Raises:
         UsageError: this process has a process group already, or PyTorch was built without any, or
@@ -61,8 +61,8 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
 
     private = fsdp2()
     c10d: Any = dist
-    handle = getattr(torch, device.type)
-    streams = Streams(handle)
+    module = getattr(torch, device.type)
+    streams = Streams(module)
     recorder = RankRecorder(streams.number)
     hook = sys.excepthook  # replaced by init_process_group, which prefixes every line
     with contextlib.ExitStack() as stack:
@@ -75,16 +75,16 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
             world_size=world_size,
         )
         stack.callback(dist.destroy_process_group)
-        # or C++ warns that it knows no backend for a device of no type
+        # otherwise C++ warns that it knows no backend for a device without a type
         c10d.group.WORLD._set_default_backend(c10d.ProcessGroup.BackendType.CUSTOM)
         if device.type != "cuda":
-            stack.enter_context(_lent(handle, streams.answers()))
-        for target, replacements in _substitutes(private, recorder, device, world_size):
+            stack.enter_context(patched(module, **streams.answers()))
+        for target, replacements in _replacements(private, recorder, device, world_size):
             stack.enter_context(patched(target, **replacements))
         yield recorder
 
 
-def _substitutes(
+def _replacements(
     private: Fsdp2, recorder: RankRecorder, device: torch.device, world_size: int
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield what to replace in PyTorch: where, and by what."""
@@ -108,7 +108,7 @@ def _substitutes(
     collectives = {
         name: _gathering(recorder, collective) for name, collective in private.collectives.items()
     }
-    # labels for profilers take a tenth of the time
+    # labels for profilers would take a tenth of the time
     unlabelled = {"record_function": lambda *_: contextlib.nullcontext()}
     yield private.param_group, {**collectives, **unlabelled}
 
@@ -130,14 +130,3 @@ def _gathering(recorder: RankRecorder, collective: Callable[..., Any]) -> Callab
             return collective(*args, **kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def _lent(target: Any, attributes: dict[str, Any]) -> Iterator[None]:
-    """Set attributes of an object that it does not have itself, and take them away again."""
-    vars(target).update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(target)[name]

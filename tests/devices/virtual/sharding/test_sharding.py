@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import autobatch
 from autobatch.advice.loop import training_loop
 from autobatch.cli import main
-from autobatch.devices.session import _gradient_buckets
+from autobatch.devices.ddp_buckets import gradient_buckets
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
@@ -401,10 +401,10 @@ def test_ddp_buckets_have_the_size_of_the_wrapper():
             self.module = module
 
     model = Net()
-    buckets = _gradient_buckets(workload(Wrapper(model), sharding=None), model)
+    buckets = gradient_buckets(workload(Wrapper(model), sharding=None), model)
     assert len(buckets) > 3
     assert sum(bucket.nbytes for bucket in buckets) == sum(p.nbytes for p in model.parameters())
-    assert _gradient_buckets(workload(Wrapper(model)), model) == []  # FSDP2 takes its place
+    assert gradient_buckets(workload(Wrapper(model)), model) == []  # FSDP2 takes its place
 
 
 # -- which modules are blocks

@@ -1,0 +1,132 @@
+"""What is known of the elements of a tensor that has no memory.
+
+A fake tensor may have a *placeholder*: the one value that each of its elements reads as. Its
+storage may have a *mirror*: real memory on the CPU with the bytes that the device would hold, which
+all views share. The storage of a mask may also tell how many of its elements are true.
+
+Invariant: these facts are attributes of the tensor and of its storage, and nothing outside of this
+module knows their names. A mirror is right or absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.support.torch_private import FakeTensor, no_dispatch
+
+__all__ = [
+    "KEPT_ELEMENTS",
+    "WHOLE",
+    "explicit_placeholder",
+    "forget_placeholder",
+    "forget_values",
+    "has_values",
+    "placeholder_of",
+    "set_placeholder",
+    "set_true_count",
+    "set_values",
+    "true_count",
+    "values_of",
+]
+
+KEPT_ELEMENTS = 1024
+"""Elements, per sample of the micro-batch, up to which a result is known.
+
+The limit grows with the micro-batch, so that what is known at one micro-batch is known at any: its
+results may decide which ops run.
+"""
+
+WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
+"""Dtypes of whole numbers and truth values."""
+
+_FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
+
+
+def placeholder_of(value: Any) -> Any:
+    """Return what every element of a tensor reads as; a plain number is itself."""
+    if not isinstance(value, Tensor):
+        return value
+    known = vars(value).get("placeholder")
+    if known is not None:
+        return known
+    if value.dtype is torch.bool:
+        return False
+    return _FLOAT if value.dtype.is_floating_point or value.dtype.is_complex else 1
+
+
+def explicit_placeholder(value: Any) -> float | None:
+    """Return the placeholder that a tensor was given, or a plain number; None for the default."""
+    known = vars(value).get("placeholder") if isinstance(value, Tensor) else value
+    return None if known is None else float(known)
+
+
+def set_placeholder(tensor: Tensor, value: float) -> None:
+    """Let every element of a tensor read as a value."""
+    vars(tensor)["placeholder"] = value
+
+
+def forget_placeholder(tensor: Tensor) -> None:
+    """Let a tensor that was written to read as its dtype's default, and its true elements too."""
+    vars(tensor).pop("placeholder", None)
+    vars(tensor.untyped_storage()).pop("true_count", None)
+
+
+def set_true_count(mask: Tensor, count: int) -> None:
+    """Remember how many elements of a mask are true."""
+    vars(mask.untyped_storage())["true_count"] = _layout(mask), count
+
+
+def true_count(mask: Tensor) -> int | None:
+    """Return how many elements of a mask are true, if it was told of a mask of this layout."""
+    known: tuple[Any, int] | None = vars(mask.untyped_storage()).get("true_count")
+    return known[1] if known is not None and known[0] == _layout(mask) else None
+
+
+def set_values(fake: Tensor, real: Tensor) -> None:
+    """Let a tensor without memory have the values of a real one of its shape, on the CPU."""
+    storage = fake.untyped_storage()
+    with no_dispatch():
+        memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+        vars(storage)["mirror"] = memory.untyped_storage()
+        _over(memory.untyped_storage(), fake).copy_(real)
+
+
+def has_values(fake: Tensor) -> bool:
+    """Whether a tensor without memory has values, its own or those of the tensor it views."""
+    return "mirror" in vars(fake.untyped_storage())
+
+
+def forget_values(fake: Tensor) -> None:
+    """Let a tensor without memory, and every view of it, have no values."""
+    vars(fake.untyped_storage()).pop("mirror", None)
+
+
+def values_of(tensor: Tensor) -> Tensor | None:
+    """Return a tensor's elements, on the CPU, in memory that its views share; None if unknown.
+
+    A real tensor that meets fake ones has its values where it is a number, or small and of whole
+    numbers.
+    """
+    if type(tensor) is not FakeTensor:
+        is_few = not tensor.dim() or (tensor.dtype in WHOLE and tensor.numel() <= KEPT_ELEMENTS)
+        is_plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+        return tensor if is_plain and is_few else None
+    storage = tensor.untyped_storage()
+    mirror = vars(storage).get("mirror")
+    if mirror is None or mirror.nbytes() != storage.nbytes():  # resized since
+        return None
+    with no_dispatch():
+        return _over(mirror, tensor)
+
+
+def _over(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
+    """Return a real tensor over a storage, in the layout of a fake one."""
+    values = torch.empty((), dtype=tensor.dtype, device="cpu")
+    return values.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

@@ -1,0 +1,118 @@
+"""How placeholders follow from each other: what the elements of an op's result read as.
+
+A placeholder stands for all elements of a tensor. Comparisons, logic and constants are worked out
+on the placeholders of the arguments; a view, a copy or a reduction of equal elements keeps theirs.
+
+Invariant: no real value is read. A floating-point result has a placeholder only if those that it
+follows from were given one: what is arithmetic on unknown floats reads as the default again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.devices.virtual.elements import (
+    explicit_placeholder,
+    forget_placeholder,
+    placeholder_of,
+    set_placeholder,
+)
+
+__all__ = ["MASKS", "follow_placeholders"]
+
+MASKS = (torch.bool, torch.uint8)
+"""Dtypes whose tensors choose elements when they are used as an index."""
+
+_Rule = Callable[..., Any]
+
+_TRUTHS: dict[str, _Rule] = {
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **dict.fromkeys(("isnan", "isinf", "isposinf", "isneginf"), lambda value: False),
+    **dict.fromkeys(("logical_not", "bitwise_not"), operator.not_),
+    **dict.fromkeys(
+        ("logical_and", "bitwise_and", "mul"), lambda first, second: bool(first and second)
+    ),
+}
+"""Truth values, by op, from the placeholders of its arguments."""
+
+_ANY_DTYPE: dict[str, _Rule] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero_"), lambda *args: 0),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda *args: 1),
+    **dict.fromkeys(("full", "full_like", "fill_"), lambda _, value, *args: value),
+    "new_full": lambda _, size, value, *args: value,
+    **dict.fromkeys(("logical_or", "bitwise_or"), lambda first, second: bool(first or second)),
+}
+"""Truth values and whole numbers, likewise."""
+
+_ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "rsub": lambda first, second: second - first,
+    "mul": operator.mul,
+}
+_KEEPING = frozenset(
+    """
+    _to_copy clone detach alias mean sum amax amin max min select slice view _unsafe_view reshape
+    expand unsqueeze squeeze permute transpose t
+    """.split()
+)
+"""Ops whose floating-point result reads as their argument does."""
+
+
+def follow_placeholders(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+) -> None:
+    """Give the result of an op that has just run the placeholder that follows, if any does."""
+    if not isinstance(output, Tensor):
+        return
+    if args and output is args[0] and not _writes_nothing(name, args):
+        forget_placeholder(output)
+    if output.dtype.is_floating_point:
+        value = None if "alpha" in kwargs else _float(name, args)
+    else:
+        value = _whole(name, args, output.dtype)
+    if value is not None:
+        set_placeholder(output, value)
+
+
+def _writes_nothing(name: str, args: Sequence[Any]) -> bool:
+    """Whether an op writes where a mask is true, and the mask reads as false everywhere."""
+    if name == "masked_fill_":
+        return not placeholder_of(args[1])
+    if name in ("index_put_", "_index_put_impl_"):
+        masks = [i for i in args[1] if i is not None and i.dtype in MASKS]
+        return any(not placeholder_of(mask) for mask in masks)
+    return False
+
+
+def _float(name: str, args: Sequence[Any]) -> float | None:
+    """Return the placeholder of a floating-point result; None for the default."""
+    if name in _KEEPING:
+        return explicit_placeholder(args[0]) if args and isinstance(args[0], Tensor) else None
+    if name in _ARITHMETIC:
+        first, second = map(explicit_placeholder, args[:2])
+        return None if first is None or second is None else _ARITHMETIC[name](first, second)
+    if name in ("scalar_tensor", "full"):
+        return explicit_placeholder(args[-1])
+    if name == "where" and len(args) == 3:
+        return explicit_placeholder(args[1 if placeholder_of(args[0]) else 2])
+    if name == "masked_fill":
+        return explicit_placeholder(args[2 if placeholder_of(args[1]) else 0])
+    return None
+
+
+def _whole(name: str, args: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Return the placeholder of a truth value or a whole number; None for the default."""
+    rule = _TRUTHS.get(name) if dtype is torch.bool else None
+    rule = rule or _ANY_DTYPE.get(name)
+    if rule is not None:
+        return rule(*map(placeholder_of, args))
+    if not args or not isinstance(args[0], Tensor) or args[0].dtype.is_floating_point:
+        return None
+    value = placeholder_of(args[0])  # a view, a copy or a reduction of equal elements
+    return bool(value) if dtype is torch.bool else int(value)

@@ -1,0 +1,65 @@
+"""Copies of the user's objects run, and the originals are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autobatch.errors import WorkloadError
+from tests.support.simulated import (
+    WIDTH,
+    largest,
+    mlp,
+    nbytes,
+    run,
+)
+
+
+def test_tied_weights_are_counted_once():
+    tied = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    tied[1].weight = tied[0].weight
+    assert largest(run(tied), "parameters") == nbytes(tied)
+
+
+def test_a_loss_may_hold_tensors_of_its_own():
+    weights = torch.rand(WIDTH)
+
+    def closure(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(batch.size(0), dtype=torch.int64, device=batch.device)
+        return F.cross_entropy(model(batch), labels, weight=weights)
+
+    assert largest(run(mlp(), loss=closure), "parameters") == nbytes(mlp())
+
+
+def test_modules_in_a_loss_closure_are_neither_moved_nor_changed():
+    teacher = mlp()
+
+    def distil(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        teacher.to(batch.device).eval()
+        return F.mse_loss(model(batch), teacher(batch).detach())
+
+    before = [p.clone() for p in teacher.parameters()]
+    run(mlp(), loss=distil)
+    assert teacher.training
+    assert all(type(p) is nn.Parameter for p in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_an_optimizer_that_already_has_state_is_simulated_and_left_alone():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(2, WIDTH)).sum().backward()
+    optimizer.step()
+    before = {k: v.clone() for k, v in optimizer.state[model[0].weight].items()}
+    trace = run(model, optimizer=optimizer)
+    assert largest(trace, "optimizer_state") == 2 * nbytes(model)
+    after = optimizer.state[model[0].weight]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(WorkloadError, match="none of the model's parameters"):
+        run(mlp(), optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1))

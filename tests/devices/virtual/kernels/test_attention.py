@@ -1,0 +1,76 @@
+"""Attention runs as the target GPU would run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.simulated import (
+    WIDTH,
+    ops,
+    run,
+)
+
+
+class Attention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).unbind(2)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "autocast", "kernel"),
+    [
+        ("a100-40gb", "bf16", "flash"),
+        ("a100-40gb", None, "efficient"),
+        ("h100-80gb", "bf16", "cudnn"),
+        ("t4", "fp16", "efficient"),
+    ],
+)
+def test_attention_takes_the_kernel_of_the_target_gpu(gpu, autocast, kernel, monkeypatch):
+    monkeypatch.setattr("autobatch.devices.virtual.kernels.attention._cudnn_version", lambda: 92000)
+    trace = run(Attention(), gpu=gpu, autocast=autocast, sample=torch.zeros(2, 32, WIDTH))
+    assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
+
+
+def test_multi_head_attention_reaches_the_fused_kernel():
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, batch_first=True)
+    trace = run(layer, autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    assert any("_scaled_dot_product_flash_attention" in op for op in ops(trace))
+
+
+class CheckpointedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def noisy(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x + torch.randn(x.shape, device="cuda"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.noisy, x, use_reentrant=False)
+
+
+def test_a_recomputed_forward_pass_takes_the_same_kernels():
+    trace = run(CheckpointedAttention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    flash = [b for b in trace.blocks if "_flash_attention" in b.op and b.phase == "backward"]
+    assert any(block.op == "aten::_scaled_dot_product_flash_attention" for block in flash)
+
+
+def test_a_dropout_of_zero_may_be_a_whole_number(monkeypatch):
+    monkeypatch.setattr("autobatch.devices.virtual.kernels.attention._cudnn_version", lambda: 92000)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        q = model(batch).unflatten(-1, (4, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0).sum()
+
+    sample = torch.zeros(2, 32, WIDTH)
+    trace = run(nn.Linear(WIDTH, WIDTH), gpu="h100-80gb", autocast="bf16", sample=sample, loss=loss)
+    assert any("_cudnn_attention" in op for op in ops(trace))

@@ -1,0 +1,46 @@
+"""Recurrent layers run as one op of cuDNN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.simulated import (
+    WIDTH,
+    ops,
+    run,
+)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options):
+        super().__init__()
+        self.rnn = kind(WIDTH, 32, num_layers=2, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_run_as_one_cudnn_op(kind):
+    trace = run(Recurrent(kind, bidirectional=True), sample=torch.zeros(2, 20, WIDTH))
+    assert "aten::_cudnn_rnn" in ops(trace)
+    assert not any("cell" in op for op in ops(trace))
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(WIDTH, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = torch.full((x.size(0),), x.size(1))
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        assert padded.shape == (x.size(0), x.size(1), 32)
+        return padded
+
+
+def test_packed_sequences_count_as_full_length():
+    assert "aten::_cudnn_rnn" in ops(run(Packed(), sample=torch.zeros(2, 20, WIDTH)))

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
-from autobatch.memory.trace import Allocation, Trace, running_bytes
+from autobatch.memory.alignment import counterparts, same_kind
+from autobatch.memory.trace import Trace, running_bytes
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
 SCRATCH_EVENTS = 8
 """Scratch memory is freed within this many events, because a kernel takes only a few buffers."""
-
-_identity = attrgetter("category", "phase", "op", "stream")
 
 
 class Misaligned(ValueError):
@@ -46,16 +44,17 @@ class TraceModel:
     denominator: int
 
     @classmethod
-    def fit(cls, traces: Sequence[Trace], *, scratch_may_vary: bool = False) -> TraceModel:
+    def fit(cls, traces: Sequence[Trace], *, kernels_may_vary: bool = False) -> TraceModel:
         """Align two or three traces at different micro-batches and fit every block's size.
 
         Args:
             traces: of the same workload.
-            scratch_may_vary: for traces of a real GPU, whose kernels choose their scratch memory
-                by the shape. Scratch memory is then left out of the alignment. Its size follows
-                the line through the two largest micro-batches, or grows in proportion to the
-                micro-batch where only the largest one has it. Workspaces that a library keeps may
-                be in the largest trace only, and keep their size.
+            kernels_may_vary: for traces of a real GPU, whose kernels choose their way, and with
+                it their scratch memory, by the shape, and where caches are emptied in the order
+                of addresses. Traces then need to have most of their bytes in common. The size of
+                scratch memory follows the line through the two largest micro-batches; what only
+                the largest one has grows in proportion to the micro-batch, or, if it is kept
+                longer than a window, not at all.
 
         Raises:
             Misaligned: the traces differ in anything but the sizes of their blocks.
@@ -67,19 +66,24 @@ class TraceModel:
             raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
         last = ordered[-1]
         columns: list[Sequence[int]] = []
+        scratch = scratch_blocks(last) if kernels_may_vary else frozenset()
         for trace in ordered[:-1]:
-            if scratch_may_vary:
-                columns.append(_sizes_aligned_without_scratch(trace, last))
-            elif reason := _misalignment(trace, last):
-                raise Misaligned(reason)
-            else:
+            reason = _misalignment(trace, last)
+            if reason is None:
                 columns.append(trace.sizes)
-        rows = list(zip(*columns, last.sizes, strict=True))
+            elif kernels_may_vary:
+                columns.append(_sizes_in_common(trace, last, scratch, reason))
+            else:
+                raise Misaligned(reason)
         interpolation = _Interpolation.over(nodes)
-        terms = [interpolation.polynomial(row) for row in rows]
-        for index in scratch_blocks(last) if scratch_may_vary else ():
-            grows = last.blocks[index].category != "workspace"
-            terms[index] = interpolation.scratch(*rows[index][-2:], grows=grows)
+        terms: list[tuple[int, int, int]] = []
+        rows = zip(*columns, last.sizes, strict=True)
+        for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
+            if index in scratch or _ABSENT in row:
+                grows = block.category not in _PERMANENT
+                terms.append(interpolation.line(*row[-2:], grows=grows))
+            else:
+                terms.append(interpolation.polynomial(row))
         bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
         return cls(
             template=last,
@@ -174,6 +178,12 @@ class TraceModel:
 _ABSENT = -1
 """Stands for the size of a block that a trace does not have."""
 
+_ALONE = 0.1
+"""Traces of which more than this share of the bytes has no counterpart are not of one sequence."""
+
+_PERMANENT = frozenset({"parameters", "buffers", "gradients", "optimizer state", "workspace"})
+"""What does not grow with the micro-batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Interpolation:
@@ -197,7 +207,7 @@ class _Interpolation:
         bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
         return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
 
-    def scratch(self, before: int, last: int, *, grows: bool) -> tuple[int, int, int]:
+    def line(self, before: int, last: int, *, grows: bool) -> tuple[int, int, int]:
         """Return the line through the two largest sizes, or in proportion to the micro-batch."""
         if not grows:
             slope = 0
@@ -240,76 +250,29 @@ def _end_of_scratch(events: Sequence[int], start: int) -> int:
     return start
 
 
-def _sizes_aligned_without_scratch(first: Trace, second: Trace) -> list[int]:
-    """Return, for each block of `second`, the size of its counterpart in `first`.
+def _sizes_in_common(
+    small: Trace, large: Trace, scratch: frozenset[int], difference: str
+) -> list[int]:
+    """Return, for each block of the larger trace, the size of its counterpart in the smaller one.
 
     Raises:
-        Misaligned: without scratch memory, the traces differ in more than sizes.
+        Misaligned: too much of either has no counterpart.
     """
-    if first.accumulation_steps != second.accumulation_steps:
-        raise Misaligned(str(_misalignment(first, second)))
-    ours, theirs = _Skeleton(first), _Skeleton(second)
-    if ours.events != theirs.events or not _same_blocks(first, ours.blocks, second, theirs.blocks):
-        reason = _misalignment(ours.trace, theirs.trace)
-        raise Misaligned(f"{reason}, scratch memory left out")
-    sizes = [_ABSENT] * len(second.blocks)
-    pairs = list(zip(ours.blocks, theirs.blocks, strict=True))
-    for place, group in theirs.scratch.items():
-        others = ours.scratch.get(place, [])
-        if _same_blocks(first, others, second, group):
-            pairs += zip(others, group, strict=True)
-    for a, b in pairs:
-        sizes[b] = first.blocks[a].size_bytes
+    if small.accumulation_steps != large.accumulation_steps:
+        raise Misaligned(difference)
+    pairs = counterparts(small, large)
+    sizes = [_ABSENT] * len(large.blocks)
+    for block, other in pairs.items():
+        sizes[block] = small.blocks[other].size_bytes
+    for trace, paired, left_out in (
+        (large, set(pairs), scratch),
+        (small, set(pairs.values()), scratch_blocks(small)),
+    ):
+        kept = [i for i in range(len(trace.blocks)) if i not in left_out]
+        alone = sum(trace.blocks[i].size_bytes for i in kept if i not in paired)
+        if alone > _ALONE * sum(trace.blocks[i].size_bytes for i in kept):
+            raise Misaligned(f"{difference}, and too much is in one of them only")
     return sizes
-
-
-def _same_blocks(first: Trace, ours: Sequence[int], second: Trace, theirs: Sequence[int]) -> bool:
-    return len(ours) == len(theirs) and all(
-        _same_identity(first.blocks[a], second.blocks[b]) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-class _Skeleton:
-    """A trace without its scratch memory.
-
-    Attributes:
-        events: of the blocks that are left, with new indices.
-        blocks: the indices that these blocks have in the whole trace.
-        scratch: the blocks left out, by the number of remaining events before them.
-    """
-
-    def __init__(self, trace: Trace):
-        left_out = scratch_blocks(trace)
-        self.events: list[int] = []
-        self.blocks: list[int] = []
-        self.scratch: dict[int, list[int]] = {}
-        places = [0]
-        number: dict[int, int] = {}
-        for event in trace.events:
-            block = event if event >= 0 else ~event
-            if block in left_out:
-                if event >= 0:
-                    self.scratch.setdefault(len(self.events), []).append(block)
-            elif event >= 0:
-                number[block] = len(self.blocks)
-                self.events.append(len(self.blocks))
-                self.blocks.append(block)
-            else:
-                self.events.append(~number[block])
-            places.append(len(self.events))
-        self._whole, self._places = trace, places
-
-    @property
-    def trace(self) -> Trace:
-        """The skeleton as a trace, to describe differences."""
-        whole = self._whole
-        return Trace(
-            micro_batch=whole.micro_batch,
-            accumulation_steps=whole.accumulation_steps,
-            blocks=tuple(whole.blocks[block] for block in self.blocks),
-            events=tuple(self.events),
-            marks=tuple(replace(m, event=self._places[m.event]) for m in whole.marks),
-        )
 
 
 def _misalignment(first: Trace, second: Trace) -> str | None:
@@ -321,7 +284,7 @@ def _misalignment(first: Trace, second: Trace) -> str | None:
             f"{second.accumulation_steps}"
         )
     same = first.events == second.events and first.marks == second.marks
-    if same and all(map(_same_identity, first.blocks, second.blocks)):
+    if same and all(map(same_kind, first.blocks, second.blocks)):
         return None
     for index, (event, other) in enumerate(zip(first.events, second.events, strict=False)):
         ours, theirs = _describe(first, event), _describe(second, other)
@@ -330,10 +293,6 @@ def _misalignment(first: Trace, second: Trace) -> str | None:
     if len(first.events) != len(second.events):
         return f"{where} in length: {len(first.events)} and {len(second.events)} events"
     return f"{where} in where their phases begin"
-
-
-def _same_identity(first: Allocation, second: Allocation) -> bool:
-    return bool(_identity(first) == _identity(second))
 
 
 def _describe(trace: Trace, event: int) -> str:

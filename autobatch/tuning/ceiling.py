@@ -147,7 +147,7 @@ def _modelled(
 
 def _fit(probe: Probe, sizes: Sequence[int]) -> TraceModel:
     traces = [probe.run(size).trace for size in sizes]
-    return TraceModel.fit(traces, scratch_may_vary=probe.device.scratch_varies)
+    return TraceModel.fit(traces, kernels_may_vary=probe.device.scratch_varies)
 
 
 def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:

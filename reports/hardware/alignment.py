@@ -11,17 +11,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-
+from autobatch.memory.alignment import Moment, by_moment, longest_common
 from autobatch.memory.blocks import round_size
-from autobatch.memory.trace import Phase, Trace
+from autobatch.memory.trace import Trace
 from autobatch.memory.trace_model import scratch_blocks
 
 _TOP = 15
-
-Moment = tuple[int, int, Phase]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +33,12 @@ class Alignment:
 
 def align(real: Trace, virtual: Trace) -> Alignment:
     """Pair the allocations of two traces."""
-    ours, theirs = _by_moment(real), _by_moment(virtual)
+    ours, theirs = _taken(real), _taken(virtual)
     pairs: list[tuple[int, int]] = []
     for moment, blocks in ours.items():
         others = theirs.get(moment, [])
-        found = longest_common(_rounded(real, blocks), _rounded(virtual, others))
+        sizes, other_sizes = _rounded(real, blocks), _rounded(virtual, others)
+        found = longest_common(len(sizes), len(other_sizes), partial(_equal, sizes, other_sizes))
         pairs += [(blocks[i], others[j]) for i, j in found]
     paired_ours, paired_theirs = ({pair[side] for pair in pairs} for side in (0, 1))
     return Alignment(
@@ -75,48 +74,16 @@ def summary(real: Trace, virtual: Trace) -> dict[str, Any]:
     }
 
 
-def longest_common(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
-    """Return index pairs of a longest common subsequence.
-
-    One row of the usual table at a time: a row's entry is the largest candidate up to there.
-
-    >>> longest_common([1, 2, 3, 4], [2, 9, 4])
-    [(1, 0), (3, 2)]
-    """
-    start = 0
-    while start < min(len(first), len(second)) and first[start] == second[start]:
-        start += 1
-    end = 0
-    while end < min(len(first), len(second)) - start and first[-1 - end] == second[-1 - end]:
-        end += 1
-    ours = np.asarray(first[start : len(first) - end], dtype=np.int64)
-    theirs = np.asarray(second[start : len(second) - end], dtype=np.int64)
-    table = np.zeros((len(ours) + 1, len(theirs) + 1), dtype=np.int32)
-    for i, value in enumerate(ours):
-        candidates = np.maximum(table[i, 1:], table[i, :-1] + (theirs == value))
-        table[i + 1, 1:] = np.maximum.accumulate(candidates)
-    middle: list[tuple[int, int]] = []
-    i, j = len(ours), len(theirs)
-    while i and j:
-        if table[i, j] == table[i - 1, j]:
-            i -= 1
-        elif table[i, j] == table[i, j - 1]:
-            j -= 1
-        else:
-            i, j = i - 1, j - 1
-            middle.append((start + i, start + j))
-    tail = [(len(first) - k, len(second) - k) for k in range(end, 0, -1)]
-    return [(k, k) for k in range(start)] + middle[::-1] + tail
+def _equal(first: Sequence[int], second: Sequence[int], i: int, j: int) -> bool:
+    return first[i] == second[j]
 
 
-def _by_moment(trace: Trace) -> dict[Moment, list[int]]:
-    """Group the blocks by window, micro-batch and phase, each in order of allocation."""
-    groups: dict[Moment, list[int]] = {}
-    moments = _Moments(trace)
-    for place, event in enumerate(trace.events):
-        if event >= 0 and trace.blocks[event].size_bytes:
-            groups.setdefault(moments.at(place), []).append(event)
-    return groups
+def _taken(trace: Trace) -> dict[Moment, list[int]]:
+    """Return the blocks by the moment of their allocation, without those of no bytes."""
+    return {
+        moment: [block for block in blocks if trace.blocks[block].size_bytes]
+        for moment, blocks in by_moment(trace).items()
+    }
 
 
 class _Moments:

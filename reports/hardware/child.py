@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from autobatch.memory.trace import Trace
 from reports.hardware import measure, rivals, virtual
 from reports.hardware.bench import Bench, cuda_bench
 from reports.hardware.findings import Findings
@@ -80,9 +81,11 @@ def _measured(folder: Path, name: str) -> dict[str, Any]:
     return facts
 
 
-def _real(folder: Path, name: str) -> Any:
-    path = traces_folder(folder, name) / "labelled.pickle"
-    return pickle.loads(path.read_bytes()) if path.exists() else None
+def _real(folder: Path, name: str) -> list[Trace]:
+    """Return the traces with the op of every allocation, the smallest first."""
+    found = traces_folder(folder, name).glob("labelled-*.pickle")
+    traces = [pickle.loads(path.read_bytes()) for path in found]
+    return sorted(traces, key=lambda trace: trace.micro_batch)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def measure(
 ) -> None:
     """Find the ceiling, prove it, compare the model's word with it, and trace ops.
 
-    Traces are pickled into `traces`: `labelled.pickle`, and one file for each executed size.
+    Traces are pickled into `traces`: one file for each executed size, and `labelled-<size>.pickle`.
     """
     device = CudaGpu(bench.card)
     trials = Trials(bench, findings)
@@ -80,7 +80,12 @@ def measure(
         findings["others_bytes"] = device.others_bytes
         findings["nvml_before_bytes"] = bench.watch.before_bytes
     with findings.stage("labelled"):
-        findings["labelled"] = _labelled(workload, bench, probe.runs.get(SMALL[0]), traces)
+        middle = found.micro_batch // 2 if found is not None else 0
+        findings["labelled"] = [
+            _labelled(workload, bench, probe.runs[size], traces)
+            for size in (SMALL[0], middle)
+            if size in probe.runs
+        ]
     for size, run in probe.runs.items():
         _keep(run, traces / f"{size}.pickle")
     if times_recording and found is not None and found.micro_batch:
@@ -135,7 +140,7 @@ def extrapolation(probe: Probe, found: Ceiling) -> dict[str, Any]:
     small: TraceModel | None = None
     reason = None
     try:
-        small = TraceModel.fit([runs[size].trace for size in SMALL], scratch_may_vary=True)
+        small = TraceModel.fit([runs[size].trace for size in SMALL], kernels_may_vary=True)
     except (Misaligned, KeyError) as error:
         reason = str(error)
     rows = []
@@ -161,22 +166,23 @@ def _footprint(probe: Probe, size: int) -> dict[str, Any]:
     return dict(footprint.categories)
 
 
-def _labelled(workload: Workload, bench: Bench, plain: Run | None, traces: Path) -> dict[str, Any]:
-    """Trace a small size once more, with the op of every allocation."""
+def _labelled(workload: Workload, bench: Bench, plain: Run, traces: Path) -> dict[str, Any]:
+    """Trace a size once more, with the op of every allocation."""
     device = CudaGpu(bench.card, labelled=True)
     with device.hosting(workload):
-        run = device.run(workload, micro_batch=SMALL[0], accumulation_steps=STEPS)
-    _keep(run, traces / "labelled.pickle")
+        size = plain.trace.micro_batch
+        run = device.run(workload, micro_batch=size, accumulation_steps=STEPS)
+    _keep(run, traces / f"labelled-{size}.pickle")
     trace = run.trace
     return {
-        "micro_batch": SMALL[0],
+        "micro_batch": size,
         "blocks": len(trace.blocks),
         "events": len(trace.events),
         "without_op": sum(not block.op for block in trace.blocks if block.phase != "setup"),
         "seconds": run.seconds,
         "shortage": run.shortage,
-        "same_as_unlabelled": plain is not None
-        and (trace.sizes, trace.events) == (plain.trace.sizes, plain.trace.events),
+        "same_as_unlabelled": (trace.sizes, trace.events)
+        == (plain.trace.sizes, plain.trace.events),
     }
 
 

@@ -77,7 +77,7 @@ def _device(stem: str, document: Facts) -> str:
         _titled("Extrapolated and replayed peaks at the ceiling", _EXTRAPOLATION, rows),
         f"![Errors of predicted peaks]({stem}.svg)",
         _titled("The virtual GPU beside the real one", _VIRTUAL, rows),
-        _titled("Allocations that only one of them has, at micro-batch 2", _ALIGNMENT, rows),
+        _alignments(rows),
         _ops(rows),
         _titled("What the driver sees", _DRIVER, rows),
         _recording(rows),
@@ -223,16 +223,26 @@ _VIRTUAL: tuple[Column, ...] = (
     ("seconds", _of("virtual", "ceiling", "seconds", shown=_seconds)),
 )
 
-_ALIGNMENT: tuple[Column, ...] = (
-    _NAME,
-    ("matched", _of("virtual", "alignment", "matched")),
-    ("only real", _of("virtual", "alignment", "only_real")),
-    ("of these scratch", _of("virtual", "alignment", "only_real_scratch")),
-    ("at its peak", _of("virtual", "alignment", "only_real_bytes_at_peak", shown=_bytes)),
-    ("only virtual", _of("virtual", "alignment", "only_virtual")),
-    ("at its peak", _of("virtual", "alignment", "only_virtual_bytes_at_peak", shown=_bytes)),
-    ("matched, freed in another phase", _of("virtual", "alignment", "freed_elsewhere")),
+_ALIGNMENT: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("micro-batch", "micro_batch", _plain),
+    ("matched", "matched", _plain),
+    ("only real", "only_real", _plain),
+    ("of these scratch", "only_real_scratch", _plain),
+    ("at its peak", "only_real_bytes_at_peak", _bytes),
+    ("only virtual", "only_virtual", _plain),
+    ("at its peak", "only_virtual_bytes_at_peak", _bytes),
+    ("matched, freed in another phase", "freed_elsewhere", _plain),
 )
+
+
+def _alignments(rows: Sequence[Facts]) -> str:
+    body = [
+        [row["name"], *(show(aligned[key]) for _, key, show in _ALIGNMENT)]
+        for row in rows
+        for aligned in get(row, "virtual", "alignments") or []
+    ]
+    head = ["workload", *(head for head, _, _ in _ALIGNMENT)]
+    return "#### Allocations that only one of them has\n\n" + table(head, body)
 
 
 def _seen(row: Facts) -> list[tuple[int, int]]:
@@ -271,7 +281,8 @@ def _ops(rows: Sequence[Facts]) -> str:
         found = [
             (op["bytes"], row["name"], op)
             for row in rows
-            for op in get(row, "virtual", "alignment", side) or []
+            for aligned in (get(row, "virtual", "alignments") or [])[-1:]
+            for op in aligned[side]
         ]
         lists += [
             [title, name, op["op"], op["phase"], _plain(op["count"]), _bytes(size)]

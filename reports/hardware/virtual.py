@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +52,9 @@ def ceiling_within(spec: GpuSpec, budget_bytes: int, workload: Workload) -> Ceil
 
 
 def simulate_all(
-    workload: Workload, measured: dict[str, Any], real: Trace | None, findings: Findings
+    workload: Workload, measured: dict[str, Any], real: Sequence[Trace], findings: Findings
 ) -> None:
-    """Predict every size that was measured, and align the traces at the smallest."""
+    """Predict every size that was measured, and align the traces that name their ops."""
     card = measured["card"]
     major, minor = card["compute_capability"]
     spec = describe(card["name"], card["capacity_bytes"], (major, minor))
@@ -82,8 +83,10 @@ def simulate_all(
         footprint = footprint_of(run.trace, run.replay, spec, "simulated", simulated=True)
         findings["footprint"] = dict(footprint.categories)
     with findings.stage("alignment"):
-        if real is not None:
-            findings["alignment"] = summary(real, probe.run(real.micro_batch).trace)
+        findings["alignments"] = [
+            {"micro_batch": trace.micro_batch} | summary(trace, probe.run(trace.micro_batch).trace)
+            for trace in real
+        ]
 
 
 def _replay(probe: Probe, found: Ceiling, size: int) -> Replay:

@@ -116,7 +116,7 @@ def test_two_sizes_foretell_a_third(kind: str) -> None:
         traces = {
             n: device.run(job(), micro_batch=n, accumulation_steps=2).trace for n in (2, 3, 40)
         }
-    model = TraceModel.fit([traces[2], traces[3]], scratch_may_vary=device.scratch_varies)
+    model = TraceModel.fit([traces[2], traces[3]], kernels_may_vary=device.scratch_varies)
     assert model.difference(traces[40]) is None
 
 

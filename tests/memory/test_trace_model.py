@@ -157,57 +157,74 @@ def test_blocks_that_are_padded_do_not_make_memory_quadratic():
 
 def scratched(n, scratch, events):
     """One kept block, scratch in the middle, another kept block."""
-    return make_trace(n, [100 * n, *scratch, 10 * n], events)
+    return make_trace(n, [100_000 * n, *scratch, 10_000 * n], events)
 
 
 def test_scratch_that_only_one_size_has_is_left_out_of_the_alignment():
-    with_it = scratched(3, [9], [0, 1, ~1, 2])
-    without = make_trace(2, [200, 20])
+    with_it = scratched(3, [900], [0, 1, ~1, 2])
+    without = make_trace(2, [200_000, 20_000])
     with pytest.raises(Misaligned):
         TraceModel.fit([without, with_it])
-    model = TraceModel.fit([without, with_it], scratch_may_vary=True)
-    assert model.sizes(6) == [600, 18, 60]  # in proportion to the micro-batch
+    model = TraceModel.fit([without, with_it], kernels_may_vary=True)
+    assert model.sizes(6) == [600_000, 1800, 60_000]  # in proportion to the micro-batch
     other_way = TraceModel.fit(
-        [scratched(2, [7], [0, 1, ~1, 2]), make_trace(3, [300, 30])], scratch_may_vary=True
+        [scratched(2, [700], [0, 1, ~1, 2]), make_trace(3, [300_000, 30_000])],
+        kernels_may_vary=True,
     )
-    assert other_way.sizes(6) == [600, 60]
+    assert other_way.sizes(6) == [600_000, 60_000]
 
 
 def test_scratch_of_several_buffers_may_be_freed_in_any_order():
-    first = scratched(2, [5, 6], [0, 1, 2, ~1, ~2, 3])
-    second = make_trace(3, [300, 30])
-    model = TraceModel.fit([first, second], scratch_may_vary=True)
-    assert model.sizes(10) == [1000, 100]
+    first = scratched(2, [500, 600], [0, 1, 2, ~1, ~2, 3])
+    second = make_trace(3, [300_000, 30_000])
+    model = TraceModel.fit([first, second], kernels_may_vary=True)
+    assert model.sizes(10) == [1_000_000, 100_000]
 
 
 def test_scratch_never_shrinks_with_the_micro_batch():
     first, second = (scratched(n, [900 // n], [0, 1, ~1, 2]) for n in (2, 3))
-    model = TraceModel.fit([first, second], scratch_may_vary=True)
-    assert model.sizes(100) == [10_000, 300, 1000]
+    model = TraceModel.fit([first, second], kernels_may_vary=True)
+    assert model.sizes(100) == [10_000_000, 300, 1_000_000]
 
 
 def test_scratch_follows_the_two_largest_sizes():
     traces = [scratched(n, [s], [0, 1, ~1, 2]) for n, s in ((2, 5000), (10, 100), (20, 110))]
-    model = TraceModel.fit(traces, scratch_may_vary=True)
+    model = TraceModel.fit(traces, kernels_may_vary=True)
     assert model.sizes(20)[1] == 110 and model.sizes(30)[1] == 120
     assert model.degree == 1
 
 
-def test_what_stays_longer_than_scratch_still_has_to_align():
-    first = make_trace(2, [200, 5, 20], [0, 1, 2, ~0, ~1, ~2])
-    second = make_trace(3, [300, 30], [0, 1, ~0, ~1])
-    with pytest.raises(Misaligned, match="scratch memory left out"):
-        TraceModel.fit(
-            [make_trace(2, [200, 5, 20], [0, 1, 2]), make_trace(3, [300, 30], [0, 1])],
-            scratch_may_vary=True,
-        )
-    assert scratch_blocks(first) == {0, 1, 2} and scratch_blocks(second) == {0, 1}
+def test_a_buffer_that_only_one_size_has_may_stay_longer_than_scratch():
+    traces = [make_trace(2, [200_000, 500, 20_000]), make_trace(3, [300_000, 30_000])]
+    model = TraceModel.fit(traces, kernels_may_vary=True)
+    assert model.sizes(6) == [600_000, 60_000]
+    assert scratch_blocks(make_trace(2, [200, 5, 20], [0, 1, 2, ~0, ~1, ~2])) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("extra", [[20_000], [200_000]])
+@pytest.mark.parametrize("larger", [False, True])
+def test_traces_with_too_little_in_common_do_not_align(extra, larger):
+    traces = [make_trace(n, [100_000 * n] * 3) for n in (2, 3)]
+    traces[larger] = make_trace(2 + larger, [*traces[larger].sizes, *extra])
+    if extra == [20_000]:
+        assert TraceModel.fit(traces, kernels_may_vary=True).sizes(4)[:3] == [400_000] * 3
+    else:
+        with pytest.raises(Misaligned, match=r"length.* and too much is in one of them only"):
+            TraceModel.fit(traces, kernels_may_vary=True)
+
+
+def test_caches_may_be_emptied_in_any_order():
+    first = make_trace(2, [200, 20, 2], [0, 1, 2, ~0, ~1, ~2])
+    second = make_trace(3, [300, 30, 3], [0, 1, 2, ~2, ~0, ~1])
+    with pytest.raises(Misaligned):
+        TraceModel.fit([first, second])
+    assert TraceModel.fit([first, second], kernels_may_vary=True).sizes(10) == [1000, 100, 10]
 
 
 @given(polynomial_traces(degree=2), nodes)
 def test_traces_that_align_strictly_also_align_without_their_scratch(trace_at, nodes):
     traces = [trace_at(node) for node in nodes]
-    model = TraceModel.fit(traces, scratch_may_vary=True)
+    model = TraceModel.fit(traces, kernels_may_vary=True)
     scratch = scratch_blocks(model.template)
     for trace in traces:
         expected = [s for i, s in enumerate(trace.sizes) if i not in scratch]

@@ -22,7 +22,7 @@ from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.support.units import MIB
 from reports.hardware import __main__ as command
 from reports.hardware import child, rivals
-from reports.hardware.alignment import align, longest_common, summary
+from reports.hardware.alignment import align, summary
 from reports.hardware.bench import Bench, PeakWatch
 from reports.hardware.findings import Findings
 from reports.hardware.jobs import run_jobs
@@ -150,22 +150,6 @@ def test_what_is_taken_away_on_one_side_is_only_on_the_other(sizes, data):
     assert (len(found.only_real), found.only_virtual) == (len(gone), ())
 
 
-@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
-def test_no_longer_common_sequence_exists(first, second):
-    def longest(a, b):
-        if not a or not b:
-            return 0
-        if a[-1] == b[-1]:
-            return 1 + longest(a[:-1], b[:-1])
-        return max(longest(a[:-1], b), longest(a, b[:-1]))
-
-    first, second = first[:7], second[:7]
-    found = longest_common(first, second)
-    assert all(first[i] == second[j] for i, j in found)
-    assert found == sorted(found) and len({i for i, _ in found} | {-1}) == len(found) + 1
-    assert len({j for _, j in found}) == len(found) == longest(first, second)
-
-
 # The whole command, on a card that is played
 
 
@@ -254,11 +238,12 @@ def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, me
     assert largest["foretold"] == largest["measured"] == largest["replayed"]
     footprint = facts["footprint"]
     assert sum(footprint.values()) == largest["measured"]["allocated_bytes"]
-    assert facts["labelled"]["same_as_unlabelled"] and not facts["labelled"]["without_op"]
+    assert [row["micro_batch"] for row in facts["labelled"]] == [2, ceiling["micro_batch"] // 2]
+    assert all(row["same_as_unlabelled"] and not row["without_op"] for row in facts["labelled"])
     if TINY[name].times_recording:
         assert facts["recording"]["window_seconds_on"] > 0
     real = child._real(tmp_path, name)
-    assert real.micro_batch == 2 and len(real.blocks) == facts["labelled"]["blocks"]
+    assert [len(trace.blocks) for trace in real] == [row["blocks"] for row in facts["labelled"]]
 
     findings = Findings(tmp_path / "virtual.json")
     simulate_all(TINY[name].make(), facts, real, findings)
@@ -267,10 +252,10 @@ def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, me
         size["micro_batch"] for size in facts["extrapolation"]["sizes"]
     }
     assert findings["ceiling"]["micro_batch"] > 0
-    aligned = findings["alignment"]
-    assert aligned["matched"] > 30
-    only_virtual = {op["op"] for op in aligned["only_virtual_ops"]}
-    assert "cublas workspace" in only_virtual  # a CPU takes none
+    for aligned, trace in zip(findings["alignments"], real, strict=True):
+        assert aligned["matched"] > 30 and aligned["micro_batch"] == trace.micro_batch
+        only_virtual = {op["op"] for op in aligned["only_virtual_ops"]}
+        assert "cublas workspace" in only_virtual  # a CPU takes none
 
 
 def test_a_ceiling_that_the_model_cannot_foretell_is_found_and_named(measured):
@@ -313,7 +298,7 @@ def test_the_whole_command_on_a_tiny_workload(tmp_path):
     assert document["not_run"] == []
     assert not any(map(command._failed, document["workloads"]))
     [cnn] = document["workloads"]
-    assert cnn["measure"]["ceiling"]["micro_batch"] and cnn["virtual"]["alignment"]["matched"]
+    assert cnn["measure"]["ceiling"]["micro_batch"] and cnn["virtual"]["alignments"][0]["matched"]
     assert cnn["rivals"]["start"] == rivals.start_above(cnn["measure"]["ceiling"]["micro_batch"])
     assert (tmp_path / "traces.zip").stat().st_size > 1000
 

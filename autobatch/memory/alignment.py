@@ -1,0 +1,148 @@
+"""Which allocations two traces of the same windows have in common.
+
+Invariant: allocations are paired inside one phase of one micro-batch, in order, as many as can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from operator import attrgetter
+
+from autobatch.memory.trace import Allocation, Phase, Trace
+
+__all__ = ["Moment", "by_moment", "counterparts", "longest_common", "same_kind"]
+
+Moment = tuple[int, int, Phase]
+"""A window, a micro-batch of it, and a phase."""
+
+_PADDING_BYTES = 512
+"""Kernels pad what they take; a size may exceed what the larger micro-batch explains by this."""
+
+_kind = attrgetter("category", "phase", "op", "stream")
+
+
+def same_kind(first: Allocation, second: Allocation) -> bool:
+    """Whether two allocations are for the same purpose, whatever their sizes."""
+    return bool(_kind(first) == _kind(second))
+
+
+def by_moment(trace: Trace) -> dict[Moment, list[int]]:
+    """Return the blocks by the moment of their allocation, each list in order."""
+    begins = [0, *(mark.event for mark in trace.marks), len(trace.events)]
+    moments: list[Moment] = [(0, 0, "setup")]
+    moments += [(mark.window, mark.micro_batch, mark.phase) for mark in trace.marks]
+    groups: dict[Moment, list[int]] = {}
+    for moment, (begin, end) in zip(moments, pairwise(begins), strict=True):
+        found = [event for event in trace.events[begin:end] if event >= 0]
+        groups.setdefault(moment, []).extend(found)
+    return groups
+
+
+def counterparts(small: Trace, large: Trace) -> dict[int, int]:
+    """Return, for blocks of the trace at a larger micro-batch, their counterparts at a smaller one.
+
+    Kernels choose their ways, and with them their buffers, by the shape, so that some blocks of
+    either trace have no counterpart. Where a moment has allocations of the same kinds in both, they
+    are paired one by one; elsewhere, as many as possible whose sizes are constant, proportional to
+    the micro-batch or to its square, and between these as many as could be a sum of such terms.
+    """
+    smaller = by_moment(small)
+    pairs: dict[int, int] = {}
+    for moment, blocks in by_moment(large).items():
+        others = smaller.get(moment, [])
+        found = _pairs_of_moment(
+            [small.blocks[block] for block in others],
+            [large.blocks[block] for block in blocks],
+            growth=large.micro_batch / small.micro_batch,
+        )
+        pairs.update((blocks[j], others[i]) for i, j in found)
+    return pairs
+
+
+def _pairs_of_moment(
+    small: Sequence[Allocation], large: Sequence[Allocation], growth: float
+) -> Iterator[tuple[int, int]]:
+    if len(small) == len(large) and all(map(same_kind, small, large)):
+        yield from ((i, i) for i in range(len(small)))
+        return
+    i = j = 0
+    for end, other_end in (
+        *_pairs_that(partial(_grows_evenly, growth=growth), small, large),
+        (len(small), len(large)),
+    ):
+        may_grow = partial(_may_grow, growth=growth)
+        between = _pairs_that(may_grow, small[i:end], large[j:other_end])
+        yield from ((i + ours, j + theirs) for ours, theirs in between)
+        if end < len(small):
+            yield end, other_end
+        i, j = end + 1, other_end + 1
+
+
+def _pairs_that(
+    rule: Callable[[int, int], bool], small: Sequence[Allocation], large: Sequence[Allocation]
+) -> list[tuple[int, int]]:
+    def paired(i: int, j: int) -> bool:
+        first, second = small[i], large[j]
+        return same_kind(first, second) and rule(first.size_bytes, second.size_bytes)
+
+    return longest_common(len(small), len(large), paired)
+
+
+def _grows_evenly(size: int, larger: int, growth: float) -> bool:
+    """Whether a size stays, grows as the micro-batch does, or as its square."""
+    return any(abs(larger - size * growth**power) <= _PADDING_BYTES for power in (0, 1, 2))
+
+
+def _may_grow(size: int, larger: int, growth: float) -> bool:
+    """Whether a sum of such terms could become this size."""
+    return size <= larger <= size * growth**2 + _PADDING_BYTES
+
+
+def longest_common(
+    length: int, other_length: int, same: Callable[[int, int], bool]
+) -> list[tuple[int, int]]:
+    """Return index pairs of a longest common subsequence of two sequences.
+
+    The greedy algorithm of E. W. Myers, "An O(ND) difference algorithm and its variations"
+    (Algorithmica 1, 1986): it takes time in proportion to the length times the differences. A
+    diagonal k is where an index of the first exceeds that of the second by k.
+
+    >>> first, second = "abcd", "axd"
+    >>> longest_common(4, 3, lambda i, j: first[i] == second[j])
+    [(0, 0), (3, 2)]
+    """
+    reached = {1: 0}  # by diagonal, the furthest index of the first sequence
+    before: list[dict[int, int]] = []
+    for differences in range(length + other_length + 1):
+        before.append(dict(reached))
+        for diagonal in range(-differences, differences + 1, 2):
+            i = _step(reached, diagonal)
+            while i < length and i - diagonal < other_length and same(i, i - diagonal):
+                i += 1
+            reached[diagonal] = i
+            if i >= length and i - diagonal >= other_length:
+                return _way_back(before, length, other_length)
+    raise AssertionError("every sequence can be left out whole")
+
+
+def _step(reached: Mapping[int, int], diagonal: int) -> int:
+    """Return where a diagonal is entered: from the one above or below, whichever is further."""
+    return max(reached.get(diagonal + 1, -1), reached.get(diagonal - 1, -1) + 1)
+
+
+def _way_back(before: Sequence[Mapping[int, int]], i: int, j: int) -> list[tuple[int, int]]:
+    """Return the pairs on the way that led to an end."""
+    pairs: list[tuple[int, int]] = []
+    for reached in reversed(before):
+        diagonal = i - j
+        entered = _step(reached, diagonal)
+        while i > entered:
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        if reached.get(diagonal + 1, -1) >= reached.get(diagonal - 1, -1) + 1:
+            j -= 1
+        else:
+            i -= 1
+    return pairs[::-1]

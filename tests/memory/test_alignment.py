@@ -1,0 +1,72 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch.memory.alignment import by_moment, counterparts, longest_common
+from autobatch.memory.trace import Allocation, Mark, Trace
+
+letters = st.lists(st.integers(0, 3), max_size=12)
+
+
+def length_of_longest_common(first, second):
+    table = {(i, j): 0 for i in range(-1, len(first)) for j in range(-1, len(second))}
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            longer = table[i - 1, j - 1] + 1 if a == b else 0
+            table[i, j] = max(longer, table[i - 1, j], table[i, j - 1])
+    return table[len(first) - 1, len(second) - 1]
+
+
+@given(letters, letters)
+def test_the_longest_common_subsequence_is_one_and_the_longest(first, second):
+    pairs = longest_common(len(first), len(second), lambda i, j: first[i] == second[j])
+    assert all(first[i] == second[j] for i, j in pairs)
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(pairs))
+    assert len(pairs) == length_of_longest_common(first, second)
+
+
+def test_a_difference_in_ten_thousand_takes_one_look_at_each():
+    asked = []
+
+    def same(i, j):
+        asked.append(i)
+        return i == j
+
+    assert len(longest_common(10_000, 10_001, same)) == 10_000
+    assert len(asked) < 30_000
+
+
+def trace(micro_batch, forward, backward):
+    sizes = [*forward, *backward]
+    blocks = tuple(Allocation(size, "activations", "forward", "") for size in sizes)
+    marks = (Mark(1, "forward", 0, 0), Mark(1 + len(forward), "backward", 0, 0))
+    setup = Allocation(7, "parameters", "setup", "")
+    events = range(1 + len(sizes))
+    return Trace(
+        micro_batch=micro_batch,
+        accumulation_steps=1,
+        blocks=(setup, *blocks),
+        events=tuple(events),
+        marks=marks,
+    )
+
+
+def test_allocations_are_grouped_by_when_they_are_made():
+    assert by_moment(trace(2, [10, 20], [30])) == {
+        (0, 0, "setup"): [0],
+        (0, 0, "forward"): [1, 2],
+        (0, 0, "backward"): [3],
+    }
+
+
+def test_a_buffer_more_shifts_no_pair():
+    small, large = trace(2, [2000, 4000], [8000]), trace(6, [6000, 10**6, 12_000], [24_000])
+    assert counterparts(small, large) == {0: 0, 1: 1, 3: 2, 4: 3}
+
+
+@pytest.mark.parametrize(("size", "paired"), [(18_000, True), (19_000, False), (1400, False)])
+def test_a_pair_has_sizes_that_the_micro_batches_explain(size, paired):
+    small, large = trace(2, [2000], []), trace(6, [size, 1], [])
+    assert (counterparts(small, large).get(1) == 1) is paired

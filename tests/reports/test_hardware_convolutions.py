@@ -158,6 +158,7 @@ def test_nothing_is_begun_after_the_deadline():
     assert recorded([convolution(SMALL, 1, "bf16")], seconds=-1) == []
 
 
+@pytest.mark.filterwarnings("ignore")  # sparse tensors in CSR are new
 def test_steps_of_the_context_are_read_one_after_the_other():
     used, kept = iter(range(100, 1000, 10)), []
     contexts(torch.device("cpu"), lambda: next(used), lambda: 5, kept.append, 90)

@@ -14,6 +14,7 @@ from reports.hardware import convolutions
 from reports.hardware.contexts import contexts
 from reports.hardware.convolutions import COMMON, RARE, SPECIAL, convolution, grid, square
 from reports.hardware.kernels import Row, kernels, record
+from reports.hardware.render import load
 from tests.support import ROOT
 from tests.support.cuda_on_cpu import CudaOnCpu
 
@@ -203,6 +204,7 @@ def test_all_parts_come_into_one_file(tmp_path, monkeypatch, broken):
     path = convolutions.measure_all((sys.executable, str(script)), tmp_path / "out", 100, "words")
     assert [file.name for file in (tmp_path / "out").iterdir()] == [path.name]
     assert path.name.startswith("rehearsed-torch") and path.name.endswith("-convolutions.json")
+    assert load(path.parent) == {}  # the tables of workloads are made without it
     document = json.loads(path.read_text())
     assert document["evidence"] == "measured" and document["device"]["compute_capability"] == [8, 0]
     assert document["command"] == "words"

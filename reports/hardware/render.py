@@ -51,8 +51,9 @@ def render(folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, Facts]:
-    """Return the documents in a folder, by file stem."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """Return the documents of workloads in a folder, by file stem."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {stem: document for stem, document in found.items() if "workloads" in document}
 
 
 def section(documents: dict[str, Facts]) -> str:

@@ -1,4 +1,4 @@
 """Is the gradient of a window of micro-batches that of its whole batch, and if not, why?
 
-Imports tuning and everything below it; the command line imports it.
+Imports devices, report, workload and what is below; the command line imports it.
 """

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -27,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from autobatch.errors import UsageError
 from autobatch.exports.one_size import one_size
 from autobatch.exports.transformers import TRAINER
+from autobatch.integrations.accelerate import return_fp32
 from autobatch.integrations.nearest import tuned_to_one_size
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
@@ -35,7 +35,7 @@ from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
 from autobatch.tuning.tuner import Gpu, tune
 
-__all__ = ["AutobatchCallback", "return_fp32", "tune_trainer"]
+__all__ = ["AutobatchCallback", "tune_trainer"]
 
 _STATE_FILE = "trainer_state.json"
 
@@ -215,15 +215,6 @@ def _autocast(args: TrainingArguments) -> str | None:
     if args.bf16:
         return "bf16"
     return "fp16" if args.fp16 else None
-
-
-def return_fp32(model: nn.Module) -> None:
-    """Let a model return fp32 in place of half precision, as `Accelerator.prepare` does in place.
-
-    The copy that this makes of the output is memory that a run under autocast needs.
-    """
-    if "forward" not in vars(model):
-        model.forward = convert_outputs_to_fp32(model.forward)
 
 
 class _Loss:

@@ -59,8 +59,8 @@ class CacheEntry:
             os.utime(self._file)
         note = (
             f"answered from {str(self._file)!r}, the plan of {plan.created}: arguments, versions, "
-            "settings and your source files are the same; probe again with --no-cache, or without "
-            "cache="
+            "settings and your source files are the same; to probe again, use --no-cache on the "
+            "command line, and no cache= in Python"
         )
         return replace(plan, warnings=(*plan.warnings, note))
 

@@ -27,6 +27,11 @@ _SMALL = (2, 3)
 _EXECUTIONS = 6
 """So often may an execution correct the model, before sizes are bisected."""
 
+_RETREAT = 0.95
+"""After a size that ran out of memory although the model foretold that it fits, this share of it is
+executed: on an H200, peaks at the ceiling were foretold within 2 % of language models, and within
+9 % of all."""
+
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
 
@@ -120,8 +125,10 @@ def _by_model(probe: Probe, limit: int, wanted: int | None, prove: bool) -> Ceil
                 return _modelled(search, model, predicted)
         if size is None:
             return _modelled(search, model, predicted)
-        if (shortage := probe.run(size).shortage) is not None:
-            raise Misaligned(f"micro-batch {size} ran out of memory ({shortage})")
+        while (shortage := probe.run(size).shortage) is not None:
+            size = int(_RETREAT * size)  # a size that runs through tells what was not foreseen
+            if size <= max(_SMALL):
+                raise Misaligned(f"micro-batch {size + 1} ran out of memory ({shortage})")
         corrected = _corrected(model, probe, size)
         confirmed = corrected is model
         if not confirmed:

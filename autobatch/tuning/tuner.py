@@ -165,7 +165,7 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
         UsageError: it is no path, or the code that calls cannot be told from an edited one.
         FileError: it cannot be written.
     """
-    if not isinstance(cache, (str, os.PathLike)):
+    if not isinstance(cache, (str, os.PathLike)) or cache == "confirm":  # a word of old, no file
         raise UsageError(f"cache is {cache!r}: name a file to keep the plan in, or leave it out")
     if hasattr(sys, "ps1") or sys.argv[0] in ("", "-"):
         raise UsageError(

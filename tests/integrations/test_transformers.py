@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 import autobatch
@@ -20,11 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from autobatch.exports.transformers import training_arguments  # noqa: E402
-from autobatch.integrations.transformers import (  # noqa: E402
-    AutobatchCallback,
-    return_fp32,
-    tune_trainer,
-)
+from autobatch.integrations.transformers import AutobatchCallback, tune_trainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -328,13 +324,3 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     assert run.updates[0] == plan.target
     again = tune_trainer(trainer(tmp_path), target=47, gpu="cuda:7", resume_from_checkpoint=True)
     assert again.split == plan.split
-
-
-def test_a_model_returns_fp32_as_one_that_accelerate_prepared() -> None:
-    model = nn.Linear(2, 2).bfloat16()
-    for _ in range(2):  # once however often it is asked for
-        return_fp32(model)
-    output = model(torch.zeros(1, 2, dtype=torch.bfloat16))
-    assert output.dtype == torch.float32
-    output.sum().backward()
-    assert model.weight.grad is not None

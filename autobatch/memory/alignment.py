@@ -20,6 +20,9 @@ Moment = tuple[int, int, Phase]
 _PADDING_BYTES = 512
 """Kernels pad what they take; a size may exceed what the larger micro-batch explains by this."""
 
+_DIFFERENCES = 1000
+"""Traces of one workload differ in fewer allocations of a moment."""
+
 _kind = attrgetter("category", "phase", "op", "stream")
 
 
@@ -101,9 +104,12 @@ def _may_grow(size: int, larger: int, growth: float) -> bool:
 
 
 def longest_common(
-    length: int, other_length: int, same: Callable[[int, int], bool]
+    length: int, other_length: int, same: Callable[[int, int], bool], *, most: int = _DIFFERENCES
 ) -> list[tuple[int, int]]:
     """Return index pairs of a longest common subsequence of two sequences.
+
+    Where more than `most` (at least 1) elements of both together are left out, only what they begin
+    with in common is paired: memory and time grow with the square of the differences.
 
     The greedy algorithm of E. W. Myers, "An O(ND) difference algorithm and its variations"
     (Algorithmica 1, 1986): it takes time in proportion to the length times the differences. A
@@ -115,7 +121,7 @@ def longest_common(
     """
     reached = {1: 0}  # by diagonal, the furthest index of the first sequence
     before: list[dict[int, int]] = []
-    for differences in range(length + other_length + 1):
+    for differences in range(min(length + other_length, most) + 1):
         before.append(dict(reached))
         for diagonal in range(-differences, differences + 1, 2):
             i = _step(reached, diagonal)
@@ -124,7 +130,7 @@ def longest_common(
             reached[diagonal] = i
             if i >= length and i - diagonal >= other_length:
                 return _way_back(before, length, other_length)
-    raise AssertionError("every sequence can be left out whole")
+    return [(i, i) for i in range(before[1][0])]
 
 
 def _step(reached: Mapping[int, int], diagonal: int) -> int:

@@ -1,7 +1,8 @@
 """Predicts the trace at any micro-batch from two or three traces that were executed.
 
-Invariant: the fitted traces are reproduced exactly, block by block, and every size is computed
-in integers. Two traces give sizes affine in the micro-batch, three give quadratic ones.
+Invariant: the largest fitted trace is reproduced exactly, block by block, the others as well where
+they differ in sizes alone, and every size is computed in integers. Two traces give sizes affine in
+the micro-batch, three give quadratic ones.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class TraceModel:
                 longer than a window, not at all.
 
         Raises:
-            Misaligned: the traces differ in anything but the sizes of their blocks.
+            Misaligned: the traces differ in anything but the sizes of their blocks, or, where
+                kernels may vary, have too little in common.
             ValueError: there are not two or three different micro-batches.
         """
         ordered = sorted(traces, key=lambda trace: trace.micro_batch)

@@ -35,6 +35,9 @@ _LIMIT_BYTES = 64 * MIB
 _SETTINGS = ("CUBLAS", "CUDA", "CUDNN", "NVIDIA", "PYTORCH", "TORCH")
 """How the environment variables begin that PyTorch and CUDA's libraries read."""
 
+_FOLDERS = "_DIR"
+"""How those end that name a folder: they decide no memory, and PyTorch sets one as it runs."""
+
 
 class CacheEntry:
     """The file that holds the answer to one question, or will."""
@@ -97,7 +100,11 @@ def _surroundings() -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "packages": {found.name: found.version for found in distributions()},
-        "settings": {k: v for k, v in os.environ.items() if k.startswith(_SETTINGS)},
+        "settings": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_SETTINGS) and not name.endswith(_FOLDERS)
+        },
     }
 
 

@@ -29,8 +29,8 @@ _EXECUTIONS = 6
 
 _RETREAT = 0.95
 """After a size that ran out of memory although the model foretold that it fits, this share of it is
-executed: on an H200, peaks at the ceiling were foretold within 2 % of language models, and within
-9 % of all."""
+executed, and of that again: on an H200, reserved peaks at the ceiling were foretold up to 9 % too
+low (`reports/hardware`), most of them less than 1 %."""
 
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""

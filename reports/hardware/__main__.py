@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pickle
-import re
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from reports.common.results import versions
+from reports.hardware.bench import file_stem
 from reports.hardware.child import traces_folder
 from reports.hardware.jobs import Jobs, run_jobs
 from reports.hardware.workloads import CASES, Case
@@ -93,7 +93,7 @@ def measure_all(
         def saved(jobs: Jobs) -> None:
             document = _document(cases, jobs, words) | {"seconds": time.monotonic() - started}
             if document["device"] is not None:
-                path = folder / f"{_slug(document['device'])}.json"
+                path = folder / f"{file_stem(document['device'])}.json"
                 path.write_text(json.dumps(document, indent=1) + "\n")
                 written[:] = [path]
 
@@ -142,11 +142,6 @@ def _row(case: Case, jobs: Jobs) -> dict[str, Any]:
         "parameters": case.parameters,
         **{kind: found.get(kind) for kind in ("measure", "virtual", "rivals")},
     }
-
-
-def _slug(device: dict[str, Any]) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
-    return f"{name}-torch{device['torch'].partition('+')[0]}"
 
 
 def _keep_traces(cases: Sequence[Case], scratch: Path, path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,12 @@ class Bench:
             "allocator_settings": os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
             or os.environ.get("PYTORCH_ALLOC_CONF"),
         }
+
+
+def file_stem(facts: Mapping[str, Any]) -> str:
+    """Return the name of a card's files: "nvidia-h200-torch2.11.0"."""
+    name = re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-")
+    return f"{name}-torch{facts['torch'].partition('+')[0]}"
 
 
 def cuda_bench(limit_bytes: int | None) -> tuple[Bench, int | None]:

@@ -104,6 +104,9 @@ def _goals(rows: Sequence[Facts]) -> Iterator[str]:
         f"extrapolated peaks at the ceiling within {GOAL_ERROR:.1%}, allocated and reserved: "
         f"{len(within)} of {len(known)} aligned workloads"
     )
+    labelled = [get(row, "measure", "labelled") for row in rows]
+    same = [all(trace["same_as_unlabelled"] for trace in traces) for traces in labelled if traces]
+    yield f"labelled traces equal to those of plain runs: {sum(same)} of {len(same)} workloads"
     virtual = [error for row in rows for error in virtual_errors(row, "allocated_bytes")]
     if virtual:
         yield f"largest error of the virtual GPU's allocated peaks: {max(map(abs, virtual)):.2%}"

@@ -38,6 +38,17 @@ def test_a_difference_in_ten_thousand_takes_one_look_at_each():
     assert len(asked) < 30_000
 
 
+def test_sequences_with_nothing_in_common_are_given_up_in_time():
+    asked = []
+
+    def same(i, j):
+        asked.append(i)
+        return i == j and i < 7
+
+    assert longest_common(50_000, 50_000, same, most=100) == [(i, i) for i in range(7)]
+    assert len(asked) < 20_000
+
+
 def trace(micro_batch, forward, backward):
     sizes = [*forward, *backward]
     blocks = tuple(Allocation(size, "activations", "forward", "") for size in sizes)

@@ -12,7 +12,8 @@ from autobatch.errors import AutobatchError
 from autobatch.support.units import MIB
 from reports.hardware import convolutions
 from reports.hardware.contexts import contexts
-from reports.hardware.convolutions import COMMON, RARE, SPECIAL, convolution, grid, square
+from reports.hardware.convolution_layers import COMMON, RARE, SPECIAL, square
+from reports.hardware.convolutions import convolution, grid
 from reports.hardware.kernels import Row, kernels, record
 from reports.hardware.render import load
 from tests.support import ROOT
@@ -180,12 +181,13 @@ CHILD = """
     import torch
     from reports.hardware import convolutions, kernels
     from reports.hardware.bench import Bench, PeakWatch
+    from reports.hardware.convolution_layers import square
     from tests.support.cuda_on_cpu import CudaOnCpu
 
     torch.set_num_threads(1)
     if sys.argv[1] == BROKEN:
         os._exit(3)
-    small = convolutions.square("small", 4, 6, 3, 8)
+    small = square("small", 4, 6, 3, 8)
     convolutions.grid = lambda: [convolutions.convolution(small, n, "bf16") for n in (1, 2)]
     convolutions.kernels = lambda: [kernels.Row({"op": "x"}, lambda play, device: play(
         "y", lambda: torch.empty(7)))]

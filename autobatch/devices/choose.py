@@ -10,6 +10,7 @@ from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import NoGpuError, UsageError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
+from autobatch.support.wording import for_reader
 
 __all__ = ["Gpu", "choose_device", "described"]
 
@@ -53,7 +54,8 @@ def _cuda_index(gpu: Gpu) -> int:
     if not count:
         raise NoGpuError(
             "there is no CUDA GPU in this machine: name the one to simulate, such as "
-            'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
+            + for_reader('gpu="a100-40gb" or gpu="24GiB"', "--gpu a100-40gb or --gpu 24GiB")
+            + " (`autobatch gpus` lists the known ones)"
         )
     index = None if gpu is None else torch.device(str(gpu)).index
     if index is not None and index >= count:

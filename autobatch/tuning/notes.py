@@ -35,6 +35,11 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
         )
+    if run.loss == "cross entropy":
+        yield (
+            "no loss was given: cross entropy between the model's output and the labels was taken; "
+            "pass loss= if yours is another"
+        )
     if run.loss == "mean of output.loss":
         yield (
             "the model's own loss has several values, and their mean was taken: reduce it as your "

@@ -8,15 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from autobatch.errors import UsageError
 from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
+from autobatch.workload.loss import as_loss
+from autobatch.workload.optimizers import named_optimizer
 from autobatch.workload.sample import repeated
-from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
+from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Asked"]
+
+_DTYPES: dict[Any, str] = {dtype: name for name, dtype in AUTOCAST_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +31,10 @@ class Asked:
     Attributes:
         model: the module to train, or a Workload.
         sample: one batch, a Dataset or a DataLoader; inferred if None.
-        loss: as in `Workload`, and so are the options below; None keeps the Workload's own.
-        optimizer: an instance, a class, or a callable on parameters.
-        autocast: "bf16" or "fp16".
+        loss: as in `Workload`, and so are the options below, or a criterion of (outputs, labels);
+            None keeps the Workload's own.
+        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw".
+        autocast: "bf16" or "fp16", or the dtype.
         clip_norm: norm that gradients are clipped to.
         world_size: GPUs that train one model together; 1 keeps the Workload's own.
         sharding: what these GPUs share.
@@ -37,8 +43,8 @@ class Asked:
     model: nn.Module | Workload
     sample: Any = None
     loss: Loss | None = None
-    optimizer: OptimizerSpec | None = None
-    autocast: str | None = None
+    optimizer: OptimizerSpec | str | None = None
+    autocast: str | torch.dtype | None = None
     clip_norm: float | None = None
     world_size: int = 1
     sharding: Sharding | None = None
@@ -56,9 +62,9 @@ class Asked:
         """
         workload = self._with_batches()
         stated: dict[str, Any] = {
-            "loss": self.loss,
-            "optimizer": self.optimizer,
-            "autocast": self.autocast,
+            "loss": as_loss(self.loss),
+            "optimizer": self._optimizer(),
+            "autocast": _DTYPES.get(self.autocast, self.autocast),
             "clip_norm": self.clip_norm,
             "world_size": None if self.world_size == 1 else self.world_size,
             "sharding": self.sharding,
@@ -67,6 +73,10 @@ class Asked:
         if self.loss is not None:
             changes["loss_name"] = "user"
         return replace(workload, **changes)
+
+    def _optimizer(self) -> OptimizerSpec | None:
+        given = self.optimizer
+        return named_optimizer(given) if isinstance(given, str) else given
 
     def _with_batches(self) -> Workload:
         """Return the model with a function that makes its batches."""

@@ -80,7 +80,8 @@ class KnownValues:
         if original.numel() <= KEPT_ELEMENTS:
             _copy_values(made, original)
             if device.type == "cpu" and original.dtype in _FLOATS and _is_real(original):
-                set_values(made, original.detach())
+                with torch.no_grad():
+                    set_values(made, original)
         return made
 
     def result(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

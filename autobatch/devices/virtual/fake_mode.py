@@ -72,6 +72,7 @@ class VirtualMode(FakeTensorMode):
         unknown: UnknownValues,
         workspaces: Workspaces,
         move: Callable[[Tensor], Tensor],
+        is_copy: Callable[[Tensor], bool],
         recipes: dict[Any, Any],
     ):
         """Prepare a mode.
@@ -81,7 +82,8 @@ class VirtualMode(FakeTensorMode):
             recorder: told of every storage on the device.
             unknown: asked first, for every op.
             workspaces: told of every op before it runs, for allocations that no tensor shows.
-            move: returns the counterpart on the device of a real tensor.
+            move: returns the counterpart on the device of a tensor.
+            is_copy: says of a tensor that is not on the device that it is a copy of a real one.
             recipes: the cache of output layouts, shared by runs on the same device.
         """
         super().__init__(allow_non_fake_inputs=True)
@@ -92,6 +94,7 @@ class VirtualMode(FakeTensorMode):
         self._unknown = unknown
         self._workspaces = workspaces
         self._move = move
+        self._is_copy = is_copy
         self._recipes = recipes
         self._is_inside = False
         self._attributes: dict[str, Any] | None = None
@@ -167,8 +170,10 @@ class VirtualMode(FakeTensorMode):
         return tree_map(self._adopt, (args, kwargs))  # type: ignore[no-any-return]
 
     def _adopt(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.dim():
+        if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf  # numbers may live on the CPU
+        if isinstance(leaf, FakeTensor) and (self._is_virtual(leaf) or not self._is_copy(leaf)):
+            return leaf
         with self:
             moved = self._move(leaf)
         self._recorder.created(moved, "adopted")

@@ -118,7 +118,9 @@ class VirtualGpu:
         unknown = UnknownValues(values, outputs.RULES)
         workspaces = Workspaces(recorder, self.spec, device)
         copier = Copier(device, values.blank)
-        mode = mode_class(device, recorder, unknown, workspaces, copier.move, self._recipes)
+        mode = mode_class(
+            device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
+        )
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
@@ -142,6 +144,7 @@ class VirtualGpu:
 
             session = Session(workload, original, device, copier, recorder, wrapped)
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
+        notes.extend(session.notes)
         notes.extend(unknown.notes())
         if mode.adopted:
             notes.append(

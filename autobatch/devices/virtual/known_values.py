@@ -72,10 +72,16 @@ class KnownValues:
             _copy_values(fake, real)
 
     def blank(self, original: Tensor, device: torch.device) -> Tensor:
-        """Make memory of a tensor's layout on a device; a small buffer has its values there."""
+        """Make memory of a tensor's layout on a device; a small buffer has its values there.
+
+        What stays on the CPU has its values in any dtype: code may read them.
+        """
         made = blank(original, device)
         if original.numel() <= KEPT_ELEMENTS:
             _copy_values(made, original)
+            if device.type == "cpu" and original.dtype in _FLOATS and _is_real(original):
+                with torch.no_grad():
+                    set_values(made, original)
         return made
 
     def result(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -135,8 +141,17 @@ class KnownValues:
 def _copy_values(fake: Tensor, real: Tensor) -> None:
     if real.dtype not in WHOLE or real.device.type != "cpu" or type(fake) is not FakeTensor:
         return
+    if type(real) is FakeTensor:
+        if (values := values_of(real)) is not None:
+            set_values(fake, values)
+        return
     if real.untyped_storage().nbytes():  # those of a model that is offloaded to the host are empty
         set_values(fake, real)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return is_plain and bool(tensor.untyped_storage().nbytes())
 
 
 @functools.cache

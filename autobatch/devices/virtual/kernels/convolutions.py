@@ -37,7 +37,13 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
 )
 from autobatch.gpus.catalogue import GpuSpec
 
-__all__ = ["convolution_workspaces", "is_channels_last", "relaid"]
+__all__ = [
+    "CONVOLUTION",
+    "CONVOLUTION_BACKWARD",
+    "convolution_workspaces",
+    "is_channels_last",
+    "relaid",
+]
 
 _PRECISIONS = {
     torch.float32: ("tf32", (8, 0)),
@@ -46,8 +52,8 @@ _PRECISIONS = {
 }
 """By dtype: the precision of tensor cores for it, and the first compute capability with that."""
 
-_CONVOLUTION = torch.ops.aten.convolution.default
-_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+CONVOLUTION = torch.ops.aten.convolution.default
+CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 
 _MEASURED = (9, 0)
 """The compute capability whose cards have a measured rule."""
@@ -66,9 +72,9 @@ def convolution_workspaces(
     Yields:
         The bytes of a workspace, and how many of the op's results are made before it is taken.
     """
-    if not torch.backends.cudnn.enabled or func not in (_CONVOLUTION, _CONVOLUTION_BACKWARD):
+    if not torch.backends.cudnn.enabled or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
         return
-    if func is _CONVOLUTION:
+    if func is CONVOLUTION:
         data, weight, _, *how = args
         directions: list[tuple[Direction, bool, int]] = [("forward", True, 1)]
     else:
@@ -94,10 +100,10 @@ def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
 
     >>> data = torch.empty(2, 8, 4, 4, device="meta").to(memory_format=torch.channels_last)
     >>> args = (data, torch.empty(16, 8, 1, 1, device="meta"), None, [1], [0], [1], False, [0], 1)
-    >>> relaid(_CONVOLUTION, args, torch.empty(2, 16, 4, 4, device="meta")).stride()
+    >>> relaid(CONVOLUTION, args, torch.empty(2, 16, 4, 4, device="meta")).stride()
     (256, 1, 64, 16)
     """
-    first = {_CONVOLUTION: 0, _CONVOLUTION_BACKWARD: 1}.get(func)
+    first = {CONVOLUTION: 0, CONVOLUTION_BACKWARD: 1}.get(func)
     if first is None or not any(map(is_channels_last, args[first : first + 2])):
         return output
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}[args[first].dim()]

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from autobatch.devices.virtual.kernels.convolutions import (
+    CONVOLUTION,
+    CONVOLUTION_BACKWARD,
     convolution_workspaces,
     is_channels_last,
 )
@@ -117,10 +119,15 @@ _COPIED = {
 def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
     """Return the bytes of each copy that a kernel makes of its inputs, and drops at its end.
 
-    An input in NHWC or NDHWC is not copied either.
+    An input in NHWC or NDHWC is not copied either. cuDNN wants all tensors of a convolution in the
+    same layout, so a weight in NCHW is copied where the data is in NHWC.
     """
+    tensors = [args[position] for position in _COPIED.get(func, ())]
+    first = {CONVOLUTION: 0, CONVOLUTION_BACKWARD: 1}.get(func)
+    if first is not None and any(map(is_channels_last, args[first : first + 2])):
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}[args[first].dim()]
+        tensors = list(args[: first + 2])
+        return [each.nbytes for each in tensors if not each.is_contiguous(memory_format=layout)]
     return [
-        args[position].nbytes
-        for position in _COPIED.get(func, ())
-        if not args[position].is_contiguous() and not is_channels_last(args[position])
+        each.nbytes for each in tensors if not each.is_contiguous() and not is_channels_last(each)
     ]

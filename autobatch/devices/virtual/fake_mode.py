@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
@@ -154,11 +155,11 @@ class VirtualMode(FakeTensorMode):
                 recipe = self._recipes[key] = self._work_out(func, args, kwargs)
         except _Uncacheable:
             args, kwargs = self._adopted(args, kwargs)
-            output = super().__torch_dispatch__(func, (), args, kwargs)
+            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
         else:
             if recipe is not None:
                 return self._build(recipe, tensors, func)
-            output = super().__torch_dispatch__(func, (), args, kwargs)
+            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
             self._remember(key, func, output, tensors)
         self._created(output, func.name())
         return output

@@ -156,8 +156,7 @@ class Walk:
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
             if self._shares_state:
                 return value
-            known = self.module(value) if isinstance(value, nn.Module) else self.optimizer(value)
-            return known
+            return self.module(value) if isinstance(value, nn.Module) else self.optimizer(value)
         if is_kept(value):
             return self._kept(value)
         return self._object(value, kind)
@@ -245,7 +244,9 @@ class Walk:
             elif hasattr(duplicate, "__setstate__"):
                 duplicate.__setstate__(state)
             else:
-                parts, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, {})
+                parts, slots = (
+                    state if isinstance(state, tuple) and len(state) == 2 else (state, {})
+                )
                 if parts:
                     duplicate.__dict__.update(parts)
                 for name, part in (slots or {}).items():
@@ -413,9 +414,7 @@ class Walk:
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
         parts = [self.copied(part, is_bound=True) for part in (value.func, *value.args)]
-        named = {
-            name: self.copied(part, is_bound=True) for name, part in value.keywords.items()
-        }
+        named = {name: self.copied(part, is_bound=True) for name, part in value.keywords.items()}
         duplicate = functools.partial(*parts, **named)
         duplicate.__dict__.update(self._others(value.__dict__))
         self.remember(value, duplicate)

@@ -143,16 +143,13 @@ class Session:
         self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True
     ) -> None:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
-        workload = self._workload
         with self._stage:
             self._run(micro_batch, accumulation_steps, windows, evaluate)
         if isinstance(self._loss, DefaultLoss):
             self._loss.forget()
         self._tag()
 
-    def _run(
-        self, micro_batch: int, accumulation_steps: int, windows: int, evaluate: bool
-    ) -> None:
+    def _run(self, micro_batch: int, accumulation_steps: int, windows: int, evaluate: bool) -> None:
         workload = self._workload
         run_windows(
             Training(

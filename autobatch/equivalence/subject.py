@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from autobatch.devices.copies import Copier
+from autobatch.devices.copies import Copier, batch_of
+from autobatch.devices.places import Stage
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.workload.dataset import dataset_length
@@ -43,7 +44,13 @@ class Replica:
     """A copy of the model and of the loss, to run once or a few times."""
 
     model: nn.Module
-    loss: Loss
+    own_loss: Loss
+    stage: Stage
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return what the loss gives, with copies in place of all that the user's code reaches."""
+        with self.stage:
+            return self.own_loss(model, batch)
 
     def value(self, batch: Any) -> Tensor:
         """Return the loss of a batch.
@@ -56,7 +63,7 @@ class Replica:
     @property
     def loss_kind(self) -> str:
         """How the loss was obtained, in the words of a plan."""
-        kind = self.loss.kind if isinstance(self.loss, DefaultLoss) else "user"
+        kind = self.own_loss.kind if isinstance(self.own_loss, DefaultLoss) else "user"
         return "mean of the outputs" if kind == "surrogate sum" else kind or "user"
 
 
@@ -79,11 +86,8 @@ class Subject:
         if not model.training:
             model.train()
         loss = self.workload.loss
-        if loss is None:
-            return Replica(model, _MeanOfOutputs())
-        return Replica(
-            model, copier.model(loss) if isinstance(loss, nn.Module) else copier.any(loss)
-        )
+        copied = _MeanOfOutputs() if loss is None else copier.any(loss)
+        return Replica(model, copied, copier.stage())
 
     def batch(self, samples: int) -> Rows:
         """Build a batch in the subject's dtype that can be cut where two sizes of it differ.
@@ -92,7 +96,8 @@ class Subject:
             SampleError: no dimension of its tensors grows with the samples.
         """
         build = self.workload.batch
-        batch, longer = map_tensors(self._cast, build(samples)), named_tensors(build(samples + 1))
+        batch = map_tensors(self._cast, batch_of(build, samples))
+        longer = named_tensors(batch_of(build, samples + 1))
         dims: dict[str | int, int | None] = {
             ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
             for path, tensor in named_tensors(batch).items()

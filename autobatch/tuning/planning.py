@@ -14,6 +14,7 @@ import torch
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
+from autobatch.devices.copies import batch_of
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.memory.accounting import (
     curve_sizes,
@@ -105,7 +106,7 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     host_bytes = device.host_limit_bytes()
     if host_bytes is None:
         return limit
-    sample_bytes = sum(tensor.nbytes for tensor in tensors(workload.batch(2))) / 2
+    sample_bytes = sum(tensor.nbytes for tensor in tensors(batch_of(workload.batch, 2))) / 2
     return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.known_values import KnownValues
+from autobatch.devices.virtual.leftovers import leftovers_removed
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.gpus.catalogue import GpuSpec
@@ -112,6 +115,41 @@ class VirtualGpu:
         `shard` shards the copied model in place, and returns notes for the user.
         """
         started = time.perf_counter()
+        with process_state_preserved():
+            ran = self._windows(
+                workload, micro_batch, accumulation_steps, recorder, mode_class, shard
+            )
+            notes = [*ran.notes, *leftovers_removed(ran.mode)]
+        if ran.adopted:
+            notes.append(
+                f"{ran.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
+                "there too; on a real GPU, move them first"
+            )
+        if is_compiled(workload.model):
+            notes.append(
+                "the model is compiled; it was simulated through its eager original, and compiled "
+                "kernels usually need less memory"
+            )
+        trace = recorder.trace(micro_batch, accumulation_steps)
+        return Run(
+            trace=trace,
+            replay=replay(trace, self.allocator()),
+            seconds=time.perf_counter() - started,
+            loss=ran.loss,
+            optimizer=ran.optimizer,
+            notes=tuple(notes),
+        )
+
+    def _windows(
+        self,
+        workload: Workload,
+        micro_batch: int,
+        accumulation_steps: int,
+        recorder: StorageRecorder,
+        mode_class: type[VirtualMode],
+        shard: Callable[[nn.Module, Workload, Any], list[str]] | None,
+    ) -> _Ran:
+        """Run the windows; nothing of the simulation is held afterwards."""
         device = virtual_device()
         notes: list[str] = []
         values = KnownValues(micro_batch)
@@ -124,7 +162,6 @@ class VirtualGpu:
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
-            process_state_preserved(),
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device
@@ -144,24 +181,29 @@ class VirtualGpu:
 
             session = Session(workload, original, device, copier, recorder, wrapped)
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        notes.extend(session.notes)
-        notes.extend(unknown.notes())
-        if mode.adopted:
-            notes.append(
-                f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
-                "there too; on a real GPU, move them first"
-            )
-        if is_compiled(workload.model):
-            notes.append(
-                "the model is compiled; it was simulated through its eager original, and compiled "
-                "kernels usually need less memory"
-            )
-        trace = recorder.trace(micro_batch, accumulation_steps)
-        return Run(
-            trace=trace,
-            replay=replay(trace, self.allocator()),
-            seconds=time.perf_counter() - started,
+        return _Ran(
+            mode=weakref.ref(mode),
+            notes=[*notes, *session.notes, *unknown.notes()],
+            adopted=mode.adopted,
             loss=session.loss_kind,
             optimizer=type(session.optimizer).__name__,
-            notes=tuple(notes),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ran:
+    """What windows tell when they have run through.
+
+    Attributes:
+        mode: of the simulation; each of its tensors refers to it.
+        notes: what the user should know.
+        adopted: tensors that the user left on the CPU, and that were used on the GPU.
+        loss: how it was obtained.
+        optimizer: its class.
+    """
+
+    mode: weakref.ref[VirtualMode]
+    notes: list[str]
+    adopted: int
+    loss: str
+    optimizer: str

@@ -107,7 +107,9 @@ class Copier(Walk):
             self.remember(model, known)
         return known
 
-    module = model
+    def module(self, original: nn.Module) -> nn.Module:
+        """Copy a module that is met on the way."""
+        return self.model(original)
 
     def _followed(self, duplicate: nn.Module) -> None:
         """Call `.to(device)` where classes of a copy learn from it where they are."""

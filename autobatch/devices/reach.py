@@ -413,9 +413,10 @@ class Walk:
         return value if owner is value.__self__ else MethodType(function, owner)
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
-        parts = [self.copied(part, is_bound=True) for part in (value.func, *value.args)]
+        function = self.copied(value.func, is_bound=True)
+        parts = [self.copied(part, is_bound=True) for part in value.args]
         named = {name: self.copied(part, is_bound=True) for name, part in value.keywords.items()}
-        duplicate = functools.partial(*parts, **named)
+        duplicate = functools.partial(function, *parts, **named)
         duplicate.__dict__.update(self._others(value.__dict__))
         self.remember(value, duplicate)
         return duplicate

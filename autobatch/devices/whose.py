@@ -44,7 +44,7 @@ _KEPT: tuple[type, ...] = (
     torch.cuda.Stream,
     torch.cuda.Event,
     *(
-        (torch.distributed.ProcessGroup, torch.distributed.Store)
+        (torch.distributed.ProcessGroup, torch.distributed.distributed_c10d.Store)
         if torch.distributed.is_available()
         else ()
     ),

@@ -6,7 +6,7 @@ Invariant: the user's objects are only read; every replica starts in the same st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from autobatch.devices.places import Stage
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.workload.dataset import dataset_length
+from autobatch.workload.layout import Layout, compared
 from autobatch.workload.loss import DefaultLoss, checked_loss
-from autobatch.workload.sample import Rows, named_tensors, rows_of
+from autobatch.workload.sample import Rows, rows_of
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
@@ -97,13 +98,8 @@ class Subject:
         """
         build = self.workload.batch
         batch = map_tensors(self._cast, batch_of(build, samples))
-        longer = named_tensors(batch_of(build, samples + 1))
-        dims: dict[str | int, int | None] = {
-            ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
-            for path, tensor in named_tensors(batch).items()
-        }
-        alone = tuple(dims) == ("",)  # the batch is a single tensor
-        rows = rows_of(batch, batch_dims=dims[""] if alone else dims)
+        layout = compared(batch, samples, batch_of(build, samples + 1), samples + 1)
+        rows = rows_of(batch) if layout is None else Rows(batch, _needed(layout))
         if rows.size != samples:
             raise SampleError(
                 f"a batch of {samples} samples has {rows.size} rows: pass a sample whose tensors "
@@ -148,9 +144,9 @@ def one_batch(sample: Any, samples: int) -> Any:
         return collate([dataset[index * length // number] for index in range(number)])
 
 
-def _changed_dim(one: Sequence[int], other: Sequence[int]) -> int | None:
-    changed = [dim for dim, sizes in enumerate(zip(one, other, strict=True)) if len(set(sizes)) > 1]
-    return changed[0] if len(changed) == 1 else None
+def _needed(layout: Layout) -> Layout:
+    """Give every part of a batch all of the tensors that do not grow with the samples."""
+    return replace(layout, whole=layout.whole | layout.rest, rest=frozenset())
 
 
 def _invented(tensor: Tensor, seed: int) -> Tensor:

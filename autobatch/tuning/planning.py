@@ -64,7 +64,8 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         limit,
         samples_per_rank if has_one_go else None,
         prove=prove,
-        guess=partial(_simulated_ceiling, probe, limit),
+        share=samples_per_rank,
+        guess=partial(_simulated_ceiling, probe, limit, samples_per_rank),
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
@@ -110,7 +111,7 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
 
 
-def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
+def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
     """Return what a simulation takes for the ceiling of a card whose traces do not align."""
     device = probe.device.simulated()
     if device is None:
@@ -123,7 +124,7 @@ def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
         progress=silent,
     )
     try:
-        return find_ceiling(simulated, limit).micro_batch or None
+        return find_ceiling(simulated, limit, share=share).micro_batch or None
     except AutobatchError:  # it is a first guess only
         return None
 

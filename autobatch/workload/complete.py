@@ -16,7 +16,7 @@ from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.loss import as_loss
 from autobatch.workload.optimizers import named_optimizer
-from autobatch.workload.sample import repeated
+from autobatch.workload.sample import built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Asked"]
@@ -88,11 +88,11 @@ class Asked:
         if self.sample is None:
             return model if isinstance(model, Workload) else infer(model).workload(model)
         drawn = draw(self.sample)
-        batch = repeated(drawn.batch)
+        batch = built(drawn)
         workload = model if isinstance(model, Workload) else Workload(model=model, batch=batch)
         return replace(
             workload,
             batch=batch,
             sample_limit=drawn.limit,
-            notes=(*workload.notes, *drawn.notes),
+            notes=(*workload.notes, *drawn.notes, *batch.notes),
         )

@@ -25,7 +25,7 @@ from autobatch.devices.virtual.cuda_types import CudaGenerator, legacy_types
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process
 from autobatch.support.patching import patched
@@ -90,6 +90,16 @@ _STREAMS: dict[str, Any] = {
     **dict.fromkeys(("Stream", "ExternalStream", "Event", "stream", "StreamContext"), Inert),
 }
 """What modules of devices have for streams, by name."""
+
+
+_NESTED = ("nested_tensor", "as_nested_tensor", "nested_tensor_from_jagged")
+
+
+def _refuse_nested(*args: Any, **kwargs: Any) -> Any:
+    raise WorkloadError(
+        "nested tensors (torch.nested) cannot be simulated: pad the sequences for the probe, or "
+        "tune on a GPU"
+    )
 
 
 class _Hooks(PrivateUse1Hooks):
@@ -168,6 +178,7 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         # placeholders need not lie in the support of a distribution
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=_apply_to_fakes))
+        patches.enter_context(patched(torch.nested, **dict.fromkeys(_NESTED, _refuse_nested)))
         patches.enter_context(
             # FakeTensorMode would follow constants, as `known_values.py` does
             patched(fake_tensor, CONSTANT_NUMEL_LIMIT=-1, run_fallback_kernel=run_on_cpu)

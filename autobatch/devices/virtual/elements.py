@@ -77,9 +77,9 @@ def set_placeholder(tensor: Tensor, value: float) -> None:
     vars(tensor)["placeholder"] = value
 
 
-def forget_placeholder(tensor: Tensor) -> None:
+def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
     """Let a tensor that was written to read as its dtype's default, and its true elements too."""
-    for fact in ("placeholder", "mixed", "bounds", "origin"):
+    for fact in ("placeholder", "mixed") if keeps_bounds else ("placeholder", "mixed", "bounds"):
         vars(tensor).pop(fact, None)
     vars(tensor.untyped_storage()).pop("true_count", None)
 

@@ -25,6 +25,7 @@ from autobatch.devices.virtual.function_mode import CudaCalls
 from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
+from autobatch.devices.virtual.kernels.triton_launches import triton_skipped
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.recorder import StorageRecorder
@@ -93,6 +94,7 @@ class VirtualGpu:
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
+        _require_eager(workload.model)
         guesses = self._guesses.setdefault(id(workload.model), Guesses())
         first: WorkloadError | None = None
         while True:
@@ -154,6 +156,7 @@ class VirtualGpu:
             # an autograd engine that ran before the registration has no thread for our device
             torch.autograd.set_multithreading_enabled(False),
             cuda_kernels(device, self.spec.compute_capability),
+            triton_skipped(self.spec.compute_capability),
             mode,
             calls,
             calls.in_backward(),
@@ -211,3 +214,12 @@ def _explained(calls: CudaCalls) -> Iterator[None]:
                 "the model: it is called with the card there"
             ) from error.__cause__
         raise
+
+
+def _require_eager(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WorkloadError(
+                f"{f'{name} of the model' if name else 'the model'} is a torch.jit module, which "
+                "cannot be simulated: pass the module that it was scripted or traced from"
+            )

@@ -19,7 +19,7 @@ from typing import Any
 
 __all__ = ["Guesses"]
 
-_TRIES = 8
+_TRIES = 12
 _OURS = "autobatch.devices."
 _PYTORCHS = ("torch.overrides", "torch._tensor", "torch._ops", "torch.utils._device")
 
@@ -31,9 +31,10 @@ class Guesses:
     """The answers to reads of unknown values, by the place in the code that reads."""
 
     def __init__(self) -> None:
-        self._turned: dict[Site, str] = {}
+        self._turned: dict[Site, Any] = {}
+        self._choice: dict[Site, int] = {}
         self._tried: set[Site] = set()
-        self._read: dict[Site, str] = {}
+        self._read: dict[Site, Any] = {}
         self._compared: dict[Site, dict[int, tuple[object, set[Any]]]] = {}
         self._parts: dict[Site, int] = {}
         self._last: tuple[Site, Any] | None = None
@@ -49,11 +50,10 @@ class Guesses:
         site = _site()
         self._read.pop(site, None)
         if site not in self._turned:
-            self._read[site] = f"{value}"
+            self._read[site] = value
             return value
-        other = not value if isinstance(value, bool) else type(value)(0 if value else 1)
-        self._turned[site] = f"{other} instead of {value}"
-        return other
+        others = _others(value)
+        return others[min(self._choice[site], len(others) - 1)]
 
     def share(self, origin: object, constant: Any) -> float:
         """Return which share of the numbers of one choice is equal to a constant, at most."""
@@ -80,21 +80,27 @@ class Guesses:
             return False
         where = type(error), _raised_at(error.__traceback__)
         if self._last is not None and self._last[1] == where:  # that was not it
-            self._turned.pop(self._last[0], None)
+            site = self._last[0]
+            self._choice[site] += 1
+            if self._choice[site] < len(_others(self._turned[site])):
+                return True
+            self._turned.pop(site, None)
+            self._last = None
         for site in reversed(self._read):
             if site not in self._tried:
                 self._tried.add(site)
-                self._turned[site] = f"the other way than {self._read[site]}"
+                self._turned[site], self._choice[site] = self._read[site], 0
                 self._last = site, where
                 return True
         return False
 
     def notes(self) -> Iterator[str]:
         """Say which reads were answered the other way, and what was spread."""
-        for (file, line, _), how in self._turned.items():
+        for site, value in self._turned.items():
+            other = _others(value)[self._choice[site]]
             yield (
-                f"a value that is not known was read at {file}:{line}; the code failed on it, so it "
-                f"was run again with {how}"
+                f"a value that is not known was read at {site[0]}:{site[1]} as {value}; the code "
+                f"failed on it, and was run again with {other}"
             )
         if self._parts:
             places = ", ".join(f"{file}:{line}" for file, line, _ in list(self._parts)[:3])
@@ -102,6 +108,13 @@ class Guesses:
                 f"elements that are picked by comparing them with several numbers ({places}) were "
                 "taken to be spread equally over these: an uneven batch may need more memory"
             )
+
+
+def _others(value: Any) -> tuple[Any, ...]:
+    """Return what else a read may give whose placeholder is `value`."""
+    if isinstance(value, bool):
+        return (not value,)
+    return (0, 2) if isinstance(value, int) else (0.0, 1000.0, -1.0)
 
 
 def _site() -> Site:

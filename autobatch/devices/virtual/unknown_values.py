@@ -25,6 +25,7 @@ from autobatch.devices.virtual.elements import (
     bounds_of,
     mark_upper_bound,
     placeholder_of,
+    set_bounds,
     set_placeholder,
     set_true_count,
     true_count,
@@ -105,6 +106,8 @@ class UnknownValues:
     def answer(self, mode: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer one op, or return NotImplemented where values do not matter."""
         rule = self._rules.get(func)
+        if rule is None and func.namespace == "torchvision" and func._opname == "nms":
+            rule = self._nms
         if rule is not None:
             exact = self._exact(mode, func, args, kwargs)
             return rule(mode, *args, **kwargs) if exact is NotImplemented else exact
@@ -187,6 +190,14 @@ class UnknownValues:
         mark_upper_bound(places)
         set_placeholder(places, 0)  # the first place is one in every tensor
         return places
+
+    def _nms(self, mode: Any, boxes: Tensor, *args: Any) -> Any:
+        """Keep every box."""
+        self._upper_bounds.add("nms")
+        kept = mode.empty((boxes.shape[0],), torch.int64, boxes)
+        set_bounds(kept, 0, max(0, boxes.shape[0] - 1))
+        set_placeholder(kept, 0)
+        return kept
 
     def _masked_select(self, mode: Any, tensor: Tensor, mask: Tensor) -> Any:
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)

@@ -13,6 +13,7 @@ Invariant: what is said of a tensor here holds for every element, or is an upper
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from autobatch.devices.virtual.elements import (
     is_varied,
     mixed_share,
     origin_of,
+    placeholder_of,
     set_bounds,
     set_mixed,
     set_placeholder,
@@ -45,6 +47,7 @@ _ALIKE = frozenset(
 """Ops whose elements are some of their argument's."""
 
 _PARTS = frozenset("unbind split split_with_sizes chunk".split())
+_INTERVALS = frozenset("add sub mul remainder clamp masked_fill where minimum maximum".split())
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _CHOICES = {"argmax": 0, "argmin": 0, "topk": 1, "max": 1, "min": 1, "sort": 1, "argsort": 0}
 """Ops that choose along a dimension, and which of their results holds the choices."""
@@ -93,6 +96,8 @@ def follow_varied(
         _mix(name, args, first, output)
     elif name in _ALIKE:
         _same(first, output)
+    elif name in _INTERVALS and output.dtype in WHOLE and len(args) > 1:
+        _compute(name, args, kwargs, output)
     elif len(args) > 1 and name in ("mul", "logical_and", "bitwise_and") and is_mixed(args[1]):
         _mix(name, (args[1], first), args[1], output)
 
@@ -116,6 +121,41 @@ def _choose(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: A
     if not first.dim() or chosen.dtype not in WHOLE:
         return
     set_bounds(chosen, 0, first.shape[dim] - 1)
+
+
+def _compute(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+    """Give the result of arithmetic on varied numbers the bounds that follow."""
+    given = args[1:3] if name == "where" else (args[0], *args[2:3]) if name == "masked_fill" else args
+    if kwargs or not any(map(is_varied, given)):
+        return
+    spans = [_span(value) for value in given]
+    if name in ("where", "masked_fill"):
+        ends = [end for span in spans for end in span]
+    elif name == "clamp":
+        low, high = args[1], args[2] if len(args) > 2 else None
+        ends = [min(max(end, low if low is not None else end), high if high is not None else end)
+                for end in spans[0]]
+    elif name == "remainder":
+        ends = [0, max(0, spans[1][1] - 1)]
+    else:
+        compute = {
+            "add": operator.add,
+            "sub": operator.sub,
+            "mul": operator.mul,
+            "minimum": min,
+            "maximum": max,
+        }[name]
+        ends = [compute(a, b) for a in spans[0] for b in spans[1]]
+    if all(type(end) is int for end in ends):
+        set_bounds(output, min(ends), max(ends))
+
+
+def _span(value: Any) -> tuple[Any, Any]:
+    """Return the smallest and largest number that an argument stands for."""
+    if is_varied(value):
+        return bounds_of(value) or (0, 0)
+    number = placeholder_of(value)
+    return number, number
 
 
 def _scatter(args: Sequence[Any], output: Tensor) -> None:

@@ -91,7 +91,7 @@ def _tune_spec(
         return known
     from autobatch.tuning.tuner import tune
 
-    plan = tune(_subject(spec), progress=progress, **options)
+    plan = tune(partial(_subject, spec), progress=progress, **options)
     if entry is not None:
         with suppress(FileError):  # the next probe takes as long as this one
             entry.store(plan)
@@ -140,7 +140,7 @@ def predict(arguments: argparse.Namespace) -> None:
         from autobatch.tuning.tuner import predict
 
         footprint = predict(
-            _subject(arguments.spec),
+            partial(_subject, arguments.spec),
             micro_batch=arguments.micro_batch,
             accumulation_steps=arguments.accumulation_steps,
             gpu=gpu,

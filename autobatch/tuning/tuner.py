@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from autobatch.devices.choose import Gpu, choose_device, described
+from autobatch.devices.choose import Gpu, built, choose_device, described
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.memory.accounting import footprint_of
@@ -40,7 +41,7 @@ __all__ = ["Gpu", "predict", "tune"]
 
 
 def tune(
-    model: nn.Module | Workload,
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
     target: int,
     sample: Any = None,
@@ -61,7 +62,8 @@ def tune(
     """Find the micro-batch that fits and the accumulation steps that make the target exactly.
 
     Args:
-        model: the module to train, on any device (`meta` included), or a Workload.
+        model: the module to train, on any device (`meta` included), or a Workload; or a function
+            that builds one, which finds the card in `torch.cuda` also where it is simulated.
         target: effective batch: samples per optimizer update over all GPUs.
         sample: one batch (any pytree of tensors), a Dataset or a DataLoader; inferred if None.
         loss: `loss(model, batch)` gives a scalar; a criterion such as `nn.CrossEntropyLoss()`
@@ -136,7 +138,7 @@ class _Request:
 def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallback) -> Plan:
     started = time.perf_counter()
     device = choose_device(gpu)
-    workload = asked.workload()
+    workload = replace(asked, model=built(asked.model, gpu)).workload()
     # a Workload may bring its own number of GPUs
     split(request.target, ceiling=LARGEST, world_size=workload.world_size)
     device.require(workload)
@@ -182,7 +184,7 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
 
 
 def predict(
-    model: nn.Module | Workload,
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
     micro_batch: int,
     accumulation_steps: int = 1,
@@ -212,7 +214,7 @@ def predict(
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(described(gpu))
     workload = Asked(
-        model=model,
+        model=built(model, gpu),
         sample=sample,
         loss=loss,
         optimizer=optimizer,

@@ -29,7 +29,8 @@ class Asked:
     """What a caller of `tune`, `predict` or `check_equivalence` says of the training.
 
     Attributes:
-        model: the module to train, or a Workload.
+        model: the module to train, or a Workload; `devices/choose.py` calls a function that builds
+            one.
         sample: one batch, a Dataset or a DataLoader; inferred if None.
         loss: as in `Workload`, and so are the options below, or a criterion of (outputs, labels);
             None keeps the Workload's own.
@@ -40,7 +41,7 @@ class Asked:
         sharding: what these GPUs share.
     """
 
-    model: nn.Module | Workload
+    model: Any
     sample: Any = None
     loss: Loss | None = None
     optimizer: OptimizerSpec | str | None = None
@@ -83,7 +84,8 @@ class Asked:
         model: Any = self.model
         if not isinstance(model, (nn.Module, Workload)):
             raise UsageError(
-                f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
+                f"model is a {type(model).__name__}: pass an nn.Module, an autobatch.Workload, "
+                "or a function without arguments that builds one"
             )
         if self.sample is None:
             return model if isinstance(model, Workload) else infer(model).workload(model)

@@ -63,6 +63,7 @@ class VirtualMode(FakeTensorMode):
 
     Attributes:
         virtual_device: the simulated device.
+        is_inside: whether an op is being answered.
         adopted: how many real tensors were moved there, as they met tensors of the device in an op.
     """
 
@@ -97,7 +98,7 @@ class VirtualMode(FakeTensorMode):
         self._move = move
         self._is_copy = is_copy
         self._recipes = recipes
-        self._is_inside = False
+        self.is_inside = False
         self._attributes: dict[str, Any] | None = None
         self._sole_holders = holders_of_a_sum()
 
@@ -122,14 +123,14 @@ class VirtualMode(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
-        if self._is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
+        if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self._is_inside = True
+        self.is_inside = True
         try:
             with DisableTorchFunction():  # what happens in here is no call of the user's
                 return self._dispatch(func, args, kwargs)
         finally:
-            self._is_inside = False
+            self.is_inside = False
 
     def _dispatch(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if adds_in_place(func, args, self._sole_holders):

@@ -24,10 +24,13 @@ from autobatch.devices.virtual.elements import (
     forget_values,
     has_values,
     placeholder_of,
+    set_bounds,
+    set_mixed,
+    set_placeholder,
     set_values,
     values_of,
 )
-from autobatch.support.torch_private import FakeTensor
+from autobatch.support.torch_private import FakeTensor, no_dispatch
 
 __all__ = ["KnownValues"]
 
@@ -70,6 +73,8 @@ class KnownValues:
         is_few = real.numel() <= min(GIVEN_ELEMENTS * rows, _MOST_ELEMENTS)
         if is_few and (real.numel() == 1 or any(real.stride())):
             _copy_values(fake, real)
+        elif real.dtype in WHOLE and type(fake) is FakeTensor and real.device.type == "cpu":
+            _tell_range(fake, real)
 
     def blank(self, original: Tensor, device: torch.device) -> Tensor:
         """Make memory of a tensor's layout on a device; a small buffer has its values there.
@@ -136,6 +141,21 @@ class KnownValues:
             return
         for target in targets:
             forget_values(target)
+
+
+def _tell_range(fake: Tensor, real: Tensor) -> None:
+    """Tell between which numbers the elements of a tensor vary, or which one they all are."""
+    if not real.numel() or not any(real.stride()) or not real.untyped_storage().nbytes():
+        return
+    with no_dispatch():
+        low, high = int(real.min()), int(real.max())
+    if low == high:
+        set_placeholder(fake, bool(low) if real.dtype is torch.bool else low)
+    elif real.dtype is torch.bool:
+        set_mixed(fake, 1.0)
+        set_placeholder(fake, True)
+    else:
+        set_bounds(fake, low, high)
 
 
 def _copy_values(fake: Tensor, real: Tensor) -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +22,9 @@ if TYPE_CHECKING:
     from autobatch.plan.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import ProgressCallback
-    from autobatch.workload.workload import OptimizerSpec, Workload
+    from autobatch.workload.workload import Workload
 
-__all__ = ["OPTIMIZERS", "check", "gpus", "predict", "probe", "report"]
-
-OPTIMIZERS = {
-    "adadelta": "Adadelta",
-    "adafactor": "Adafactor",
-    "adagrad": "Adagrad",
-    "adam": "Adam",
-    "adamax": "Adamax",
-    "adamw": "AdamW",
-    "nadam": "NAdam",
-    "radam": "RAdam",
-    "rmsprop": "RMSprop",
-    "sgd": "SGD",
-    "sgd-momentum": "SGD",
-}
+__all__ = ["check", "gpus", "predict", "probe", "report"]
 
 
 def probe(arguments: argparse.Namespace) -> None:
@@ -106,7 +91,7 @@ def _tune_spec(
         return known
     from autobatch.tuning.tuner import tune
 
-    plan = tune(_subject(spec), progress=progress, **options)
+    plan = tune(partial(_subject, spec), progress=progress, **options)
     if entry is not None:
         with suppress(FileError):  # the next probe takes as long as this one
             entry.store(plan)
@@ -155,7 +140,7 @@ def predict(arguments: argparse.Namespace) -> None:
         from autobatch.tuning.tuner import predict
 
         footprint = predict(
-            _subject(arguments.spec),
+            partial(_subject, arguments.spec),
             micro_batch=arguments.micro_batch,
             accumulation_steps=arguments.accumulation_steps,
             gpu=gpu,
@@ -231,21 +216,12 @@ def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
-        "optimizer": _optimizer(arguments.optimizer),
+        "optimizer": arguments.optimizer,
         "world_size": arguments.world_size,
         "sharding": arguments.sharding,
         "autocast": arguments.autocast,
         "clip_norm": arguments.clip_norm,
     }
-
-
-def _optimizer(name: str | None) -> OptimizerSpec | None:
-    if name is None:
-        return None
-    import torch
-
-    kind: OptimizerSpec = getattr(torch.optim, OPTIMIZERS[name])
-    return partial(torch.optim.SGD, momentum=0.9) if name == "sgd-momentum" else kind
 
 
 def _footprint_json(footprint: Footprint) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from autobatch.cli.parser import parser
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support import process
+from autobatch.support.wording import ON_COMMAND_LINE
 
 __all__ = ["entry", "main"]
 
@@ -26,8 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, 1: the workload failed, or `check` found the gradients different, 2: usage, 3: nothing
     fits, 130: interrupted.
     """
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
+        parser().print_help(sys.stderr)
+        return 2
+    reader = ON_COMMAND_LINE.set(True)
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse_args(given)
         code: int | None = arguments.run(arguments)
         sys.stdout.flush()
     except SystemExit as exit_:  # argparse has printed its message
@@ -42,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except KeyboardInterrupt:
         return _INTERRUPTED
+    finally:
+        ON_COMMAND_LINE.reset(reader)
     return code or 0
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
+from typing import NoReturn
 
 from autobatch._version import __version__
 from autobatch.cli import commands
+from autobatch.support.wording import near
+from autobatch.workload.optimizers import OPTIMIZERS
 
 __all__ = ["parser"]
 
@@ -18,7 +22,7 @@ _JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; `run` of what it parses is the command's function."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="autobatch",
         description="Find the micro-batch that fits a GPU, and where every byte of it goes.",
         epilog="Exit codes: 0 done, 1 the workload failed or the check found a difference, "
@@ -92,6 +96,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the choice that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        hint = near(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        super().error(message + hint)
+
+
 def _add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
@@ -111,7 +124,7 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         choices=["ddp", "fsdp"],
         help="what they share: ddp (default for several) keeps whole copies, fsdp is FSDP2",
     )
-    parser.add_argument("--optimizer", choices=sorted(commands.OPTIMIZERS), help="default: adamw")
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), help="default: adamw")
     parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")
     parser.add_argument(
         "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"

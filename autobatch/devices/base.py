@@ -30,7 +30,7 @@ class Run:
         window_seconds: median time of a window after warm-up; None where nothing was computed.
         shortage: which request failed for lack of memory, in one line; None where none did.
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
-            "scalar output" or "surrogate sum".
+            "scalar output", "cross entropy" or "surrogate sum".
         optimizer: class name of the optimizer.
         notes: what the user should know about this run.
     """

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
 import torch
+from torch import nn
 
 from autobatch.devices.base import Device
 from autobatch.devices.cuda.gpu import CudaGpu, describe
 from autobatch.devices.cuda.runtime import CudaRuntime
+from autobatch.devices.virtual.backend import built_for
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import NoGpuError, UsageError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
+from autobatch.support.wording import for_reader
 
-__all__ = ["Gpu", "choose_device", "described"]
+__all__ = ["Gpu", "built", "choose_device", "described"]
 
+_FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 Gpu = str | GpuSpec | torch.device | None
 
 
@@ -43,6 +52,21 @@ def described(gpu: Gpu) -> GpuSpec:
     )
 
 
+def built(model: Any, gpu: Gpu) -> Any:
+    """Return a model, which a function may build: that finds the card that `gpu` names.
+
+    Code that asks `torch.cuda.is_available()` as it builds a model takes its path for CUDA then,
+    also where the card is simulated.
+
+    Raises:
+        UsageError: `gpu` names nothing; the subclass says how.
+    """
+    if isinstance(model, nn.Module) or not isinstance(model, _FUNCTIONS):
+        return model
+    with contextlib.nullcontext() if is_device(gpu) else built_for(described(gpu)):
+        return model()
+
+
 def _cuda_index(gpu: Gpu) -> int:
     """Return the index of a CUDA device of this machine.
 
@@ -53,7 +77,8 @@ def _cuda_index(gpu: Gpu) -> int:
     if not count:
         raise NoGpuError(
             "there is no CUDA GPU in this machine: name the one to simulate, such as "
-            'gpu="a100-40gb" (`autobatch gpus` lists them) or gpu="24GiB"'
+            + for_reader('gpu="a100-40gb" or gpu="24GiB"', "--gpu a100-40gb or --gpu 24GiB")
+            + " (`autobatch gpus` lists the known ones)"
         )
     index = None if gpu is None else torch.device(str(gpu)).index
     if index is not None and index >= count:

@@ -6,21 +6,20 @@ No weight is read, moved or materialised, unless the function that makes memory 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FunctionType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from autobatch.devices.places import Stage
+from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
+from autobatch.workload.wrappers import unwrapped
 
-__all__ = ["Copier", "blank"]
+__all__ = ["Copier", "batch_of", "blank"]
 
 
 def blank(original: Tensor, device: torch.device) -> Tensor:
@@ -30,59 +29,101 @@ def blank(original: Tensor, device: torch.device) -> Tensor:
     )
 
 
-class Copier:
+def batch_of(build: Callable[[int], Any], samples: int) -> Any:
+    """Return a batch; what the user's function counts or logs meanwhile is as before."""
+    copier = Copier(torch.device("cpu"), blank)
+    copied = copier.loader(build)
+    with copier.stage():
+        return copied(samples)
+
+
+class Copier(Walk):
     """Makes deep copies, and remembers the counterpart of every original.
 
-    The counterpart of a parameter or buffer is on the device. That of any other tensor is where the
-    tensor was; one on `meta` counts as on the CPU, as the user never said where it would be.
+    The counterpart of a parameter or buffer is on the device, and so is that of a tensor that a
+    variable of the user's is bound to. That of any other tensor is where the tensor was; one on
+    `meta` counts as on the CPU, as the user never said where it would be.
+
+    Attributes:
+        optimizers: the copies of optimizers, wherever they were met.
     """
 
     def __init__(self, device: torch.device, make: Callable[[Tensor, torch.device], Tensor]):
         """Copy to `device`; `make` makes the memory of a tensor there, with its values or not."""
+        super().__init__()
+        self.optimizers: list[torch.optim.Optimizer] = []
         self._device = device
         self._make = make
-        self._memo: dict[int, Any] = {}
-        self._originals: list[Any] = []  # keeps ids in the memo from being reused
+        self._moved_modules: set[int] = set()
+        self._made: set[int] = set()  # ids of counterparts, which the memo keeps
+        self._hooked: list[Tensor] = []
+
+    def any(self, value: Any) -> Any:
+        """Copy anything that a step may use; what functions read is staged (see `stage`).
+
+        Raises:
+            WorkloadError: it is nested too deeply to be copied.
+        """
+        try:
+            return self.copied(value, is_bound=True)
+        except RecursionError as error:
+            raise WorkloadError(
+                f"{type(value).__name__} is nested too deeply to be copied for the probe: build it "
+                "in a function and pass a Workload"
+            ) from error
+
+    def loader(self, value: Any) -> Any:
+        """Copy what makes batches: its tensors and modules are shared, its counters are not."""
+        self._shares_state = True
+        try:
+            return self.any(value)
+        finally:
+            self._shares_state = False
+
+    def stage(self) -> Stage:
+        """Return the places in which the copies have to be while the user's code runs.
+
+        Hooks of tensors are registered on the counterparts.
+        """
+        stage = self.walked()
+        while self._hooked:
+            self._hook(self._hooked.pop())
+            stage = self.walked()
+        return stage
 
     def model(self, model: nn.Module) -> nn.Module:
         """Copy a module, its parameters and buffers first, in the order of `Module.to`."""
-        if id(model) in self._memo:
-            return self._memo[id(model)]  # type: ignore[no-any-return]
-        self._move_state(model)
-        duplicate: nn.Module = self._deep(model)
-        for module in duplicate.modules():  # compiled code belongs to the originals
-            module._compiled_call_impl = None
-            for name, child in module.named_children():
-                if hasattr(child, "_orig_mod"):
-                    setattr(module, name, child._orig_mod)
-        return duplicate
+        inner = unwrapped(model)
+        known: nn.Module | None = self._memo.get(id(inner))
+        if known is None:
+            is_root = id(inner) not in self._moved_modules
+            if is_root:
+                self._move_state(inner)
+            known = self._object(inner, type(inner))
+            if is_root:
+                _without_compiled_code(known)
+                self._followed(known)
+        if inner is not model:
+            self.remember(model, known)
+        return known
 
-    def any(self, value: Any) -> Any:
-        """Copy a module, a function, or anything else that holds some.
+    def module(self, original: nn.Module) -> nn.Module:
+        """Copy a module that is met on the way."""
+        return self.model(original)
 
-        Raises:
-            WorkloadError: something in it cannot be copied; the cause is chained.
-        """
-        if isinstance(value, nn.Module):
-            return self.model(value)
-        if isinstance(value, FunctionType):
-            return self._function(value)
-        if isinstance(value, functools.partial):
-            arguments = [self._held(argument) for argument in value.args]
-            named = {name: self._held(argument) for name, argument in value.keywords.items()}
-            return functools.partial(self.any(value.func), *arguments, **named)
-        return self._deep(value)
+    def _followed(self, duplicate: nn.Module) -> None:
+        """Call `.to(device)` where classes of a copy learn from it where they are."""
+        if self._device.type == "meta":
+            return
+        if any(map(_learns_its_device, set(map(type, duplicate.modules())))):
+            duplicate.to(self._device)
 
-    def _deep(self, value: Any) -> Any:
-        try:
-            with _TensorCopies(self):
-                return copy.deepcopy(value, self._memo)
-        except Exception as error:
-            raise WorkloadError(
-                f"{type(value).__name__} cannot be copied for the probe ({error}): "
-                "remove what cannot be deep-copied from it, or build it in a function and pass "
-                "a Workload"
-            ) from error
+    def tensor(self, original: Tensor, *, is_bound: bool) -> Tensor:
+        """Return a tensor's counterpart, on the device if a name is bound to the tensor itself."""
+        if is_bound and original.dim():
+            return self.move(original)
+        place = original.device
+        return self.move(original, torch.device("cpu") if place.type == "meta" else place)
 
     def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Copy an optimizer to the device, with its parameters and their state.
@@ -91,6 +132,9 @@ class Copier:
         State of another shape cannot be: that parameter's state is left out, and the next step
         makes it anew.
         """
+        known: torch.optim.Optimizer | None = self._memo.get(id(given))
+        if known is not None:
+            return known
         for group in given.param_groups:
             for parameter in group["params"]:
                 self.move(parameter)
@@ -107,8 +151,11 @@ class Copier:
             kept = {key: state for key, state in given.state.items() if key not in lost}
             attributes["state"] = defaultdict(dict, kept)
         duplicate: torch.optim.Optimizer = type(given).__new__(type(given))
-        self._remember(given, duplicate)
-        vars(duplicate).update(self.any(attributes))
+        self.remember(given, duplicate)
+        vars(duplicate).update({name: self.copied(part) for name, part in attributes.items()})
+        if hasattr(vars(given).get("step"), "_wrapped_by_lr_sched"):
+            vars(duplicate)["step"] = _seen_by_schedules(duplicate)
+        self.optimizers.append(duplicate)
         return duplicate
 
     def _moved(self, value: Tensor, parameter: Any) -> bool:
@@ -119,7 +166,7 @@ class Copier:
         elif value.shape != shard.shape:
             return False
         elif id(value) not in self._memo:
-            self._remember(value, torch.empty_like(shard, dtype=value.dtype, requires_grad=False))
+            self.remember(value, torch.empty_like(shard, dtype=value.dtype, requires_grad=False))
         return True
 
     def changed(self, duplicate: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -139,51 +186,20 @@ class Copier:
                 self._memo[key] = new[id(known)]
         return result
 
-    def _function(self, function: FunctionType) -> FunctionType:
-        """Copy a function with the modules and tensors that its closure and its globals hold."""
-        if (function.__module__ or "").partition(".")[0] == "torch":
-            return function  # it holds nothing of the user's
-        known: FunctionType | None = self._memo.get(id(function))
-        if known is not None:
-            return known
-        cells = function.__closure__ or ()
-        found = function.__globals__
-        state = [
-            name
-            for name in _names(function.__code__)
-            if isinstance(found.get(name), (nn.Module, Tensor))
-        ]
-        duplicate = FunctionType(
-            function.__code__,
-            dict(found) if state else found,
-            function.__name__,
-            function.__defaults__,
-            tuple(CellType() for _ in cells),
-        )
-        duplicate.__kwdefaults__ = function.__kwdefaults__
-        self._remember(function, duplicate)  # before its closure, which may hold the function
-        for name in state:
-            duplicate.__globals__[name] = self._held(found[name])
-        for cell, copied in zip(cells, duplicate.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # a cell that is not filled yet
-                copied.cell_contents = self._held(cell.cell_contents)
-        return duplicate
-
-    def _held(self, value: Any) -> Any:
-        """Copy what a function holds if it is a module, a tensor or a function; else keep it."""
-        if isinstance(value, Tensor):
-            return self.move(value) if value.dim() else value
-        if isinstance(value, (nn.Module, FunctionType, functools.partial)):
-            return self.any(value)
-        return value
-
     def move(self, original: Tensor, device: torch.device | None = None) -> Tensor:
         """Return a tensor's counterpart; one that is made now is on the device, or on another."""
         known: Tensor | None = self._memo.get(id(original))
         if known is None:
             known = self._like(original, device or self._device)
-            self._remember(original, known)
+            self.remember(original, known)
+            self._made.add(id(known))
+            if _hooks_of(original):
+                self._hooked.append(original)
         return known
+
+    def is_copy(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the counterpart of one of the user's."""
+        return id(tensor) in self._made
 
     def _like(self, original: Tensor, device: torch.device) -> Tensor:
         """Make a tensor of the same layout, kind and attributes on a device."""
@@ -200,11 +216,16 @@ class Copier:
         data.__dict__.update({k: v for k, v in attributes.items() if k not in data.__dict__})
         return data
 
-    def _remember(self, original: Any, duplicate: Any) -> None:
-        self._memo[id(original)] = duplicate
-        self._originals.append(original)
+    def _hook(self, original: Tensor) -> None:
+        """Register the hooks of a tensor on its counterpart."""
+        duplicate = self._memo[id(original)]
+        for register, hook in _hooks_of(original):
+            copied = self.copied(hook)
+            if duplicate.requires_grad:
+                getattr(duplicate, register)(copied)
 
     def _move_state(self, module: nn.Module) -> None:
+        self._moved_modules.add(id(module))
         for child in module.children():
             self._move_state(child)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -212,27 +233,39 @@ class Copier:
                 self.move(tensor)
 
 
-class _TensorCopies(TorchFunctionMode):
-    """Lets `copy.deepcopy` take the copier's counterparts of tensors, and clone no memory."""
-
-    def __init__(self, copier: Copier):
-        super().__init__()
-        self._copier = copier
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func is not Tensor.__deepcopy__:
-            return func(*args, **(kwargs or {}))
-        original = args[0]
-        place = original.device
-        return self._copier.move(original, torch.device("cpu") if place.type == "meta" else place)
+def _without_compiled_code(duplicate: nn.Module) -> None:
+    """Let a copy run eagerly: compiled code belongs to the originals."""
+    for module in duplicate.modules():
+        module._compiled_call_impl = None
 
 
-def _names(code: CodeType) -> set[str]:
-    """Return the global names that a function's code, or code inside of it, may use."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names(constant)
-    return names
+@functools.cache
+def _learns_its_device(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules notices that it is moved, as Lightning's and metrics do."""
+    return any(
+        {"to", "_apply"} & vars(base).keys()
+        for base in kind.__mro__
+        if not base.__module__.startswith("torch.")
+    )
+
+
+def _hooks_of(tensor: Tensor) -> list[tuple[str, Any]]:
+    """Return the hooks of a tensor, with the method that registers each."""
+    own = {
+        "register_hook": tensor._backward_hooks,
+        "register_post_accumulate_grad_hook": getattr(tensor, "_post_accumulate_grad_hooks", None),
+    }
+    return [(name, hook) for name, hooks in own.items() for hook in (hooks or {}).values()]
+
+
+def _seen_by_schedules(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+    """Return the optimizer's step as schedules wrap it, to see that it comes before their own."""
+    plain = type(optimizer).step
+
+    @functools.wraps(plain)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return plain(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step

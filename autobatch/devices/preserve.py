@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,9 +24,22 @@ _SWITCHES = (
 )
 
 
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def process_state_preserved() -> Iterator[None]:
-    """Put back what the block changes in the process, and let it collect garbage by itself."""
+    """Put back what the block changes in the process, and let it collect garbage by itself.
+
+    One thread at a time is in such a block: what one of them changes, another would take for the
+    user's.
+    """
+    with _one_at_a_time, _kept():
+        yield
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     switches = [(of, name, getattr(of, name)) for of, names in _SWITCHES for name in names]

@@ -20,6 +20,7 @@ from autobatch.devices.ddp_buckets import gradient_buckets
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.step_calls import after_steps
 from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
@@ -77,14 +78,24 @@ class Session:
             return wrapped
 
         self._model = copier.changed(copier.model(model).train(), tagged)
+        if workload.model is not model:  # code may know the model by its wrapper
+            copier.remember(workload.model, self._model)
         evaluate, window = copier.any(workload.evaluate), copier.any(workload.window)
-        self._workload = replace(workload, evaluate=evaluate, window=window)
         self._loss: Loss = DefaultLoss() if workload.loss is None else copier.any(workload.loss)
-        self.optimizer = _copied_optimizer(workload.optimizer, self._model, copier)
+        made = copier.any(workload.optimizer)
+        copier.stage()  # what a step and the batches both use counts as the step's
+        batch = copier.loader(workload.batch)
+        self._workload = replace(workload, evaluate=evaluate, window=window, batch=batch)
+        self._copier = copier
+        self._stage = copier.stage()
+        with self._stage:
+            self.optimizer = _optimizer(made, self._model)
         self._buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
         recorder.tag(self._buckets, "gradients")
         self._steps = 0
-        self.optimizer.register_step_post_hook(self._count_step)
+        self._stepped: set[str] = set()
+        for optimizer in self._optimizers():
+            self._watch(optimizer)
         # a loss may have parameters of its own
         recorder.tag(map(_local, self._trained()), "parameters")
         self._tag_optimizer_state()
@@ -101,20 +112,44 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """What the user should know about windows that ran through."""
+        notes = list(dict.fromkeys(self._copier.notes))
         if self._steps:
-            return []
-        return [
-            f"{type(self.optimizer).__name__} never made a step (in fp16, gradients that are not "
-            "finite skip it): its state may be missing from the account"
-        ]
+            return notes
+        others = f"; {' and '.join(sorted(self._stepped))} did" if self._stepped else ""
+        notes.append(
+            f"{type(self.optimizer).__name__} never made a step{others} (in fp16, gradients that "
+            "are not finite skip it): its state may be missing from the account"
+        )
+        return notes
 
-    def _count_step(self, *_: Any) -> None:
-        self._steps += 1
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizer that runs, and those that the user's code steps by itself."""
+        others = [other for other in self._copier.optimizers if other is not self.optimizer]
+        return [self.optimizer, *others]
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notice the steps of an optimizer."""
+        is_ours = optimizer is self.optimizer
+
+        def stepped(*_: Any) -> None:
+            if is_ours:
+                self._steps += 1
+            else:
+                self._stepped.add(type(optimizer).__name__)
+
+        after_steps(optimizer, stepped)
 
     def train(
         self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True
     ) -> None:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
+        with self._stage:
+            self._run(micro_batch, accumulation_steps, windows, evaluate)
+        if isinstance(self._loss, DefaultLoss):
+            self._loss.forget()
+        self._tag()
+
+    def _run(self, micro_batch: int, accumulation_steps: int, windows: int, evaluate: bool) -> None:
         workload = self._workload
         run_windows(
             Training(
@@ -128,9 +163,6 @@ class Session:
                 phases=self,
             )
         )
-        if isinstance(self._loss, DefaultLoss):
-            self._loss.forget()
-        self._tag()
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Tag what the phase that ends has made, and mark the beginning of the next."""
@@ -152,7 +184,8 @@ class Session:
     def _tag_optimizer_state(self) -> None:
         tensors = (
             _local(value)
-            for state in self.optimizer.state.values()
+            for optimizer in self._optimizers()
+            for state in optimizer.state.values()
             if isinstance(state, dict)
             for value in state.values()
             if isinstance(value, Tensor)
@@ -168,21 +201,20 @@ def _local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _copied_optimizer(given: Any, model: nn.Module, copier: Copier) -> torch.optim.Optimizer:
+def _optimizer(given: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return a copied optimizer if it is one of the model's, or make one of its parameters."""
     if isinstance(given, torch.optim.Optimizer):
-        optimizer = copier.optimizer(given)
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = [p for group in given.param_groups for p in group["params"]]
         if not set(map(id, held)) & set(map(id, model.parameters())):
             raise WorkloadError(
                 f"the {type(given).__name__} holds none of the model's parameters: make it "
                 "from the parameters of the model that is tuned"
             )
-        return optimizer
+        return given
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise WorkloadError("no parameter requires a gradient: there is nothing to train")
-    make = copier.any(given) if not isinstance(given, type) else given
-    return make(trainable)  # type: ignore[no-any-return]
+    return given(trainable)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
             f"the sample has {count(different, 'different row')}, and {rows.size} were compared: "
             "where rows repeat, numbers that are not integers were varied"
         )
-    return ComparedWindows(tuple((each, _first(rows, sum(each))) for each in windows), tuple(notes))
+    return ComparedWindows(tuple((each, rows.first(sum(each))) for each in windows), tuple(notes))
 
 
 def _unequal(size: int) -> tuple[int, int]:
@@ -70,10 +70,6 @@ def _unequal(size: int) -> tuple[int, int]:
     if size == 1:
         return 2, 1
     return (size, size - 1) if size > 2 else (3, 2)
-
-
-def _first(rows: Rows, samples: int) -> Rows:
-    return replace(rows, batch=rows.cut(0, samples), size=samples)
 
 
 def _different(rows: Rows) -> int:

@@ -91,7 +91,7 @@ class Experiment:
 
     def _gradients(self, replica: Replica, batch: Any, ablation: Ablation, seed: int) -> Gradients:
         replica.model.zero_grad()
-        with self.running(hold=ablation.draws, seed=seed):
+        with replica.stage, self.running(hold=ablation.draws, seed=seed):
             replica.value(batch).backward()
         return {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

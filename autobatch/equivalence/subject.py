@@ -6,7 +6,7 @@ Invariant: the user's objects are only read; every replica starts in the same st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from autobatch.devices.copies import Copier
+from autobatch.devices.copies import Copier, batch_of
+from autobatch.devices.places import Stage
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.workload.dataset import dataset_length
+from autobatch.workload.layout import Layout, compared
 from autobatch.workload.loss import DefaultLoss, checked_loss
-from autobatch.workload.sample import Rows, named_tensors, rows_of
+from autobatch.workload.sample import Rows, rows_of
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
@@ -43,7 +45,13 @@ class Replica:
     """A copy of the model and of the loss, to run once or a few times."""
 
     model: nn.Module
-    loss: Loss
+    own_loss: Loss
+    stage: Stage
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return what the loss gives, with copies in place of all that the user's code reaches."""
+        with self.stage:
+            return self.own_loss(model, batch)
 
     def value(self, batch: Any) -> Tensor:
         """Return the loss of a batch.
@@ -56,7 +64,7 @@ class Replica:
     @property
     def loss_kind(self) -> str:
         """How the loss was obtained, in the words of a plan."""
-        kind = self.loss.kind if isinstance(self.loss, DefaultLoss) else "user"
+        kind = self.own_loss.kind if isinstance(self.own_loss, DefaultLoss) else "user"
         return "mean of the outputs" if kind == "surrogate sum" else kind or "user"
 
 
@@ -79,11 +87,8 @@ class Subject:
         if not model.training:
             model.train()
         loss = self.workload.loss
-        if loss is None:
-            return Replica(model, _MeanOfOutputs())
-        return Replica(
-            model, copier.model(loss) if isinstance(loss, nn.Module) else copier.any(loss)
-        )
+        copied = _MeanOfOutputs() if loss is None else copier.any(loss)
+        return Replica(model, copied, copier.stage())
 
     def batch(self, samples: int) -> Rows:
         """Build a batch in the subject's dtype that can be cut where two sizes of it differ.
@@ -92,13 +97,9 @@ class Subject:
             SampleError: no dimension of its tensors grows with the samples.
         """
         build = self.workload.batch
-        batch, longer = map_tensors(self._cast, build(samples)), named_tensors(build(samples + 1))
-        dims: dict[str | int, int | None] = {
-            ".".join(path): _changed_dim(tensor.shape, longer[path].shape)
-            for path, tensor in named_tensors(batch).items()
-        }
-        alone = tuple(dims) == ("",)  # the batch is a single tensor
-        rows = rows_of(batch, batch_dims=dims[""] if alone else dims)
+        batch = map_tensors(self._cast, batch_of(build, samples))
+        layout = compared(batch, samples, batch_of(build, samples + 1), samples + 1)
+        rows = rows_of(batch) if layout is None else Rows(batch, _needed(layout))
         if rows.size != samples:
             raise SampleError(
                 f"a batch of {samples} samples has {rows.size} rows: pass a sample whose tensors "
@@ -143,9 +144,9 @@ def one_batch(sample: Any, samples: int) -> Any:
         return collate([dataset[index * length // number] for index in range(number)])
 
 
-def _changed_dim(one: Sequence[int], other: Sequence[int]) -> int | None:
-    changed = [dim for dim, sizes in enumerate(zip(one, other, strict=True)) if len(set(sizes)) > 1]
-    return changed[0] if len(changed) == 1 else None
+def _needed(layout: Layout) -> Layout:
+    """Give every part of a batch all of the tensors that do not grow with the samples."""
+    return replace(layout, whole=layout.whole | layout.rest, rest=frozenset())
 
 
 def _invented(tensor: Tensor, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.support.units import GIB, format_bytes, parse_bytes
+from autobatch.support.wording import for_reader
 
 __all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "is_device"]
 
@@ -81,7 +82,7 @@ def find_gpu(name: str) -> GpuSpec:
     >>> find_gpu("24GiB").capacity_bytes
     25769803776
     """
-    if re.fullmatch(r"\s*[\d.]+\s*[KMGT]I?B?\s*", name, re.IGNORECASE):
+    if re.fullmatch(r"\s*[\d.]+\s*([KMG]I?B?|T(I?B)?)\s*", name, re.IGNORECASE):
         return _card_of_size("".join(name.split()))
     model, size_gb = _model_and_size(name)
     matches = [
@@ -94,11 +95,15 @@ def find_gpu(name: str) -> GpuSpec:
     if matches:
         candidates = " or ".join(spec.name for spec in matches)
         raise UnknownGpuError(f"GPU {name!r} comes in several sizes: say {candidates}")
-    nearest = get_close_matches(_words(name).replace(" ", "-"), CATALOGUE, cutoff=0.5)
+    words = _words(name).replace(" ", "-")
+    nearest = get_close_matches(words, CATALOGUE, cutoff=0.5)
+    if words.isdecimal() and int(words) >= _SMALLEST_GIB:
+        nearest = [f"{words}GiB"]
+    size = for_reader('gpu="24GiB"', "--gpu 24GiB")
     hint = f"did you mean {', '.join(nearest)}? " if nearest else ""
     raise UnknownGpuError(
-        f"GPU {name!r} is not in the catalogue: {hint}`autobatch gpus` lists the known ones, "
-        "and any capacity works instead of a name, such as --gpu 24GiB"
+        f"GPU {name!r} is not in the catalogue: {hint}`autobatch gpus` lists the known ones, and "
+        f"any capacity works instead of a name, such as {size}"
     )
 
 
@@ -110,6 +115,9 @@ def is_device(gpu: object) -> bool:
     """
     return gpu is None or re.fullmatch(r"cuda(:\d+)?", str(gpu)) is not None
 
+
+_SMALLEST_GIB = 4
+"""Plain numbers below are no sizes of cards that people train on."""
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|rtx|\bsxm\d?\b|\bhbm\d?e?\b|\bgpu\b")
 _SIZE = re.compile(r"\b(\d+) ?g(?:i?b)?\b")

@@ -240,10 +240,6 @@ class _Loss:
         smoothing, own = trainer.args.label_smoothing_factor, trainer.compute_loss_func
         return f"{type(trainer)} {smoothing} {own and own.__qualname__} {_autocast(trainer.args)}"
 
-    def __deepcopy__(self, memo: object) -> _Loss:
-        """Return the same: a trainer holds what cannot be copied, and nothing of it is changed."""
-        return self
-
 
 @contextlib.contextmanager
 def _as_trained(trainer: Trainer) -> Iterator[None]:

@@ -232,6 +232,15 @@ class Plan(PlanRecord):
             rule=rule,
         )
 
+    def __repr__(self) -> str:
+        """Name the answer; `print(plan)` shows the whole, `plan.to_json()` every field."""
+        size = f"{self.micro_batch:,}" if self.micro_batch else "of several sizes"
+        return (
+            f"<Plan of {self.model.name} on {self.gpu.name}: {self.effective_batch:,} samples an "
+            f"update, micro-batch {size}, at least {self.ceiling_at_least:,} fit, "
+            f"{self.footprint.evidence}>"
+        )
+
     def __str__(self) -> str:
         """Render the plan as plain text, the answer first."""
         from autobatch.report.content import summary

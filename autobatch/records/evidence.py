@@ -103,7 +103,7 @@ class ModelFacts:
         batchnorm_layers: modules whose statistics depend on the micro-batch.
         optimizer: class name of the optimizer that was probed.
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
-            "scalar output" or "surrogate sum".
+            "scalar output", "cross entropy" or "surrogate sum".
         autocast: "bf16", "fp16" or None.
         clip_norm: the gradient norm clipped to, or None.
     """

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from autobatch.support.units import format_bytes
+
 __all__ = ["Evidence", "Footprint"]
 
 Evidence = Literal["measured", "simulated", "predicted"]
@@ -76,3 +78,20 @@ class Footprint:
             "other": self.other_bytes,
             "rounding": self.rounding_bytes,
         }
+
+    def __str__(self) -> str:
+        """Render the account as a table; the parts sum to what is allocated."""
+        rows = {
+            **{name: size for name, size in self.categories.items() if size},
+            "= peak allocated": self.peak_allocated_bytes,
+            "cached by the allocator": self.cached_bytes,
+            "= peak reserved": self.peak_reserved_bytes,
+            "CUDA context": self.context_bytes,
+            "= on the device": self.peak_device_bytes,
+        }
+        head = (
+            f"micro-batch {self.micro_batch:,} x {self.accumulation_steps:,} on {self.gpu} "
+            f"({self.evidence})"
+        )
+        lines = (f"  {name:<24}{size:>16,}{format_bytes(size):>10}" for name, size in rows.items())
+        return "\n".join([head, *lines])

@@ -1,11 +1,24 @@
-"""Pieces of messages: counts, an error in one line, names alike, the first of many names."""
+"""Pieces of messages: counts, errors in one line, names alike, options as the reader knows them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 
-__all__ = ["count", "listed", "near", "one_line"]
+__all__ = ["ON_COMMAND_LINE", "count", "for_reader", "listed", "near", "one_line"]
+
+ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
+"""Whether the reader of messages typed a command, and knows options rather than arguments."""
+
+
+def for_reader(python: str, command_line: str) -> str:
+    """Return the wording for who reads it: of a call in Python, or of a command.
+
+    >>> for_reader("gpu='t4'", "--gpu t4")
+    "gpu='t4'"
+    """
+    return command_line if ON_COMMAND_LINE.get() else python
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

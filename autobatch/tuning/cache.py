@@ -25,6 +25,7 @@ from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError, dump_json, parse_json
 from autobatch.support.files import read_text, user_folder, write_text
 from autobatch.support.units import MIB
+from autobatch.support.wording import for_reader
 
 __all__ = ["CacheEntry", "named_entry"]
 
@@ -60,10 +61,10 @@ class CacheEntry:
             return None
         with suppress(OSError):
             os.utime(self._file)
+        again = for_reader("probe again without cache=", "probe again with --no-cache")
         note = (
             f"answered from {str(self._file)!r}, the plan of {plan.created}: arguments, versions, "
-            "settings and your source files are the same; to probe again, use --no-cache on the "
-            "command line, and no cache= in Python"
+            f"settings and your source files are the same; {again}"
         )
         return replace(plan, warnings=(*plan.warnings, note))
 

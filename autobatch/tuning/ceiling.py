@@ -9,6 +9,7 @@ predicted not to fit by a model that had just been confirmed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,9 @@ _RETREAT = 0.95
 executed, and of that again: on an H200, reserved peaks at the ceiling were foretold up to 9 % too
 low (`reports/hardware`), most of them less than 1 %."""
 
+SECONDS_BEYOND = 20.0
+"""So long are sizes executed one by one, beyond those that the target needs."""
+
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
 
@@ -43,6 +47,7 @@ class Ceiling:
     Attributes:
         micro_batch: largest size that fits; 0 when not even one sample does.
         limit_reached: the search stopped at its limit, and the true ceiling may be higher.
+        stopped: it stopped because larger sizes take long to execute.
         model: reproduces the executed traces; None where they do not align.
         reason: why there is no model; None where there is one.
         whole: the executed window without accumulation, where that is what will run.
@@ -53,6 +58,7 @@ class Ceiling:
     limit_reached: bool
     model: TraceModel | None
     reason: str | None = None
+    stopped: bool = False
     whole: Run | None = None
     predicted: Mapping[int, Replay] = field(default_factory=dict)
 
@@ -75,6 +81,7 @@ def find_ceiling(
     wanted: int | None = None,
     *,
     prove: bool = False,
+    share: int | None = None,
     guess: Callable[[], int | None] = lambda: None,
 ) -> Ceiling:
     """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
@@ -86,18 +93,20 @@ def find_ceiling(
             window of one such micro-batch is executed in place of one at the ceiling: it is what
             will run, and its beginning checks the model as well.
         prove: execute the size above the ceiling too, which must not fit.
+        share: samples of one update on one GPU, as far as sizes that have to be executed one by one
+            are looked at without regard to time.
         guess: a ceiling to try first where sizes have to be executed one by one.
     """
     first, second = (min(size, limit) for size in _SMALL)
     if first == second:
-        return _by_execution(probe, limit, reason="only sizes up to 2 are possible")
+        return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
     try:
         for size in (first, second):
             if (shortage := probe.run(size).shortage) is not None:
                 raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
         return _by_model(probe, limit, wanted, prove)
     except Misaligned as error:
-        return _by_execution(probe, limit, reason=str(error), guess=guess)
+        return _by_execution(probe, limit, reason=str(error), share=share, guess=guess)
 
 
 def _by_model(probe: Probe, limit: int, wanted: int | None, prove: bool) -> Ceiling:
@@ -225,9 +234,14 @@ def _by_execution(
     probe: Probe,
     limit: int,
     reason: str,
+    share: int | None = None,
     guess: Callable[[], int | None] = lambda: None,
 ) -> Ceiling:
-    """Bisect with executions, guided by the peaks that they show."""
+    """Bisect with executions, guided by the peaks that they show.
+
+    Once `share` samples fit, larger sizes are looked at for SECONDS_BEYOND only; that ends the
+    search also where `share` itself is far, and a size that is expected to take longer is halved.
+    """
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes)
 
     def told(size: int) -> None:
@@ -238,11 +252,25 @@ def _by_execution(
     first = guess()
     if first is not None and search.ceiling < first <= limit and search.ask() is not None:
         told(first)
+    started = time.monotonic()
+    gave_up = False
     while (asked := search.ask()) is not None:
+        known = search.ceiling
+        if share is not None and known and asked > known:
+            left = SECONDS_BEYOND - (time.monotonic() - started)
+            if known < share < asked and share not in probe.runs:
+                asked = share
+            affordable = int(known * max(left, 0) / max(probe.runs[known].seconds, 1e-3))
+            if asked > affordable and (asked > share or affordable <= known):
+                asked = min(affordable, limit)
+                if asked in probe.runs or asked < known + max(known // 4, 1):
+                    gave_up = True
+                    break
         told(asked)
     return Ceiling(
         micro_batch=search.ceiling,
-        limit_reached=search.limit_reached,
+        limit_reached=search.limit_reached or gave_up,
+        stopped=gave_up,
         model=None,
         reason=reason,
     )

@@ -36,7 +36,7 @@ from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
 from autobatch.support.files import prepare_folder, user_folder
-from autobatch.support.wording import one_line
+from autobatch.support.wording import ON_COMMAND_LINE, one_line
 
 __all__ = ["RemoteTraceback", "apart"]
 
@@ -179,7 +179,9 @@ def _pickle(value: object, path: Path) -> None:
 def _running(folder: Path) -> Iterator[BaseProcess]:
     """Start the child of a folder; it has ended when the block is left."""
     child = multiprocessing.get_context("spawn").Process(
-        target=_child, args=(str(folder), process.is_ours()), name=f"{_NAME}{folder}"
+        target=_child,
+        args=(str(folder), process.is_ours(), ON_COMMAND_LINE.get()),
+        name=f"{_NAME}{folder}",
     )
     chosen = multiprocessing.get_start_method(allow_none=True)
     try:
@@ -276,13 +278,14 @@ def _received(error: Mapping[str, str]) -> AutobatchError:
     return received
 
 
-def _child(folder_name: str, ours: bool) -> None:
+def _child(folder_name: str, ours: bool, on_command_line: bool) -> None:
     """Do the work in a folder and tell its log; the main function of the child."""
     with suppress(OSError, RuntimeError):  # where there is no stderr
         os.dup2(2, 1)  # stdout is for the answer, which the parent gives
         faulthandler.enable()
     sys.stdout = sys.stderr
     _end_with_parent()
+    ON_COMMAND_LINE.set(on_command_line)
     if ours:
         process.claim()
     folder = Path(folder_name)

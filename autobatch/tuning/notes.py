@@ -35,6 +35,11 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
             "no loss was given or found in the output: the sum of the outputs stood in for it; "
             "pass loss= for the memory of the real one"
         )
+    if run.loss == "cross entropy":
+        yield (
+            "no loss was given: cross entropy between the model's output and the labels was taken; "
+            "pass loss= if yours is another"
+        )
     if run.loss == "mean of output.loss":
         yield (
             "the model's own loss has several values, and their mean was taken: reduce it as your "
@@ -51,7 +56,12 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
             "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
             "with accumulation, each sample is compared with those of its micro-batch only"
         )
-    if found.limit_reached:
+    if found.stopped:
+        yield (
+            f"larger sizes take long to execute: the search stopped at micro-batch "
+            f"{found.micro_batch:,}, which fits; the ceiling is at least that"
+        )
+    elif found.limit_reached:
         yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"
     if found.reason is not None:
         yield f"sizes were executed one by one, because {found.reason}"

@@ -14,6 +14,7 @@ import torch
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
+from autobatch.devices.copies import batch_of
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.memory.accounting import (
     curve_sizes,
@@ -63,7 +64,8 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         limit,
         samples_per_rank if has_one_go else None,
         prove=prove,
-        guess=partial(_simulated_ceiling, probe, limit),
+        share=samples_per_rank,
+        guess=partial(_simulated_ceiling, probe, limit, samples_per_rank),
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
@@ -105,11 +107,11 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     host_bytes = device.host_limit_bytes()
     if host_bytes is None:
         return limit
-    sample_bytes = sum(tensor.nbytes for tensor in tensors(workload.batch(2))) / 2
+    sample_bytes = sum(tensor.nbytes for tensor in tensors(batch_of(workload.batch, 2))) / 2
     return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
 
 
-def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
+def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
     """Return what a simulation takes for the ceiling of a card whose traces do not align."""
     device = probe.device.simulated()
     if device is None:
@@ -122,7 +124,7 @@ def _simulated_ceiling(probe: Probe, limit: int) -> int | None:
         progress=silent,
     )
     try:
-        return find_ceiling(simulated, limit).micro_batch or None
+        return find_ceiling(simulated, limit, share=share).micro_batch or None
     except AutobatchError:  # it is a first guess only
         return None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.devices.base import Device
+from autobatch.devices.copies import batch_of
 from autobatch.devices.virtual.elements import KEPT_ELEMENTS
 from autobatch.plan.plan import Plan
 from autobatch.support.randomness import random_state_kept
@@ -43,7 +44,7 @@ def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
     """
     device, workload = probe.device, probe.workload
     with random_state_kept():
-        batch = workload.batch(2)
+        batch = batch_of(workload.batch, 2)
     gpu = replace(device.spec, sources={})
     if not device.is_simulated:  # its context grows with the kernels that it loads
         gpu = replace(gpu, context_bytes=0)

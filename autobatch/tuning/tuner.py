@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from autobatch.devices.choose import Gpu, choose_device, described
+from autobatch.devices.choose import Gpu, built, choose_device, described
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.memory.accounting import footprint_of
@@ -38,17 +41,17 @@ __all__ = ["Gpu", "predict", "tune"]
 
 
 def tune(
-    model: nn.Module | Workload,
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
     target: int,
     sample: Any = None,
     loss: Loss | None = None,
-    optimizer: OptimizerSpec | None = None,
+    optimizer: OptimizerSpec | str | None = None,
     gpu: Gpu = None,
     world_size: int | None = None,
     sharding: Sharding | None = None,
     headroom: float | None = None,
-    autocast: str | None = None,
+    autocast: str | torch.dtype | None = None,
     clip_norm: float | None = None,
     prove: bool = False,
     isolate: bool = False,
@@ -59,12 +62,16 @@ def tune(
     """Find the micro-batch that fits and the accumulation steps that make the target exactly.
 
     Args:
-        model: the module to train, on any device (`meta` included), or a Workload.
+        model: the module to train, on any device (`meta` included), or a Workload; or a function
+            that builds one, which finds the card in `torch.cuda` also where it is simulated.
         target: effective batch: samples per optimizer update over all GPUs.
         sample: one batch (any pytree of tensors), a Dataset or a DataLoader; inferred if None.
-        loss: `loss(model, batch)` gives a scalar; None takes the output's `.loss`, a scalar
-            output, or the sum of the outputs with a warning.
-        optimizer: an instance, a class, or a callable on parameters; AdamW if None.
+        loss: `loss(model, batch)` gives a scalar; a criterion such as `nn.CrossEntropyLoss()`
+            compares outputs with labels, of a batch that is (inputs, labels). None takes the
+            output's `.loss`, a scalar output, cross entropy where the batch is a pair of inputs and
+            classes, or the sum of the outputs with a warning.
+        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw";
+            AdamW if None.
         gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; a device
             such as "cuda:1" is measured, and so is the current one if None.
         world_size: GPUs that share the effective batch. None is a Workload's own, or 1; but where
@@ -74,7 +81,7 @@ def tune(
             applies `fully_shard` to the model; figures are those of rank 0. See `Workload`.
         headroom: share of the usable memory to leave free, in [0, 1); None leaves 0.05 on a GPU
             that is measured, and on a simulated one what `autobatch.gpus.uncertainty` asks for.
-        autocast: "bf16", "fp16" or None.
+        autocast: "bf16", "fp16", their dtype, or None.
         clip_norm: norm that gradients are clipped to, or None.
         prove: also run the size above the ceiling, and show that it does not fit.
         isolate: probe in a child process, which a fatal CUDA error, a crash or a hang ends in
@@ -106,6 +113,7 @@ def tune(
         world_size=ranks if world_size is None else world_size,
         sharding=sharding,
     )
+    target = _whole(target)
     split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
@@ -130,7 +138,7 @@ class _Request:
 def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallback) -> Plan:
     started = time.perf_counter()
     device = choose_device(gpu)
-    workload = asked.workload()
+    workload = replace(asked, model=built(asked.model, gpu)).workload()
     # a Workload may bring its own number of GPUs
     split(request.target, ceiling=LARGEST, world_size=workload.world_size)
     device.require(workload)
@@ -176,17 +184,17 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
 
 
 def predict(
-    model: nn.Module | Workload,
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
     micro_batch: int,
     accumulation_steps: int = 1,
     sample: Any = None,
     loss: Loss | None = None,
-    optimizer: OptimizerSpec | None = None,
+    optimizer: OptimizerSpec | str | None = None,
     gpu: Gpu = None,
     world_size: int = 1,
     sharding: Sharding | None = None,
-    autocast: str | None = None,
+    autocast: str | torch.dtype | None = None,
     clip_norm: float | None = None,
     progress: ProgressCallback = silent,
 ) -> Footprint:
@@ -200,12 +208,13 @@ def predict(
         UsageError: an argument cannot be understood; the subclass says which kind.
         WorkloadError: the model, loss or optimizer failed.
     """
+    micro_batch, accumulation_steps = _whole(micro_batch), _whole(accumulation_steps)
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(described(gpu))
     workload = Asked(
-        model=model,
+        model=built(model, gpu),
         sample=sample,
         loss=loss,
         optimizer=optimizer,
@@ -223,6 +232,12 @@ def predict(
     run = probe.run(micro_batch)
     footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence, simulated=True)
     return replace(footprint, accumulation_steps=accumulation_steps)
+
+
+def _whole(value: Any) -> Any:
+    """Return a whole number of another library, such as `numpy.int64`, as Python's own."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if is_whole else value
 
 
 def _require_sensible(headroom: float) -> None:

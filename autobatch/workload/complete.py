@@ -8,15 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from autobatch.errors import UsageError
 from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
-from autobatch.workload.sample import repeated
-from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
+from autobatch.workload.loss import as_loss
+from autobatch.workload.optimizers import named_optimizer
+from autobatch.workload.sample import built
+from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Asked"]
+
+_DTYPES: dict[Any, str] = {dtype: name for name, dtype in AUTOCAST_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,21 +29,23 @@ class Asked:
     """What a caller of `tune`, `predict` or `check_equivalence` says of the training.
 
     Attributes:
-        model: the module to train, or a Workload.
+        model: the module to train, or a Workload; `devices/choose.py` calls a function that builds
+            one.
         sample: one batch, a Dataset or a DataLoader; inferred if None.
-        loss: as in `Workload`, and so are the options below; None keeps the Workload's own.
-        optimizer: an instance, a class, or a callable on parameters.
-        autocast: "bf16" or "fp16".
+        loss: as in `Workload`, and so are the options below, or a criterion of (outputs, labels);
+            None keeps the Workload's own.
+        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw".
+        autocast: "bf16" or "fp16", or the dtype.
         clip_norm: norm that gradients are clipped to.
         world_size: GPUs that train one model together; 1 keeps the Workload's own.
         sharding: what these GPUs share.
     """
 
-    model: nn.Module | Workload
+    model: Any
     sample: Any = None
     loss: Loss | None = None
-    optimizer: OptimizerSpec | None = None
-    autocast: str | None = None
+    optimizer: OptimizerSpec | str | None = None
+    autocast: str | torch.dtype | None = None
     clip_norm: float | None = None
     world_size: int = 1
     sharding: Sharding | None = None
@@ -56,9 +63,9 @@ class Asked:
         """
         workload = self._with_batches()
         stated: dict[str, Any] = {
-            "loss": self.loss,
-            "optimizer": self.optimizer,
-            "autocast": self.autocast,
+            "loss": as_loss(self.loss),
+            "optimizer": self._optimizer(),
+            "autocast": _DTYPES.get(self.autocast, self.autocast),
             "clip_norm": self.clip_norm,
             "world_size": None if self.world_size == 1 else self.world_size,
             "sharding": self.sharding,
@@ -68,21 +75,26 @@ class Asked:
             changes["loss_name"] = "user"
         return replace(workload, **changes)
 
+    def _optimizer(self) -> OptimizerSpec | None:
+        given = self.optimizer
+        return named_optimizer(given) if isinstance(given, str) else given
+
     def _with_batches(self) -> Workload:
         """Return the model with a function that makes its batches."""
         model: Any = self.model
         if not isinstance(model, (nn.Module, Workload)):
             raise UsageError(
-                f"model is a {type(model).__name__}: pass an nn.Module or an autobatch.Workload"
+                f"model is a {type(model).__name__}: pass an nn.Module, an autobatch.Workload, "
+                "or a function without arguments that builds one"
             )
         if self.sample is None:
             return model if isinstance(model, Workload) else infer(model).workload(model)
         drawn = draw(self.sample)
-        batch = repeated(drawn.batch)
+        batch = built(drawn)
         workload = model if isinstance(model, Workload) else Workload(model=model, batch=batch)
         return replace(
             workload,
             batch=batch,
             sample_limit=drawn.limit,
-            notes=(*workload.notes, *drawn.notes),
+            notes=(*workload.notes, *drawn.notes, *batch.notes),
         )

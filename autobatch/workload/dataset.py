@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -47,11 +47,15 @@ class Drawn:
         batch: the sample itself, or a batch of the largest items of a data set.
         notes: which items these are, in one sentence; none where all that were seen are alike.
         limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
+        samples: how many samples were collated to `batch`; 0 where it came as it is.
+        other: a batch of another number of them by the same function, and that number.
     """
 
     batch: Any
     notes: tuple[str, ...] = ()
     limit: int | None = None
+    samples: int = 0
+    other: tuple[Any, int] | None = None
 
 
 def draw(sample: Any) -> Drawn:
@@ -80,19 +84,19 @@ def draw(sample: Any) -> Drawn:
         batched = sample.batch_sampler is not None or sample.batch_size is not None
         if not batched and isinstance(sample.sampler, BatchSampler):
             dataset = _ReadByLists(dataset)
-        batch, notes = _worst(dataset, sample.collate_fn, batched=batched)
+        drawn = _worst(dataset, sample.collate_fn, batched=batched)
     elif _is_dataset(sample):
-        batch, notes = _worst(sample, default_collate, batched=True)
+        drawn = _worst(sample, default_collate, batched=True)
     elif isinstance(sample, Iterator):
         raise SampleError(
             f"a {type(sample).__name__} would lose a batch by being read: pass the DataLoader "
             "itself, or one batch"
         )
     elif not is_structure(sample) and hasattr(sample, "__iter__"):
-        batch, notes = _worst(sample, lambda batch: batch, batched=False)
+        drawn = _worst(sample, lambda batch: batch, batched=False)
     else:
-        batch, notes = sample, ()
-    return Drawn(batch=batch, notes=notes, limit=dataset_length(sample))
+        drawn = Drawn(batch=sample)
+    return replace(drawn, limit=dataset_length(sample))
 
 
 def dataset_length(sample: Any) -> int | None:
@@ -167,14 +171,12 @@ class _Look:
     extent: str
 
 
-def _worst(
-    dataset: Any, collate: Callable[[Any], Any], *, batched: bool
-) -> tuple[Any, tuple[str, ...]]:
-    """Return a batch of the largest items, and a note where the items differ."""
+def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Drawn:
+    """Return a batch of the largest items, with a note where the items differ."""
     with random_state_kept(), _attributes_kept(dataset):
         try:
             look = _look(dataset, batched=batched)
-            batch, used = _collated(look, collate, batched=batched)
+            drawn, used = _collated(look, collate, batched=batched)
         except SampleError:
             raise
         except Exception as error:
@@ -182,7 +184,7 @@ def _worst(
                 f"no batch can be made from the data set ({one_line(error)}): pass "
                 "a DataLoader with the collate_fn that it needs, or one batch"
             ) from error
-    return batch, () if look.alike else (_note(look, used, batched=batched),)
+    return drawn if look.alike else replace(drawn, notes=(_note(look, used, batched=batched),))
 
 
 def _look(dataset: Any, *, batched: bool) -> _Look:
@@ -302,17 +304,29 @@ def _longer(
 
 def _collated(
     look: _Look, collate: Callable[[Any], Any], *, batched: bool
-) -> tuple[Any, tuple[tuple[Path, _Item], ...]]:
+) -> tuple[Drawn, tuple[tuple[Path, _Item], ...]]:
     """Return a batch, and the items in it beside the largest."""
     if not batched:
-        return collate(look.largest.value), ()
+        return Drawn(batch=collate(look.largest.value)), ()
     if look.longer:
         items = [look.largest.value, *(item.value for _, item in look.longer)]
         count = max(ITEMS_COLLATED, len(items) + len(items) % 2)
         # A collate function that stacks without padding raises for items of different lengths.
         with suppress(Exception):
-            return collate([items[i % len(items)] for i in range(count)]), look.longer
-    return collate([look.largest.value] * ITEMS_COLLATED), ()
+            return _twice(collate, [items[i % len(items)] for i in range(count)]), look.longer
+    return _twice(collate, [look.largest.value] * ITEMS_COLLATED), ()
+
+
+def _twice(collate: Callable[[Any], Any], items: list[Any]) -> Drawn:
+    """Collate items, and all of them twice: the difference shows what belongs to a sample.
+
+    Each time the function gets items of its own, as it may take them apart.
+    """
+    batch = collate(copy.copy(items))
+    other = None
+    with suppress(Exception):
+        other = collate([*items, *items]), 2 * len(items)
+    return Drawn(batch=batch, samples=len(items), other=other)
 
 
 def _note(look: _Look, used: Sequence[tuple[Path, _Item]], *, batched: bool) -> str:

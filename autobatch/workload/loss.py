@@ -5,15 +5,22 @@ Invariant: whatever a backward pass begins with here is one value that has a gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autobatch.errors import WorkloadError
 from autobatch.workload.tree import tensors
 
-__all__ = ["DefaultLoss", "checked_loss", "output_of"]
+__all__ = ["Criterion", "DefaultLoss", "as_loss", "checked_loss", "output_of"]
+
+_OUTPUTS = frozenset(
+    "input inputs output outputs pred preds prediction predictions logits y_pred y_hat".split()
+)
+"""How functions that compare outputs with labels name the former."""
 
 
 def checked_loss(value: Any) -> Tensor:
@@ -47,6 +54,60 @@ def output_of(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (list, tuple)) else model(batch)
 
 
+def as_loss(loss: Any) -> Any:
+    """Return a loss of (model, batch): a criterion of (outputs, labels) is made one.
+
+    A module is a criterion unless its `forward` takes the model; a function is one if it calls its
+    first argument as PyTorch does, "input", or by another name of outputs.
+
+    >>> [type(as_loss(criterion)).__name__ for criterion in (nn.CrossEntropyLoss(), F.mse_loss)]
+    ['Criterion', 'Criterion']
+    >>> as_loss(DefaultLoss) is DefaultLoss
+    True
+    """
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        first = next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):  # no function, or one without a signature
+        return loss
+    takes_model = any(word in first.lower() for word in ("model", "module", "net"))
+    if first in _OUTPUTS or (isinstance(loss, nn.Module) and not takes_model):
+        return Criterion(loss)
+    return loss
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _takes_only_inputs(model: nn.Module, batch: Any) -> bool:
+    """Whether a batch is a pair of which the model's `forward` can take the first alone."""
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        return False
+    try:
+        signature = inspect.signature(model.forward)
+        signature.bind(batch[0])
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(*batch)
+    except TypeError:
+        return True
+    return False
+
+
+def _are_classes(output: Any, labels: Any) -> bool:
+    """Whether labels can be the classes that an output has logits of."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(labels, Tensor)
+        and output.is_floating_point()
+        and not (labels.is_floating_point() or labels.is_complex())
+        and output.dim() >= 2
+        and (output.shape[0], *output.shape[2:]) == tuple(labels.shape)
+    )
+
+
 class DefaultLoss:
     """Find a loss in what the model returns, and remember how.
 
@@ -54,8 +115,8 @@ class DefaultLoss:
     `outputs = model(**batch)`, then `outputs.loss`.
 
     Attributes:
-        kind: "output.loss", "mean of output.loss", "scalar output" or "surrogate sum"; None before
-            the first call.
+        kind: "output.loss", "mean of output.loss", "scalar output", "cross entropy" or "surrogate
+            sum"; None before the first call.
     """
 
     def __init__(self) -> None:
@@ -70,8 +131,11 @@ class DefaultLoss:
         """Call the model on the batch and return the loss.
 
         Raises:
-            WorkloadError: the model returns no floating-point tensor.
+            WorkloadError: the model returns no floating-point tensor, or it takes no labels and
+                what the labels of the batch are compared with is not clear.
         """
+        if _takes_only_inputs(model, batch):
+            return self._of_classes(model, *batch)
         output = self._output = output_of(model, batch)
         named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(named, Tensor):
@@ -92,9 +156,43 @@ class DefaultLoss:
         self.kind = "surrogate sum"
         return self.stand_in(floating)
 
+    def _of_classes(self, model: nn.Module, inputs: Any, labels: Any) -> Tensor:
+        output = self._output = output_of(model, inputs)
+        if not _are_classes(output, labels):
+            raise WorkloadError(
+                f"{type(model).__name__} takes the inputs alone, and how its output is compared "
+                "with the labels is not known: pass loss=, such as loss=nn.MSELoss() or "
+                "loss=lambda model, batch: …"
+            )
+        self.kind = "cross entropy"
+        return F.cross_entropy(output, labels.long())
+
     def stand_in(self, outputs: Sequence[Tensor]) -> Tensor:
         """Make a scalar of the floating-point outputs, where no loss is known."""
         total = outputs[0].sum()
         for output in outputs[1:]:
             total = total + output.sum()
         return total
+
+
+class Criterion(DefaultLoss):
+    """A function of (outputs, labels), such as `nn.CrossEntropyLoss()`, as a loss of a batch."""
+
+    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compare what the model makes of the inputs with the labels.
+
+        Raises:
+            WorkloadError: the batch is not a pair of inputs and labels.
+        """
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise WorkloadError(
+                f"the loss {_name_of(self.criterion)} compares outputs with labels, and the batch "
+                "is not (inputs, labels): pass loss=lambda model, batch: …"
+            )
+        inputs, labels = batch
+        self._output = output_of(model, inputs)
+        return self.criterion(self._output, labels)

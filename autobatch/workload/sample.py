@@ -7,32 +7,45 @@ keeps the sample's structure, dtypes, range of values and memory format.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from autobatch.errors import SampleError
 from autobatch.support.torch_private import detect_fake_mode
 from autobatch.support.wording import listed
-from autobatch.workload.dataset import draw
-from autobatch.workload.tree import Path, is_sample_list, leaves, map_leaves, map_tensors
+from autobatch.workload.batch_objects import batch_object
+from autobatch.workload.dataset import Drawn, draw
+from autobatch.workload.layout import (
+    BatchDims,
+    Flat,
+    Group,
+    Layout,
+    compared,
+    dotted,
+    is_per_sample,
+    layout_of,
+    named_tensors,
+)
+from autobatch.workload.tree import Path, is_array, leaves, map_leaves, map_tensors
 
-__all__ = ["BatchDims", "Rows", "batch_builder", "named_tensors", "repeated", "rows_of"]
+__all__ = ["BatchDims", "Built", "Rows", "batch_builder", "built", "named_tensors", "rows_of"]
 
-BatchDims: TypeAlias = "int | Mapping[str | int, int | None] | None"
+NAMES_SHOWN = 4
 
 
 def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int], Any]:
     """Return a function that builds a batch of any number of samples by repeating rows.
 
-    The batch size of the sample is the first dimension that most of its tensors share; of equally
-    frequent ones, the first. Tensors with that first dimension are resized; lists, and tuples of
-    strings, with that length are repeated; everything else is kept.
+    The batch size of the sample is the first dimension that its tensors share, or the length of
+    its lists of images and targets. Tensors with that first dimension are resized, lists of that
+    length are repeated, and flat rows follow the index of their sample (`batch_idx` of boxes,
+    `batch` of graphs' nodes). Of a data set, n is learned from its own collate function. What
+    belongs to no sample is kept; if that is most of the bytes, or if the batch can be read in two
+    ways, it is an error that asks for `batch_dims`.
 
     Args:
         sample: one batch (a tensor or any nesting of dicts, sequences, dataclasses, registered
@@ -41,15 +54,17 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
             only). A loader's workers are not started, and the random state is as before.
         batch_dims: where the batch dimension is not the first: one dimension for all tensors, or
             a mapping from a tensor's dotted path, or the beginning or end of that ("inputs.src",
-            0, "src"), to its batch dimension; `None` keeps that tensor as it is.
+            0, "src"), to its batch dimension; `None` keeps that tensor as it is, and "list" says of
+            a list that its entries are the samples.
 
     Returns:
         `build(n)`: the sample's structure with contiguous CPU tensors of n rows (channels-last
         where the sample's were), each a fresh leaf that requires grad where the sample's did.
 
     Raises:
-        SampleError: no tensor has a batch dimension, the batch is empty, `batch_dims` does not
-            match, an item of the data set cannot be read, or its items cannot be collated.
+        SampleError: no tensor has a batch dimension, or it can be read in two ways, the batch is
+            empty, `batch_dims` does not match, an item of the data set cannot be read, or its items
+            cannot be collated.
 
     >>> build = batch_builder({"x": torch.tensor([[1, 2], [3, 4]]), "scale": 0.5})
     >>> build(3)
@@ -57,24 +72,104 @@ def batch_builder(sample: Any, *, batch_dims: BatchDims = None) -> Callable[[int
             [3, 4],
             [1, 2]]), 'scale': 0.5}
     """
-    return repeated(draw(sample).batch, batch_dims)
+    return built(draw(sample), batch_dims)
 
 
-def repeated(batch: Any, batch_dims: BatchDims = None) -> Callable[[int], Any]:
-    """Return a function that repeats the rows of one batch, as `batch_builder` describes it."""
-    rows = rows_of(map_tensors(_on_cpu, batch), batch_dims=batch_dims)
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Makes batches of any number of samples from the rows of one.
 
-    def build(n: int) -> Any:
+    Attributes:
+        rows: the one batch.
+        notes: what of it is the same in every batch, in one sentence.
+    """
+
+    rows: Rows
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, n: int) -> Any:
+        """Return a batch of n samples."""
+        rows, layout = self.rows, self.rows.layout
+
         def resize(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return _resized(leaf, rows.dims.get(path), n)
-            if _is_per_sample(leaf, rows.size):
-                return type(leaf)(_fresh(leaf[row % rows.size]) for row in range(n))
-            return leaf
+            if path in layout.objects:
+                return _joined(leaf, n)
+            if path in layout.lists or is_per_sample(leaf, layout.size):
+                return type(leaf)(_fresh(leaf[row % layout.size]) for row in range(n))
+            role = layout.roles.get(path)
+            if not is_array(leaf):
+                return leaf
+            if isinstance(role, Flat):
+                return _flat_rows(leaf, role, layout, n)
+            return _resized(leaf, role, n)
 
-        return map_leaves(resize, rows.batch, stop=_is_whole)
+        return map_leaves(resize, rows.batch, stop=layout.stop)
 
-    return build
+
+def built(drawn: Drawn, batch_dims: BatchDims = None) -> Built:
+    """Return what makes batches like a drawn one, as `batch_builder` describes it.
+
+    Where a collate function made it, batches of two sizes show what belongs to a sample.
+
+    Raises:
+        SampleError: as in `batch_builder`.
+    """
+    batch = map_tensors(_on_cpu, drawn.batch)
+    layout = None
+    if batch_dims is None and drawn.other is not None:
+        layout = compared(batch, drawn.samples, *drawn.other)
+    if layout is None:
+        layout = layout_of(batch, batch_dims)
+    return Built(Rows(batch, layout), (*_flat_named(layout), *_unscaled(batch, layout)))
+
+
+def repeated(batch: Any, batch_dims: BatchDims = None) -> Built:
+    """Return what repeats the rows of one batch, as `batch_builder` describes it."""
+    return built(Drawn(batch=batch), batch_dims)
+
+
+def _flat_named(layout: Layout) -> tuple[str, ...]:
+    """Say which tensors were taken for flat rows of the samples of which others."""
+    flat = [dotted(path) for path, role in layout.roles.items() if isinstance(role, Flat)]
+    if not flat:
+        return ()
+    others = [dotted(path) for path in layout.roles if dotted(path) not in flat]
+    others += map(dotted, sorted(layout.lists))
+    of = f" of {listed(others, NAMES_SHOWN)}" if others else ""
+    return (
+        f"the sample was read as {layout.size} samples{of}, with {listed(flat, NAMES_SHOWN)} as "
+        "flat rows of all of them",
+    )
+
+
+def _unscaled(batch: Any, layout: Layout) -> tuple[str, ...]:
+    """Name what belongs to no sample.
+
+    Raises:
+        SampleError: it is most of the bytes.
+    """
+    sizes = {path: (leaf.shape, _nbytes(leaf)) for path, leaf in leaves(batch, stop=layout.stop)
+             if path in layout.rest}  # fmt: skip
+    if not sizes:
+        return ()
+    shown = listed([f"{dotted(path)} {tuple(shape)}" for path, (shape, _) in sizes.items()],
+                   NAMES_SHOWN)  # fmt: skip
+    held = [node for path, node in leaves(batch, stop=layout.stop) if path not in layout.rest]
+    scaled = sum(_nbytes(leaf) for node in held for _, leaf in leaves(node) if is_array(leaf))
+    # a leading dimension of 1 is made to be the same for all samples
+    unknown = sum(size for shape, size in sizes.values() if shape[0] != 1)
+    if unknown > scaled and not layout.objects:
+        name = dotted(next(path for path, (shape, _) in sizes.items() if shape[0] != 1))
+        raise SampleError(
+            f"the sample was read as {layout.size} samples, and most of its bytes belong to none "
+            f"of them ({shown}): say which dimension is the batch, such as "
+            f"batch_dims={{{name!r}: 1}}, or None if every batch has all of it (with tune: "
+            "Workload(model=model, batch=autobatch.batch_builder(sample, batch_dims=…)))"
+        )
+    return (
+        f"{shown} of the sample is the same in every batch, whatever its size: it has no dimension "
+        f"of {layout.size} samples; pass batch_dims to batch_builder if that is wrong",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,157 +178,157 @@ class Rows:
 
     Attributes:
         batch: the batch as it was given.
-        size: its number of samples.
-        dims: the batch dimension of each tensor that has one, by path.
-        whole: the paths of tensors of which, by `batch_dims`, every part gets all.
+        layout: where its samples are.
     """
 
     batch: Any
-    size: int
-    dims: Mapping[Path, int]
-    whole: frozenset[Path]
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Its number of samples."""
+        return self.layout.size
+
+    @property
+    def dims(self) -> dict[Path, int]:
+        """The batch dimension of each tensor that has one, by path."""
+        return {path: role for path, role in self.layout.roles.items() if isinstance(role, int)}
 
     def cut(self, start: int, stop: int) -> Any:
         """Return samples `start` to `stop` in the batch's own structure; tensors are views.
+
+        Flat rows whose samples do not follow one another are copied.
 
         Raises:
             SampleError: a tensor does not have one row for each sample, so it is unknown which
                 part of it belongs to these samples.
         """
+        layout = self.layout
 
         def visit(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                if path in self.dims:
-                    return leaf.narrow(self.dims[path], start, stop - start)
-                if leaf.dim() and path not in self.whole:
-                    raise SampleError(
-                        f"a batch of {self.size} samples has to be cut, but {_dotted(path)} has "
-                        f"the shape {tuple(leaf.shape)}: let the loader yield micro-batches, or "
-                        f"pass batch_dims={{{_dotted(path)!r}: None}} if each needs all of it"
-                    )
-            elif _is_per_sample(leaf, self.size):
+            if path in layout.objects:
+                return _taken(leaf, range(start, stop))
+            if path in layout.lists or is_per_sample(leaf, layout.size):
                 return leaf[start:stop]
+            if not is_array(leaf):
+                return leaf
+            role = layout.roles.get(path)
+            if isinstance(role, Flat):
+                return _cut_rows(leaf, role, layout, start, stop)
+            if role is not None:
+                return _narrowed(leaf, role, start, stop)
+            if path in layout.rest and leaf.shape[0] != 1:
+                raise SampleError(
+                    f"a batch of {layout.size} samples has to be cut, but {dotted(path)} has "
+                    f"the shape {tuple(leaf.shape)}: let the loader yield micro-batches, or "
+                    f"pass batch_dims={{{dotted(path)!r}: None}} if each needs all of it"
+                )
             return leaf
 
-        return map_leaves(visit, self.batch, stop=_is_whole)
+        return map_leaves(visit, self.batch, stop=layout.stop)
+
+    def first(self, samples: int) -> Rows:
+        """Return the first samples, to be cut further."""
+        return Rows(self.cut(0, samples), self.layout.first(samples))
 
 
 def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
     """Count the samples of a batch, by the rules of `batch_builder`.
 
     Raises:
-        SampleError: no tensor has a batch dimension, the batch is empty, or `batch_dims` does not
-            match.
+        SampleError: no tensor has a batch dimension, the batch is empty, it can be read in two
+            ways, or `batch_dims` does not match.
 
     >>> rows = rows_of({"x": torch.tensor([[1, 2], [3, 4], [5, 6]]), "id": ["a", "b", "c"]})
     >>> rows.size, rows.cut(1, 3)
     (3, {'x': tensor([[3, 4],
             [5, 6]]), 'id': ['b', 'c']})
     """
-    tensors = named_tensors(batch)
-    stated: dict[Path, int | None] = {}
-    for key, dim in ({} if isinstance(batch_dims, int) else batch_dims or {}).items():
-        covered = [path for path in tensors if _covers(key, path)]
-        if not covered:
-            raise SampleError(
-                f"batch_dims names {key!r}, but the sample's tensors are {_shapes(tensors)}"
-            )
-        for path in covered:
-            stated.setdefault(path, dim)
-    default = batch_dims if isinstance(batch_dims, int) else 0
-    dims, size = _locate_batch(tensors, stated, default)
-    return Rows(batch, size, dims, frozenset(path for path, dim in stated.items() if dim is None))
+    return Rows(batch, layout_of(batch, batch_dims))
 
 
-def named_tensors(batch: Any) -> dict[Path, Tensor]:
-    """Return the tensors that may have a batch dimension by their path, such as ("inputs", "0").
-
-    Those in a list of one mapping a sample have none: each belongs to its sample.
-
-    Raises:
-        SampleError: one of them is packed.
-    """
-    found = {}
-    for path, leaf in leaves(batch, stop=_is_whole):
-        if isinstance(leaf, PackedSequence):
-            raise SampleError(
-                "a PackedSequence cannot be resized: pass the padded tensor and the lengths, or a "
-                "Workload with its own batch function"
-            )
-        if isinstance(leaf, Tensor):
-            found[path] = leaf
-    return found
+def _nbytes(leaf: Any) -> int:
+    if isinstance(leaf, Tensor):
+        return leaf.numel() * leaf.element_size()
+    return int(leaf.nbytes) if is_array(leaf) else 0
 
 
-def _is_whole(node: Any) -> bool:
-    """Say whether the rows of a container are not those of the tensors in it."""
-    return is_sample_list(node) or isinstance(node, PackedSequence)
+def _narrowed(leaf: Any, dim: int, start: int, stop: int) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.narrow(dim, start, stop - start)
+    return leaf[(slice(None),) * dim + (slice(start, stop),)]
 
 
-def _locate_batch(
-    tensors: Mapping[Path, Tensor], stated: Mapping[Path, int | None], default: int
-) -> tuple[dict[Path, int], int]:
-    """Return the batch dimension of every tensor to resize, and the sample's batch size."""
-    dims: dict[Path, int] = {}
-    for path, tensor in tensors.items():
-        dim, rank = stated.get(path, default), tensor.dim()
-        if dim is None:
-            continue
-        if -rank <= dim < rank:
-            dims[path] = dim % rank
-        elif path in stated:
-            raise SampleError(
-                f"batch_dims puts the batch of {_dotted(path)} in dimension {dim}, but its "
-                f"shape is {tuple(tensor.shape)}"
-            )
-    if not dims:
-        raise SampleError(
-            f"the sample has no tensor with a batch dimension ({_shapes(tensors)}): pass one "
-            "batch of tensors, such as sample=(inputs, labels), or a DataLoader"
-        )
-
-    sizes = {path: tensors[path].shape[dim] for path, dim in dims.items()}
-    voters = [path for path in dims if path in stated] or list(dims)
-    votes = Counter(sizes[path] for path in voters)
-    size = votes.most_common(1)[0][0]
-    if stated and len(votes) > 1:
-        raise SampleError(
-            f"batch_dims gives different batch sizes, {sorted(votes)}: the sample's tensors "
-            f"are {_shapes(tensors)}"
-        )
-    if size == 0:
-        raise SampleError(
-            f"the sample's batch is empty ({_shapes(tensors)}): pass a batch of one or more samples"
-        )
-    return {path: dim for path, dim in dims.items() if sizes[path] == size}, size
+# Flat rows
 
 
-def _covers(key: str | int, path: Path) -> bool:
-    """Say whether a key of `batch_dims` is a tensor's path, or its beginning or end."""
-    parts = tuple(str(key).split("."))
-    return path[: len(parts)] == parts or path[-len(parts) :] == parts
+def _rows_until(group: Group, n: int, size: int) -> int:
+    """Return how many rows the first n samples have, where `size` samples are repeated."""
+    return n // size * group.rows + group.ends[n % size]
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(path) or "the sample"
+def _flat_rows(leaf: Any, role: Flat, layout: Layout, n: int) -> Any:
+    group, size = layout.groups[role.group], layout.size
+    mode = detect_fake_mode()
+    source = torch.as_tensor(leaf).detach()
+    source = mode.from_tensor(source) if mode else source
+    total = _rows_until(group, n, size)
+    places = torch.arange(total) % max(group.rows, 1)
+    order = mode.from_tensor(group.order) if mode else group.order
+    rows = source.index_select(role.dim, order[places])
+    cycle = (torch.arange(total) // max(group.rows, 1)).to(rows.dtype)
+    if role.counts == "samples":
+        rows = rows + (cycle * size).reshape(-1, *[1] * (rows.dim() - 1))
+    elif role.counts is not None:
+        pointed = layout.groups[role.counts]
+        known = mode.from_tensor(pointed.places) if mode else pointed.places
+        rows = known[rows].to(rows.dtype) + cycle * pointed.rows
+    return _like(leaf, rows.contiguous())
 
 
-def _shapes(tensors: Mapping[Path, Tensor]) -> str:
-    shown = [f"{_dotted(path)} {tuple(tensor.shape)}" for path, tensor in tensors.items()]
-    return listed(shown, 8) or "no tensors"
+def _cut_rows(leaf: Any, role: Flat, layout: Layout, start: int, stop: int) -> Any:
+    group = layout.groups[role.group]
+    first, last = group.ends[start], group.ends[stop]
+    in_order = torch.equal(group.order, torch.arange(group.rows))
+    tensor = torch.as_tensor(leaf)
+    if in_order:
+        rows = tensor.narrow(role.dim, first, last - first)
+    else:
+        rows = tensor.index_select(role.dim, group.order[first:last].to(tensor.device))
+    if role.counts == "samples":
+        rows = rows - start
+    elif role.counts is not None:
+        pointed = layout.groups[role.counts]
+        rows = pointed.places.to(rows.device)[rows].to(rows.dtype) - pointed.ends[start]
+    return _like(leaf, rows)
 
 
-def _is_per_sample(leaf: Any, size: int) -> bool:
-    """Say whether a leaf holds one Python object per sample, which (224, 224) does not."""
-    if isinstance(leaf, tuple):
-        return len(leaf) == size and all(isinstance(item, (str, bytes, Mapping)) for item in leaf)
-    return isinstance(leaf, list) and len(leaf) == size
+def _like(leaf: Any, rows: Tensor) -> Any:
+    """Return rows as what they were taken from: a tensor, or an array."""
+    if not isinstance(leaf, Tensor):
+        return rows.numpy() if detect_fake_mode() is None else rows
+    return rows.requires_grad_(leaf.requires_grad) if rows.is_leaf else rows
+
+
+# Rows that are repeated
+
+
+def _taken(node: Any, rows: Sequence[int]) -> Any:
+    found = batch_object(node)
+    assert found is not None
+    return found.take(rows)
+
+
+def _joined(node: Any, n: int) -> Any:
+    found = batch_object(node)
+    assert found is not None
+    joined = found.take([row % found.size for row in range(n)])
+    mode = detect_fake_mode()
+    return map_tensors(mode.from_tensor, joined) if mode else joined
 
 
 def _fresh(item: Any) -> Any:
-    """Copy a sample's own mapping with its tensors; rows share objects of other kinds."""
-    if not isinstance(item, Mapping):
-        return item
+    """Copy a sample with its tensors; rows share objects of other kinds."""
     return map_tensors(lambda leaf: _resized(leaf, None, 1), item)
 
 
@@ -246,9 +341,16 @@ def _on_cpu(leaf: Tensor) -> Tensor:
     return values.requires_grad_(leaf.requires_grad)
 
 
-def _resized(leaf: Tensor, dim: int | None, n: int) -> Tensor:
-    """Return a fresh tensor of n rows along `dim`, or a copy where there is no such dimension."""
+def _resized(leaf: Any, dim: int | None, n: int) -> Any:
+    """Return fresh rows, n along `dim`, or a copy where there is no such dimension."""
     mode = detect_fake_mode()
+    if not isinstance(leaf, Tensor):
+        if dim is None:
+            return leaf.copy()
+        if mode is None:
+            return leaf.take([row % leaf.shape[dim] for row in range(n)], axis=dim)
+        rows = torch.as_tensor(leaf)  # nothing but a tensor can be fake
+        return _resized(rows, dim, n)
     source = (mode.from_tensor(leaf) if mode else leaf).detach()
     if dim is None:
         rows = source.clone()

@@ -19,6 +19,7 @@ from autobatch.errors import WorkloadError
 from autobatch.memory.trace import Phase
 from autobatch.support.patching import patched
 from autobatch.workload.loss import checked_loss
+from autobatch.workload.step_calls import before_steps
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, Workload
 
 __all__ = ["Phases", "Training", "run_windows"]
@@ -134,7 +135,7 @@ def _own_windows(training: Training) -> Any:
         phases.begin("step", *divmod(taken - 1, steps))
 
     original = torch.autograd.backward
-    hook = training.optimizer.register_step_pre_hook(step)
+    hook = before_steps(training.optimizer, step)
     with hook, patched(torch.autograd, backward=backward):
         for window in range(training.windows):
             run_window(training.model, training.optimizer, batches(window))

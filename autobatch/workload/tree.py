@@ -20,7 +20,7 @@ from autobatch.support.torch_private import SUPPORTED_NODES
 __all__ = [
     "Path",
     "Shape",
-    "is_sample_list",
+    "is_array",
     "is_structure",
     "leaves",
     "map_leaves",
@@ -46,6 +46,11 @@ class Kind(NamedTuple):
     rebuilt: Callable[[Any, list[Any]], Any]
 
 
+def is_array(leaf: Any) -> bool:
+    """Say whether a value is a tensor or an array of NumPy's."""
+    return isinstance(leaf, Tensor) or hasattr(type(leaf), "__array_interface__")
+
+
 def _packed_parts(node: PackedSequence) -> Parts:
     names = ("data", "sorted_indices", "unsorted_indices")  # the batch sizes stay on the CPU
     return [(name, getattr(node, name)) for name in names]
@@ -57,7 +62,9 @@ def _rebuilt_packed(node: PackedSequence, parts: list[Any]) -> PackedSequence:
 
 def _is_sequence(node: Any) -> bool:
     """Say whether a value is a list or tuple; one without any tensor is a value of its own."""
-    return isinstance(node, (list, tuple)) and any(map(_holds_tensor, node))
+    if not isinstance(node, (list, tuple)):
+        return False
+    return not _NUMBERS.issuperset(map(type, node)) and any(map(_holds_tensor, node))
 
 
 def _items(node: Any) -> Parts:
@@ -97,10 +104,32 @@ def _rebuilt_registered(node: Any, parts: list[Any]) -> Any:
     return definition.unflatten_fn(parts, definition.flatten_fn(node)[1])
 
 
+def _has_keys(node: Any) -> bool:
+    """Say whether an object gives its parts by key as a mapping does, and moves (graphs do)."""
+    is_mapping = isinstance(node, (Mapping, type))
+    names = ("keys", "to", "__getitem__", "__setitem__")
+    return not is_mapping and all(callable(getattr(node, name, None)) for name in names)
+
+
+def _rebuilt_keyed(node: Any, parts: list[Any]) -> Any:
+    result = copy.copy(node)
+    for key, part in zip(node.keys(), parts, strict=True):
+        result[key] = part
+    return result
+
+
 def _is_record(node: Any) -> bool:
-    """Say whether a value is a dataclass, or an object one of whose attributes is a tensor."""
+    """Say whether a value is a dataclass, or an object one of whose attributes is a tensor.
+
+    An object that can be moved may hold its tensors deeper, as boxes of detectors do.
+    """
+    if dataclasses.is_dataclass(node):
+        return True
     values = getattr(node, "__dict__", {}).values()
-    return dataclasses.is_dataclass(node) or any(isinstance(value, Tensor) for value in values)
+    if any(is_array(value) for value in values):
+        return True
+    moves = callable(getattr(node, "to", None)) and not isinstance(node, type)
+    return moves and any(_holds_tensor(value) for value in values)
 
 
 def _attributes(node: Any) -> Parts:
@@ -133,19 +162,25 @@ KINDS = (
         lambda node: [(str(key), node[key]) for key in node],
         _rebuilt_mapping,
     ),
+    Kind(
+        _has_keys,
+        lambda node: [(str(key), node[key]) for key in node.keys()],  # noqa: SIM118
+        _rebuilt_keyed,
+    ),
     Kind(_is_record, _attributes, _rebuilt_record),
 )
 """Every kind of container; of several that cover a value, the first one holds."""
 
 
 def _kind_of(node: Any) -> Kind | None:
-    if isinstance(node, _LEAVES):
+    if isinstance(node, _LEAVES) or is_array(node):
         return None
     return next((kind for kind in KINDS if kind.covers(node)), None)
 
 
 def _holds_tensor(node: Any) -> bool:
-    return next(tensors(node), None) is not None
+    """Say whether there is a tensor or an array in a value."""
+    return any(is_array(leaf) for _, leaf in leaves(node))
 
 
 def is_structure(node: Any) -> bool:
@@ -154,36 +189,28 @@ def is_structure(node: Any) -> bool:
     The items of a batch are its parts; those of a data set are its samples.
     """
     is_named = isinstance(node, (Tensor, Mapping, Sequence)) or dataclasses.is_dataclass(node)
-    return is_named or _is_registered(node)
+    moves = callable(getattr(node, "to", None))  # graphs and TensorDicts also have a length
+    return is_named or moves or is_array(node) or _is_registered(node)
 
 
-def is_sample_list(node: Any) -> bool:
-    """Say whether a sequence holds one mapping a sample, as the targets of detectors do."""
-    return (
-        isinstance(node, (list, tuple))
-        and bool(node)
-        and all(isinstance(item, Mapping) for item in node)
-    )
-
-
-def _nowhere(_: Any) -> bool:
+def _nowhere(_path: Path, _node: Any) -> bool:
     return False
 
 
 def leaves(
-    node: Any, path: Path = (), *, stop: Callable[[Any], bool] = _nowhere
+    node: Any, path: Path = (), *, stop: Callable[[Path, Any], bool] = _nowhere
 ) -> Iterator[tuple[Path, Any]]:
     """Yield everything that is no container, with the names that lead to it.
 
     Args:
         node: a container or a leaf.
         path: the names that lead to `node`.
-        stop: says of a container that it is to be taken as a leaf.
+        stop: says of a container, by its path too, that it is to be taken as a leaf.
 
     >>> list(leaves({"x": (Tensor(), 5)}))
     [(('x', '0'), tensor([])), (('x', '1'), 5)]
     """
-    kind = None if stop(node) else _kind_of(node)
+    kind = None if stop(path, node) else _kind_of(node)
     if kind is None:
         yield path, node
     else:
@@ -196,13 +223,13 @@ def map_leaves(
     node: Any,
     path: Path = (),
     *,
-    stop: Callable[[Any], bool] = _nowhere,
+    stop: Callable[[Path, Any], bool] = _nowhere,
 ) -> Any:
     """Return the same structure with every leaf replaced by `visit(path, leaf)`.
 
     Takes the arguments of `leaves`.
     """
-    kind = None if stop(node) else _kind_of(node)
+    kind = None if stop(path, node) else _kind_of(node)
     if kind is None:
         return visit(path, node)
     parts = kind.parts(node)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import UsageError
+from autobatch.support.wording import for_reader
 
 __all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Sharding", "WindowFunction", "Workload"]
 
@@ -91,7 +92,8 @@ class Workload:
             )
         norm: Any = self.clip_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
-            raise UsageError(f"clip_norm is {norm!r}: use a positive norm, or None")
+            name, none = for_reader("clip_norm", "--clip-norm"), for_reader("None", "leave it out")
+            raise UsageError(f"{name} is {norm!r}: use a positive norm, or {none}")
         ranks: Any = self.world_size
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
             raise UsageError(f"world_size is {ranks!r}: use a whole number of GPUs, at least 1")

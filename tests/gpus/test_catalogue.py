@@ -89,7 +89,7 @@ def test_an_unknown_card_is_answered_with_the_nearest_names_and_a_way_out(name, 
         find_gpu(name)
     message = str(caught.value)
     assert f"did you mean {nearest}" in message
-    assert "--gpu 24GiB" in message
+    assert 'gpu="24GiB"' in message
     assert "\n" not in message
 
 

@@ -410,7 +410,7 @@ def test_a_model_that_cannot_run_one_sample_and_does_not_fit_two_does_not_fit():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("clip_norm", "a"), ("clip_norm", 0), ("loss", 3), ("optimizer", "adam"), ("headroom", "x")],
+    [("clip_norm", "a"), ("clip_norm", 0), ("loss", 3), ("optimizer", "adamww"), ("headroom", "x")],
 )
 def test_an_option_of_the_wrong_kind_is_a_usage_error(option, value):
     with pytest.raises(UsageError, match=f"{option} is {value!r}") as caught:

@@ -142,8 +142,11 @@ def test_the_size_that_most_tensors_share_is_the_batch():
     assert {key: len(leaf) for key, leaf in batch.items()} == {"x": 6, "weights": 9, "y": 6}
 
 
-def test_of_sizes_equally_frequent_the_first_is_the_batch():
-    batch = batch_builder((torch.zeros(4, 3), torch.zeros(9)))(6)
+def test_of_sizes_equally_frequent_none_is_taken_before_it_was_asked_for():
+    sample = torch.zeros(4, 3), torch.zeros(9)
+    with pytest.raises(SampleError, match=r"two ways, as 4 samples or 9 .*batch_dims="):
+        batch_builder(sample)
+    batch = batch_builder(sample, batch_dims={0: 0, 1: None})(6)
     assert [len(leaf) for leaf in batch] == [6, 9]
 
 

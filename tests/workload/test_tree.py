@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import register_pytree_node
 
 from autobatch.workload.tree import (
-    is_sample_list,
     leaves,
     map_leaves,
     map_tensors,
@@ -143,11 +142,14 @@ def test_what_holds_no_tensor_is_a_leaf_and_stays_the_same_object(value: Any) ->
 
 
 def test_the_walk_stops_where_it_is_told() -> None:
+    def is_list(_path: Any, node: Any) -> bool:
+        return isinstance(node, list)
+
     targets = [{"boxes": ONE}, {"boxes": ONE}]
     batch = {"targets": targets, "x": TWO}
-    assert list(leaves(batch, stop=is_sample_list)) == [(("targets",), targets), (("x",), TWO)]
+    assert list(leaves(batch, stop=is_list)) == [(("targets",), targets), (("x",), TWO)]
     assert next(path for path, _ in leaves(batch)) == ("targets", "0", "boxes")
-    assert map_leaves(lambda path, _: path, batch, stop=is_sample_list) == {
+    assert map_leaves(lambda path, _: path, batch, stop=is_list) == {
         "targets": ("targets",),
         "x": ("x",),
     }

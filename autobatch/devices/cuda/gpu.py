@@ -22,7 +22,7 @@ from torch import nn
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
 from autobatch.devices.cuda.memory_history import HistoryRecorder
-from autobatch.devices.cuda.offload import HostOffload, uninterrupted
+from autobatch.devices.cuda.offload import HostOffload
 from autobatch.devices.cuda.runtime import CudaRuntime, Stats
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
@@ -43,6 +43,7 @@ from autobatch.memory.replay import Replay
 from autobatch.memory.snapshot import Snapshot
 from autobatch.records.footprint import Evidence
 from autobatch.support.host_memory import free_host_bytes
+from autobatch.support.interrupts import uninterrupted
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
 from autobatch.workload.workload import Workload

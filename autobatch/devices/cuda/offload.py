@@ -6,13 +6,6 @@ the object that it was. Invariant: after `restore`, every byte is as it was befo
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +14,7 @@ from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 
-__all__ = ["HostOffload", "uninterrupted"]
+__all__ = ["HostOffload"]
 
 
 class HostOffload:
@@ -116,19 +109,3 @@ class HostOffload:
 
     def _bytes(self, storage: torch.UntypedStorage) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay a Ctrl-C until the block is done: half a restore would lose weights."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-    before: Any = signal.signal(signal.SIGINT, lambda *call: waiting.append(call))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if waiting and callable(before):
-            before(*waiting[0])

@@ -91,7 +91,8 @@ class _Policy:
     def _eligible(self, value: Any) -> bool:
         return (
             isinstance(value, Tensor)
-            and value.device.type == self.device_type
+            # where a function mode is on, a tensor says that it is on CUDA
+            and value.device.type in (self.device_type, "cuda")
             and value.is_floating_point()
             and value.dtype is not torch.float64
         )

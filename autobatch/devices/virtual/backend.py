@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autobatch.devices.virtual import autocast
+from autobatch.devices.virtual.cuda_types import CudaGenerator, legacy_types
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process
 from autobatch.support.patching import patched
@@ -36,9 +38,10 @@ from autobatch.support.torch_private import (
     register_private_use_1,
 )
 
-__all__ = ["Inert", "emulated_cuda", "virtual_device"]
+__all__ = ["Inert", "built_for", "emulated_cuda", "virtual_device"]
 
 _NAME = "virtual_gpu"
+_MULTIPROCESSORS = 100
 _active = False
 
 
@@ -48,8 +51,23 @@ class Inert:
     Any method may be called; it does nothing.
     """
 
+    cuda_stream = 0
+    device = torch.device("cuda", 0)
+
     def __init__(self, *args: Any, **kwargs: Any):
         pass
+
+    def query(self) -> bool:
+        """Return that all work is done."""
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        """Return 0.0 milliseconds: nothing was computed."""
+        return 0.0
+
+    def record_event(self, event: Any = None) -> Any:
+        """Return an event."""
+        return event or Inert()
 
     def __enter__(self) -> Inert:
         return self
@@ -69,9 +87,19 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 _STREAMS: dict[str, Any] = {
     **dict.fromkeys(("current_stream", "default_stream"), lambda device=None: Inert()),
-    **dict.fromkeys(("Stream", "Event", "stream"), Inert),
+    **dict.fromkeys(("Stream", "ExternalStream", "Event", "stream", "StreamContext"), Inert),
 }
 """What modules of devices have for streams, by name."""
+
+
+_NESTED = ("nested_tensor", "as_nested_tensor", "nested_tensor_from_jagged")
+
+
+def _refuse_nested(*args: Any, **kwargs: Any) -> Any:
+    raise WorkloadError(
+        "nested tensors (torch.nested) cannot be simulated: pad the sequences for the probe, or "
+        "tune on a GPU"
+    )
 
 
 class _Hooks(PrivateUse1Hooks):
@@ -116,13 +144,22 @@ def virtual_device() -> torch.device:
 def _device_module() -> ModuleType:
     """Return what PyTorch finds as `torch.virtual_gpu`."""
     module = ModuleType(f"torch.{_NAME}")
+
+    def of_cuda(name: str) -> Any:
+        """Return what `torch.cuda`, whose functions are replaced in a run, has of a name."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cuda, name)
+
     vars(module).update(
+        __getattr__=of_cuda,
         _initialized=False,
         _is_in_bad_fork=lambda: False,
         is_initialized=lambda: False,
         is_available=lambda: _active,
         device_count=lambda: int(_active),
         current_device=lambda: 0,
+        device=Inert,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16, torch.float32],
         set_device=_do_nothing,
         synchronize=_do_nothing,
@@ -141,6 +178,7 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         # placeholders need not lie in the support of a distribution
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=_apply_to_fakes))
+        patches.enter_context(patched(torch.nested, **dict.fromkeys(_NESTED, _refuse_nested)))
         patches.enter_context(
             # FakeTensorMode would follow constants, as `known_values.py` does
             patched(fake_tensor, CONSTANT_NUMEL_LIMIT=-1, run_fallback_kernel=run_on_cpu)
@@ -149,7 +187,7 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
             types = [*module._foreach_supported_types, FakeTensor]
             patches.enter_context(patched(module, _foreach_supported_types=types))
         if device.type == _NAME:
-            patches.enter_context(patched(torch.cuda, **_answers(spec)))
+            patches.enter_context(_says_cuda(spec, device))
             patches.enter_context(autocast.follows_cuda(_NAME))
             _active = True
         try:
@@ -158,32 +196,120 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
             _active = False
 
 
+@contextlib.contextmanager
+def built_for(spec: GpuSpec) -> Iterator[None]:
+    """Let code that builds a model find a CUDA card; what it puts there is on the CPU.
+
+    Where there is a CUDA device, that one is found.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    host = torch.device("cpu")
+    with _says_cuda(spec, host), CudaOnHost():
+        yield
+
+
+class CudaOnHost(TorchFunctionMode):
+    """Puts on the CPU what code makes on, or moves to, a CUDA device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a call, on the CPU where it says "cuda"."""
+        if func is Tensor.cuda:
+            return args[0]
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        named = {name: _on_host(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_on_host, args), **named)
+
+
+def _on_host(value: Any) -> Any:
+    is_cuda = (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+    return torch.device("cpu") if is_cuda else value
+
+
+@contextlib.contextmanager
+def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
+    """Replace what tells of, and makes objects for, CUDA cards; tensors land on `device`."""
+    accelerator = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "synchronize": _do_nothing,
+    }
+    for name in ("current_device_index", "current_device_idx"):
+        if hasattr(torch.accelerator, name):
+            accelerator[name] = lambda: 0
+    answers = _answers(spec)
+    if device.type == _NAME:  # a simulated rank has put streams of its own into its module
+        module = torch.get_device_module(device)
+        answers.update({name: getattr(module, name) for name in _STREAMS})
+    found = {name: answers[name] for name in answers if hasattr(torch.cuda, name)}
+    types = {k: v for k, v in legacy_types(device).items() if hasattr(torch.cuda, k)}
+    in_memory = {name: found[name] for name in found if hasattr(torch.cuda.memory, name)}
+    with (
+        patched(torch.cuda, **found, **types),
+        patched(torch.cuda.memory, **in_memory),
+        patched(torch.accelerator, **accelerator),
+        patched(torch, Generator=CudaGenerator),
+    ):
+        yield
+
+
 def _answers(spec: GpuSpec) -> dict[str, Any]:
     """Return what takes the place of functions and classes of `torch.cuda`, by name."""
     major, minor = spec.compute_capability
     properties = SimpleNamespace(
-        name=spec.name, major=major, minor=minor, total_memory=spec.capacity_bytes
+        name=spec.name,
+        major=major,
+        minor=minor,
+        total_memory=spec.capacity_bytes,
+        # the same on every card since compute capability 7.0, but for the first, a usual number
+        multi_processor_count=_MULTIPROCESSORS,
+        warp_size=32,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=49152,
+        max_threads_per_block=1024,
+        max_threads_per_multi_processor=2048,
+        is_integrated=0,
+        is_multi_gpu_board=0,
     )
-    no_bytes = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+    no_bytes = """
+        memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_cached
+        max_memory_cached device_memory_used utilization memory_usage temperature power_draw
+        clock_rate get_sync_debug_mode initial_seed
+    """
     no_effect = """
         set_device synchronize empty_cache manual_seed manual_seed_all set_rng_state
-        reset_peak_memory_stats
+        set_rng_state_all reset_peak_memory_stats reset_max_memory_allocated
+        reset_max_memory_cached reset_accumulated_memory_stats set_per_process_memory_fraction
+        init ipc_collect seed seed_all set_stream set_sync_debug_mode
     """
     return {
         **dict.fromkeys(no_bytes.split(), lambda device=None: 0),
         **dict.fromkeys(no_effect.split(), _do_nothing),
         **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
         **_STREAMS,
-        "device": Inert,
+        **dict.fromkeys(("device", "device_of"), Inert),
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "can_device_access_peer": lambda device, peer: False,
+        "get_arch_list": lambda: [f"sm_{major}{minor}"],
         "get_device_capability": lambda device=None: (major, minor),
         "get_device_name": lambda device=None: spec.name,
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
+        "is_tf32_supported": lambda: major >= 8,
         "is_current_stream_capturing": lambda: False,
         "memory_stats": lambda device=None: defaultdict(int),
+        "memory_summary": lambda device=None, abbreviated=False: "",
+        "memory_snapshot": lambda *args: [],
         "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
         "mem_get_info": lambda device=None: (spec.capacity_bytes, spec.capacity_bytes),
     }
 

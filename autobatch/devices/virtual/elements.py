@@ -20,16 +20,25 @@ from autobatch.support.torch_private import FakeTensor, no_dispatch
 __all__ = [
     "KEPT_ELEMENTS",
     "WHOLE",
+    "bounds_of",
     "explicit_placeholder",
     "forget_placeholder",
     "forget_values",
     "has_values",
+    "is_mixed",
+    "is_varied",
+    "mark_upper_bound",
+    "mixed_share",
+    "origin_of",
     "placeholder_of",
+    "set_bounds",
+    "set_mixed",
     "set_placeholder",
     "set_true_count",
     "set_values",
     "true_count",
     "values_of",
+    "was_upper_bound",
 ]
 
 KEPT_ELEMENTS = 1024
@@ -68,10 +77,65 @@ def set_placeholder(tensor: Tensor, value: float) -> None:
     vars(tensor)["placeholder"] = value
 
 
-def forget_placeholder(tensor: Tensor) -> None:
+def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
     """Let a tensor that was written to read as its dtype's default, and its true elements too."""
-    vars(tensor).pop("placeholder", None)
+    for fact in ("placeholder", "mixed") if keeps_bounds else ("placeholder", "mixed", "bounds"):
+        vars(tensor).pop(fact, None)
     vars(tensor.untyped_storage()).pop("true_count", None)
+
+
+def set_bounds(tensor: Tensor, low: int, high: int, origin: object = None) -> None:
+    """Remember between which whole numbers the elements of a tensor vary, in unknown order.
+
+    `origin` stands for the choice that the numbers were made by, for all views and copies of them.
+    """
+    vars(tensor)["bounds"] = low, high
+    vars(tensor)["origin"] = origin if origin is not None else object()
+
+
+def bounds_of(tensor: Any) -> tuple[int, int] | None:
+    """Return the smallest and largest number that an element may be, if that was told."""
+    return vars(tensor).get("bounds") if isinstance(tensor, Tensor) else None
+
+
+def origin_of(tensor: Any) -> object:
+    """Return what stands for the choice that a tensor's numbers were made by."""
+    return vars(tensor).get("origin") if isinstance(tensor, Tensor) else None
+
+
+def is_varied(tensor: Any) -> bool:
+    """Whether a tensor's elements are whole numbers that may be any within bounds."""
+    return bounds_of(tensor) is not None and values_of(tensor) is None
+
+
+def set_mixed(tensor: Tensor, share: float) -> None:
+    """Let some elements of a tensor be true (or not zero) and others false.
+
+    Args:
+        tensor: a mask, or the numbers that one was made.
+        share: how many of them are true, at most: 1.0 where nothing is known of it.
+    """
+    vars(tensor)["mixed"] = share
+
+
+def is_mixed(tensor: Any) -> bool:
+    """Whether some elements of a tensor are true and others are false."""
+    return mixed_share(tensor) is not None
+
+
+def mixed_share(tensor: Any) -> float | None:
+    """Return which share of the elements of a mixed tensor is true; None of any other tensor."""
+    return vars(tensor).get("mixed") if isinstance(tensor, Tensor) else None
+
+
+def mark_upper_bound(tensor: Tensor) -> None:
+    """Remember that a tensor has as many elements as its shape may have at most."""
+    vars(tensor.untyped_storage())["upper_bound"] = True
+
+
+def was_upper_bound(tensor: Tensor) -> bool:
+    """Whether a tensor, or what it views, has more elements than it may really have."""
+    return "upper_bound" in vars(tensor.untyped_storage())
 
 
 def set_true_count(mask: Tensor, count: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
@@ -62,6 +63,7 @@ class VirtualMode(FakeTensorMode):
 
     Attributes:
         virtual_device: the simulated device.
+        is_inside: whether an op is being answered.
         adopted: how many real tensors were moved there, as they met tensors of the device in an op.
     """
 
@@ -72,6 +74,7 @@ class VirtualMode(FakeTensorMode):
         unknown: UnknownValues,
         workspaces: Workspaces,
         move: Callable[[Tensor], Tensor],
+        is_copy: Callable[[Tensor], bool],
         recipes: dict[Any, Any],
     ):
         """Prepare a mode.
@@ -81,7 +84,8 @@ class VirtualMode(FakeTensorMode):
             recorder: told of every storage on the device.
             unknown: asked first, for every op.
             workspaces: told of every op before it runs, for allocations that no tensor shows.
-            move: returns the counterpart on the device of a real tensor.
+            move: returns the counterpart on the device of a tensor.
+            is_copy: says of a tensor that is not on the device that it is a copy of a real one.
             recipes: the cache of output layouts, shared by runs on the same device.
         """
         super().__init__(allow_non_fake_inputs=True)
@@ -92,8 +96,9 @@ class VirtualMode(FakeTensorMode):
         self._unknown = unknown
         self._workspaces = workspaces
         self._move = move
+        self._is_copy = is_copy
         self._recipes = recipes
-        self._is_inside = False
+        self.is_inside = False
         self._attributes: dict[str, Any] | None = None
         self._sole_holders = holders_of_a_sum()
 
@@ -118,14 +123,14 @@ class VirtualMode(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
-        if self._is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
+        if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self._is_inside = True
+        self.is_inside = True
         try:
             with DisableTorchFunction():  # what happens in here is no call of the user's
                 return self._dispatch(func, args, kwargs)
         finally:
-            self._is_inside = False
+            self.is_inside = False
 
     def _dispatch(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if adds_in_place(func, args, self._sole_holders):
@@ -151,11 +156,11 @@ class VirtualMode(FakeTensorMode):
                 recipe = self._recipes[key] = self._work_out(func, args, kwargs)
         except _Uncacheable:
             args, kwargs = self._adopted(args, kwargs)
-            output = super().__torch_dispatch__(func, (), args, kwargs)
+            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
         else:
             if recipe is not None:
                 return self._build(recipe, tensors, func)
-            output = super().__torch_dispatch__(func, (), args, kwargs)
+            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
             self._remember(key, func, output, tensors)
         self._created(output, func.name())
         return output
@@ -167,8 +172,10 @@ class VirtualMode(FakeTensorMode):
         return tree_map(self._adopt, (args, kwargs))  # type: ignore[no-any-return]
 
     def _adopt(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or not leaf.dim():
+        if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf  # numbers may live on the CPU
+        if isinstance(leaf, FakeTensor) and (self._is_virtual(leaf) or not self._is_copy(leaf)):
+            return leaf
         with self:
             moved = self._move(leaf)
         self._recorder.created(moved, "adopted")

@@ -1,12 +1,16 @@
 """Calls of PyTorch's Python functions, in user code, that a simulated GPU answers in its own way.
 
-Literal "cuda" devices land on the virtual device, tensors there say that they are on CUDA, and
+Literal "cuda" devices land on the virtual device, tensors there say that they are on `cuda:0`, and
 reads of their values give known values or placeholders.
+
+Invariant: no call of the user's code is answered with the name of the virtual device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autobatch.devices.virtual.elements import forget_values, placeholder_of, values_of
+from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
+from autobatch.devices.virtual.elements import (
+    forget_values,
+    placeholder_of,
+    values_of,
+    was_upper_bound,
+)
+from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -29,22 +40,37 @@ from autobatch.support.torch_private import (
 __all__ = ["CudaCalls"]
 
 _NAMES = (str, torch.device)
+_CUDA = torch.device("cuda", 0)
+_META = torch.device("meta")
 
 
 class CudaCalls(TorchFunctionMode):
-    """Routes calls while a workload is simulated."""
+    """Routes calls while a workload is simulated.
+
+    Attributes:
+        arrays: how many times NumPy read values that are not known.
+        asked: whether code outside of PyTorch asked a tensor if it is on CUDA.
+    """
 
     def __init__(self, device: torch.device):
         """Route to `device`."""
         super().__init__()
         self._device = device
+        self.arrays = 0
+        self.asked = False
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
             # a module that imported it by name has the original
             attention: lambda *args, **kwargs: F.scaled_dot_product_attention(*args, **kwargs),
             Tensor.__deepcopy__: _deepcopy,
             Tensor.__format__: _format,
-            Tensor.numpy: _numpy,
+            Tensor.numpy: self._numpy,
+            Tensor.__array__: self._array,
+            Tensor.item: _item,
+            Tensor.__bool__: lambda tensor: bool(_first(tensor)),
+            Tensor.__int__: lambda tensor: int(_first(tensor)),
+            Tensor.__float__: lambda tensor: float(_first(tensor)),
+            Tensor.__index__: lambda tensor: operator.index(_first(tensor)),
             Tensor.tolist: _tolist,
             torch.tensor: partial(self._of_numbers, torch.tensor),
             torch.as_tensor: partial(self._of_numbers, torch.as_tensor),
@@ -52,9 +78,10 @@ class CudaCalls(TorchFunctionMode):
         }
         if device.type != "cuda":
             is_cuda: Any = Tensor.is_cuda
-            self._routes[is_cuda.__get__] = lambda tensor: tensor.device == device
+            self._routes[is_cuda.__get__] = self._is_virtual
             self._routes[Tensor.cuda] = self._cuda
-            self._routes[torch.device] = lambda *args, **kwargs: self._landed(
+            self._routes[Tensor.type] = self._type
+            self._routes[torch.device] = lambda *args, **kwargs: self._shown(
                 torch.device(*args, **kwargs)
             )
 
@@ -76,6 +103,8 @@ class CudaCalls(TorchFunctionMode):
                     break
             if kwargs:
                 kwargs = {name: self._landed(value) for name, value in kwargs.items()}
+                if type(kwargs.get("generator")) is CudaGenerator:
+                    del kwargs["generator"]  # there is no noise to draw
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _of_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,9 +127,81 @@ class CudaCalls(TorchFunctionMode):
             return self._device
         return value
 
+    def _numpy(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return Tensor.numpy(tensor, *args, **kwargs)
+        if tensor.requires_grad and not kwargs.get("force") and not (args and args[0]):
+            raise RuntimeError(
+                "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+            )
+        if tensor.fake_device.type != "cpu" and not kwargs.get("force") and not (args and args[0]):
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
+                "to host memory first."
+            )
+        import numpy
+
+        known = values_of(tensor)
+        if known is not None:
+            with no_dispatch():
+                return known.detach().clone().numpy()
+        self.arrays += 1
+        with no_dispatch():
+            kind = (
+                torch.empty((), dtype=tensor.dtype, device="cpu").numpy().dtype
+            )  # none of bfloat16
+        return numpy.full(tuple(tensor.shape), placeholder_of(tensor), dtype=kind)
+
+    def _array(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Answer NumPy's own protocol, by which `numpy.asarray` and SciPy read tensors."""
+        if not isinstance(tensor, FakeTensor):
+            return Tensor.__array__(tensor, *(() if dtype is None else (dtype,)))
+        made = self._numpy(tensor)
+        return made if dtype is None else made.astype(dtype, copy=False)
+
+    def _is_virtual(self, tensor: Tensor) -> bool:
+        module = sys._getframe(2).f_globals.get("__name__") or ""
+        self.asked = self.asked or not module.startswith("torch.")
+        return self._shown(tensor.device) == _CUDA
+
+    def _shown(self, device: torch.device) -> torch.device:
+        return _CUDA if device.type == self._device.type else device
+
+    def _type(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Name a tensor's legacy type, or convert to one, as `torch.cuda.FloatTensor`."""
+        if isinstance(dtype, str) or isinstance(dtype, type):
+            name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
+            place, _, kind = name.removeprefix("torch.").rpartition(".")
+            if kind in LEGACY_TYPES:
+                return tensor.to(self._device if place == "cuda" else "cpu", LEGACY_TYPES[kind])
+        made = tensor.type(*(() if dtype is None else (dtype,)), *args, **kwargs)
+        return made.replace(f".{self._device.type}.", ".cuda.") if isinstance(made, str) else made
+
     def _cuda(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("device", None)
         return tensor.to(self._device, **kwargs)
+
+    @contextlib.contextmanager
+    def shown_as_cuda(self, mode: VirtualMode) -> Iterator[None]:
+        """Let tensors on the virtual device say that they are on `cuda:0`, but for ops in `mode`.
+
+        A fake tensor tells its device without asking a function mode.
+        """
+        if self._device.type == "cuda":
+            yield
+            return
+
+        def device(tensor: Any) -> torch.device:
+            if tensor.fake_mode.in_kernel_invocation:
+                return _META
+            place: torch.device = tensor.fake_device
+            return place if mode.is_inside else self._shown(place)
+
+        def record_stream(tensor: Any, stream: Any) -> None:
+            """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
+
+        with patched(FakeTensor, device=property(device), record_stream=record_stream):
+            yield
 
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
@@ -133,13 +234,14 @@ def _format(tensor: Tensor, spec: str) -> str:
     return format(tensor.item(), spec) if not tensor.dim() else object.__format__(tensor, spec)
 
 
-def _numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(tensor, FakeTensor):
-        return Tensor.numpy(tensor, *args, **kwargs)
-    import numpy
+def _item(tensor: Tensor) -> Any:
+    return _first(tensor).item()
 
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return numpy.array(_tolist(tensor), dtype=dtype).reshape(tuple(tensor.shape))
+
+def _first(tensor: Tensor) -> Tensor:
+    """Return a tensor of one element: of one that has more at most, the first."""
+    is_bound = isinstance(tensor, FakeTensor) and tensor.numel() > 1 and was_upper_bound(tensor)
+    return tensor.flatten()[0] if is_bound else tensor
 
 
 def _tolist(tensor: Tensor) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +24,16 @@ from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
 from autobatch.devices.virtual.device_guard import lost_errors_found
 from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.devices.virtual.function_mode import CudaCalls
+from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
+from autobatch.devices.virtual.kernels.triton_launches import triton_skipped
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.known_values import KnownValues
+from autobatch.devices.virtual.leftovers import leftovers_removed
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.memory.accounting import replay
@@ -38,6 +44,9 @@ from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
+
+_WITHOUT_CUDA = (AttributeError, TypeError, NotImplementedError, AssertionError, KeyError)
+"""What code raises that is not prepared for CUDA."""
 
 
 class VirtualGpu:
@@ -57,6 +66,7 @@ class VirtualGpu:
         self.allowed_bytes = None
         self._settings = AllocatorSettings.of_environment()
         self._recipes: dict[Any, Any] = {}
+        self._guesses: dict[int, Guesses] = {}
 
     def require(self, workload: Workload) -> None:
         """Accept every workload."""
@@ -87,22 +97,43 @@ class VirtualGpu:
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
+        _require_eager(workload.model)
+        guesses = self._guesses.setdefault(id(workload.model), Guesses())
+        first: WorkloadError | None = None
+        while True:
+            guesses.begin()
+            try:
+                ran = self._simulated(workload, micro_batch, accumulation_steps, guesses)
+            except WorkloadError as error:
+                if error.__cause__ is None or isinstance(error.__cause__, WorkloadError):
+                    raise
+                first = first or error
+                if not guesses.turn(error.__cause__):
+                    raise first from first.__cause__
+            else:
+                if not guesses.learned():
+                    return ran
+
+    def _simulated(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int, guesses: Guesses
+    ) -> Run:
+        """Run once, under what is assumed of values."""
+        args = workload, micro_batch, accumulation_steps, guesses
         if not workload.is_sharded:
-            return self._run(workload, micro_batch, accumulation_steps, StorageRecorder())
+            return self._run(*args, StorageRecorder())
         from autobatch.devices.virtual.sharding.dtensor_mode import rank_mode
         from autobatch.devices.virtual.sharding.policy import shard
         from autobatch.devices.virtual.sharding.rank import as_rank_zero
 
         with as_rank_zero(workload.world_size, virtual_device()) as recorder:
-            return self._run(
-                workload, micro_batch, accumulation_steps, recorder, rank_mode(), shard
-            )
+            return self._run(*args, recorder, rank_mode(), shard)
 
     def _run(
         self,
         workload: Workload,
         micro_batch: int,
         accumulation_steps: int,
+        guesses: Guesses,
         recorder: StorageRecorder,
         mode_class: type[VirtualMode] = VirtualMode,
         shard: Callable[[nn.Module, Workload, Any], list[str]] | None = None,
@@ -112,40 +143,14 @@ class VirtualGpu:
         `shard` shards the copied model in place, and returns notes for the user.
         """
         started = time.perf_counter()
-        device = virtual_device()
-        notes: list[str] = []
-        values = KnownValues(micro_batch)
-        unknown = UnknownValues(values, outputs.RULES)
-        workspaces = Workspaces(recorder, self.spec, device)
-        copier = Copier(device, values.blank)
-        mode = mode_class(device, recorder, unknown, workspaces, copier.move, self._recipes)
-        calls = CudaCalls(device)
-        original = unwrapped(workload.model)
-        with (
-            process_state_preserved(),
-            emulated_cuda(self.spec, device),
-            torch.compiler.set_stance("force_eager"),
-            # an autograd engine that ran before the registration has no thread for our device
-            torch.autograd.set_multithreading_enabled(False),
-            cuda_kernels(device, self.spec.compute_capability),
-            mode,
-            calls,
-            calls.in_backward(),
-            user_errors(workload, micro_batch),
-            lost_errors_found(),
-        ):
-
-            def wrapped(copied: nn.Module) -> nn.Module:
-                if shard is not None:
-                    notes.extend(shard(copied, workload, copier.any(workload.sharding)))
-                return copied
-
-            session = Session(workload, original, device, copier, recorder, wrapped)
-            session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        notes.extend(unknown.notes())
-        if mode.adopted:
+        with process_state_preserved():
+            ran = self._windows(
+                workload, micro_batch, accumulation_steps, guesses, recorder, mode_class, shard
+            )
+            notes = [*ran.notes, *leftovers_removed(ran.mode)]
+        if ran.adopted:
             notes.append(
-                f"{mode.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
+                f"{ran.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
                 "there too; on a real GPU, move them first"
             )
         if is_compiled(workload.model):
@@ -158,7 +163,109 @@ class VirtualGpu:
             trace=trace,
             replay=replay(trace, self.allocator()),
             seconds=time.perf_counter() - started,
-            loss=session.loss_kind,
-            optimizer=type(session.optimizer).__name__,
+            loss=ran.loss,
+            optimizer=ran.optimizer,
             notes=tuple(notes),
         )
+
+    def _windows(
+        self,
+        workload: Workload,
+        micro_batch: int,
+        accumulation_steps: int,
+        guesses: Guesses,
+        recorder: StorageRecorder,
+        mode_class: type[VirtualMode],
+        shard: Callable[[nn.Module, Workload, Any], list[str]] | None,
+    ) -> _Ran:
+        """Run the windows; nothing of the simulation is held afterwards."""
+        device = virtual_device()
+        notes: list[str] = []
+        values = KnownValues(micro_batch)
+        unknown = UnknownValues(values, outputs.RULES, guesses)
+        workspaces = Workspaces(recorder, self.spec, device)
+        copier = Copier(device, values.blank)
+        mode = mode_class(
+            device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
+        )
+        calls = CudaCalls(device)
+        original = unwrapped(workload.model)
+        with (
+            emulated_cuda(self.spec, device),
+            torch.compiler.set_stance("force_eager"),
+            # an autograd engine that ran before the registration has no thread for our device
+            torch.autograd.set_multithreading_enabled(False),
+            cuda_kernels(device, self.spec.compute_capability),
+            triton_skipped(self.spec.compute_capability),
+            mode,
+            calls,
+            calls.in_backward(),
+            calls.shown_as_cuda(mode),
+            _explained(calls),
+            user_errors(workload, micro_batch),
+            lost_errors_found(),
+        ):
+
+            def wrapped(copied: nn.Module) -> nn.Module:
+                if shard is not None:
+                    notes.extend(shard(copied, workload, copier.any(workload.sharding)))
+                return copied
+
+            session = Session(workload, original, device, copier, recorder, wrapped)
+            session.train(micro_batch, accumulation_steps, windows=WINDOWS)
+        notes += [*session.notes, *unknown.notes(), *guesses.notes()]
+        if calls.arrays:
+            notes.append(
+                "NumPy read values that are not known on a simulated GPU: every element was a "
+                "placeholder, and what the code chose by them (a matching, say) may be another"
+            )
+        return _Ran(
+            mode=weakref.ref(mode),
+            notes=notes,
+            adopted=mode.adopted,
+            loss=session.loss_kind,
+            optimizer=type(session.optimizer).__name__,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ran:
+    """What windows tell when they have run through.
+
+    Attributes:
+        mode: of the simulation; each of its tensors refers to it.
+        notes: what the user should know.
+        adopted: tensors that the user left on the CPU, and that were used on the GPU.
+        loss: how it was obtained.
+        optimizer: its class.
+    """
+
+    mode: weakref.ref[VirtualMode]
+    notes: list[str]
+    adopted: int
+    loss: str
+    optimizer: str
+
+
+@contextlib.contextmanager
+def _explained(calls: CudaCalls) -> Iterator[None]:
+    """Say of an error that the code asked for CUDA, which was not there when the model was built."""
+    try:
+        yield
+    except WorkloadError as error:
+        if calls.asked and isinstance(error.__cause__, _WITHOUT_CUDA):
+            raise WorkloadError(
+                f"{error}. The code asked whether a tensor is on CUDA; if the model looks at "
+                "torch.cuda.is_available() when it is built, pass a function that builds it as "
+                "the model: it is called with the card there"
+            ) from error.__cause__
+        raise
+
+
+def _require_eager(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WorkloadError(
+                f"{f'{name} of the model' if name else 'the model'} is a torch.jit module, which "
+                "cannot be simulated: pass the module that it was scripted or traced from"
+            )

@@ -24,10 +24,13 @@ from autobatch.devices.virtual.elements import (
     forget_values,
     has_values,
     placeholder_of,
+    set_bounds,
+    set_mixed,
+    set_placeholder,
     set_values,
     values_of,
 )
-from autobatch.support.torch_private import FakeTensor
+from autobatch.support.torch_private import FakeTensor, no_dispatch
 
 __all__ = ["KnownValues"]
 
@@ -70,12 +73,20 @@ class KnownValues:
         is_few = real.numel() <= min(GIVEN_ELEMENTS * rows, _MOST_ELEMENTS)
         if is_few and (real.numel() == 1 or any(real.stride())):
             _copy_values(fake, real)
+        elif real.dtype in WHOLE and type(fake) is FakeTensor and real.device.type == "cpu":
+            _tell_range(fake, real)
 
     def blank(self, original: Tensor, device: torch.device) -> Tensor:
-        """Make memory of a tensor's layout on a device; a small buffer has its values there."""
+        """Make memory of a tensor's layout on a device; a small buffer has its values there.
+
+        What stays on the CPU has its values in any dtype: code may read them.
+        """
         made = blank(original, device)
         if original.numel() <= KEPT_ELEMENTS:
             _copy_values(made, original)
+            if device.type == "cpu" and original.dtype in _FLOATS and _is_real(original):
+                with torch.no_grad():
+                    set_values(made, original)
         return made
 
     def result(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -132,11 +143,35 @@ class KnownValues:
             forget_values(target)
 
 
+def _tell_range(fake: Tensor, real: Tensor) -> None:
+    """Tell between which numbers the elements of a tensor vary, or which one they all are."""
+    if not real.numel() or not any(real.stride()) or not real.untyped_storage().nbytes():
+        return
+    with no_dispatch():
+        low, high = int(real.min()), int(real.max())
+    if low == high:
+        set_placeholder(fake, bool(low) if real.dtype is torch.bool else low)
+    elif real.dtype is torch.bool:
+        set_mixed(fake, 1.0)
+        set_placeholder(fake, True)
+    else:
+        set_bounds(fake, low, high)
+
+
 def _copy_values(fake: Tensor, real: Tensor) -> None:
     if real.dtype not in WHOLE or real.device.type != "cpu" or type(fake) is not FakeTensor:
         return
+    if type(real) is FakeTensor:
+        if (values := values_of(real)) is not None:
+            set_values(fake, values)
+        return
     if real.untyped_storage().nbytes():  # those of a model that is offloaded to the host are empty
         set_values(fake, real)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return is_plain and bool(tensor.untyped_storage().nbytes())
 
 
 @functools.cache

@@ -64,6 +64,12 @@ _KEEPING = frozenset(
 """Ops whose floating-point result reads as their argument does."""
 
 
+_IN_SOME_PLACES = frozenset(
+    ("masked_fill_", "index_put_", "_index_put_impl_", "clamp_", "scatter_")
+)
+"""Ops that write to a tensor of which the rest stays."""
+
+
 def follow_placeholders(
     name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
 ) -> None:
@@ -71,7 +77,7 @@ def follow_placeholders(
     if not isinstance(output, Tensor):
         return
     if args and output is args[0] and not _writes_nothing(name, args):
-        forget_placeholder(output)
+        forget_placeholder(output, keeps_bounds=name in _IN_SOME_PLACES)
     if output.dtype.is_floating_point:
         value = None if "alpha" in kwargs else _float(name, args)
     else:

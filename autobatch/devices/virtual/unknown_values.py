@@ -22,14 +22,19 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.elements import (
+    bounds_of,
+    mark_upper_bound,
     placeholder_of,
+    set_bounds,
     set_placeholder,
     set_true_count,
     true_count,
     values_of,
 )
+from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.placeholders import MASKS, follow_placeholders
+from autobatch.devices.virtual.varied import follow_varied, true_elements
 from autobatch.errors import WorkloadError
 
 __all__ = ["UnknownValues"]
@@ -40,6 +45,13 @@ _Rule = Callable[..., Any]
 """Answers an op: takes the mode, then the op's arguments; may return NotImplemented."""
 
 _MOST_READS = 10_000
+_WITH_INFO = frozenset(
+    """
+    linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex linalg_ldl_factor_ex _linalg_solve_ex
+    linalg_solve_ex
+    """.split()
+)
+"""Factorizations; their last result, `info`, is 0 where they succeed."""
 
 
 class UnknownValues:
@@ -49,17 +61,20 @@ class UnknownValues:
         known: the values that are known; where they suffice, an answer is exact.
     """
 
-    def __init__(self, known: KnownValues, rules: Mapping[Any, _Rule]) -> None:
+    def __init__(
+        self, known: KnownValues, rules: Mapping[Any, _Rule], guesses: Guesses | None = None
+    ) -> None:
         """Start a run; `rules` adds ops whose results only the target GPU's kernels define."""
         self.known = known
+        self._guesses = guesses or Guesses()
         self._upper_bounds: set[str] = set()
         self._exact_shapes: set[str] = set()
         self._split_equally = False
         self._reads = 0
         self._rules: dict[Any, _Rule] = {
             aten._local_scalar_dense.default: self._read,
-            aten.equal.default: lambda mode, *args: True,
-            aten.allclose.default: lambda mode, *args, **kwargs: True,
+            aten.equal.default: lambda mode, *args: self._guesses.answer(True),
+            aten.allclose.default: lambda mode, *args, **kwargs: self._guesses.answer(True),
             aten.nonzero.default: self._nonzero,
             aten.masked_select.default: self._masked_select,
             aten._unique2.default: lambda mode, tensor, sorted=True, *returned: self._unique(
@@ -91,6 +106,8 @@ class UnknownValues:
     def answer(self, mode: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer one op, or return NotImplemented where values do not matter."""
         rule = self._rules.get(func)
+        if rule is None and func.namespace == "torchvision" and func._opname == "nms":
+            rule = self._nms
         if rule is not None:
             exact = self._exact(mode, func, args, kwargs)
             return rule(mode, *args, **kwargs) if exact is NotImplemented else exact
@@ -103,7 +120,12 @@ class UnknownValues:
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Remember what follows for the elements of the result of an op that has just run."""
-        follow_placeholders(func._opname, args, kwargs, output)
+        name = func._opname
+        follow_placeholders(name, args, kwargs, output)
+        if name in _WITH_INFO:
+            set_placeholder(output[-1], 0)
+        else:
+            follow_varied(name, args, kwargs, output, self._guesses.share)
         self.known.follow(func, args, kwargs, output)
 
     def notes(self) -> Iterator[str]:
@@ -146,7 +168,7 @@ class UnknownValues:
                 f"the workload asked {_MOST_READS:,} times whether something holds on the GPU, "
                 "which a simulation cannot know: a loop that ends by such a value never ends here"
             )
-        return placeholder_of(tensor)
+        return self._guesses.answer(placeholder_of(tensor))
 
     def _true_elements(self, mask: Tensor, name: str) -> int:
         """Return how many elements of a mask are true, at most."""
@@ -156,18 +178,33 @@ class UnknownValues:
             return int(known.count_nonzero())
         count = true_count(mask)
         if count is None:
+            count = true_elements(mask)
+        if count is None:
             self._upper_bounds.add(name)
             return mask.numel()
         return count
 
     def _nonzero(self, mode: Any, tensor: Tensor) -> Any:
         count = self._true_elements(tensor, "nonzero")
-        return mode.empty((count, tensor.dim()), torch.int64, tensor)
+        places = mode.empty((count, tensor.dim()), torch.int64, tensor)
+        mark_upper_bound(places)
+        set_placeholder(places, 0)  # the first place is one in every tensor
+        return places
+
+    def _nms(self, mode: Any, boxes: Tensor, *args: Any) -> Any:
+        """Keep every box."""
+        self._upper_bounds.add("nms")
+        kept = mode.empty((boxes.shape[0],), torch.int64, boxes)
+        set_bounds(kept, 0, max(0, boxes.shape[0] - 1))
+        set_placeholder(kept, 0)
+        return kept
 
     def _masked_select(self, mode: Any, tensor: Tensor, mask: Tensor) -> Any:
         shape = torch.broadcast_shapes(tensor.shape, mask.shape)
         count = self._true_elements(mask.expand(shape), "masked_select")
-        return mode.empty((count,), tensor.dtype, tensor)
+        picked = mode.empty((count,), tensor.dtype, tensor)
+        mark_upper_bound(picked)
+        return picked
 
     def _unique(
         self,
@@ -180,7 +217,10 @@ class UnknownValues:
         """Count every element, or every slice along a dimension, as different from the others."""
         self._upper_bounds.add("unique")
         shape = tuple(tensor.shape)
+        bounds = bounds_of(tensor)
         size = tensor.numel() if dim is None else shape[dim]
+        if bounds is not None and dim is None:
+            size = min(size, bounds[1] - bounds[0] + 1)
         places = shape if dim is None else (size,)
         return (
             mode.empty((size,) if dim is None else shape, tensor.dtype, tensor),
@@ -193,7 +233,9 @@ class UnknownValues:
     ) -> Any:
         self._upper_bounds.add("bincount")
         dtype = torch.int64 if weights is None else weights.dtype
-        return mode.empty((max(minlength, tensor.numel()),), dtype, tensor)
+        bounds = bounds_of(tensor)
+        size = tensor.numel() if bounds is None else bounds[1] + 1
+        return mode.empty((max(minlength, size),), dtype, tensor)
 
     def _repeat_interleave(
         self, mode: Any, repeats: Tensor, *, output_size: int | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import SampleError
+from autobatch.support.wording import for_reader
 from autobatch.workload.workload import Loss, Workload
 
 __all__ = [
@@ -108,8 +109,11 @@ Fields: TypeAlias = "Field | tuple[Field, ...] | Mapping[str, Field | bool]"
 def unknown(model: nn.Module, why: str) -> SampleError:
     """Return the error that says why nothing was inferred and which argument to pass."""
     return SampleError(
-        f"the inputs of {type(model).__name__} cannot be inferred ({why}): pass one batch, such "
-        "as sample=torch.randn(8, 3, 224, 224) or sample=(inputs, labels)"
+        f"the inputs of {type(model).__name__} cannot be inferred ({why}): "
+        + for_reader(
+            "pass one batch, such as sample=torch.randn(8, 3, 224, 224) or sample=(inputs, labels)",
+            "let the function that SPEC names return an autobatch.Workload(model=..., batch=...)",
+        )
     )
 
 

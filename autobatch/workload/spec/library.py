@@ -6,8 +6,9 @@ memory; whatever goes wrong is one SpecError.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from autobatch.errors import SpecError
 from autobatch.support.wording import one_line
 from autobatch.workload.infer.dry_run import quiet
 
-__all__ = ["Options", "import_library", "on_meta", "rejected"]
+__all__ = ["Options", "import_library", "model_names", "on_meta", "rejected"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that would fetch weights.
@@ -62,6 +63,18 @@ def import_library(name: str, extra: str) -> Any:
             install = f'pip install "autobatch-gpu[{extra}]"'
             raise SpecError(f"{name} is not installed: {install}") from None
         raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
+
+
+def model_names() -> Iterator[tuple[str, Collection[str]]]:
+    """Yield the prefix of each library that is installed, and the names of its models."""
+    listings: tuple[tuple[str, str, Callable[[Any], Collection[str]]], ...] = (
+        ("hf", "transformers", lambda library: list(library.CONFIG_MAPPING.keys())),
+        ("timm", "timm", lambda library: library.list_models()),
+        ("torchvision", "torchvision", lambda library: library.models.list_models()),
+    )
+    for prefix, package, names in listings:
+        with contextlib.suppress(SpecError):
+            yield prefix, names(import_library(package, prefix))
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -25,7 +25,7 @@ def load_timm(name: str, options: Options) -> Workload:
     timm = import_library("timm", "timm")
     options.refuse_downloads()
     if not timm.is_model(name):
-        raise SpecError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+        raise SpecError(f"timm has no model {name!r}{near(name.lower(), timm.list_models())}")
     dtype, size = options.take_dtype(), options.take_size("img_size")
     if size:
         options["img_size"] = size

@@ -23,7 +23,9 @@ def load_torchvision(name: str, options: Options) -> Workload:
     models = import_library("torchvision", "timm").models
     options.refuse_downloads()
     if name not in models.list_models():
-        raise SpecError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
+        raise SpecError(
+            f"torchvision has no model {name!r}{near(name.lower(), models.list_models())}"
+        )
     dtype, size = options.take_dtype(), options.take_size("img_size")
     # A backbone's weights would be downloaded by default.
     takes = inspect.signature(models.get_model_builder(name)).parameters

@@ -6,6 +6,7 @@ WorkloadError with the original chained.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ from torch import nn
 from autobatch.errors import SpecError, WorkloadError
 from autobatch.support.patching import patched
 from autobatch.support.wording import near, one_line
+from autobatch.workload.spec.library import model_names
 from autobatch.workload.workload import Workload
 
 __all__ = ["load_function"]
@@ -39,7 +41,7 @@ def load_function(spec: str) -> nn.Module | Workload:
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise SpecError(f"{spec!r} is no SPEC: write {FORMS}")
+        raise SpecError(f"{spec!r} is no SPEC{_meant(spec)}: write {FORMS}")
     is_file = source.endswith(".py") or Path(source).is_file()
     folder = Path(source).resolve().parent if is_file else Path.cwd()
     with patched(sys, path=[str(folder), *sys.path]):
@@ -56,8 +58,21 @@ def load_function(spec: str) -> nn.Module | Workload:
     )
 
 
+def _meant(spec: str) -> str:
+    """Return "; did you mean ...?" where a SPEC is a file, or a library's name, alone."""
+    if Path(spec).is_file():
+        nodes = ast.parse(Path(spec).read_text(errors="replace")).body
+        defined = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        meant = [f"{spec}:{name}" for name in defined if not name.startswith("_")]
+    else:
+        meant = [f"{prefix}:{spec}" for prefix, names in model_names() if spec.lower() in names]
+    return f"; did you mean {' or '.join(meant[:4])}?" if meant else ""
+
+
 def _import_file(source: str) -> ModuleType:
     path = Path(source).resolve()
+    if path.is_dir():
+        raise SpecError(f"{source} is a folder: write file.py:function")
     if not path.is_file():
         siblings = [str(Path(source).with_name(other.name)) for other in path.parent.glob("*.py")]
         raise SpecError(f"no such file: {source}{near(source, siblings)}")

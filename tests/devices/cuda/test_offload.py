@@ -9,7 +9,8 @@ import torch
 
 from autobatch import WorkloadError
 from autobatch.devices.cuda import offload
-from autobatch.devices.cuda.offload import HostOffload, uninterrupted
+from autobatch.devices.cuda.offload import HostOffload
+from autobatch.support.interrupts import uninterrupted
 
 
 def test_what_is_on_the_card_waits_in_host_memory_and_keeps_its_aliases():

@@ -84,8 +84,8 @@ def test_small_whole_numbers_of_the_sample_are_read_back_as_they_are(n, capsys):
 
     model = Patches()
     run(model, n=n, sample=PATCHES, loss=loss)
-    # the grid, merged by twos, then threes, and one row a sample; token ids are not known
-    seen = f"[[[2, 3], 24, {n}, 1], [[1, 2], 24, {n}, 1]]"
+    # the grid, merged by twos, then threes, one row a sample, and the largest token id
+    seen = f"[[[2, 3], 24, {n}, 5], [[1, 2], 24, {n}, 5]]"
     assert capsys.readouterr().out.splitlines()[-1] == seen
     assert PATCHES["grid"].tolist() == [[4, 6], [4, 6]]
     assert model.merge == 2

@@ -28,9 +28,11 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
     """Run attention, recurrent layers, packing and CTC on `device` as CUDA does."""
 
     def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
-        def choose(first: Any, *args: Any, **kwargs: Any) -> Any:
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            first = next(given, None)  # any of them may be named: query=…, key=…
             is_ours = isinstance(first, FakeTensor) and first.fake_device == device
-            return (ours if is_ours else original)(first, *args, **kwargs)
+            return (ours if is_ours else original)(*args, **kwargs)
 
         return choose
 

@@ -1,0 +1,137 @@
+"""What is assumed of values where code asks for them, and learned when it does not go through.
+
+Code checks values and raises: boxes have a width, times increase. A placeholder may fail such a
+check. Then the run is made again, with the last read before the error answered the other way; if the
+same error comes again, that read is answered as before, and the one before it is tried. And code
+that compares one choice with each of E numbers (experts, classes) finds every element once: the run
+is made again with an E-th of the elements in each.
+
+Invariant: a run that is made again starts from new copies of the user's objects, and what was
+assumed is in the notes of the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Guesses"]
+
+_TRIES = 12
+_OURS = "autobatch.devices."
+_PYTORCHS = ("torch.overrides", "torch._tensor", "torch._ops", "torch.utils._device")
+
+Site = tuple[str, int, int]
+"""A place in the user's code: file, line, and instruction."""
+
+
+class Guesses:
+    """The answers to reads of unknown values, by the place in the code that reads."""
+
+    def __init__(self) -> None:
+        self._turned: dict[Site, Any] = {}
+        self._choice: dict[Site, int] = {}
+        self._tried: set[Site] = set()
+        self._read: dict[Site, Any] = {}
+        self._compared: dict[Site, dict[int, tuple[object, set[Any]]]] = {}
+        self._parts: dict[Site, int] = {}
+        self._last: tuple[Site, Any] | None = None
+        self._failures = 0
+
+    def begin(self) -> None:
+        """Start a run."""
+        self._read.clear()
+        self._compared.clear()
+
+    def answer(self, value: Any) -> Any:
+        """Return what a read gives whose placeholder is `value`, and remember the read."""
+        site = _site()
+        self._read.pop(site, None)
+        if site not in self._turned:
+            self._read[site] = value
+            return value
+        others = _others(value)
+        return others[min(self._choice[site], len(others) - 1)]
+
+    def share(self, origin: object, constant: Any) -> float:
+        """Return which share of the numbers of one choice is equal to a constant, at most."""
+        site = _site()
+        _, constants = self._compared.setdefault(site, {}).setdefault(id(origin), (origin, set()))
+        if isinstance(constant, (int, float)):
+            constants.add(constant)
+        return 1 / self._parts.get(site, 1)
+
+    def learned(self) -> bool:
+        """Return whether a run that went through showed what the next one can do better."""
+        found = {
+            site: max(len(constants) for _, constants in origins.values())
+            for site, origins in self._compared.items()
+        }
+        new = {site: parts for site, parts in found.items() if parts > self._parts.get(site, 1)}
+        self._parts.update(new)
+        return bool(new)
+
+    def turn(self, error: BaseException) -> bool:
+        """Choose which read is answered the other way after an error; False where none is left."""
+        self._failures += 1
+        if self._failures > _TRIES:
+            return False
+        where = type(error), _raised_at(error.__traceback__)
+        if self._last is not None and self._last[1] == where:  # that was not it
+            site = self._last[0]
+            self._choice[site] += 1
+            if self._choice[site] < len(_others(self._turned[site])):
+                return True
+            self._turned.pop(site, None)
+            self._last = None
+        for site in reversed(self._read):
+            if site not in self._tried:
+                self._tried.add(site)
+                self._turned[site], self._choice[site] = self._read[site], 0
+                self._last = site, where
+                return True
+        return False
+
+    def notes(self) -> Iterator[str]:
+        """Say which reads were answered the other way, and what was spread."""
+        for site, value in self._turned.items():
+            other = _others(value)[self._choice[site]]
+            yield (
+                f"a value that is not known was read at {site[0]}:{site[1]} as {value}; the code "
+                f"failed on it, and was run again with {other}"
+            )
+        if self._parts:
+            places = ", ".join(f"{file}:{line}" for file, line, _ in list(self._parts)[:3])
+            yield (
+                f"elements that are picked by comparing them with several numbers ({places}) were "
+                "taken to be spread equally over these: an uneven batch may need more memory"
+            )
+
+
+def _others(value: Any) -> tuple[Any, ...]:
+    """Return what else a read may give whose placeholder is `value`."""
+    if isinstance(value, bool):
+        return (not value,)
+    return (0, 2) if isinstance(value, int) else (0.0, 1000.0, -1.0)
+
+
+def _site() -> Site:
+    """Return the place in the code, outside of autobatch and PyTorch's dispatch, that runs."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__") or ""
+        if not module.startswith((_OURS, *_PYTORCHS)):
+            return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
+        frame = frame.f_back
+    return "unknown", 0, 0
+
+
+def _raised_at(traceback: TracebackType | None) -> Site | None:
+    place = None
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        place = code.co_filename, traceback.tb_lineno, traceback.tb_lasti
+        traceback = traceback.tb_next
+    return place

@@ -1,0 +1,94 @@
+"""Whose code and objects a walk meets: the user's own, or a library's.
+
+Invariant: nothing is called but `isinstance`, and no property of the user's is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import sysconfig
+from pathlib import Path
+from types import FunctionType, GeneratorType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ["holds_tensors", "is_kept", "is_own_class", "is_own_function", "is_own_module"]
+
+_LIBRARIES = (
+    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib")},
+    str(Path(__file__).parents[1]),
+    "<frozen",
+)
+_SITES = ("site-packages", "dist-packages")
+
+_KEPT_ROOTS = frozenset(
+    """
+    _ctypes _io _multiprocessing _queue _socket _sqlite3 _ssl _thread aim asyncio clearml comet_ml
+    concurrent contextvars ctypes datasets io logging mlflow mmap multiprocessing pyarrow queue rich
+    select socket sqlite3 ssl subprocess tempfile tensorboard tensorboardX threading tokenizers tqdm
+    wandb
+    """.split()
+)
+"""Top-level modules whose objects stand for something outside: threads, files, logs, tables."""
+
+_KEPT: tuple[type, ...] = (
+    DataLoader,
+    Dataset,
+    Sampler,
+    GeneratorType,
+    torch.cuda.Stream,
+    torch.cuda.Event,
+    *(
+        (torch.distributed.ProcessGroup, torch.distributed.distributed_c10d.Store)
+        if torch.distributed.is_available()
+        else ()
+    ),
+)
+
+
+def is_kept(value: Any) -> bool:
+    """Whether an object is never copied: it is no state of a step, or it stands for more."""
+    kind = type(value)
+    if isinstance(value, (nn.Module, Tensor)):
+        return False
+    root = (kind.__module__ or "").partition(".")[0]
+    return isinstance(value, _KEPT) or root in _KEPT_ROOTS
+
+
+def is_own_function(function: FunctionType) -> bool:
+    """Whether a function was written by the user, so that its globals may be state."""
+    return _is_own_file(function.__code__.co_filename)
+
+
+def is_own_class(kind: type) -> bool:
+    """Whether a class was written by the user."""
+    module = sys.modules.get(kind.__module__)
+    return module is not None and is_own_module(module)
+
+
+def is_own_module(module: ModuleType) -> bool:
+    """Whether a module was written by the user; what is typed in has no file."""
+    file = getattr(module, "__file__", None)
+    return module.__name__ == "__main__" if file is None else _is_own_file(file)
+
+
+@functools.cache
+def _is_own_file(file: str) -> bool:
+    path = Path(file)
+    return not file.startswith(_LIBRARIES) and not any(site in path.parts for site in _SITES)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether an object that has no attributes to look at refers to a tensor or a module."""
+    found = gc.get_referents(value)
+    found += [part for held in found if type(held) in (dict, list, tuple) for part in _parts(held)]
+    return any(isinstance(part, (Tensor, nn.Module)) for part in found)
+
+
+def _parts(held: Any) -> list[Any]:
+    return list(held.values() if type(held) is dict else held)[:1000]

@@ -1,0 +1,98 @@
+"""Convolutions on the virtual GPU: which rule a card has, and the layout of results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.kernels.convolutions import (
+    CONVOLUTION,
+    CONVOLUTION_BACKWARD,
+    convolution_workspaces,
+    relaid,
+)
+from autobatch.gpus.catalogue import find_gpu
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.workload import Workload
+
+HOW: list[Any] = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1]
+
+
+def tensor(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+    return torch.empty(shape, device="meta").to(memory_format=layout)
+
+
+def taken(capability: tuple[int, int], wanted: list[bool] | None = None) -> list[tuple[int, int]]:
+    """Return the workspaces of a 3 x 3 layer on an A100 of another compute capability."""
+    data, weight = tensor(32, 128, 28, 28), tensor(128, 128, 3, 3)
+    gpu = replace(find_gpu("a100-40gb"), compute_capability=capability)
+    if wanted is None:
+        return list(convolution_workspaces(CONVOLUTION, [data, weight, None, *HOW], gpu))
+    args = [data, data, weight, None, *HOW, wanted]
+    return list(convolution_workspaces(CONVOLUTION_BACKWARD, args, gpu))
+
+
+ALL_BYTES = 26279936
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_cards_that_were_not_measured_keep_the_least_that_is_known(capability):
+    assert taken(capability) == []
+    assert taken(capability, [True, True, False]) == [(ALL_BYTES, 1), (ALL_BYTES, 2)]
+
+
+def test_the_measured_rule_converts_forward_passes_and_sums_slices():
+    assert taken((9, 0)) == [(ALL_BYTES, 1)]
+    data, weight = taken((9, 0), [True, True, False])
+    assert data == (ALL_BYTES, 1)
+    assert weight == (ALL_BYTES + 126 * 128 * 128 * 4, 2)
+    assert taken((9, 0), [False, True, False]) == [(weight[0], 1)]
+
+
+@pytest.mark.parametrize("nhwc", ["data", "weight"])
+def test_results_are_in_nhwc_where_the_data_or_the_weight_is(nhwc):
+    layouts = dict.fromkeys(("data", "weight"), torch.contiguous_format)
+    layouts[nhwc] = torch.channels_last
+    data, weight = (
+        tensor(2, 8, 4, 4, layout=layouts["data"]),
+        tensor(16, 8, 3, 3, layout=layouts["weight"]),
+    )
+    out = relaid(CONVOLUTION, [data, weight, None, *HOW], tensor(2, 16, 4, 4))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    gradients = relaid(
+        CONVOLUTION_BACKWARD, [out, data, weight], (tensor(2, 8, 4, 4), tensor(16, 8, 3, 3), None)
+    )
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients[:2])
+
+
+def test_results_of_other_convolutions_stay_as_they_are():
+    data, weight, out = tensor(2, 8, 4, 4), tensor(16, 8, 3, 3), tensor(2, 16, 4, 4)
+    assert relaid(CONVOLUTION, [data, weight, None, *HOW], out) is out
+
+
+class ImagesInNhwc(torch.nn.Module):
+    """Two convolutions, weights in NCHW; only the images are in NHWC."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.to(memory_format=torch.channels_last)))
+
+
+def test_a_simulated_run_keeps_nhwc_and_copies_the_weights_to_it():
+    workload = Workload(
+        model=ImagesInNhwc(),
+        batch=batch_builder(torch.zeros(2, 8, 6, 6)),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+    trace = (
+        VirtualGpu(find_gpu("a100-40gb")).run(workload, micro_batch=4, accumulation_steps=1).trace
+    )
+    copies = [b for b in trace.blocks if b.op == "contiguous" and b.phase == "forward"]
+    assert {b.size_bytes for b in copies} == {8 * 8 * 9 * 4}  # none of an activation

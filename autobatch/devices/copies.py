@@ -107,8 +107,6 @@ class Copier(Walk):
             self.remember(model, known)
         return known
 
-    module = model
-
     def _followed(self, duplicate: nn.Module) -> None:
         """Call `.to(device)` where classes of a copy learn from it where they are."""
         if self._device.type == "meta":

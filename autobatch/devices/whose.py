@@ -43,11 +43,7 @@ _KEPT: tuple[type, ...] = (
     GeneratorType,
     torch.cuda.Stream,
     torch.cuda.Event,
-    *(
-        (torch.distributed.ProcessGroup, torch.distributed.Store)
-        if torch.distributed.is_available()
-        else ()
-    ),
+    *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()),
 )
 
 

@@ -36,6 +36,7 @@ from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
@@ -130,10 +131,9 @@ class VirtualGpu:
                 "the model is compiled; it was simulated through its eager original, and compiled "
                 "kernels usually need less memory"
             )
-        trace = recorder.trace(micro_batch, accumulation_steps)
         return Run(
-            trace=trace,
-            replay=replay(trace, self.allocator()),
+            trace=ran.trace,
+            replay=replay(ran.trace, self.allocator()),
             seconds=time.perf_counter() - started,
             loss=ran.loss,
             optimizer=ran.optimizer,
@@ -183,6 +183,7 @@ class VirtualGpu:
             session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         return _Ran(
             mode=weakref.ref(mode),
+            trace=recorder.trace(micro_batch, accumulation_steps),
             notes=[*notes, *session.notes, *unknown.notes()],
             adopted=mode.adopted,
             loss=session.loss_kind,
@@ -196,6 +197,7 @@ class _Ran:
 
     Attributes:
         mode: of the simulation; each of its tensors refers to it.
+        trace: as it was while the model and the optimizer were alive.
         notes: what the user should know.
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
         loss: how it was obtained.
@@ -203,6 +205,7 @@ class _Ran:
     """
 
     mode: weakref.ref[VirtualMode]
+    trace: Trace
     notes: list[str]
     adopted: int
     loss: str

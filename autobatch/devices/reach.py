@@ -139,6 +139,13 @@ class Walk:
         self._shares_state = False
         return Stage(self._places)
 
+    def close(self) -> None:
+        """Let go of all copies: a tensor that views another is in no cycle that Python can see."""
+        self._memo.clear()
+        self._originals.clear()
+        for place in self._places:
+            place.others.clear()
+
     def copied(self, value: Any, *, is_bound: bool = False) -> Any:
         """Return the counterpart of any value; of functions, classes and what is kept, itself."""
         known = self._memo.get(id(value), self)

@@ -162,6 +162,7 @@ class VirtualGpu:
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
+            contextlib.closing(copier),
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device

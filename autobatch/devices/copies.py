@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
+from autobatch.support.torch_private import DisableTorchFunction
 from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Copier", "batch_of", "blank"]
@@ -106,10 +107,6 @@ class Copier(Walk):
         if inner is not model:
             self.remember(model, known)
         return known
-
-    def module(self, original: nn.Module) -> nn.Module:
-        """Copy a module that is met on the way."""
-        return self.model(original)
 
     def _followed(self, duplicate: nn.Module) -> None:
         """Call `.to(device)` where classes of a copy learn from it where they are."""
@@ -251,11 +248,12 @@ def _learns_its_device(kind: type[nn.Module]) -> bool:
 
 def _hooks_of(tensor: Tensor) -> list[tuple[str, Any]]:
     """Return the hooks of a tensor, with the method that registers each."""
-    own = {
-        "register_hook": tensor._backward_hooks,
-        "register_post_accumulate_grad_hook": getattr(tensor, "_post_accumulate_grad_hooks", None),
-    }
-    return [(name, hook) for name, hooks in own.items() for hook in (hooks or {}).values()]
+    with DisableTorchFunction():  # a mode would be asked for each attribute
+        at_backward, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    own: list[tuple[str, Any]] = []
+    own += [("register_hook", hook) for hook in (at_backward or {}).values()]
+    own += [("register_post_accumulate_grad_hook", hook) for hook in (after or {}).values()]
+    return own
 
 
 def _seen_by_schedules(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:

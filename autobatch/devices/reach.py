@@ -122,7 +122,7 @@ class Walk:
         """Return the counterpart of a tensor; one that a name is bound to may be moved."""
         raise NotImplementedError
 
-    def module(self, original: nn.Module) -> nn.Module:
+    def model(self, model: nn.Module) -> nn.Module:
         """Return the copy of a module."""
         raise NotImplementedError
 
@@ -138,6 +138,13 @@ class Walk:
             self._waiting.pop(0)()
         self._shares_state = False
         return Stage(self._places)
+
+    def close(self) -> None:
+        """Let go of all copies: a tensor that views another is in no cycle that Python can see."""
+        self._memo.clear()
+        self._originals.clear()
+        for place in self._places:
+            place.others.clear()
 
     def copied(self, value: Any, *, is_bound: bool = False) -> Any:
         """Return the counterpart of any value; of functions, classes and what is kept, itself."""
@@ -156,7 +163,7 @@ class Walk:
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
             if self._shares_state:
                 return value
-            return self.module(value) if isinstance(value, nn.Module) else self.optimizer(value)
+            return self.model(value) if isinstance(value, nn.Module) else self.optimizer(value)
         if is_kept(value):
             return self._kept(value)
         return self._object(value, kind)
@@ -413,10 +420,9 @@ class Walk:
         return value if owner is value.__self__ else MethodType(function, owner)
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
-        function = self.copied(value.func, is_bound=True)
-        parts = [self.copied(part, is_bound=True) for part in value.args]
+        parts: Any = [self.copied(part, is_bound=True) for part in (value.func, *value.args)]
         named = {name: self.copied(part, is_bound=True) for name, part in value.keywords.items()}
-        duplicate = functools.partial(function, *parts, **named)
+        duplicate: functools.partial[Any] = functools.partial(parts[0], *parts[1:], **named)
         duplicate.__dict__.update(self._others(value.__dict__))
         self.remember(value, duplicate)
         return duplicate

@@ -39,6 +39,7 @@ from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
@@ -158,10 +159,9 @@ class VirtualGpu:
                 "the model is compiled; it was simulated through its eager original, and compiled "
                 "kernels usually need less memory"
             )
-        trace = recorder.trace(micro_batch, accumulation_steps)
         return Run(
-            trace=trace,
-            replay=replay(trace, self.allocator()),
+            trace=ran.trace,
+            replay=replay(ran.trace, self.allocator()),
             seconds=time.perf_counter() - started,
             loss=ran.loss,
             optimizer=ran.optimizer,
@@ -191,6 +191,7 @@ class VirtualGpu:
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
+            contextlib.closing(copier),
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device
@@ -221,6 +222,7 @@ class VirtualGpu:
             )
         return _Ran(
             mode=weakref.ref(mode),
+            trace=recorder.trace(micro_batch, accumulation_steps),
             notes=notes,
             adopted=mode.adopted,
             loss=session.loss_kind,
@@ -234,6 +236,7 @@ class _Ran:
 
     Attributes:
         mode: of the simulation; each of its tensors refers to it.
+        trace: as it was while the model and the optimizer were alive.
         notes: what the user should know.
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
         loss: how it was obtained.
@@ -241,6 +244,7 @@ class _Ran:
     """
 
     mode: weakref.ref[VirtualMode]
+    trace: Trace
     notes: list[str]
     adopted: int
     loss: str

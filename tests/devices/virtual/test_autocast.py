@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
     largest,
@@ -26,24 +27,24 @@ def test_bf16_autocast_casts_weights_once_per_micro_batch_and_keeps_gradients_in
 
 
 def test_autocast_follows_cudas_policy():
-    seen: dict[str, torch.dtype] = {}
+    seen = Seen()
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         hidden = model(batch)
-        seen["linear"] = hidden.dtype
-        seen["softmax"] = hidden.softmax(-1).dtype
-        seen["sum"] = hidden.sum().dtype
-        seen["layer_norm"] = F.layer_norm(hidden, (WIDTH,)).dtype
-        seen["gelu"] = F.gelu(hidden).dtype
-        seen["bmm"] = torch.bmm(hidden[None], hidden.t()[None]).dtype
-        seen["add"] = (hidden + batch).dtype
-        seen["addcmul"] = torch.addcmul(hidden, hidden, batch).dtype
-        seen["pow"] = hidden.pow(2).dtype
+        seen.append(("linear", hidden.dtype))
+        seen.append(("softmax", hidden.softmax(-1).dtype))
+        seen.append(("sum", hidden.sum().dtype))
+        seen.append(("layer_norm", F.layer_norm(hidden, (WIDTH,)).dtype))
+        seen.append(("gelu", F.gelu(hidden).dtype))
+        seen.append(("bmm", torch.bmm(hidden[None], hidden.t()[None]).dtype))
+        seen.append(("add", (hidden + batch).dtype))
+        seen.append(("addcmul", torch.addcmul(hidden, hidden, batch).dtype))
+        seen.append(("pow", hidden.pow(2).dtype))
         return hidden.float().pow(2).mean()
 
     run(mlp(), loss=loss, autocast="bf16")
     half, full = torch.bfloat16, torch.float32
-    assert seen == {
+    assert dict(seen) == {
         "linear": half,
         "softmax": full,
         "sum": full,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
     mlp,
@@ -43,7 +44,7 @@ def test_literal_cuda_lands_on_the_virtual_device():
 
 
 def test_a_loss_can_be_logged_in_the_usual_ways():
-    lines = []
+    lines = Seen()
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         value = model(batch).mean()
@@ -55,7 +56,7 @@ def test_a_loss_can_be_logged_in_the_usual_ways():
 
 
 def test_numbers_on_the_gpu_can_be_made_a_tensor_again():
-    seen = []
+    seen = Seen()
 
     def loss(model, batch):
         output = model(batch)

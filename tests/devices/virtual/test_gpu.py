@@ -15,6 +15,7 @@ from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
+from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
     largest,
@@ -121,7 +122,7 @@ def test_gradients_of_gradients_run():
 
 
 def test_the_evaluation_step_runs_without_gradients_in_eval_mode():
-    modes = []
+    modes = Seen()
 
     def evaluate(model: nn.Module, batch: torch.Tensor) -> None:
         modes.append((model.training, model(batch).requires_grad))

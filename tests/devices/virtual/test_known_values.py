@@ -11,6 +11,7 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
+from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
     mlp,
@@ -23,7 +24,7 @@ class FromNumbers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.read = nn.Linear(WIDTH, WIDTH), []
+        self.layer, self.read = nn.Linear(WIDTH, WIDTH), Seen()
 
     def forward(self, x):
         sides = torch.as_tensor([(4, 5), (2, 3)], device=x.device)
@@ -51,7 +52,7 @@ class Patches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), []
+        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), Seen()
         self.register_buffer("merge", torch.tensor(2))
 
     def forward(self, rows, grid, ids):
@@ -98,7 +99,7 @@ def test_shapes_that_follow_values_of_the_sample_say_so():
 
 
 def test_values_that_are_written_over_with_unknown_ones_are_unknown_in_every_view():
-    seen = []
+    seen = Seen()
 
     def loss(model, batch):
         output = model(batch)
@@ -115,7 +116,7 @@ def test_values_that_are_written_over_with_unknown_ones_are_unknown_in_every_vie
 
 
 def test_a_sample_without_values_has_none():
-    seen = []
+    seen = Seen()
 
     def loss(model, batch):
         seen.append(batch[1].tolist())
@@ -127,7 +128,7 @@ def test_a_sample_without_values_has_none():
 
 
 def test_lists_of_sizes_that_are_filled_one_by_one_are_known():
-    seen = []
+    seen = Seen()
 
     def loss(model, batch):
         shapes = torch.empty(2, 2, dtype=torch.int64, device=batch.device)

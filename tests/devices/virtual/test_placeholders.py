@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.support.seen import Seen
 from tests.support.simulated import (
     mlp,
     run,
@@ -11,7 +12,7 @@ from tests.support.simulated import (
 
 
 def test_the_additive_form_of_a_mask_of_ones_hides_nothing_and_marks_nothing():
-    seen = []
+    seen = Seen()
 
     def loss(model, batch):
         output = model(batch)

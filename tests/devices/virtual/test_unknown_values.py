@@ -12,6 +12,7 @@ from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
+from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
     mlp,
@@ -20,7 +21,7 @@ from tests.support.simulated import (
 
 
 def test_values_read_from_the_device_take_the_documented_placeholders():
-    seen = []
+    seen = Seen()
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         value = model(batch).square().mean()
@@ -34,7 +35,7 @@ def test_values_read_from_the_device_take_the_documented_placeholders():
 
 
 def test_shapes_that_depend_on_values_take_their_upper_bound_and_say_so():
-    shapes = []
+    shapes = Seen()
 
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         output = model(batch)

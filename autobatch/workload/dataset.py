@@ -35,6 +35,11 @@ ITEMS_STREAMED = 4096
 ITEMS_COLLATED = 6
 # Dimensions whose longest item is kept: items that each have keys of their own may name any number.
 EXTENTS_COMPARED = 32
+LENGTHS_VARY = (
+    "batches of other lengths are not in the account: blocks of short ones stay reserved and are "
+    "too small for longer ones, so that more may be reserved than planned; set "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or begin with the longest batch"
+)
 # Leaves and items that a note names.
 NAMES_SHOWN = 4
 
@@ -164,6 +169,7 @@ class _Look:
     `alike` says that all items seen have one size, `extent` how many items were seen.
     """
 
+    first: _Item
     largest: _Item
     longer: tuple[tuple[Path, _Item], ...]
     alike: bool
@@ -184,7 +190,26 @@ def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Dra
                 f"no batch can be made from the data set ({one_line(error)}): pass "
                 "a DataLoader with the collate_fn that it needs, or one batch"
             ) from error
-    return drawn if look.alike else replace(drawn, notes=(_note(look, used, batched=batched),))
+    if look.alike:
+        return drawn
+    notes = [_note(look, used, batched=batched)]
+    if batched and _lengths_vary(look, collate):
+        notes.append(LENGTHS_VARY)
+    return replace(drawn, notes=tuple(notes))
+
+
+def _lengths_vary(look: _Look, collate: Callable[[Any], Any]) -> bool:
+    """Say whether batches of other items have other shapes than those of the largest."""
+    if look.first.shapes == look.largest.shapes:
+        return False
+    with suppress(Exception):
+        small, large = (collate([item.value] * 2) for item in (look.first, look.largest))
+        return _shapes(small) != _shapes(large)
+    return False
+
+
+def _shapes(batch: Any) -> list[Shape]:
+    return [shape for _, shape, _ in sized_leaves(batch)]
 
 
 def _look(dataset: Any, *, batched: bool) -> _Look:
@@ -221,7 +246,9 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
         extent = f"of the first {seen:,} {things}"
     else:
         extent = f"of {seen:,} of the {length:,} {things}, looked at in {seconds:.1f} s"
+    assert first is not None
     return _Look(
+        first=first,
         largest=largest,
         longer=tuple(_longer(largest, longest)),
         alike=alike,

@@ -57,16 +57,17 @@ class Group:
 
     order: Tensor
     ends: tuple[int, ...]
+    places: Tensor = field(init=False)
+    """Where each row is in `order`; made here, as no values can be read in a fake mode."""
+
+    def __post_init__(self) -> None:
+        """Invert the order."""
+        object.__setattr__(self, "places", torch.argsort(self.order))
 
     @property
     def rows(self) -> int:
         """Rows of all samples."""
         return self.ends[-1]
-
-    @property
-    def places(self) -> Tensor:
-        """Where each row is in `order`."""
-        return torch.argsort(self.order)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,7 @@ class _Reading:
         self.batch = batch
         self.stated: dict[Path, int | str | None] = {}
         self.default = batch_dims if isinstance(batch_dims, int) else 0
+        self.is_of_fields = isinstance(batch_dims, int)
         self.objects: dict[Path, BatchObject] = {}
         self.candidates: list[_Listed] = []
         self.texts: list[tuple[Path, Any]] = []
@@ -369,10 +371,19 @@ class _Reading:
         stated = self.stated.get(seq.path)
         if stated == "list":
             return True
-        if seq.path in self.stated or any((*seq.path, *path) in self.stated for path in seq.inner):
+        if (
+            (self.is_of_fields and seq.of_tensors and not seq.path)
+            or seq.path in self.stated
+            or any((*seq.path, *path) in self.stated for path in seq.inner)
+        ):
             return False
         common, length = seq.common, seq.length
-        plain = {leaf.shape[0] for leaf in self.fields.values() if len(leaf.shape)}
+        flat = {
+            leaf.shape[0]
+            for path, leaf in self.fields.items()
+            if _is_named_index(path) and leaf.shape
+        }
+        plain = {leaf.shape[0] for leaf in self.fields.values() if len(leaf.shape)} - flat
         twins = any(c is not seq and c.length == length for c in self.candidates)
         twins |= any(len(text) == length for _, text in self.texts)
         is_root = not seq.path

@@ -270,8 +270,8 @@ def _rows_until(group: Group, n: int, size: int) -> int:
 def _flat_rows(leaf: Any, role: Flat, layout: Layout, n: int) -> Any:
     group, size = layout.groups[role.group], layout.size
     mode = detect_fake_mode()
-    source = torch.as_tensor(leaf).detach()
-    source = mode.from_tensor(source) if mode else source
+    given = leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf)
+    source = (mode.from_tensor(given) if mode and given is leaf else given).detach()
     total = _rows_until(group, n, size)
     places = torch.arange(total) % max(group.rows, 1)
     order = mode.from_tensor(group.order) if mode else group.order
@@ -320,11 +320,11 @@ def _taken(node: Any, rows: Sequence[int]) -> Any:
 
 
 def _joined(node: Any, n: int) -> Any:
-    found = batch_object(node)
-    assert found is not None
-    joined = found.take([row % found.size for row in range(n)])
     mode = detect_fake_mode()
-    return map_tensors(mode.from_tensor, joined) if mode else joined
+    source = map_tensors(mode.from_tensor, node) if mode else node
+    found = batch_object(source)
+    assert found is not None
+    return found.take([row % found.size for row in range(n)])
 
 
 def _fresh(item: Any) -> Any:

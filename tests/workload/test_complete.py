@@ -39,7 +39,7 @@ def test_a_sample_replaces_the_batches_and_adds_its_notes() -> None:
     assert made.batch(5)[0].shape == (5, 3)
     differing = [torch.zeros(length, 3) for length in (2, 9)]
     loader = torch.utils.data.DataLoader(differing)  # type: ignore[arg-type]
-    first, second = Asked(model=given(notes=("kept",)), sample=loader).workload().notes
+    first, second, *_ = Asked(model=given(notes=("kept",)), sample=loader).workload().notes
     assert first == "kept" and "dataset[1]" in second
 
 

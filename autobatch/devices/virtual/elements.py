@@ -37,8 +37,8 @@ __all__ = [
     "set_true_count",
     "set_values",
     "true_count",
-    "was_upper_bound",
     "values_of",
+    "was_upper_bound",
 ]
 
 KEPT_ELEMENTS = 1024

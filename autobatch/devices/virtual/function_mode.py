@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
-from autobatch.devices.virtual.elements import forget_values, placeholder_of, values_of, was_upper_bound
+from autobatch.devices.virtual.elements import (
+    forget_values,
+    placeholder_of,
+    values_of,
+    was_upper_bound,
+)
 from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
@@ -34,6 +39,7 @@ from autobatch.support.torch_private import (
 
 __all__ = ["CudaCalls"]
 
+_plain_array: Any = Tensor.__array__
 _NAMES = (str, torch.device)
 _CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -131,8 +137,8 @@ class CudaCalls(TorchFunctionMode):
             )
         if tensor.fake_device.type != "cpu" and not kwargs.get("force") and not (args and args[0]):
             raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-                "to host memory first."
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
+                "tensor to host memory first."
             )
         import numpy
 
@@ -142,13 +148,15 @@ class CudaCalls(TorchFunctionMode):
                 return known.detach().clone().numpy()
         self.arrays += 1
         with no_dispatch():
-            kind = torch.empty((), dtype=tensor.dtype, device="cpu").numpy().dtype  # none of bfloat16
+            kind = (
+                torch.empty((), dtype=tensor.dtype, device="cpu").numpy().dtype
+            )  # none of bfloat16
         return numpy.full(tuple(tensor.shape), placeholder_of(tensor), dtype=kind)
 
     def _array(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Answer NumPy's own protocol, by which `numpy.asarray` and SciPy read tensors."""
         if not isinstance(tensor, FakeTensor):
-            return Tensor.__array__(tensor, *(() if dtype is None else (dtype,)))
+            return _plain_array(tensor, *(() if dtype is None else (dtype,)))
         made = self._numpy(tensor)
         return made if dtype is None else made.astype(dtype, copy=False)
 
@@ -162,7 +170,7 @@ class CudaCalls(TorchFunctionMode):
 
     def _type(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Name a tensor's legacy type, or convert to one, as `torch.cuda.FloatTensor`."""
-        if isinstance(dtype, str) or isinstance(dtype, type):
+        if isinstance(dtype, (str, type)):
             name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
             place, _, kind = name.removeprefix("torch.").rpartition(".")
             if kind in LEGACY_TYPES:

@@ -64,7 +64,9 @@ _KEEPING = frozenset(
 """Ops whose floating-point result reads as their argument does."""
 
 
-_IN_SOME_PLACES = frozenset(("masked_fill_", "index_put_", "_index_put_impl_", "clamp_", "scatter_"))
+_IN_SOME_PLACES = frozenset(
+    ("masked_fill_", "index_put_", "_index_put_impl_", "clamp_", "scatter_")
+)
 """Ops that write to a tensor of which the rest stays."""
 
 

@@ -48,9 +48,7 @@ def _skip(kernel: Any, *args: Any, **kwargs: Any) -> None:
 
 def _driver(capability: tuple[int, int]) -> Any:
     """Return what Triton asks for the card, which would need the driver's library."""
-    target = SimpleNamespace(
-        backend="cuda", arch=capability[0] * 10 + capability[1], warp_size=32
-    )
+    target = SimpleNamespace(backend="cuda", arch=capability[0] * 10 + capability[1], warp_size=32)
 
     def properties(device: int = 0) -> dict[str, int]:
         card = torch.cuda.get_device_properties(device)

@@ -133,7 +133,8 @@ class CudaCalls(TorchFunctionMode):
             return Tensor.numpy(tensor, *args, **kwargs)
         if tensor.requires_grad and not kwargs.get("force") and not (args and args[0]):
             raise RuntimeError(
-                "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+                "Can't call numpy() on Tensor that requires grad. "
+                "Use tensor.detach().numpy() instead."
             )
         if tensor.fake_device.type != "cpu" and not kwargs.get("force") and not (args and args[0]):
             raise TypeError(

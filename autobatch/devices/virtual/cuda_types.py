@@ -53,7 +53,7 @@ class CudaGenerator(_Generator, metaclass=_AnyGenerator):
         """Do nothing: the generator is made."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """Where it says that it is."""
         return torch.device("cuda", self._place.index or 0)
 

@@ -39,6 +39,7 @@ from autobatch.support.torch_private import (
 
 __all__ = ["CudaCalls"]
 
+_plain_array: Any = Tensor.__array__
 _NAMES = (str, torch.device)
 _CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -132,12 +133,13 @@ class CudaCalls(TorchFunctionMode):
             return Tensor.numpy(tensor, *args, **kwargs)
         if tensor.requires_grad and not kwargs.get("force") and not (args and args[0]):
             raise RuntimeError(
-                "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+                "Can't call numpy() on Tensor that requires grad. "
+                "Use tensor.detach().numpy() instead."
             )
         if tensor.fake_device.type != "cpu" and not kwargs.get("force") and not (args and args[0]):
             raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor "
-                "to host memory first."
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the "
+                "tensor to host memory first."
             )
         import numpy
 
@@ -155,7 +157,7 @@ class CudaCalls(TorchFunctionMode):
     def _array(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Answer NumPy's own protocol, by which `numpy.asarray` and SciPy read tensors."""
         if not isinstance(tensor, FakeTensor):
-            return Tensor.__array__(tensor, *(() if dtype is None else (dtype,)))
+            return _plain_array(tensor, *(() if dtype is None else (dtype,)))
         made = self._numpy(tensor)
         return made if dtype is None else made.astype(dtype, copy=False)
 
@@ -169,7 +171,7 @@ class CudaCalls(TorchFunctionMode):
 
     def _type(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Name a tensor's legacy type, or convert to one, as `torch.cuda.FloatTensor`."""
-        if isinstance(dtype, str) or isinstance(dtype, type):
+        if isinstance(dtype, (str, type)):
             name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
             place, _, kind = name.removeprefix("torch.").rpartition(".")
             if kind in LEGACY_TYPES:

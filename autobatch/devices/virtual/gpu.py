@@ -67,7 +67,7 @@ class VirtualGpu:
         self.allowed_bytes = None
         self._settings = AllocatorSettings.of_environment()
         self._recipes: dict[Any, Any] = {}
-        self._guesses: dict[int, Guesses] = {}
+        self._guesses: dict[int, tuple[Guesses, nn.Module]] = {}  # a model keeps its id
 
     def require(self, workload: Workload) -> None:
         """Accept every workload."""
@@ -99,7 +99,7 @@ class VirtualGpu:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         _require_eager(workload.model)
-        guesses = self._guesses.setdefault(id(workload.model), Guesses())
+        guesses = self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
         first: WorkloadError | None = None
         while True:
             guesses.begin()
@@ -253,7 +253,7 @@ class _Ran:
 
 @contextlib.contextmanager
 def _explained(calls: CudaCalls) -> Iterator[None]:
-    """Say of an error that the code asked for CUDA, which was not there when the model was built."""
+    """Say of an error that the code asked for CUDA, maybe not as it built the model."""
     try:
         yield
     except WorkloadError as error:

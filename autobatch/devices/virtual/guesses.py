@@ -1,10 +1,10 @@
 """What is assumed of values where code asks for them, and learned when it does not go through.
 
 Code checks values and raises: boxes have a width, times increase. A placeholder may fail such a
-check. Then the run is made again, with the last read before the error answered the other way; if the
-same error comes again, that read is answered as before, and the one before it is tried. And code
-that compares one choice with each of E numbers (experts, classes) finds every element once: the run
-is made again with an E-th of the elements in each.
+check. Then the run is made again, with the last read before the error answered the other way; if
+the same error comes again, that read is answered as before, and the one before it is tried. And
+code that compares one choice with each of E numbers (experts, classes) finds every element once:
+the run is made again with an E-th of the elements in each.
 
 Invariant: a run that is made again starts from new copies of the user's objects, and what was
 assumed is in the notes of the run.

@@ -1,11 +1,11 @@
 """Whole numbers that vary from element to element, and masks made of them.
 
-Labels, routes to experts and other choices are not one number. Where a tensor's elements vary within
-bounds (class labels of a sample, what `argmax` or `topk` found), a comparison with one number is
-true for some and false for others: a *mixed* mask. There is one (`any`), not all are (`all`), and
-their count is positive, so code that skips what is not there, or takes a shortcut where all is there,
-runs in full. A mixed mask counts as many true elements as it has, or its share of them, where one is
-known: numbers that are compared with each of E others are each of them once (`Guesses.shares`).
+Labels, routes to experts and other choices are not one number. Where a tensor's elements vary
+within bounds (class labels of a sample, what `argmax` or `topk` found), a comparison with one
+number is true for some and false for others: a *mixed* mask. There is one (`any`), not all are
+(`all`), and their count is positive, so code that skips what is not there, or takes a shortcut
+where all is there, runs in full. A mixed mask counts as many true elements as it has, or its share
+of them where one is known: of numbers that are compared with each of E others, an E-th (`Guesses`).
 
 Invariant: what is said of a tensor here holds for every element, or is an upper bound.
 """
@@ -142,12 +142,12 @@ def _compute(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: 
     elif name == "remainder":
         ends = [0, max(0, spans[1][1] - 1)]
     else:
-        compute = {
+        compute: Callable[[Any, Any], Any] = {
             "add": operator.add,
             "sub": operator.sub,
             "mul": operator.mul,
-            "minimum": min,
-            "maximum": max,
+            "minimum": lambda a, b: min(a, b),
+            "maximum": lambda a, b: max(a, b),
         }[name]
         ends = [compute(a, b) for a in spans[0] for b in spans[1]]
     if all(type(end) is int for end in ends):
@@ -204,9 +204,9 @@ def _compare(
         set_mixed(output, 1.0)
         set_placeholder(output, True)
     elif is_mixed(first) and isinstance(second, (int, float)):
-        share = mixed_share(first)
+        share = mixed_share(first) or 1.0
         is_same = (name, second) in (("eq", 1), ("ne", 0), ("gt", 0), ("ge", 1))
-        set_mixed(output, (share or 1.0) if is_same else 1.0)
+        set_mixed(output, share if is_same else 1.0)
         set_placeholder(output, True)
 
 

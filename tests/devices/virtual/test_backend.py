@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autobatch.devices.virtual import backend
-from autobatch.errors import AutobatchError
+from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support import process
-from tests.support.simulated import mlp, run
+from autobatch.support.torch_private import FakeTensor
+from autobatch.tuning.tuner import predict
+from tests.support.simulated import WIDTH, mlp, run
 
 
 @pytest.fixture
@@ -63,3 +69,60 @@ def test_nothing_of_the_simulation_stays_behind():
     assert torch.cuda.is_available is is_available
     assert type(torch.empty(1)) is torch.Tensor
     assert torch.accelerator.is_available() == torch.cuda.is_available()
+
+
+def _names() -> dict[str, object]:
+    """What is replaced for the length of a run, with what it is now."""
+    owners = (torch, torch.cuda, torch.cuda.memory, torch.accelerator, torch.nested, F, FakeTensor)
+    return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_pytorch_stays_replaced(fails):
+    def loss(model, x):
+        if fails:
+            raise KeyError("of the user")
+        return model(x).sum()
+
+    run(mlp(), loss=lambda model, x: model(x).sum())  # what is imported or made once
+    before = _names()
+    with pytest.raises(WorkloadError) if fails else contextlib.nullcontext():
+        run(mlp(), loss=loss)
+    after = _names()
+    assert {name for name in before if after.get(name) is not before[name]} == set()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card here is found")
+def test_a_function_that_builds_the_model_finds_the_card():
+    found = []
+
+    def build():
+        found.append((torch.cuda.is_available(), torch.cuda.get_device_capability()))
+        model = mlp().to("cuda")
+        assert next(model.parameters()).device.type == "cpu"
+        return model
+
+    footprint = predict(build, micro_batch=2, sample=torch.zeros(2, WIDTH), gpu="t4")
+    assert found == [(True, (7, 5))]
+    assert footprint.parameters_bytes
+    assert not torch.cuda.is_available()
+
+
+def test_a_model_built_without_cuda_is_told_to_pass_a_function():
+    config = None
+
+    def loss(model, x):
+        return model(x).sum() * (config["scale"] if x.is_cuda else 1)
+
+    with pytest.raises(WorkloadError, match="pass a function that builds it"):
+        run(mlp(), loss=loss)
+
+
+def test_nested_tensors_and_scripts_are_refused_by_name():
+    with pytest.raises(WorkloadError, match="nested tensors"):
+        run(mlp(), loss=lambda model, x: torch.nested.nested_tensor([x[0], x[1]]).values().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions deprecate it
+        traced = torch.jit.trace(mlp(), torch.zeros(1, WIDTH))
+    with pytest.raises(WorkloadError, match=r"torch\.jit"):
+        run(traced)

@@ -248,7 +248,7 @@ class Walk:
                 state = self.copied(state)
             if set_state is not None:
                 set_state(duplicate, state)
-            elif hasattr(duplicate, "__setstate__"):
+            elif hasattr(type(duplicate), "__setstate__"):  # asking the object may ask its state
                 duplicate.__setstate__(state)
             else:
                 parts, slots = (

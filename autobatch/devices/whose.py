@@ -31,7 +31,7 @@ _KEPT_ROOTS = frozenset(
     _ctypes _io _multiprocessing _queue _socket _sqlite3 _ssl _thread aim asyncio clearml comet_ml
     concurrent contextvars ctypes datasets io logging mlflow mmap multiprocessing pyarrow queue rich
     select socket sqlite3 ssl subprocess tempfile tensorboard tensorboardX threading tokenizers tqdm
-    wandb
+    triton wandb
     """.split()
 )
 """Top-level modules whose objects stand for something outside: threads, files, logs, tables."""

@@ -22,6 +22,7 @@ import torch
 from autobatch.errors import UsageError
 
 __all__ = [
+    "DISPATCHING_MODULES",
     "FOREACH_MODULES",
     "NEWEST_TORCH",
     "OLDEST_TORCH",
@@ -123,6 +124,7 @@ with _known():
 
     PRIVATE_USE_1: Any = DeviceType.PrivateUse1
     # torch.optim hides its own submodule
+    DISPATCHING_MODULES = ("torch.overrides", "torch._tensor", "torch._ops", "torch.utils._device")
     FOREACH_MODULES = tuple(
         map(importlib.import_module, ("torch.optim.optimizer", "torch.utils._foreach_utils"))
     )

@@ -29,12 +29,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Replace the tuner by one that answers at once and remembers what it was asked."""
     asked: list[dict[str, Any]] = []
 
-    def tune(model: object, *, progress: Callable[[Progress], None], **options: Any) -> Plan:
+    def tune(model: Any, *, progress: Callable[[Progress], None], **options: Any) -> Plan:
+        model()
         asked.append(options)
         progress(Progress(step="running", executions=0, expected=3, micro_batch=2))
         return example_plan()
 
-    def predict(model: object, *, progress: Callable[[Progress], None], **options: Any) -> Any:
+    def predict(model: Any, *, progress: Callable[[Progress], None], **options: Any) -> Any:
+        model()
         asked.append(options)
         return footprint_at(32)
 

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from autobatch.support.torch_private import DISPATCHING_MODULES
+
 __all__ = ["Guesses"]
 
 _TRIES = 12
 _OURS = "autobatch.devices."
-_PYTORCHS = ("torch.overrides", "torch._tensor", "torch._ops", "torch.utils._device")
 
 Site = tuple[str, int, int]
 """A place in the user's code: file, line, and instruction."""
@@ -122,7 +123,7 @@ def _site() -> Site:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__") or ""
-        if not module.startswith((_OURS, *_PYTORCHS)):
+        if not module.startswith((_OURS, *DISPATCHING_MODULES)):
             return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
         frame = frame.f_back
     return "unknown", 0, 0

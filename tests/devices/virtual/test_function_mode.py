@@ -93,7 +93,7 @@ def test_a_tensor_says_that_it_is_on_cuda_however_it_is_asked():
 
 
 def test_backward_sees_cuda_too():
-    seen = []
+    seen = Seen()
 
     class Identity(torch.autograd.Function):
         @staticmethod
@@ -118,7 +118,7 @@ def test_attention_takes_keywords_only():
 
 
 def test_numpy_reads_arrays_of_the_right_shape_from_the_cpu_only():
-    seen = []
+    seen = Seen()
 
     def loss(model, x):
         y = model(x)

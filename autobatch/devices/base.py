@@ -13,7 +13,7 @@ from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.workload.workload import Workload
 
-__all__ = ["WINDOWS", "Device", "Run"]
+__all__ = ["WINDOWS", "Device", "Run", "SimulatedDevice"]
 
 WINDOWS = 2
 """Windows of a run: optimizer state appears in the first, the second peaks as all later ones do."""
@@ -104,8 +104,8 @@ class Device(Protocol):
         """Return the bytes of host memory that a batch may take; None for no limit."""
         ...
 
-    def simulated(self) -> Device | None:
-        """Return a simulated device like this one, for a first guess; None where this is one."""
+    def simulated(self) -> SimulatedDevice:
+        """Return a simulated device like this one: itself where it is one."""
         ...
 
     def allocator(self) -> CachingAllocator:
@@ -126,4 +126,23 @@ class Device(Protocol):
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about the card itself, as it was seen so far."""
+        ...
+
+
+class SimulatedDevice(Device, Protocol):
+    """A GPU that is not in the machine, which runs any number of windows."""
+
+    def run(
+        self,
+        workload: Workload,
+        *,
+        micro_batch: int,
+        accumulation_steps: int,
+        windows: int = WINDOWS,
+    ) -> Run:
+        """Run training windows.
+
+        Raises:
+            WorkloadError: the user's model, loss or optimizer failed.
+        """
         ...

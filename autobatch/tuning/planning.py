@@ -34,6 +34,7 @@ from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
 from autobatch.tuning.probe import Probe
+from autobatch.tuning.streams import Stream
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
@@ -41,6 +42,9 @@ __all__ = ["LARGEST", "make_plan"]
 
 LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
+
+_RETREAT = 0.9
+"""The share of a micro-batch that is tried next where batches of all shapes do not fit."""
 
 
 def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
@@ -69,7 +73,7 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
-    planned, window, footprint = _planned(target, probe, found)
+    planned, window, footprint, stream = _planned_stream(target, probe, found)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(run for run in probe.runs.values() if run.shortage is None)
     return Plan(
@@ -90,7 +94,7 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         sharding=workload.shares,
         otherwise=_otherwise(planned, probe, found),
         method=found.method,
-        warnings=tuple(plan_notes(probe, run, found, limit)),
+        warnings=(*plan_notes(probe, run, found, limit), *stream),
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,
@@ -113,9 +117,9 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
 
 def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
     """Return what a simulation takes for the ceiling of a card whose traces do not align."""
-    device = probe.device.simulated()
-    if device is None:
+    if probe.device.is_simulated:
         return None
+    device = probe.device.simulated()
     simulated = Probe(
         device=device,
         workload=probe.workload,
@@ -129,13 +133,31 @@ def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
         return None
 
 
-def _planned(target: int, probe: Probe, found: Ceiling) -> tuple[Split, Trace, Footprint]:
+def _planned_stream(
+    target: int, probe: Probe, found: Ceiling
+) -> tuple[Split, Trace, Footprint, list[str]]:
+    """Return what `_planned` does, as batches of all shapes of the data need it, and notes."""
+    ceiling, budget = found.micro_batch, probe.budget_bytes
+    while True:
+        planned, window, footprint = _planned(target, probe, found, ceiling)
+        stream = Stream.of(probe.workload, probe.device, footprint)
+        if stream is None:
+            return planned, window, footprint, []
+        if stream.fits(budget) or planned.micro_batch == 1:
+            note = stream.note(planned.micro_batch, budget)
+            return planned, window, stream.footprint(footprint, budget), [note] if note else []
+        ceiling = max(int(_RETREAT * planned.micro_batch), 1)
+
+
+def _planned(
+    target: int, probe: Probe, found: Ceiling, ceiling: int
+) -> tuple[Split, Trace, Footprint]:
     """Return the split, the trace of the window that will run, and its account.
 
     On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
     next smaller split is tried.
     """
-    ceiling, must_run = found.micro_batch, probe.device.must_run_the_plan
+    must_run = probe.device.must_run_the_plan
     while True:
         planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
         steps, size = min(planned.accumulation_steps, 2), planned.micro_batch

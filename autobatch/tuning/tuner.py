@@ -34,6 +34,7 @@ from autobatch.tuning.isolation import apart
 from autobatch.tuning.planning import LARGEST, make_plan
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import holds, question_of
+from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
@@ -157,6 +158,7 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
     if entry is not None and (known := entry.find()) is not None and holds(known, device):
         return replace(known, seconds=time.perf_counter() - started)
     with device.hosting(workload):
+        probe.workload = with_heaviest_batch(workload, device)
         plan = make_plan(request.target, probe, prove=request.prove)
     # what is known only when the user's state is back
     notes = tuple(note for note in device.notes() if note not in plan.warnings)
@@ -223,6 +225,7 @@ def predict(
         world_size=world_size,
         sharding=sharding,
     ).workload()
+    workload = with_heaviest_batch(workload, device)
     probe = Probe(
         device=device,
         workload=workload,
@@ -231,7 +234,9 @@ def predict(
     )
     run = probe.run(micro_batch)
     footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence, simulated=True)
-    return replace(footprint, accumulation_steps=accumulation_steps)
+    footprint = replace(footprint, accumulation_steps=accumulation_steps)
+    stream = Stream.of(workload, device, footprint)
+    return footprint if stream is None else stream.footprint(footprint)
 
 
 def _whole(value: Any) -> Any:

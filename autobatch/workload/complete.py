@@ -96,5 +96,6 @@ class Asked:
             workload,
             batch=batch,
             sample_limit=drawn.limit,
-            notes=(*workload.notes, *drawn.notes, *batch.notes),
+            stream=tuple(map(built, drawn.stream)),
+            notes=(*workload.notes, *batch.notes),
         )

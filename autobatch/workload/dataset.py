@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import random
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -31,15 +32,14 @@ SECONDS_LOOKING = 10.0
 SECONDS_ALIKE = 2.0
 # Items read of a stream, which may have no end.
 ITEMS_STREAMED = 4096
+# Batches of items that are largest in another way, of which each is run.
+RIVALS = 3
 # Items per collated batch. Even, as mixup pairs samples; 6 is rarely another dimension's size.
 ITEMS_COLLATED = 6
 # Dimensions whose longest item is kept: items that each have keys of their own may name any number.
 EXTENTS_COMPARED = 32
-LENGTHS_VARY = (
-    "batches of other lengths are not in the account: blocks of short ones stay reserved and are "
-    "too small for longer ones, so that more may be reserved than planned; set "
-    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or begin with the longest batch"
-)
+# Items of other sizes that are kept, for what a stream of them reserves.
+SPREAD = 8
 # Leaves and items that a note names.
 NAMES_SHOWN = 4
 
@@ -54,6 +54,8 @@ class Drawn:
         limit: samples in an epoch, the most that a micro-batch can have; None where unknown.
         samples: how many samples were collated to `batch`; 0 where it came as it is.
         other: a batch of another number of them by the same function, and that number.
+        rivals: batches of items that are largest in another way, and may take more memory.
+        stream: batches of other shapes that the data set gives, smallest first, then this one.
     """
 
     batch: Any
@@ -61,6 +63,8 @@ class Drawn:
     limit: int | None = None
     samples: int = 0
     other: tuple[Any, int] | None = None
+    rivals: tuple[Drawn, ...] = ()
+    stream: tuple[Drawn, ...] = ()
 
 
 def draw(sample: Any) -> Drawn:
@@ -166,12 +170,14 @@ class _Item:
 class _Look:
     """What was found: the largest item, and those that are longer in a dimension of a leaf.
 
-    `alike` says that all items seen have one size, `extent` how many items were seen.
+    `alike` says that all items seen have one size, `extent` how many items were seen; `spread` are
+    items of other sizes, smallest first.
     """
 
     first: _Item
     largest: _Item
     longer: tuple[tuple[Path, _Item], ...]
+    spread: tuple[_Item, ...]
     alike: bool
     complete: bool
     extent: str
@@ -192,24 +198,52 @@ def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Dra
             ) from error
     if look.alike:
         return drawn
-    notes = [_note(look, used, batched=batched)]
-    if batched and _lengths_vary(look, collate):
-        notes.append(LENGTHS_VARY)
-    return replace(drawn, notes=tuple(notes))
+    note = _note(look, used, batched=batched)
+    with random_state_kept(), _attributes_kept(dataset):
+        rivals = _rivals(drawn, look, collate) if batched else ()
+        stream = tuple(_stream(drawn, look, collate, batched=batched))
+    return replace(drawn, notes=(note,), rivals=rivals, stream=stream)
 
 
-def _lengths_vary(look: _Look, collate: Callable[[Any], Any]) -> bool:
-    """Say whether batches of other items have other shapes than those of the largest."""
-    if look.first.shapes == look.largest.shapes:
-        return False
-    with suppress(Exception):
-        small, large = (collate([item.value] * 2) for item in (look.first, look.largest))
-        return _shapes(small) != _shapes(large)
-    return False
+def _rivals(drawn: Drawn, look: _Look, collate: Callable[[Any], Any]) -> tuple[Drawn, ...]:
+    """Return batches of one item each that a batch does not exceed in every dimension."""
+    known = [drawn]
+    for item in (look.largest, *(item for _, item in look.longer)):
+        with suppress(Exception):
+            other = _twice(collate, [item.value] * ITEMS_COLLATED)
+            if not any(_covers(each, other) for each in known):
+                name = f"the micro-batches of the plan repeat {item.name}"
+                known.append(replace(other, notes=(f"{name}, which takes the most memory",)))
+    return tuple(known[1 : 1 + RIVALS])
 
 
-def _shapes(batch: Any) -> list[Shape]:
-    return [shape for _, shape, _ in sized_leaves(batch)]
+def _covers(larger: Drawn, smaller: Drawn) -> bool:
+    """Say whether no dimension of a batch is longer than that of another, in any of its leaves."""
+    one, other = dict(_shapes(larger)), dict(_shapes(smaller))
+    return one.keys() >= other.keys() and all(
+        len(one[path]) == len(shape) and all(a >= b for a, b in zip(one[path], shape, strict=True))
+        for path, shape in other.items()
+    )
+
+
+def _stream(
+    drawn: Drawn, look: _Look, collate: Callable[[Any], Any], *, batched: bool
+) -> Iterator[Drawn]:
+    """Yield batches of items of other sizes, smallest first, and the drawn one last."""
+    seen = [_shapes(drawn)]
+    others = []
+    for item in look.spread:
+        with suppress(Exception):  # a function that drops short items may have none left
+            other, _ = _collated(replace(look, largest=item, longer=()), collate, batched=batched)
+            if _shapes(other) not in seen:
+                seen.append(_shapes(other))
+                others.append(other)
+    if others:
+        yield from (*others, drawn)
+
+
+def _shapes(drawn: Drawn) -> list[tuple[Path, Shape]]:
+    return [(path, shape) for path, shape, _ in sized_leaves(drawn.batch)]
 
 
 def _look(dataset: Any, *, batched: bool) -> _Look:
@@ -220,6 +254,7 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
     largest: _Item | None = None
     longest: dict[tuple[Path, int], _Item] = {}
     first: _Item | None = None
+    spread: list[_Item] = []
     alike, seen, seconds = True, 0, 0.0
     started = time.monotonic()
     for name, value in items:
@@ -228,6 +263,7 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
         first = first or item
         largest = item if largest is None or item.size > largest.size else largest
         alike = alike and item.size == first.size
+        _keep_spread(spread, item)
         if batched:
             alike = alike and item.shapes == first.shapes
             _keep_longest(longest, item)
@@ -251,6 +287,7 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
         first=first,
         largest=largest,
         longer=tuple(_longer(largest, longest)),
+        spread=tuple(spread),
         alike=alike,
         complete=complete,
         extent=extent,
@@ -304,6 +341,18 @@ def _measured(name: str, value: Any, *, batched: bool) -> _Item:
         rows = Counter(shape[0] for shape in shapes.values() if shape).most_common(1)
         size //= max(rows[0][0], 1) if rows else 1
     return _Item(name=name, value=value, size=size, shapes=shapes)
+
+
+def _keep_spread(spread: list[_Item], item: _Item) -> None:
+    """Keep few items in the order of their sizes: of two that are close, the larger."""
+    sizes = [known.size for known in spread]
+    at = bisect_left(sizes, item.size)
+    if any(known.shapes == item.shapes for known in spread):
+        return
+    spread.insert(at, item)
+    if len(spread) > SPREAD:
+        gaps = [b.size - a.size for a, b in pairwise(spread)]
+        del spread[max(gaps.index(min(gaps)), 1)]
 
 
 def _keep_longest(longest: dict[tuple[Path, int], _Item], item: _Item) -> None:

@@ -82,10 +82,12 @@ class Built:
     Attributes:
         rows: the one batch.
         notes: what of it is the same in every batch, in one sentence.
+        rivals: makers of batches of the same data set that may take more memory.
     """
 
     rows: Rows
     notes: tuple[str, ...] = ()
+    rivals: tuple[Built, ...] = ()
 
     def __call__(self, n: int) -> Any:
         """Return a batch of n samples."""
@@ -120,7 +122,11 @@ def built(drawn: Drawn, batch_dims: BatchDims = None) -> Built:
         layout = compared(batch, drawn.samples, *drawn.other)
     if layout is None:
         layout = layout_of(batch, batch_dims)
-    return Built(Rows(batch, layout), (*_flat_named(layout), *_unscaled(batch, layout)))
+    return Built(
+        Rows(batch, layout),
+        (*drawn.notes, *_flat_named(layout), *_unscaled(batch, layout)),
+        tuple(built(rival, batch_dims) for rival in drawn.rivals),
+    )
 
 
 def repeated(batch: Any, batch_dims: BatchDims = None) -> Built:

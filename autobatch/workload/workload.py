@@ -55,6 +55,8 @@ class Workload:
             on several GPUs and nothing on one.
         loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
+        stream: makers of micro-batches of the other shapes that training has, as `batch` is one;
+            what the allocator reserves in the course of all of them counts as reserved.
         notes: what a plan made from this is to tell its user, such as what was inferred.
     """
 
@@ -70,6 +72,7 @@ class Workload:
     sharding: Sharding | None = None
     loss_name: str = "user"
     sample_limit: int | None = None
+    stream: tuple[Callable[[int], Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

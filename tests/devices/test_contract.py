@@ -162,7 +162,5 @@ def test_the_answers_of_a_device_agree_with_each_other(kind: str) -> None:
     assert device.others_bytes >= 0
     assert all(isinstance(note, str) for note in device.notes())
     like = device.simulated()
-    if simulated:
-        assert like is None and device.host_limit_bytes() is None
-    else:
-        assert like is not None and like.usable_bytes == device.usable_bytes
+    assert like.is_simulated and like.usable_bytes == device.usable_bytes
+    assert (like is device and device.host_limit_bytes() is None) is simulated

@@ -36,9 +36,8 @@ LENGTHS[37] = 90
 
 
 def note_of(drawn: Drawn) -> str:
-    """Return the note that names the items; one on varying lengths may follow."""
-    note, *others = drawn.notes
-    assert others in ([], [looking.LENGTHS_VARY])
+    """Return the note that names the items."""
+    (note,) = drawn.notes
     return note
 
 

@@ -76,8 +76,9 @@ class VirtualGpu:
         """Return None: fake tensors take no memory."""
         return None
 
-    def simulated(self) -> None:
-        """Return None: this is a simulated card."""
+    def simulated(self) -> VirtualGpu:
+        """Return itself: this is a simulated card."""
+        return self
 
     def allocator(self) -> CachingAllocator:
         """Return an allocator that holds nothing yet."""
@@ -92,19 +93,27 @@ class VirtualGpu:
         """Return nothing: no other process is on a simulated card."""
         return ()
 
-    def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
-        """Run two training windows of `accumulation_steps` micro-batches without a GPU.
+    def run(
+        self,
+        workload: Workload,
+        *,
+        micro_batch: int,
+        accumulation_steps: int,
+        windows: int = WINDOWS,
+    ) -> Run:
+        """Run training windows of `accumulation_steps` micro-batches without a GPU.
 
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         _require_eager(workload.model)
         guesses = self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
+        job = _Job(workload, micro_batch, accumulation_steps, windows, guesses)
         first: WorkloadError | None = None
         while True:
             guesses.begin()
             try:
-                ran = self._simulated(workload, micro_batch, accumulation_steps, guesses)
+                ran = self._simulated(job)
             except WorkloadError as error:
                 if error.__cause__ is None or isinstance(error.__cause__, WorkloadError):
                     raise
@@ -115,26 +124,20 @@ class VirtualGpu:
                 if not guesses.learned():
                     return ran
 
-    def _simulated(
-        self, workload: Workload, micro_batch: int, accumulation_steps: int, guesses: Guesses
-    ) -> Run:
+    def _simulated(self, job: _Job) -> Run:
         """Run once, under what is assumed of values."""
-        args = workload, micro_batch, accumulation_steps, guesses
-        if not workload.is_sharded:
-            return self._run(*args, StorageRecorder())
+        if not job.workload.is_sharded:
+            return self._run(job, StorageRecorder())
         from autobatch.devices.virtual.sharding.dtensor_mode import rank_mode
         from autobatch.devices.virtual.sharding.policy import shard
         from autobatch.devices.virtual.sharding.rank import as_rank_zero
 
-        with as_rank_zero(workload.world_size, virtual_device()) as recorder:
-            return self._run(*args, recorder, rank_mode(), shard)
+        with as_rank_zero(job.workload.world_size, virtual_device()) as recorder:
+            return self._run(job, recorder, rank_mode(), shard)
 
     def _run(
         self,
-        workload: Workload,
-        micro_batch: int,
-        accumulation_steps: int,
-        guesses: Guesses,
+        job: _Job,
         recorder: StorageRecorder,
         mode_class: type[VirtualMode] = VirtualMode,
         shard: Callable[[nn.Module, Workload, Any], list[str]] | None = None,
@@ -145,16 +148,14 @@ class VirtualGpu:
         """
         started = time.perf_counter()
         with process_state_preserved():
-            ran = self._windows(
-                workload, micro_batch, accumulation_steps, guesses, recorder, mode_class, shard
-            )
+            ran = self._windows(job, recorder, mode_class, shard)
             notes = [*ran.notes, *leftovers_removed(ran.mode)]
         if ran.adopted:
             notes.append(
                 f"{ran.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
                 "there too; on a real GPU, move them first"
             )
-        if is_compiled(workload.model):
+        if is_compiled(job.workload.model):
             notes.append(
                 "the model is compiled; it was simulated through its eager original, and compiled "
                 "kernels usually need less memory"
@@ -170,18 +171,16 @@ class VirtualGpu:
 
     def _windows(
         self,
-        workload: Workload,
-        micro_batch: int,
-        accumulation_steps: int,
-        guesses: Guesses,
+        job: _Job,
         recorder: StorageRecorder,
         mode_class: type[VirtualMode],
         shard: Callable[[nn.Module, Workload, Any], list[str]] | None,
     ) -> _Ran:
         """Run the windows; nothing of the simulation is held afterwards."""
         device = virtual_device()
+        workload, guesses = job.workload, job.guesses
         notes: list[str] = []
-        values = KnownValues(micro_batch)
+        values = KnownValues(job.micro_batch)
         unknown = UnknownValues(values, outputs.RULES, guesses)
         workspaces = Workspaces(recorder, self.spec, device)
         copier = Copier(device, values.blank)
@@ -203,7 +202,7 @@ class VirtualGpu:
             calls.in_backward(),
             calls.shown_as_cuda(mode),
             _explained(calls),
-            user_errors(workload, micro_batch),
+            user_errors(workload, job.micro_batch),
             lost_errors_found(),
         ):
 
@@ -213,7 +212,7 @@ class VirtualGpu:
                 return copied
 
             session = Session(workload, original, device, copier, recorder, wrapped)
-            session.train(micro_batch, accumulation_steps, windows=WINDOWS)
+            session.train(job.micro_batch, job.accumulation_steps, windows=job.windows)
         notes += [*session.notes, *unknown.notes(), *guesses.notes()]
         if calls.arrays:
             notes.append(
@@ -222,12 +221,23 @@ class VirtualGpu:
             )
         return _Ran(
             mode=weakref.ref(mode),
-            trace=recorder.trace(micro_batch, accumulation_steps),
+            trace=recorder.trace(job.micro_batch, job.accumulation_steps),
             notes=notes,
             adopted=mode.adopted,
             loss=session.loss_kind,
             optimizer=type(session.optimizer).__name__,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is run, and what is assumed of values in it."""
+
+    workload: Workload
+    micro_batch: int
+    accumulation_steps: int
+    windows: int
+    guesses: Guesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from autobatch.records.plan_record import PlanRecord
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 from autobatch.workload.complete import Asked
+from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, Workload
 
 __all__ = ["check_equivalence"]
@@ -36,6 +37,7 @@ def check_equivalence(
     *,
     micro_batch: int | None = None,
     accumulation_steps: int | None = None,
+    batch_dims: BatchDims = None,
     loss: Loss | None = None,
     weight: Weigh | None = None,
     autocast: str | None = None,
@@ -57,6 +59,7 @@ def check_equivalence(
         plan: its window is compared; a smaller one where it has more than `samples` samples.
         micro_batch: samples of each micro-batch, instead of a plan's; 4 if None.
         accumulation_steps: micro-batches of a window, instead of a plan's; 2 if None.
+        batch_dims: which dimension of the sample is the batch; as in `tune`.
         loss: `loss(model, batch)` gives a scalar; as in `tune`.
         weight: `weight(micro_batch)` is the weight of its loss in the window, such as its number of
             tokens; the number of samples if None.
@@ -83,7 +86,8 @@ def check_equivalence(
         model = replace(model, window=None)
     window = _asked_window(plan, micro_batch, accumulation_steps)
     sample = one_batch(sample, samples if plan is not None else sum(window))
-    workload = Asked(model=model, sample=sample, loss=loss).workload()
+    asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss)
+    workload = asked.workload()
     if workload.window is not None:
         raise UsageError(
             "a Workload with a window function computes its own gradients: check the loss by "

@@ -36,6 +36,7 @@ from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import holds, question_of
 from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.workload.complete import Asked
+from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Gpu", "predict", "tune"]
@@ -46,6 +47,7 @@ def tune(
     *,
     target: int,
     sample: Any = None,
+    batch_dims: BatchDims = None,
     loss: Loss | None = None,
     optimizer: OptimizerSpec | str | None = None,
     gpu: Gpu = None,
@@ -67,6 +69,8 @@ def tune(
             that builds one, which finds the card in `torch.cuda` also where it is simulated.
         target: effective batch: samples per optimizer update over all GPUs.
         sample: one batch (any pytree of tensors), a Dataset or a DataLoader; inferred if None.
+        batch_dims: which dimension of the sample is the batch, where that is not the first one:
+            one for all tensors, or one by name, such as `{"src": 1}`; see `batch_builder`.
         loss: `loss(model, batch)` gives a scalar; a criterion such as `nn.CrossEntropyLoss()`
             compares outputs with labels, of a batch that is (inputs, labels). None takes the
             output's `.loss`, a scalar output, cross entropy where the batch is a pair of inputs and
@@ -107,6 +111,7 @@ def tune(
     asked = Asked(
         model=model,
         sample=sample,
+        batch_dims=batch_dims,
         loss=loss,
         optimizer=optimizer,
         autocast=autocast,
@@ -191,6 +196,7 @@ def predict(
     micro_batch: int,
     accumulation_steps: int = 1,
     sample: Any = None,
+    batch_dims: BatchDims = None,
     loss: Loss | None = None,
     optimizer: OptimizerSpec | str | None = None,
     gpu: Gpu = None,
@@ -218,6 +224,7 @@ def predict(
     workload = Asked(
         model=built(model, gpu),
         sample=sample,
+        batch_dims=batch_dims,
         loss=loss,
         optimizer=optimizer,
         autocast=autocast,

@@ -16,7 +16,7 @@ from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.loss import as_loss
 from autobatch.workload.optimizers import named_optimizer
-from autobatch.workload.sample import built
+from autobatch.workload.sample import BatchDims, built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
 __all__ = ["Asked"]
@@ -32,6 +32,7 @@ class Asked:
         model: the module to train, or a Workload; `devices/choose.py` calls a function that builds
             one.
         sample: one batch, a Dataset or a DataLoader; inferred if None.
+        batch_dims: which dimension of the sample is the batch, as in `batch_builder`.
         loss: as in `Workload`, and so are the options below, or a criterion of (outputs, labels);
             None keeps the Workload's own.
         optimizer: an instance, a class, a callable on parameters, or a name such as "adamw".
@@ -43,6 +44,7 @@ class Asked:
 
     model: Any
     sample: Any = None
+    batch_dims: BatchDims = None
     loss: Loss | None = None
     optimizer: OptimizerSpec | str | None = None
     autocast: str | torch.dtype | None = None
@@ -87,15 +89,17 @@ class Asked:
                 f"model is a {type(model).__name__}: pass an nn.Module, an autobatch.Workload, "
                 "or a function without arguments that builds one"
             )
+        if self.sample is None and self.batch_dims is not None:
+            raise UsageError("batch_dims describes a sample: pass sample= with it")
         if self.sample is None:
             return model if isinstance(model, Workload) else infer(model).workload(model)
         drawn = draw(self.sample)
-        batch = built(drawn)
+        batch = built(drawn, self.batch_dims)
         workload = model if isinstance(model, Workload) else Workload(model=model, batch=batch)
         return replace(
             workload,
             batch=batch,
             sample_limit=drawn.limit,
-            stream=tuple(map(built, drawn.stream)),
+            stream=tuple(built(each, self.batch_dims) for each in drawn.stream),
             notes=(*workload.notes, *batch.notes),
         )

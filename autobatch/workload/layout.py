@@ -566,8 +566,7 @@ class _Reading:
             f"the list {name} can be read in two ways, as {seq.length} samples, or as "
             f"{seq.length} fields with {rows} rows ({shapes_of(seq.inner)}): pass "
             f"batch_dims={asked} for the first, batch_dims={0 if not seq.path else {name: 0}} for "
-            "the second (with tune: Workload(model=model, batch=autobatch.batch_builder(sample, "
-            "batch_dims=…)))"
+            "the second"
         )
 
 

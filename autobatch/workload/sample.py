@@ -169,12 +169,11 @@ def _unscaled(batch: Any, layout: Layout) -> tuple[str, ...]:
         raise SampleError(
             f"the sample was read as {layout.size} samples, and most of its bytes belong to none "
             f"of them ({shown}): say which dimension is the batch, such as "
-            f"batch_dims={{{name!r}: 1}}, or None if every batch has all of it (with tune: "
-            "Workload(model=model, batch=autobatch.batch_builder(sample, batch_dims=…)))"
+            f"batch_dims={{{name!r}: 1}}, or None if every batch has all of it"
         )
     return (
         f"{shown} of the sample is the same in every batch, whatever its size: it has no dimension "
-        f"of {layout.size} samples; pass batch_dims to batch_builder if that is wrong",
+        f"of {layout.size} samples; pass batch_dims= if that is wrong",
     )
 
 

@@ -51,3 +51,11 @@ def test_a_module_without_a_sample_gets_inferred_inputs() -> None:
 def test_anything_but_a_module_or_a_workload_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model is a str: pass an nn\.Module"):
         Asked(model="resnet50").workload()  # type: ignore[arg-type]
+
+
+def test_batch_dims_reaches_the_batches_and_needs_a_sample():
+    sample = {"src": torch.zeros(50, 4, 16)}
+    made = Asked(model=nn.LSTM(16, 8), sample=sample, batch_dims={"src": 1}).workload()
+    assert made.batch(6)["src"].shape == (50, 6, 16)
+    with pytest.raises(UsageError, match="pass sample="):
+        Asked(model=nn.Linear(3, 1), batch_dims=1).workload()

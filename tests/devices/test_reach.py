@@ -209,3 +209,20 @@ def test_what_cannot_be_put_back_is_an_error() -> None:
     workload = Workload(model=net(), batch=lambda n: torch.ones(n, WIDTH), loss=loss)
     with pytest.raises(WorkloadError, match="deque holds tensors of the simulation"):
         run(opened("simulated"), workload)
+
+
+def test_what_a_step_that_fails_leaves_behind_is_removed_too() -> None:
+    cache: dict[str, Any] = {"before": 1}
+    library = SimpleQueue()
+    library.put(cache)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found = library.get()
+        library.put(found)
+        found["mask"] = square(model, x)
+        raise ValueError("broken")
+
+    workload = Workload(model=net(), batch=lambda n: torch.ones(n, WIDTH), loss=loss)
+    with pytest.raises(WorkloadError, match=r"broken; .*dict kept tensors of the simulation"):
+        run(opened("simulated"), workload)
+    assert library.get() is cache == {"before": 1}

@@ -147,9 +147,15 @@ class VirtualGpu:
         `shard` shards the copied model in place, and returns notes for the user.
         """
         started = time.perf_counter()
+        modes: list[weakref.ref[VirtualMode]] = []
         with process_state_preserved():
-            ran = self._windows(job, recorder, mode_class, shard)
-            notes = [*ran.notes, *leftovers_removed(ran.mode)]
+            try:
+                ran = self._windows(job, recorder, mode_class, shard, modes)
+            except WorkloadError as error:
+                if removed := [note for mode in modes for note in leftovers_removed(mode)]:
+                    raise WorkloadError("; ".join((str(error), *removed))) from error.__cause__
+                raise
+            notes = [*ran.notes, *leftovers_removed(modes[0])]
         if ran.adopted:
             notes.append(
                 f"{ran.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
@@ -175,8 +181,12 @@ class VirtualGpu:
         recorder: StorageRecorder,
         mode_class: type[VirtualMode],
         shard: Callable[[nn.Module, Workload, Any], list[str]] | None,
+        modes: list[weakref.ref[VirtualMode]],
     ) -> _Ran:
-        """Run the windows; nothing of the simulation is held afterwards."""
+        """Run the windows; nothing of the simulation is held afterwards.
+
+        `modes` gets the mode of the simulation, to which each of its tensors refers.
+        """
         device = virtual_device()
         workload, guesses = job.workload, job.guesses
         notes: list[str] = []
@@ -187,6 +197,7 @@ class VirtualGpu:
         mode = mode_class(
             device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
         )
+        modes.append(weakref.ref(mode))
         calls = CudaCalls(device)
         original = unwrapped(workload.model)
         with (
@@ -220,7 +231,6 @@ class VirtualGpu:
                 "placeholder, and what the code chose by them (a matching, say) may be another"
             )
         return _Ran(
-            mode=weakref.ref(mode),
             trace=recorder.trace(job.micro_batch, job.accumulation_steps),
             notes=notes,
             adopted=mode.adopted,
@@ -245,7 +255,6 @@ class _Ran:
     """What windows tell when they have run through.
 
     Attributes:
-        mode: of the simulation; each of its tensors refers to it.
         trace: as it was while the model and the optimizer were alive.
         notes: what the user should know.
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
@@ -253,7 +262,6 @@ class _Ran:
         optimizer: its class.
     """
 
-    mode: weakref.ref[VirtualMode]
     trace: Trace
     notes: list[str]
     adopted: int

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +11,7 @@ from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.records.progress import silent
+from autobatch.tuning import ceiling
 from autobatch.tuning.ceiling import find_ceiling
 from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
@@ -330,3 +331,27 @@ def test_the_ceiling_is_that_of_brute_force_where_traces_never_align(trace_at, b
     else:  # the executed sizes happened to be in one order; others need not be
         assert not found.micro_batch or reserved_bytes(shuffled(found.micro_batch)) <= budget
     assert len(executed) == len(set(executed))
+
+
+@dataclass
+class SlowDevice(FakeDevice):
+    """Takes a second a sample, on a clock that the test reads."""
+
+    clock: list[float] = field(default_factory=lambda: [0.0])
+
+    def run(self, workload, *, micro_batch, accumulation_steps):
+        run = super().run(workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps)
+        self.clock[0] += micro_batch
+        return replace(run, seconds=float(micro_batch))
+
+
+@pytest.mark.parametrize("share", [4, 640])
+def test_sizes_that_run_one_by_one_end_at_the_time_limit_with_at_least(share, monkeypatch):
+    kinds = ["aten::mm", "aten::add"]  # traces that do not align
+    device = SlowDevice(lambda n: trace_of(n, [n * MIB], op=kinds[n % 2]))
+    monkeypatch.setattr(ceiling.time, "monotonic", lambda: device.clock[0])
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    found = find_ceiling(probe, 2**16, share=share)
+    assert found.stopped and found.limit_reached and found.method == "bisection"
+    assert found.micro_batch == max(device.executed) >= 3
+    assert device.clock[0] <= 5 + ceiling.SECONDS_BEYOND

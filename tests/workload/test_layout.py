@@ -149,3 +149,41 @@ def test_pieces_of_a_built_batch_are_the_samples_it_was_built_from(counts, n, da
     piece, one = rows.cut(at, at + 1), original.cut(at % len(counts), at % len(counts) + 1)
     pairs = list(zip(tensors(piece), tensors(one), strict=True))
     assert pairs and all(torch.equal(a, b) for a, b in pairs)
+
+
+class GraphBatch:
+    """Knows its graphs itself, as a batch of PyTorch Geometric does."""
+
+    def __init__(self, nodes: list[torch.Tensor]) -> None:
+        self.nodes = nodes
+
+    def to_data_list(self) -> list[torch.Tensor]:
+        return self.nodes
+
+    @classmethod
+    def from_data_list(cls, nodes: list[torch.Tensor]) -> GraphBatch:
+        return cls(list(nodes))
+
+
+class TensorDict:
+    """Tensors with a batch size of their own, indexed by rows, as a TensorDict is."""
+
+    batch_dims = 1
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return next(iter(self.tensors.values())).shape[:1]
+
+    def __getitem__(self, rows: list[int]) -> TensorDict:
+        return TensorDict({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+def test_objects_that_know_their_samples_take_and_join_them_by_their_own_functions() -> None:
+    nodes = [torch.rand(3, 4), torch.rand(5, 4)]
+    made = batch_builder(GraphBatch(nodes))(5)
+    assert [part.shape[0] for part in made.nodes] == [3, 5, 3, 5, 3]
+    built = batch_builder({"data": TensorDict({"x": torch.rand(2, 6)})})(7)["data"]
+    assert isinstance(built, TensorDict) and built.tensors["x"].shape == (7, 6)

@@ -8,6 +8,7 @@
     │   ├── SpecError              a SPEC names no file, module or function
     │   └── FileError              an unreadable file, an unwritable folder
     ├── WorkloadError              exit code 1: the user's own model, loss or optimizer failed
+    │   └── HostMemoryError        a step needs more host memory than there is
     ├── ProbeDiedError             exit code 1: the process of the probe crashed or hung
     └── DoesNotFitError            exit code 3: not even micro-batch 1 fits
 
@@ -21,6 +22,7 @@ __all__ = [
     "AutobatchWarning",
     "DoesNotFitError",
     "FileError",
+    "HostMemoryError",
     "NoGpuError",
     "ProbeDiedError",
     "SampleError",
@@ -69,6 +71,10 @@ class FileError(UsageError):
 
 class WorkloadError(AutobatchError):
     """The user's model, loss or optimizer failed; the cause is chained with its traceback."""
+
+
+class HostMemoryError(WorkloadError):
+    """A step needs more memory of the host than there is: SciPy copied a tensor, say."""
 
 
 class ProbeDiedError(AutobatchError):

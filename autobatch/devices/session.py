@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autobatch.devices.copies import Copier
 from autobatch.devices.ddp_buckets import gradient_buckets
-from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.step_calls import after_steps
@@ -226,7 +226,8 @@ def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
         raise
     except Exception as error:
         summary = str(error).strip().splitlines()
-        raise WorkloadError(
+        kind = HostMemoryError if isinstance(error, MemoryError) else WorkloadError
+        raise kind(
             f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "
             f"{type(error).__name__}: {summary[0] if summary else ''}"
         ) from error

@@ -16,7 +16,15 @@ from autobatch.memory.trace import Category, Trace
 from autobatch.records.evidence import MemoryPoint, Timeline, TimelineSegment, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 
-__all__ = ["curve_sizes", "footprint_of", "memory_point", "replay", "timeline_of", "whole_window"]
+__all__ = [
+    "activity_bytes",
+    "curve_sizes",
+    "footprint_of",
+    "memory_point",
+    "replay",
+    "timeline_of",
+    "whole_window",
+]
 
 _SAMPLES = 400
 _CURVE_POINTS = 7
@@ -118,6 +126,24 @@ def whole_window(
         peak_allocated_bytes=allocated,
         evidence=evidence,
     )
+
+
+def activity_bytes(trace: Trace) -> int:
+    """Return a number that grows with what a step needs beside its state.
+
+    It is the most bytes of activations and temporaries held at once, and those held when backward
+    passes begin: at small sizes gradients may hide the one, kernels the other.
+    """
+    begins = {mark.event for mark in trace.marks if mark.phase == "backward"}
+    held = most = saved = 0
+    for event, index in enumerate(trace.events):
+        if event in begins:
+            saved = max(saved, held)
+        block = trace.blocks[index if index >= 0 else ~index]
+        if block.category in ("activations", "temporaries"):
+            held += block.size_bytes if index >= 0 else -block.size_bytes
+            most = max(most, held)
+    return most + saved
 
 
 def memory_point(micro_batch: int, replayed: Replay, evidence: Evidence) -> MemoryPoint:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autobatch.devices.base import Run
-from autobatch.errors import WorkloadError
+from autobatch.errors import HostMemoryError, WorkloadError
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.tuning.probe import Probe
@@ -47,7 +47,7 @@ class Ceiling:
     Attributes:
         micro_batch: largest size that fits; 0 when not even one sample does.
         limit_reached: the search stopped at its limit, and the true ceiling may be higher.
-        stopped: it stopped because larger sizes take long to execute.
+        stopped: why it stopped although larger sizes may fit; None where it did not.
         model: reproduces the executed traces; None where they do not align.
         reason: why there is no model; None where there is one.
         whole: the executed window without accumulation, where that is what will run.
@@ -58,7 +58,7 @@ class Ceiling:
     limit_reached: bool
     model: TraceModel | None
     reason: str | None = None
-    stopped: bool = False
+    stopped: str | None = None
     whole: Run | None = None
     predicted: Mapping[int, Replay] = field(default_factory=dict)
 
@@ -97,6 +97,26 @@ def find_ceiling(
             are looked at without regard to time.
         guess: a ceiling to try first where sizes have to be executed one by one.
     """
+    try:
+        return _find_ceiling(probe, limit, wanted, prove=prove, share=share, guess=guess)
+    except HostMemoryError as error:
+        largest = max((size for size in probe.runs if probe.fits(size)), default=0)
+        if not largest:
+            raise
+        stopped = f"larger sizes need memory of this machine that it does not have ({error})"
+    found = _find_ceiling(probe, max(largest, *_SMALL), wanted, prove=prove, share=share)
+    return replace(found, stopped=stopped, limit_reached=True) if found.limit_reached else found
+
+
+def _find_ceiling(
+    probe: Probe,
+    limit: int,
+    wanted: int | None,
+    *,
+    prove: bool,
+    share: int | None,
+    guess: Callable[[], int | None] = lambda: None,
+) -> Ceiling:
     first, second = (min(size, limit) for size in _SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
@@ -270,7 +290,7 @@ def _by_execution(
     return Ceiling(
         micro_batch=search.ceiling,
         limit_reached=search.limit_reached or gave_up,
-        stopped=gave_up,
+        stopped="larger sizes take long to execute" if gave_up else None,
         model=None,
         reason=reason,
     )

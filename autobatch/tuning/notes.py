@@ -58,8 +58,8 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
         )
     if found.stopped:
         yield (
-            f"larger sizes take long to execute: the search stopped at micro-batch "
-            f"{found.micro_batch:,}, which fits; the ceiling is at least that"
+            f"{found.stopped}: the search stopped at micro-batch {found.micro_batch:,}, which "
+            "fits; the ceiling is at least that"
         )
     elif found.limit_reached:
         yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"

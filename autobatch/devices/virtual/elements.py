@@ -25,14 +25,18 @@ __all__ = [
     "forget_placeholder",
     "forget_values",
     "has_values",
+    "is_certain",
     "is_mixed",
     "is_varied",
     "mark_upper_bound",
     "mixed_share",
+    "most_of",
     "origin_of",
     "placeholder_of",
     "set_bounds",
+    "set_certain",
     "set_mixed",
+    "set_most",
     "set_placeholder",
     "set_true_count",
     "set_values",
@@ -79,9 +83,30 @@ def set_placeholder(tensor: Tensor, value: float) -> None:
 
 def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
     """Let a tensor that was written to read as its dtype's default, and its true elements too."""
-    for fact in ("placeholder", "mixed") if keeps_bounds else ("placeholder", "mixed", "bounds"):
+    facts = ("placeholder", "mixed", "certain", "most", *(() if keeps_bounds else ("bounds",)))
+    for fact in facts:
         vars(tensor).pop(fact, None)
     vars(tensor.untyped_storage()).pop("true_count", None)
+
+
+def set_certain(tensor: Tensor) -> None:
+    """Remember that what a tensor reads as is what a healthy run gives: no NaN was found, say."""
+    vars(tensor)["certain"] = True
+
+
+def is_certain(value: Any) -> bool:
+    """Whether a tensor reads as what a healthy run gives."""
+    return isinstance(value, Tensor) and "certain" in vars(value)
+
+
+def set_most(tensor: Tensor, most: int) -> None:
+    """Remember what the one whole number of a tensor may be at most."""
+    vars(tensor)["most"] = most
+
+
+def most_of(tensor: Any) -> int | None:
+    """Return what the one whole number of a tensor may be at most, if that was told."""
+    return vars(tensor).get("most") if isinstance(tensor, Tensor) else None
 
 
 def set_bounds(tensor: Tensor, low: int, high: int, origin: object = None) -> None:

@@ -23,11 +23,13 @@ from torch.overrides import TorchFunctionMode
 from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
 from autobatch.devices.virtual.elements import (
     forget_values,
+    is_certain,
     placeholder_of,
     values_of,
     was_upper_bound,
 )
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.virtual.guesses import Guesses
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -43,6 +45,8 @@ _plain_array: Any = Tensor.__array__
 _NAMES = (str, torch.device)
 _CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
+_MOST_ELEMENTS = 2**24
+"""Elements of an array for NumPy: it takes real memory, and what reads it takes time."""
 
 
 class CudaCalls(TorchFunctionMode):
@@ -53,10 +57,11 @@ class CudaCalls(TorchFunctionMode):
         asked: whether code outside of PyTorch asked a tensor if it is on CUDA.
     """
 
-    def __init__(self, device: torch.device):
-        """Route to `device`."""
+    def __init__(self, device: torch.device, guesses: Guesses | None = None):
+        """Route to `device`; `guesses` notices what code decides by values that it reads."""
         super().__init__()
         self._device = device
+        self._guesses = guesses or Guesses()
         self.arrays = 0
         self.asked = False
         attention = F.scaled_dot_product_attention
@@ -67,7 +72,7 @@ class CudaCalls(TorchFunctionMode):
             Tensor.__format__: _format,
             Tensor.numpy: self._numpy,
             Tensor.__array__: self._array,
-            Tensor.item: _item,
+            Tensor.item: self._item,
             Tensor.__bool__: lambda tensor: bool(_first(tensor)),
             Tensor.__int__: lambda tensor: int(_first(tensor)),
             Tensor.__float__: lambda tensor: float(_first(tensor)),
@@ -108,6 +113,13 @@ class CudaCalls(TorchFunctionMode):
                     del kwargs["generator"]  # there is no noise to draw
         return func(*args, **kwargs) if kwargs else func(*args)
 
+    def _item(self, tensor: Tensor) -> Any:
+        value = _first(tensor).item()
+        if type(value) is not float or not isinstance(tensor, FakeTensor):
+            return value
+        is_sure = values_of(tensor) is not None or is_certain(tensor)
+        return value if is_sure else self._guesses.float_read(value)
+
     def _of_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a tensor of a list, which may hold numbers that are on the GPU."""
         leaves = tree_leaves(data) if isinstance(data, (list, tuple)) else ()
@@ -147,6 +159,8 @@ class CudaCalls(TorchFunctionMode):
         if known is not None:
             with no_dispatch():
                 return known.detach().clone().numpy()
+        if tensor.numel() > _MOST_ELEMENTS:
+            raise MemoryError(f"an array of {tensor.numel():,} elements for NumPy")
         self.arrays += 1
         with no_dispatch():
             kind = (
@@ -234,10 +248,6 @@ def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
 
 def _format(tensor: Tensor, spec: str) -> str:
     return format(tensor.item(), spec) if not tensor.dim() else object.__format__(tensor, spec)
-
-
-def _item(tensor: Tensor) -> Any:
-    return _first(tensor).item()
 
 
 def _first(tensor: Tensor) -> Tensor:

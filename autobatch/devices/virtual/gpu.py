@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
-from autobatch.memory.accounting import replay
+from autobatch.memory.accounting import activity_bytes, replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
@@ -122,7 +123,22 @@ class VirtualGpu:
                     raise first from first.__cause__
             else:
                 if not guesses.learned():
-                    return ran
+                    return self._heaviest(job, ran)
+
+    def _heaviest(self, job: _Job, ran: Run) -> Run:
+        """Run again where code branched on values that are not known; return what needs most."""
+        most = activity_bytes(ran.trace)
+        for settle in job.guesses.branches():
+            try:
+                other = self._simulated(job)
+            except WorkloadError:  # no branch that training takes
+                settle(False)
+                continue
+            needed = activity_bytes(other.trace)
+            settle(needed > most)
+            if needed > most:
+                ran, most = other, needed
+        return ran
 
     def _simulated(self, job: _Job) -> Run:
         """Run once, under what is assumed of values."""
@@ -152,8 +168,9 @@ class VirtualGpu:
             try:
                 ran = self._windows(job, recorder, mode_class, shard, modes)
             except WorkloadError as error:
+                _let_go(error)
                 if removed := [note for mode in modes for note in leftovers_removed(mode)]:
-                    raise WorkloadError("; ".join((str(error), *removed))) from error.__cause__
+                    raise type(error)("; ".join((str(error), *removed))) from error.__cause__
                 raise
             notes = [*ran.notes, *leftovers_removed(modes[0])]
         if ran.adopted:
@@ -198,7 +215,7 @@ class VirtualGpu:
             device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
         )
         modes.append(weakref.ref(mode))
-        calls = CudaCalls(device)
+        calls = CudaCalls(device, guesses)
         original = unwrapped(workload.model)
         with (
             contextlib.closing(copier),
@@ -267,6 +284,15 @@ class _Ran:
     adopted: int
     loss: str
     optimizer: str
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Let the frames that an error came through hold nothing of the simulation any more."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

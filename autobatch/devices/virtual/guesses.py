@@ -4,7 +4,9 @@ Code checks values and raises: boxes have a width, times increase. A placeholder
 check. Then the run is made again, with the last read before the error answered the other way; if
 the same error comes again, that read is answered as before, and the one before it is tried. And
 code that compares one choice with each of E numbers (experts, classes) finds every element once:
-the run is made again with an E-th of the elements in each.
+the run is made again with an E-th of the elements in each. Code also branches on values without
+raising: then the run is made once more for each such place, answered the other way, and the answer
+that needs most memory stays.
 
 Invariant: a run that is made again starts from new copies of the user's objects, and what was
 assumed is in the notes of the run.
@@ -13,15 +15,20 @@ assumed is in the notes of the run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
+from autobatch.devices.virtual.unknown_floats import UnknownFloat
 from autobatch.support.torch_private import DISPATCHING_MODULES
 
 __all__ = ["Guesses"]
 
 _TRIES = 12
+_BRANCHES = 8
+"""Runs that are made to find the branches that need most memory."""
+
 _OURS = "autobatch.devices."
 
 Site = tuple[str, int, int]
@@ -40,21 +47,81 @@ class Guesses:
         self._parts: dict[Site, int] = {}
         self._last: tuple[Site, Any] | None = None
         self._failures = 0
+        self._decides: dict[Site, tuple[Any, ...]] = {}
+        self._heavier: dict[Site, Any] = {}
+        self._is_settled = False
 
     def begin(self) -> None:
         """Start a run."""
         self._read.clear()
         self._compared.clear()
 
-    def answer(self, value: Any) -> Any:
-        """Return what a read gives whose placeholder is `value`, and remember the read."""
+    @property
+    def is_trying(self) -> bool:
+        """Whether the run is one of those that look for the heaviest branch."""
+        return bool(self._decides) and not self._is_settled
+
+    def answer(self, value: Any, most: int | None = None) -> Any:
+        """Return what a read gives whose placeholder is `value`, and remember the read.
+
+        Args:
+            value: of the placeholder; a truth value decides something.
+            most: what a whole number may be at most.
+        """
         site = _site()
         self._read.pop(site, None)
+        if site in self._heavier:
+            return self._heavier[site]
         if site not in self._turned:
             self._read[site] = value
+            if type(value) is bool:
+                self._decides.setdefault(site, (not value,))
+            elif most is not None and most > value:
+                self._decides.setdefault(site, (most,))
             return value
         others = _others(value)
         return others[min(self._choice[site], len(others) - 1)]
+
+    def float_read(self, value: float) -> UnknownFloat:
+        """Return a float that was just read, which tells when code compares it."""
+        site = next(reversed(self._read), None)
+
+        def compared() -> None:
+            if site is not None and site in self._read:
+                self._decides.setdefault(site, _others(value))
+
+        return UnknownFloat.made(value, compared)
+
+    def branches(self) -> Iterator[Callable[[bool], None]]:
+        """Answer one place after the other in another way; each is told whether that stays.
+
+        There are none after the first time: what was found holds for all sizes.
+        """
+        if self._is_settled:
+            return
+        tried = 0
+        done: set[Site] = set()
+        while (
+            site := next((each for each in self._decides if each not in done), None)
+        ) is not None:
+            done.add(site)
+            for other in self._decides[site] if site not in self._turned else ():
+                before = self._heavier.get(site, self)
+                self._heavier[site] = other
+                tried += 1
+                yield partial(self._settle, site, before)
+                if tried == _BRANCHES:
+                    self._is_settled = True
+                    return
+        self._is_settled = True
+
+    def _settle(self, site: Site, before: Any, stays: bool) -> None:
+        if stays:
+            return
+        if before is self:
+            del self._heavier[site]
+        else:
+            self._heavier[site] = before
 
     def share(self, origin: object, constant: Any) -> float:
         """Return which share of the numbers of one choice is equal to a constant, at most."""
@@ -102,6 +169,11 @@ class Guesses:
             yield (
                 f"a value that is not known was read at {site[0]}:{site[1]} as {value}; the code "
                 f"failed on it, and was run again with {other}"
+            )
+        for site, value in self._heavier.items():
+            yield (
+                f"what is read at {site[0]}:{site[1]} decides how much memory is needed, and is "
+                f"not known: it was taken to be {value}, with which it is most"
             )
         if self._parts:
             places = ", ".join(f"{file}:{line}" for file, line, _ in list(self._parts)[:3])

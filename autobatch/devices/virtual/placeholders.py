@@ -9,6 +9,7 @@ follows from were given one: what is arithmetic on unknown floats reads as the d
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from torch import Tensor
 from autobatch.devices.virtual.elements import (
     explicit_placeholder,
     forget_placeholder,
+    is_certain,
     placeholder_of,
+    set_certain,
+    set_most,
     set_placeholder,
 )
 
@@ -64,6 +68,20 @@ _KEEPING = frozenset(
 """Ops whose floating-point result reads as their argument does."""
 
 
+_HEALTH = frozenset(("isnan", "isinf", "isposinf", "isneginf"))
+"""Ops that look for numbers which no healthy run has."""
+
+_KEEPING_CERTAINTY = _KEEPING | frozenset(
+    """
+    any all eq ne lt le gt ge mul logical_and bitwise_and logical_or bitwise_or
+    logical_not bitwise_not count_nonzero
+    """.split()
+)
+"""Ops on truth values which are as certain as those."""
+
+_INFINITE = (math.inf, -math.inf)
+_COUNTS = frozenset(("sum", "count_nonzero"))
+
 _IN_SOME_PLACES = frozenset(
     ("masked_fill_", "index_put_", "_index_put_impl_", "clamp_", "scatter_")
 )
@@ -84,6 +102,21 @@ def follow_placeholders(
         value = _whole(name, args, output.dtype)
     if value is not None:
         set_placeholder(output, value)
+    if name in _HEALTH or (name in _KEEPING_CERTAINTY and _is_certain(name, args)):
+        set_certain(output)
+    elif name in _COUNTS and not output.dim() and args and args[0].dtype is torch.bool:
+        set_most(output, args[0].numel())
+        if placeholder_of(args[0]):  # each of them is true
+            set_placeholder(output, args[0].numel())
+
+
+def _is_certain(name: str, args: Sequence[Any]) -> bool:
+    """Whether a truth value follows from what a healthy run gives, or says that a number is one."""
+    if name in ("eq", "ne"):  # `isfinite` asks whether a number is itself, and is not infinite
+        is_plain = not isinstance(args[1], Tensor)
+        return args[0] is args[1] or (is_plain and args[1] in _INFINITE) or is_certain(args[0])
+    held = [arg for arg in args if isinstance(arg, Tensor)]
+    return bool(held) and all(map(is_certain, held))
 
 
 def _writes_nothing(name: str, args: Sequence[Any]) -> bool:

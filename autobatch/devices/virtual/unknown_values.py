@@ -23,9 +23,12 @@ from torch import Tensor
 
 from autobatch.devices.virtual.elements import (
     bounds_of,
+    is_certain,
     mark_upper_bound,
+    most_of,
     placeholder_of,
     set_bounds,
+    set_certain,
     set_placeholder,
     set_true_count,
     true_count,
@@ -45,6 +48,7 @@ _Rule = Callable[..., Any]
 """Answers an op: takes the mode, then the op's arguments; may return NotImplemented."""
 
 _MOST_READS = 10_000
+_MOST_READS_TRYING = 200
 _WITH_INFO = frozenset(
     """
     linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex linalg_ldl_factor_ex _linalg_solve_ex
@@ -162,13 +166,15 @@ class UnknownValues:
         known = values_of(tensor)
         if known is not None:
             return known.item()
-        self._reads += tensor.dtype is torch.bool
-        if self._reads > _MOST_READS:
+        if is_certain(tensor):
+            return placeholder_of(tensor)
+        self._reads += tensor.dtype is torch.bool or self._guesses.is_trying
+        if self._reads > (_MOST_READS_TRYING if self._guesses.is_trying else _MOST_READS):
             raise WorkloadError(
                 f"the workload asked {_MOST_READS:,} times whether something holds on the GPU, "
                 "which a simulation cannot know: a loop that ends by such a value never ends here"
             )
-        return self._guesses.answer(placeholder_of(tensor))
+        return self._guesses.answer(placeholder_of(tensor), most_of(tensor))
 
     def _true_elements(self, mask: Tensor, name: str) -> int:
         """Return how many elements of a mask are true, at most."""
@@ -274,6 +280,7 @@ class UnknownValues:
 
 def _unscale(mode: Any, grads: Any, found_inf: Tensor, inv_scale: Any) -> None:
     set_placeholder(found_inf, 0.0)
+    set_certain(found_inf)
 
 
 def _embedding(mode: Any, *args: Any) -> Any:

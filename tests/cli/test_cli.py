@@ -250,9 +250,13 @@ def test_the_gpu_list_names_the_catalogue_and_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = nvml.InstalledGpu(index=0, name="NVIDIA Test", total_bytes=2**34, used_bytes=2**30)
-    monkeypatch.setattr(nvml, "installed_gpus", lambda: (card,))
+    shared = nvml.InstalledGpu(index=1, name="NVIDIA GB10", total_bytes=None, used_bytes=None)
+    monkeypatch.setattr(nvml, "installed_gpus", lambda: (card, shared))
     assert main(["gpus"]) == 0
     out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines() if "NVIDIA GB10" in line] == [
+        ["1", "NVIDIA", "GB10", "-", "-"]
+    ]
     assert "a100-40gb" in out
     assert "NVIDIA Test" in out
     assert "16.0 GiB" in out

@@ -27,7 +27,7 @@ from autobatch.devices.cuda.runtime import CudaRuntime, Stats
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UnknownGpuError, UsageError
+from autobatch.errors import UsageError
 from autobatch.gpus.budget import (
     OutsideMemory,
     device_notes,
@@ -35,7 +35,7 @@ from autobatch.gpus.budget import (
     spilled_bytes,
     usable_bytes,
 )
-from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.gpus.catalogue import GpuSpec, find_gpu, find_installed
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -58,10 +58,8 @@ _TIMED_SECONDS = 4.0
 
 def describe(name: str, capacity_bytes: int, capability: tuple[int, int]) -> GpuSpec:
     """Return the catalogue's specification of a card, with the figures that the driver reports."""
-    try:
-        known = find_gpu(name)
-    except UnknownGpuError:
-        known = find_gpu("24GiB")  # what a card of any size is assumed to be
+    # what a card of any size is assumed to be
+    known = find_installed(name, capacity_bytes) or find_gpu("24GiB")
     return replace(
         known,
         name=name,

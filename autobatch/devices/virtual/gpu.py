@@ -18,6 +18,7 @@ from torch import nn
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
+from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
@@ -99,6 +100,7 @@ class VirtualGpu:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         _require_eager(workload.model)
+        require_one_card(workload.model)
         guesses = self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
         first: WorkloadError | None = None
         while True:

@@ -23,6 +23,7 @@ from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import argument, for_reader, passing
 from autobatch.workload.complete import Asked
 from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, Workload
@@ -79,7 +80,8 @@ def check_equivalence(
     """
     started = time.perf_counter()
     if plan is not None and (micro_batch, accumulation_steps) != (None, None):
-        raise UsageError("give a plan, or micro_batch and accumulation_steps, not both")
+        sizes = f"{argument('micro_batch')} and {argument('accumulation_steps')}"
+        raise UsageError(f"give {for_reader('a plan', '--plan')}, or {sizes}, not both")
     if dtype is not None and dtype not in TOLERANCES:
         raise UsageError(f"dtype is {dtype}: use torch.float64, torch.float32 or None")
     if isinstance(model, Workload) and loss is not None:
@@ -90,8 +92,8 @@ def check_equivalence(
     workload = asked.workload()
     if workload.window is not None:
         raise UsageError(
-            "a Workload with a window function computes its own gradients: check the loss by "
-            "itself, with loss=lambda model, batch: …"
+            "a Workload with a window function computes its own gradients: to check the loss by "
+            f"itself, {passing('loss', 'lambda model, batch: …')}{for_reader('', ' and no window')}"
         )
     workload = replace(workload, autocast=autocast)
     precise = torch.float64 if autocast is None else torch.float32
@@ -126,7 +128,7 @@ def _asked_window(
     steps = 2 if accumulation_steps is None else accumulation_steps
     for name, value in (("micro_batch", size), ("accumulation_steps", steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
+            raise UsageError(f"{argument(name)} is {value!r}: use a whole number of at least 1")
     return (size,) * steps
 
 

@@ -20,7 +20,7 @@ from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.support.units import GIB, format_bytes, parse_bytes
 from autobatch.support.wording import for_reader
 
-__all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "is_device"]
+__all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "find_installed", "is_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,8 @@ class GpuSpec:
         name: lower-case catalogue name, such as "a100-40gb".
         capacity_bytes: total memory as CUDA reports it.
         compute_capability: (major, minor).
+        multiprocessors: streaming multiprocessors; kernels that split their work over them take
+            memory in proportion.
         context_bytes: typical CUDA context of a training process, outside the caching allocator.
         bandwidth_bytes_per_s: peak memory bandwidth; None where unknown.
         flops: peak dense FLOP/s by precision: "fp32", "tf32", "fp16", "bf16" (tensor cores where
@@ -47,6 +49,7 @@ class GpuSpec:
     name: str
     capacity_bytes: int
     compute_capability: tuple[int, int] = (8, 0)
+    multiprocessors: int = 108
     context_bytes: int = 0
     bandwidth_bytes_per_s: int | None = None
     flops: Mapping[str, float] = field(default_factory=dict)
@@ -84,27 +87,32 @@ def find_gpu(name: str) -> GpuSpec:
     """
     if re.fullmatch(r"\s*[\d.]+\s*([KMG]I?B?|T(I?B)?)\s*", name, re.IGNORECASE):
         return _card_of_size("".join(name.split()))
-    model, size_gb = _model_and_size(name)
-    matches = [
-        spec
-        for known, spec in CATALOGUE.items()
-        if model == _model_and_size(known)[0] and _is_sold_as(spec, size_gb)
-    ]
+    matches = _named(name)
     if len(matches) == 1:
         return matches[0]
     if matches:
         candidates = " or ".join(spec.name for spec in matches)
         raise UnknownGpuError(f"GPU {name!r} comes in several sizes: say {candidates}")
-    words = _words(name).replace(" ", "-")
-    nearest = get_close_matches(words, CATALOGUE, cutoff=0.5)
-    if words.isdecimal() and int(words) >= _SMALLEST_GIB:
-        nearest = [f"{words}GiB"]
+    nearest = _nearest(name)
     size = for_reader('gpu="24GiB"', "--gpu 24GiB")
     hint = f"did you mean {', '.join(nearest)}? " if nearest else ""
     raise UnknownGpuError(
         f"GPU {name!r} is not in the catalogue: {hint}`autobatch gpus` lists the known ones, and "
         f"any capacity works instead of a name, such as {size}"
     )
+
+
+def find_installed(name: str, capacity_bytes: int) -> GpuSpec | None:
+    """Return the catalogue's card of a name that a driver gives; None where it knows none.
+
+    Drivers give one name to cards of several sizes; the size that is nearest is then meant.
+
+    >>> find_installed("NVIDIA GeForce RTX 3080", 12 * 2**30).name
+    'rtx-3080-12gb'
+    >>> find_installed("NVIDIA GeForce RTX 4090 Laptop GPU", 16 * 2**30)
+    """
+    matches = _named(name)
+    return min(matches, key=lambda spec: abs(spec.capacity_bytes - capacity_bytes), default=None)
 
 
 def is_device(gpu: object) -> bool:
@@ -119,21 +127,55 @@ def is_device(gpu: object) -> bool:
 _SMALLEST_GIB = 4
 """Plain numbers below are no sizes of cards that people train on."""
 
-_NOISE = re.compile(r"nvidia|geforce|tesla|rtx|\bsxm\d?\b|\bhbm\d?e?\b|\bgpu\b")
+_NOISE = re.compile(r"nvidia|geforce|tesla|[rg]tx|\bgraphics\b|\bcard\b|\bhbm\d?e?\b|\bgpu\b")
 _SIZE = re.compile(r"\b(\d+) ?g(?:i?b)?\b")
+_FORM = re.compile(r"\b(sxm\d?|pcie|fhhl|dgxs)\b")
+"""The slot that a card is made for; cards that only differ in it have the same memory."""
+_MOBILE = re.compile(r"\b(mobile|notebook|max ?q)\b")
 
 
 def _words(name: str) -> str:
     """Lower-case a name and separate its words by single spaces."""
-    return " ".join(re.findall(r"[a-z0-9]+", name.lower()))
+    return _MOBILE.sub("laptop", " ".join(re.findall(r"[a-z0-9]+", name.lower())))
 
 
-def _model_and_size(name: str) -> tuple[str, int | None]:
-    """Split "NVIDIA A100-SXM4-40GB" into ("a100", 40)."""
+def _model(words: str) -> str:
+    """Return what is left of a name without its size and the words that tell nothing.
+
+    >>> _model("nvidia a100 sxm4 40gb"), _model("nvidia h100 pcie")
+    ('a100sxm4', 'h100pcie')
+    """
+    return _NOISE.sub("", _SIZE.sub("", words)).replace(" ", "")
+
+
+def _named(name: str) -> list[GpuSpec]:
+    """Return the cards that a name may mean: several where it leaves out the size."""
     words = _words(name)
+    if (known := words.removeprefix("nvidia ")) in _ALIASES:
+        return [CATALOGUE[_ALIASES[known]]]
     size = _SIZE.search(words)
-    model = _NOISE.sub("", _SIZE.sub("", words)).replace(" ", "")
-    return model, int(size[1]) if size else None
+    size_gb = int(size[1]) if size else None
+    for spelled in (words, _FORM.sub("", words)):  # H100 PCIe is a card of its own, A100 PCIe not
+        model = _model(spelled)
+        matches = [spec for spec in CATALOGUE.values() if model == _model(_words(spec.name))]
+        if matches:
+            return [spec for spec in matches if _is_sold_as(spec, size_gb)]
+    return []
+
+
+def _nearest(name: str) -> list[str]:
+    """Return what a name that is not known may have been meant for, the likeliest first."""
+    words = _words(name)
+    if words.isdecimal() and int(words) >= _SMALLEST_GIB:
+        return [f"{words}GiB"]
+    models: dict[str, list[str]] = {}
+    for known in CATALOGUE:
+        models.setdefault(_model(_words(known)), []).append(known)
+    asked = _model(_FORM.sub("", words))
+    # a version of a known card, but for a laptop, whose card is a smaller one
+    family = [model for model in models if asked.startswith(model) and "laptop" not in asked]
+    meant = [*sorted(family, key=len, reverse=True), *get_close_matches(asked, models, cutoff=0.65)]
+    return [known for model in dict.fromkeys(meant) for known in models[model]][:3]
 
 
 def _is_sold_as(spec: GpuSpec, size_gb: int | None) -> bool:
@@ -150,24 +192,28 @@ def _card_of_size(text: str) -> GpuSpec:
         sources={
             "capacity_bytes": "as given",
             "compute_capability": "assumed: that of the A100",
+            "multiprocessors": "assumed: those of the A100",
             "context_bytes": f"assumed: that of the L40S; {like.sources['context_bytes']}",
         },
     )
 
 
-def _read_catalogue() -> dict[str, GpuSpec]:
-    """Read the cards of `catalogue.json`; TFLOP/s are dense, with fp32 accumulation."""
+def _read_catalogue() -> tuple[dict[str, GpuSpec], dict[str, str]]:
+    """Read the cards of `catalogue.json`, and the names that they are called by besides.
+
+    TFLOP/s are dense, with fp32 accumulation.
+    """
     text = Path(__file__).with_name("catalogue.json").read_text(encoding="utf-8")
-    return {
-        name: GpuSpec(
-            name=name,
-            compute_capability=tuple(card.pop("compute_capability")),
-            flops={precision: n * 1e12 for precision, n in card.pop("tflops").items()},
-            **card,
-        )
-        for name, card in json.loads(text).items()
-    }
+    cards: dict[str, GpuSpec] = {}
+    aliases: dict[str, str] = {}
+    for name, card in json.loads(text).items():
+        aliases.update(dict.fromkeys(card.pop("aliases", ()), name))
+        capability = tuple(card.pop("compute_capability"))
+        flops = {precision: n * 1e12 for precision, n in card.pop("tflops").items()}
+        cards[name] = GpuSpec(name=name, compute_capability=capability, flops=flops, **card)
+    return cards, aliases
 
 
-CATALOGUE: Mapping[str, GpuSpec] = MappingProxyType(_read_catalogue())
+_cards, _ALIASES = _read_catalogue()
+CATALOGUE: Mapping[str, GpuSpec] = MappingProxyType(_cards)
 """Every known GPU by its name."""

@@ -27,12 +27,21 @@ _NOT_AVAILABLE = 2**64 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledGpu:
-    """One GPU; `used_bytes` is what all processes and the driver hold on it."""
+    """One GPU.
+
+    Attributes:
+        index: NVML's, which is that of `nvidia-smi`.
+        name: as the driver prints it; None where it does not tell, as of a card that fell off the
+            bus.
+        total_bytes: None where the driver does not tell, as where the GPU shares the memory of the
+            CPU.
+        used_bytes: what all processes and the driver hold on it; None as above.
+    """
 
     index: int
-    name: str
-    total_bytes: int
-    used_bytes: int
+    name: str | None
+    total_bytes: int | None
+    used_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +57,15 @@ class Occupancy:
     """Which processes hold a GPU's memory, as the driver sees it.
 
     Attributes:
-        total_bytes: NVML's total; CUDA's may be smaller.
-        used_bytes: what all processes and the driver hold.
+        total_bytes: NVML's total, CUDA's may be smaller; None where the driver does not tell.
+        used_bytes: what all processes and the driver hold; None as above.
         own_bytes: what this process holds, context included; None where the driver hides process
             ids (containers) or amounts (Windows, WSL).
         other_processes: by process id; None where this process cannot be told from the others.
     """
 
-    total_bytes: int
-    used_bytes: int
+    total_bytes: int | None
+    used_bytes: int | None
     own_bytes: int | None
     other_processes: tuple[OtherProcess, ...] | None
 
@@ -87,12 +96,12 @@ def occupancy(uuid: str, pci_bus_id: str, pid: int) -> Occupancy | None:
         handle = _find(nvml, uuid, pci_bus_id)
         if handle is None:
             return None
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total_bytes, used_bytes = _memory(nvml, handle)
         used_by = _processes(nvml, handle)
         own = used_by.pop(pid, 0)
         return Occupancy(
-            total_bytes=int(memory.total),
-            used_bytes=int(memory.used),
+            total_bytes=total_bytes,
+            used_bytes=used_bytes,
             own_bytes=own or None,
             # not listed, or listed with nothing (containers since driver 560): any of the listed
             # may be this process, and others may be missing
@@ -124,19 +133,28 @@ def _ask(question: Callable[[Any], _Answer], unknown: _Answer) -> _Answer:
 
 
 def _list_gpus(nvml: Any) -> tuple[InstalledGpu, ...]:
+    """List every device, with what the driver tells of it: one that refuses hides no other."""
     gpus = []
     for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        name: str | None = None
+        total_bytes = used_bytes = None
+        with suppress(nvml.NVMLError):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            total_bytes, used_bytes = _memory(nvml, handle)
+            name = _text(nvml.nvmlDeviceGetName(handle))
         gpus.append(
-            InstalledGpu(
-                index=index,
-                name=_text(nvml.nvmlDeviceGetName(handle)),
-                total_bytes=int(memory.total),
-                used_bytes=int(memory.used),
-            )
+            InstalledGpu(index=index, name=name, total_bytes=total_bytes, used_bytes=used_bytes)
         )
     return tuple(gpus)
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[int | None, int | None]:
+    """Return the total and what is used; None for both where the driver does not tell."""
+    with suppress(nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        if memory.total:
+            return int(memory.total), int(memory.used)
+    return None, None
 
 
 def _find(nvml: Any, uuid: str, pci_bus_id: str) -> Any | None:

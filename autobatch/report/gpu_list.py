@@ -21,9 +21,9 @@ def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) ->
     here = tuple(
         (
             str(gpu.index),
-            printable(gpu.name),
-            format_bytes(gpu.total_bytes),
-            format_bytes(gpu.used_bytes),
+            "not told by the driver" if gpu.name is None else printable(gpu.name),
+            _size(gpu.total_bytes),
+            _size(gpu.used_bytes),
         )
         for gpu in installed
     )
@@ -38,6 +38,10 @@ def gpu_list(catalogue: Iterable[GpuSpec], installed: Iterable[InstalledGpu]) ->
             Section("In this machine", (in_machine,)),
         ),
     )
+
+
+def _size(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else format_bytes(size_bytes)
 
 
 def _gpu_row(gpu: GpuSpec) -> tuple[str, ...]:

@@ -6,7 +6,17 @@ import difflib
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 
-__all__ = ["ON_COMMAND_LINE", "count", "for_reader", "listed", "near", "one_line"]
+__all__ = [
+    "ON_COMMAND_LINE",
+    "argument",
+    "count",
+    "for_reader",
+    "given",
+    "listed",
+    "near",
+    "one_line",
+    "passing",
+]
 
 ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
 """Whether the reader of messages typed a command, and knows options rather than arguments."""
@@ -19,6 +29,36 @@ def for_reader(python: str, command_line: str) -> str:
     "gpu='t4'"
     """
     return command_line if ON_COMMAND_LINE.get() else python
+
+
+def argument(name: str) -> str:
+    """Name an argument as its reader gives it: as an option, where there is a command.
+
+    >>> argument("clip_norm")
+    'clip_norm'
+    """
+    return for_reader(name, f"--{name.replace('_', '-')}")
+
+
+def given(name: str, value: object) -> str:
+    """Write an argument with its value: "gpu='t4'", or as the option "--gpu t4".
+
+    >>> given("world_size", 8), given("sharding", "fsdp")
+    ('world_size=8', "sharding='fsdp'")
+    """
+    return for_reader(f"{name}={value!r}", f"{argument(name)} {value}")
+
+
+def passing(name: str, value: str = "…") -> str:
+    """Say how to give what no command has an option for: in the Workload that a function returns.
+
+    >>> passing("loss", "nn.MSELoss()")
+    'pass loss=nn.MSELoss()'
+    """
+    return for_reader(
+        f"pass {name}={value}",
+        f"let the function that SPEC names return an autobatch.Workload with {name}={value}",
+    )
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:

@@ -36,7 +36,7 @@ from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
 from autobatch.support.files import prepare_folder, user_folder
-from autobatch.support.wording import ON_COMMAND_LINE, one_line
+from autobatch.support.wording import ON_COMMAND_LINE, for_reader, one_line
 
 __all__ = ["RemoteTraceback", "apart"]
 
@@ -47,15 +47,6 @@ _NAME = "autobatch probe in "
 _POLL_S, _GRACE_S = 0.05, 3.0
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-_SENDABLE = (
-    "define it at the top level of a module, use the command line with file.py:function, or leave "
-    "isolate out"
-)
-_GUARD = (
-    'put what the script does under `if __name__ == "__main__":`, because the probe runs in a '
-    "process of its own that imports the script again; or leave isolate out"
-)
 
 
 class RemoteTraceback(Exception):
@@ -97,19 +88,36 @@ def apart(
         return Plan.load(folder / str(answer["plan"]))
 
 
+def _here() -> str:
+    """Say how to run in this process."""
+    return for_reader("leave isolate out", "add --no-isolate")
+
+
+def _sendable() -> str:
+    return (
+        "define it at the top level of a module, use the command line with file.py:function, or "
+        + _here()
+    )
+
+
+def _guard() -> str:
+    return (
+        'put what the script does under `if __name__ == "__main__":`, because the probe runs in a '
+        f"process of its own that imports the script again; or {_here()}"
+    )
+
+
 def _require_a_parent() -> None:
     """Refuse processes that cannot have children; a child that re-runs its script ends here."""
     this = multiprocessing.current_process()
     if getattr(this, "_inheriting", False):  # multiprocessing's own mark while it imports a script
         if this.name.startswith(_NAME):
-            refusal = _error("UsageError", f"the script has no guard: {_GUARD}")
+            refusal = _error("UsageError", f"the script has no guard: {_guard()}")
             _append(Path(this.name.removeprefix(_NAME)), refusal)
             os._exit(1)
-        raise UsageError(f"the script has no guard: {_GUARD}")
+        raise UsageError(f"the script has no guard: {_guard()}")
     if this.daemon:
-        raise UsageError(
-            f"the daemonic process {this.name!r} cannot have children: leave isolate out"
-        )
+        raise UsageError(f"the daemonic process {this.name!r} cannot have children: {_here()}")
 
 
 @contextmanager
@@ -144,12 +152,12 @@ def _send(
     except OSError as error:
         raise FileError(
             f"cannot write the model and its arguments into {str(folder)!r}: {one_line(error)}; "
-            "free some space there, or leave isolate out"
+            f"free some space there, or {_here()}"
         ) from error
     except Exception as error:
         raise UsageError(
             f"{_unsendable(work, args, kwargs)} cannot be sent to the process of the probe "
-            f"({one_line(error)}): {_SENDABLE}"
+            f"({one_line(error)}): {_sendable()}"
         ) from error
 
 
@@ -232,7 +240,7 @@ def _ended(code: int, steps: Sequence[Progress], folder: Path) -> AutobatchError
     if code >= 0 and (folder / _WORK).exists():
         return UsageError(
             f"the process of the probe ended before the probe began (exit code {code}), while it "
-            f"imported the script: {_GUARD}"
+            f"imported the script: {_guard()}"
         )
     names = {-known.value: f"died of {known.name}" for known in signal.Signals}
     if code >= 0:
@@ -317,7 +325,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
             work, args, kwargs = pickle.load(file)
     except Exception as error:
         what = f"the process of the probe cannot rebuild what it was sent ({one_line(error)})"
-        return _error("UsageError", f"{what}: {_SENDABLE}", error)
+        return _error("UsageError", f"{what}: {_sendable()}", error)
     (folder / _WORK).unlink()
     try:
         plan: Plan = work(*args, progress=partial(_tell, folder), **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import argument, for_reader, given, passing
 from autobatch.tuning.ceiling import Ceiling
 from autobatch.tuning.probe import Probe
 
@@ -32,24 +33,24 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
         )
     if run.loss == "surrogate sum":
         yield (
-            "no loss was given or found in the output: the sum of the outputs stood in for it; "
-            "pass loss= for the memory of the real one"
+            "no loss was given or found in the output: the sum of the outputs stood in for it; for "
+            f"the memory of the real one, {passing('loss')}"
         )
     if run.loss == "cross entropy":
         yield (
             "no loss was given: cross entropy between the model's output and the labels was taken; "
-            "pass loss= if yours is another"
+            f"if yours is another, {passing('loss')}"
         )
     if run.loss == "mean of output.loss":
         yield (
-            "the model's own loss has several values, and their mean was taken: reduce it as your "
-            "loop does, with loss=lambda model, batch: …"
+            "the model's own loss has several values, and their mean was taken: to reduce it as "
+            f"your loop does, {passing('loss', 'lambda model, batch: …')}"
         )
     if run.loss in ("output.loss", "mean of output.loss"):
         yield (
             "the model's output counts until the next one has been computed, as in loops that say "
             "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "
-            "does, pass loss=lambda model, batch: model(**batch).loss"
+            f"does, {passing('loss', 'lambda model, batch: model(**batch).loss')}"
         )
     if found.is_quadratic:
         yield (
@@ -77,7 +78,7 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
             f"not even micro-batch {smallest} fits on {spec.name}: it ran out of memory at "
             f"{format_bytes(needed)} reserved ({probe.runs[smallest].shortage}); the budget is "
             f"{format_bytes(probe.budget_bytes)}; try activation checkpointing, an optimizer with "
-            "less state, or a larger GPU (--gpu simulates one)"
+            f"less state, or a larger GPU ({argument('gpu')} simulates one)"
         )
     short = needed - probe.budget_bytes
     large_enough = sorted(
@@ -86,7 +87,7 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
         key=lambda card: card.capacity_bytes,
     )  # fmt: skip
     is_sharded = probe.workload.is_sharded
-    ideas = [] if probe.workload.autocast or is_sharded else ['autocast="bf16"']
+    ideas = [] if probe.workload.autocast or is_sharded else [given("autocast", "bf16")]
     if is_sharded:
         ideas.append("MixedPrecisionPolicy(param_dtype=torch.bfloat16) for fully_shard")
     ideas.append("activation checkpointing")
@@ -96,7 +97,8 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
     elif is_sharded:
         ideas.append("more GPUs")
     else:
-        ideas.append('sharding over several GPUs (world_size=8, sharding="fsdp")')
+        shared = for_reader(", ", " ").join((given("world_size", 8), given("sharding", "fsdp")))
+        ideas.append(f"sharding over several GPUs ({shared})")
     return (
         f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
         f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "

@@ -28,6 +28,7 @@ from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import split
 from autobatch.support.files import check_writable
 from autobatch.support.ranks import ranks_here
+from autobatch.support.wording import argument
 from autobatch.tuning.agreement import agreed
 from autobatch.tuning.cache import CacheEntry
 from autobatch.tuning.isolation import apart
@@ -219,7 +220,7 @@ def predict(
     micro_batch, accumulation_steps = _whole(micro_batch), _whole(accumulation_steps)
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} is {value!r}: use a whole number of at least 1")
+            raise UsageError(f"{argument(name)} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(described(gpu))
     workload = Asked(
         model=built(model, gpu),
@@ -254,4 +255,6 @@ def _whole(value: Any) -> Any:
 
 def _require_sensible(headroom: float) -> None:
     if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
-        raise UsageError(f"headroom is {headroom!r}: use a share of at least 0 and below 1")
+        raise UsageError(
+            f"{argument('headroom')} is {headroom!r}: use a share of at least 0 and below 1"
+        )

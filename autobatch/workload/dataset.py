@@ -7,6 +7,7 @@ state and the data set's attributes are afterwards as before.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import time
 from bisect import bisect_left
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
-from autobatch.support.wording import listed, one_line
+from autobatch.support.wording import for_reader, listed, one_line
 from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
 
 __all__ = ["Drawn", "dataset_length", "draw"]
@@ -88,6 +90,11 @@ def draw(sample: Any) -> Drawn:
     >>> drawn.notes
     ("the probe's batches repeat dataset[6], the largest of all 9 items (6)",)
     """
+    if isinstance(sample, (FunctionType, MethodType, functools.partial)):
+        raise SampleError(
+            "sample is a function: pass one batch, or a function of n that makes a batch of n "
+            "samples as autobatch.Workload(model=…, batch=…)"
+        )
     if isinstance(sample, DataLoader):
         dataset = sample.dataset
         batched = sample.batch_sampler is not None or sample.batch_size is not None
@@ -416,7 +423,10 @@ def _note(look: _Look, used: Sequence[tuple[Path, _Item]], *, batched: bool) -> 
         others = [f"{item.name} ({_described(path, item.shapes[path])})" for path, item in used]
         note += f", padded to what is longer in {listed(others, NAMES_SHOWN)}"
     if not look.complete:
-        note += "; if you know a larger one, pass a batch of it as sample="
+        larger = for_reader(
+            "pass a batch of it as sample=", "return a Workload whose batches have it"
+        )
+        note += f"; if you know a larger one, {larger}"
     return note
 
 

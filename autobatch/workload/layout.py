@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from autobatch.errors import SampleError
 from autobatch.support.torch_private import detect_fake_mode
-from autobatch.support.wording import listed
+from autobatch.support.wording import for_reader, listed
 from autobatch.workload.batch_objects import BatchObject, batch_object
 from autobatch.workload.tree import Path, is_array, leaves
 
@@ -335,8 +335,8 @@ class _Reading:
             _refuse_sparse(path, leaf)
         if not fields and not self.lists and not self.objects:
             raise SampleError(
-                f"the sample has no tensor with a batch dimension ({shapes_of(self.fields)}): pass "
-                "one batch of tensors, such as sample=(inputs, labels), or a DataLoader"
+                f"the sample has no tensor with a batch dimension ({shapes_of(self.fields)}): "
+                f"{_one_batch()}"
             )
         dims, votes = self._dims(fields)
         lengths = {c.length for c in self.candidates if c.path in self.lists}
@@ -453,8 +453,8 @@ class _Reading:
     ) -> int:
         if not votes:
             raise SampleError(
-                f"the sample has no tensor with a batch dimension ({shapes_of(fields)}): pass one "
-                "batch of tensors, such as sample=(inputs, labels), or a DataLoader"
+                f"the sample has no tensor with a batch dimension ({shapes_of(fields)}): "
+                f"{_one_batch()}"
             )
         if self.stated and len(votes) > 1 and any(path in self.stated for path in dims):
             raise SampleError(
@@ -655,3 +655,11 @@ def _refuse_sparse(path: Path, leaf: Any) -> None:
             f"{dotted(path)} is a {kind} tensor, which cannot be cut or repeated: pass a Workload "
             "whose batch function makes it for n samples"
         )
+
+
+def _one_batch() -> str:
+    """Say what is asked for where a sample has no batch dimension."""
+    return for_reader(
+        "pass one batch of tensors, such as sample=(inputs, labels), or a DataLoader",
+        "let the batch(n) of the Workload return tensors whose first dimension is n",
+    )

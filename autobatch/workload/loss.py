@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autobatch.errors import WorkloadError
+from autobatch.support.wording import passing
 from autobatch.workload.tree import tensors
 
 __all__ = ["Criterion", "DefaultLoss", "as_loss", "checked_loss", "output_of"]
@@ -151,7 +152,7 @@ class DefaultLoss:
         if not floating:
             raise WorkloadError(
                 f"the model returns {type(output).__name__} without a floating-point tensor: "
-                "pass loss=lambda model, batch: …"
+                + passing("loss", "lambda model, batch: …")
             )
         self.kind = "surrogate sum"
         return self.stand_in(floating)
@@ -161,7 +162,7 @@ class DefaultLoss:
         if not _are_classes(output, labels):
             raise WorkloadError(
                 f"{type(model).__name__} takes the inputs alone, and how its output is compared "
-                "with the labels is not known: pass loss=, such as loss=nn.MSELoss() or "
+                f"with the labels is not known: {passing('loss', 'nn.MSELoss()')} or "
                 "loss=lambda model, batch: …"
             )
         self.kind = "cross entropy"
@@ -191,7 +192,7 @@ class Criterion(DefaultLoss):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise WorkloadError(
                 f"the loss {_name_of(self.criterion)} compares outputs with labels, and the batch "
-                "is not (inputs, labels): pass loss=lambda model, batch: …"
+                f"is not (inputs, labels): {passing('loss', 'lambda model, batch: …')}"
             )
         inputs, labels = batch
         self._output = output_of(model, inputs)

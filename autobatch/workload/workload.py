@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import UsageError
-from autobatch.support.wording import for_reader
+from autobatch.support.wording import argument, for_reader
 
 __all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Sharding", "WindowFunction", "Workload"]
 
@@ -91,15 +91,17 @@ class Workload:
         if self.window is not None and (self.loss or self.autocast or self.clip_norm):
             raise UsageError(
                 "a window function computes its own loss, casts and clips: leave out loss, "
-                "autocast and clip_norm, or the window"
+                f"{argument('autocast')} and {argument('clip_norm')}, or the window"
             )
         norm: Any = self.clip_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
-            name, none = for_reader("clip_norm", "--clip-norm"), for_reader("None", "leave it out")
-            raise UsageError(f"{name} is {norm!r}: use a positive norm, or {none}")
+            none = for_reader("None", "leave it out")
+            raise UsageError(f"{argument('clip_norm')} is {norm!r}: use a positive norm, or {none}")
         ranks: Any = self.world_size
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-            raise UsageError(f"world_size is {ranks!r}: use a whole number of GPUs, at least 1")
+            raise UsageError(
+                f"{argument('world_size')} is {ranks!r}: use a whole number of GPUs, at least 1"
+            )
         if self.sharding not in (None, "ddp", "fsdp") and not callable(self.sharding):
             raise UsageError(
                 f"sharding is {self.sharding!r}: use 'ddp', 'fsdp', a function that applies "

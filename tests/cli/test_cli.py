@@ -201,6 +201,20 @@ def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
             ["predict", "m.py:build", "--micro-batch", "8", "--gpu", "t4", "--clip-norm", "0"],
             "--clip-norm is 0.0: use a positive norm, or leave it out",
         ),
+        (["probe", "m.py:build", "--target", "8"], "such as --gpu a100-40gb or --gpu 24GiB"),
+        (["predict", "m.py:build", "--micro-batch", "0", "--gpu", "t4"], "--micro-batch is 0:"),
+        (
+            ["probe", "m.py:build", "--target", "8", "--gpu", "t4", "--headroom", "2"],
+            "--headroom is 2.0: use a share",
+        ),
+        (
+            ["predict", "m.py:build", "--micro-batch", "8", "--gpu", "t4", "--world-size", "0"],
+            "--world-size is 0: use a whole number",
+        ),
+        (
+            ["predict", "timm:RESNET50", "--micro-batch", "8", "--gpu", "t4"],
+            "did you mean resnet50",
+        ),
     ],
 )
 def test_a_mistake_is_answered_with_what_to_type(
@@ -250,9 +264,13 @@ def test_the_gpu_list_names_the_catalogue_and_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = nvml.InstalledGpu(index=0, name="NVIDIA Test", total_bytes=2**34, used_bytes=2**30)
-    monkeypatch.setattr(nvml, "installed_gpus", lambda: (card,))
+    shared = nvml.InstalledGpu(index=1, name="NVIDIA GB10", total_bytes=None, used_bytes=None)
+    monkeypatch.setattr(nvml, "installed_gpus", lambda: (card, shared))
     assert main(["gpus"]) == 0
     out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines() if "NVIDIA GB10" in line] == [
+        ["1", "NVIDIA", "GB10", "-", "-"]
+    ]
     assert "a100-40gb" in out
     assert "NVIDIA Test" in out
     assert "16.0 GiB" in out

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.errors import UnknownGpuError, UsageError
-from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu
+from autobatch.gpus.catalogue import CATALOGUE, GpuSpec, find_gpu, find_installed
 
 GIB = 2**30
 
@@ -11,6 +11,9 @@ REQUIRED = {
     *("t4", "v100-16gb", "v100-32gb", "a10g", "l4", "l40s"),
     *("a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200"),
     *("rtx-3060", "rtx-3090", "rtx-4060", "rtx-4090", "rtx-5090"),
+    *("p100-16gb", "rtx-2080-ti", "rtx-3070", "rtx-3080-10gb", "rtx-3080-12gb", "rtx-4070"),
+    *("rtx-4080", "rtx-5080", "rtx-3060-laptop", "rtx-4060-laptop", "a30", "a40", "l40"),
+    *("h100-pcie", "h100-nvl", "gh200", "gb10"),
 }
 
 
@@ -26,7 +29,8 @@ def test_every_figure_is_plausible_and_names_its_source(spec):
     assert set(spec.flops) <= {"fp32", "tf32", "fp16", "bf16"}
     assert spec.flops["fp32"] < spec.flops["fp16"]
     assert ("bf16" in spec.flops) == ("tf32" in spec.flops) == (spec.compute_capability >= (8, 0))
-    figures = {"capacity_bytes", "compute_capability", "context_bytes", "flops"}
+    assert 10 < spec.multiprocessors < 200
+    figures = {"capacity_bytes", "compute_capability", "multiprocessors", "context_bytes", "flops"}
     assert set(spec.sources) == figures | {"bandwidth_bytes_per_s"}
     assert all(spec.sources.values())
 
@@ -54,6 +58,32 @@ def test_cuda_reports_less_than_the_box_says(name, gib_on_the_box):
         ("Tesla T4", "t4"),
         ("a10g", "a10g"),
         ("L40S 48GB", "l40s"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("Tesla V100-PCIE-16GB", "v100-16gb"),
+        ("Tesla V100-SXM3-32GB", "v100-32gb"),
+        ("Tesla V100-DGXS-32GB", "v100-32gb"),
+        ("Tesla V100-FHHL-16GB", "v100-16gb"),
+        ("Tesla P100-PCIE-16GB", "p100-16gb"),
+        ("Tesla P100-SXM2-16GB", "p100-16gb"),
+        ("p100", "p100-16gb"),
+        ("GeForce RTX 2080 Ti", "rtx-2080-ti"),
+        ("gtx2080ti", "rtx-2080-ti"),
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", "rtx-3060-laptop"),
+        ("RTX 4060 mobile", "rtx-4060-laptop"),
+        ("rtx 3080 12 GB", "rtx-3080-12gb"),
+        ("NVIDIA GeForce RTX 5080", "rtx-5080"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM2e", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB10", "gb10"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A40", "a40"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
     ],
 )
 def test_common_spellings_find_the_card(spelling, name):
@@ -67,7 +97,12 @@ def test_every_catalogue_name_is_found_in_any_case_and_punctuation(name, separat
 
 
 @pytest.mark.parametrize(
-    ("name", "candidates"), [("a100", "a100-40gb or a100-80gb"), ("V100", "v100-16gb or v100-32gb")]
+    ("name", "candidates"),
+    [
+        ("a100", "a100-40gb or a100-80gb"),
+        ("V100", "v100-16gb or v100-32gb"),
+        ("NVIDIA GeForce RTX 3080", "rtx-3080-10gb or rtx-3080-12gb"),
+    ],
 )
 def test_a_name_of_several_cards_asks_which(name, candidates):
     with pytest.raises(UnknownGpuError, match=candidates):
@@ -79,9 +114,18 @@ def test_a_name_of_several_cards_asks_which(name, candidates):
     [
         ("rtx 4060 ti", "rtx-4060"),
         ("RTX 3060 8GB", "rtx-3060"),
-        ("h100-nvl", "h100-80gb"),
-        ("A100-PCIE-40GB", "a100-40gb"),
         ("rtx 4900", "rtx-4090"),
+        ("4090ti", "rtx-4090"),
+        ("4080 super", "rtx-4080"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx-4060-laptop"),
+        ("Tesla V100S-PCIE-32GB", "v100-16gb"),
+        ("NVIDIA A100-SXM-64GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "a100-40gb"),
+        ("NVIDIA H200 NVL", "h200"),
+        ("NVIDIA GH200 144G HBM3e", "gh200"),
+        ("H100 96GB HBM3", "h100-80gb"),
+        ("24", "24GiB"),
     ],
 )
 def test_an_unknown_card_is_answered_with_the_nearest_names_and_a_way_out(name, nearest):
@@ -91,6 +135,21 @@ def test_an_unknown_card_is_answered_with_the_nearest_names_and_a_way_out(name, 
     assert f"did you mean {nearest}" in message
     assert 'gpu="24GiB"' in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity_gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 3080", 9.7, "rtx-3080-10gb"),
+        ("NVIDIA GeForce RTX 3080", 11.7, "rtx-3080-12gb"),
+        ("NVIDIA A100 80GB PCIe", 79.1, "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4.75, None),
+    ],
+)
+def test_a_card_in_the_machine_is_found_by_its_name_and_size(name, capacity_gib, card):
+    found = find_installed(name, int(capacity_gib * GIB))
+    assert (found and found.name) == card
 
 
 @pytest.mark.parametrize("name", ["", "mi300x", "3"])

@@ -190,6 +190,34 @@ def test_a_card_without_graphics_still_lists_what_computes(install: Install) -> 
     assert look().other_processes == (OtherProcess(pid=7, used_bytes=200),)
 
 
+@pytest.mark.parametrize(
+    "refusing", ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetName", "nvmlDeviceGetHandleByIndex"]
+)
+def test_a_card_that_the_driver_does_not_describe_hides_no_other(
+    refusing: str, install: Install
+) -> None:
+    def second_refuses(index: int) -> Any:
+        if index:
+            raise NVMLError("not supported")
+        return usual(index) if callable(usual) else usual
+
+    usual = FakeNvml().answers[refusing]
+    by_index = {"nvmlDeviceGetHandleByIndex": lambda index: index}
+    install(**{"nvmlDeviceGetCount": 2, **by_index, refusing: second_refuses})
+    first, second = installed_gpus()
+    assert (first.name, first.total_bytes, first.used_bytes) == ("NVIDIA Test", 1000, 600)
+    sized = refusing == "nvmlDeviceGetName"
+    assert (second.index, second.total_bytes) == (1, 1000 if sized else None)
+    assert second.name == ("NVIDIA Test" if refusing == "nvmlDeviceGetMemoryInfo" else None)
+
+
+@pytest.mark.parametrize("memory", [NVMLError("not supported"), SimpleNamespace(total=0, used=0)])
+def test_processes_are_told_also_where_the_memory_is_not(memory: Any, install: Install) -> None:
+    install(nvmlDeviceGetMemoryInfo=memory)
+    found = look()
+    assert (found.total_bytes, found.used_bytes, found.own_bytes) == (None, None, 300)
+
+
 def test_the_driver_says_its_version(install: Install) -> None:
     install()
     assert driver_version() == "580.82.07"

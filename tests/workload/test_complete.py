@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from autobatch.errors import UsageError
+from autobatch.errors import SampleError, UsageError
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Workload
 
@@ -46,6 +46,11 @@ def test_a_sample_replaces_the_batches_and_adds_its_notes() -> None:
 def test_a_module_without_a_sample_gets_inferred_inputs() -> None:
     made = Asked(model=MODEL).workload()
     assert made.batch(4).shape == (4, 3) and made.loss_name == "inferred"
+
+
+def test_a_function_that_makes_batches_belongs_into_a_workload() -> None:
+    with pytest.raises(SampleError, match=r"autobatch\.Workload\(model=…, batch=…\)"):
+        Asked(model=nn.Linear(3, 1), sample=lambda n: torch.zeros(n, 3)).workload()
 
 
 def test_anything_but_a_module_or_a_workload_is_refused() -> None:

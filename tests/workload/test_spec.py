@@ -110,7 +110,15 @@ def test_a_missing_file_is_named_with_the_nearest_one(user_file):
 
 
 def test_a_missing_module_is_named():
-    assert "no module named 'no_such_module'" in message("no_such_module:build")
+    assert "no module named 'no_such_module': write" in message("no_such_module:build")
+
+
+def test_a_misspelt_library_and_a_file_without_its_ending_are_recognised(user_file, monkeypatch):
+    assert "did you mean timm?" in message("tmm:resnet50")
+    monkeypatch.chdir(user_file.parent)
+    (user_file.parent / "nets").mkdir()
+    (user_file.parent / "nets" / "one.py").touch()
+    assert "did you mean nets/one.py?" in message("nets/one:build")
 
 
 def test_a_user_file_that_raises_keeps_its_own_traceback(tmp_path):
@@ -214,6 +222,7 @@ def test_a_request_to_the_hub_fails_while_a_model_is_built(transformers, monkeyp
     ("spec", "words"),
     [
         ("gpt2x", "did you mean gpt2"),
+        ("GPT2", "did you mean gpt2"),
         ("someone/model-7b", "nothing is downloaded"),
         ("gpt2?n_layers=3", "did you mean n_layer"),
         ("gpt2?n_layer=many", "cannot be built with n_layer=many"),

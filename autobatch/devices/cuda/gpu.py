@@ -24,10 +24,11 @@ from autobatch.devices.copies import Copier
 from autobatch.devices.cuda.memory_history import HistoryRecorder
 from autobatch.devices.cuda.offload import HostOffload
 from autobatch.devices.cuda.runtime import CudaRuntime, Stats
+from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UnknownGpuError, UsageError
+from autobatch.errors import UsageError
 from autobatch.gpus.budget import (
     OutsideMemory,
     device_notes,
@@ -35,7 +36,7 @@ from autobatch.gpus.budget import (
     spilled_bytes,
     usable_bytes,
 )
-from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.gpus.catalogue import GpuSpec, find_gpu, find_installed
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -46,6 +47,7 @@ from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.interrupts import uninterrupted
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import for_reader, given
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
@@ -58,10 +60,8 @@ _TIMED_SECONDS = 4.0
 
 def describe(name: str, capacity_bytes: int, capability: tuple[int, int]) -> GpuSpec:
     """Return the catalogue's specification of a card, with the figures that the driver reports."""
-    try:
-        known = find_gpu(name)
-    except UnknownGpuError:
-        known = find_gpu("24GiB")  # what a card of any size is assumed to be
+    # what a card of any size is assumed to be
+    known = find_installed(name, capacity_bytes) or find_gpu("24GiB")
     return replace(
         known,
         name=name,
@@ -117,15 +117,17 @@ class CudaGpu:
         return usable_bytes(self._readings[0], self._outside)
 
     def require(self, workload: Workload) -> None:
-        """Refuse sharded workloads.
+        """Refuse sharded workloads, and models that are on several cards.
 
         Raises:
             UsageError: the ranks share parameters.
+            WorkloadError: the model is on several cards.
         """
+        require_one_card(workload.model)
         if workload.is_sharded:
             raise UsageError(
                 "sharding is simulated only, not yet run on the GPU in the machine: name the card, "
-                'such as gpu="a100-40gb"'
+                f"such as {given('gpu', 'a100-40gb')}"
             )
 
     def host_limit_bytes(self) -> int | None:
@@ -166,7 +168,7 @@ class CudaGpu:
         if self._runtime.is_recording:
             raise UsageError(
                 "PyTorch's memory history is being recorded, and a probe records its own: end it "
-                "with torch.cuda.memory._record_memory_history(None), or pass isolate=True"
+                f"with torch.cuda.memory._record_memory_history(None), or {_own_process()}"
             )
         gc.collect()  # cyclic garbage from before may hold memory of the card
         with process_state_preserved(), self._runtime.selected():
@@ -290,7 +292,8 @@ class CudaGpu:
             if was != read:
                 self._notes.append(
                     f"the allocator's {name.replace('_', ' ')} were {was:,} before the probe and "
-                    f"read {read:,} now, which PyTorch cannot set: isolate=True leaves them alone"
+                    f"read {read:,} now, which PyTorch cannot set: to leave them alone, "
+                    f"{_own_process()}"
                 )
 
 
@@ -316,3 +319,8 @@ def _compiled_like(original: nn.Module, copied: nn.Module) -> nn.Module:
         return inner.dynamo_ctx(copied)  # type: ignore[no-any-return]
     copied.compile()
     return copied
+
+
+def _own_process() -> str:
+    """Say how to probe in a process of its own."""
+    return for_reader("pass isolate=True", "leave --no-isolate out")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autobatch.devices.one_card import require_card
 from autobatch.devices.virtual import autocast
 from autobatch.devices.virtual.cuda_types import CudaGenerator, legacy_types
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
@@ -218,6 +219,7 @@ class CudaOnHost(TorchFunctionMode):
     ) -> Any:
         """Run a call, on the CPU where it says "cuda"."""
         if func is Tensor.cuda:
+            require_card(args[1] if len(args) > 1 else (kwargs or {}).get("device"))
             return args[0]
         if func is torch.device:
             return func(*args, **(kwargs or {}))
@@ -229,7 +231,10 @@ def _on_host(value: Any) -> Any:
     is_cuda = (isinstance(value, str) and value.startswith("cuda")) or (
         isinstance(value, torch.device) and value.type == "cuda"
     )
-    return torch.device("cpu") if is_cuda else value
+    if not is_cuda:
+        return value
+    require_card(value)
+    return torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -295,6 +300,7 @@ def _answers(spec: GpuSpec) -> dict[str, Any]:
         **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
         **_STREAMS,
         **dict.fromkeys(("device", "device_of"), Inert),
+        "set_device": require_card,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "can_device_access_peer": lambda device, peer: False,

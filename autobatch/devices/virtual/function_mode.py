@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autobatch.devices.one_card import require_card
 from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
 from autobatch.devices.virtual.elements import (
     forget_values,
@@ -62,6 +63,7 @@ class CudaCalls(TorchFunctionMode):
         super().__init__()
         self._device = device
         self._guesses = guesses or Guesses()
+        self._index = device.index or 0
         self.arrays = 0
         self.asked = False
         attention = F.scaled_dot_product_attention
@@ -80,12 +82,12 @@ class CudaCalls(TorchFunctionMode):
             Tensor.tolist: _tolist,
             torch.tensor: partial(self._of_numbers, torch.tensor),
             torch.as_tensor: partial(self._of_numbers, torch.as_tensor),
+            Tensor.cuda: self._cuda,
             Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
         if device.type != "cuda":
             is_cuda: Any = Tensor.is_cuda
             self._routes[is_cuda.__get__] = self._is_virtual
-            self._routes[Tensor.cuda] = self._cuda
             self._routes[Tensor.type] = self._type
             self._routes[torch.device] = lambda *args, **kwargs: self._shown(
                 torch.device(*args, **kwargs)
@@ -102,15 +104,17 @@ class CudaCalls(TorchFunctionMode):
         route = self._routes.get(func)
         if route is not None:
             return route(*args, **(kwargs or {}))
-        if self._device.type != "cuda":
-            for arg in args:  # fast, because there are a great many calls and few name a device
-                if type(arg) in _NAMES:
-                    args = [self._landed(arg) for arg in args]
-                    break
-            if kwargs:
-                kwargs = {name: self._landed(value) for name, value in kwargs.items()}
-                if type(kwargs.get("generator")) is CudaGenerator:
-                    del kwargs["generator"]  # there is no noise to draw
+        for arg in args:  # fast, because there are a great many calls and few name a device
+            if type(arg) in _NAMES:
+                args = [self._landed(arg) for arg in args]
+                break
+        if kwargs:
+            kwargs = {name: self._landed(value) for name, value in kwargs.items()}
+            if type(kwargs.get("generator")) is CudaGenerator:
+                del kwargs["generator"]  # there is no noise to draw
+            require_card(kwargs.get("device"), self._index)  # may be an index, too
+        if func is Tensor.to and len(args) > 1:
+            require_card(args[1], self._index)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _item(self, tensor: Tensor) -> Any:
@@ -135,10 +139,12 @@ class CudaCalls(TorchFunctionMode):
     def _landed(self, value: Any) -> Any:
         kind = type(value)
         if kind is torch.device:
-            return self._device if value.type == "cuda" else value
-        if kind is str and value.startswith("cuda"):
-            return self._device
-        return value
+            if value.type != "cuda":
+                return value
+        elif kind is not str or not value.startswith("cuda"):
+            return value
+        require_card(value, self._index)
+        return self._device
 
     def _numpy(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
@@ -194,7 +200,8 @@ class CudaCalls(TorchFunctionMode):
         return made.replace(f".{self._device.type}.", ".cuda.") if isinstance(made, str) else made
 
     def _cuda(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs.pop("device", None)
+        place = kwargs.pop("device", args[0] if args else None)
+        require_card(place, self._index)
         return tensor.to(self._device, **kwargs)
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch import nn
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
+from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
@@ -108,6 +109,7 @@ class VirtualGpu:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
         _require_eager(workload.model)
+        require_one_card(workload.model)
         guesses = self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
         job = _Job(workload, micro_batch, accumulation_steps, windows, guesses)
         first: WorkloadError | None = None

@@ -28,7 +28,7 @@ __all__ = [
     "unknown",
 ]
 
-SURROGATE = "no loss is known, so the sum of the outputs stands in: pass loss=... for the real one"
+SURROGATE = "no loss is known, so the sum of the outputs stands in: give the real one as loss=…"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

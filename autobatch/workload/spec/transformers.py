@@ -83,7 +83,7 @@ def _transformers_config(transformers: Any, name: str, options: Options) -> Any:
         hint = (
             "; nothing is downloaded: give a model type, or a folder with its config.json"
             if "/" in kind
-            else near(kind, types)
+            else near(kind.lower(), types)
         )
         raise SpecError(f"transformers has no model type {kind!r}{hint}")
     config_class = transformers.CONFIG_MAPPING[kind]

@@ -29,6 +29,8 @@ __all__ = ["load_function"]
 
 T = TypeVar("T")
 
+PREFIXES = ("timm", "torchvision", "hf")
+
 FORMS = "file.py:function, package.module:function, timm:NAME, torchvision:NAME or hf:TYPE"
 
 
@@ -69,6 +71,14 @@ def _meant(spec: str) -> str:
     return f"; did you mean {' or '.join(meant[:4])}?" if meant else ""
 
 
+def _prefix_or_file(source: str) -> str:
+    """Return "; did you mean ...?" where a module's name is like a library's prefix or a file's."""
+    path = f"{source.replace('.', '/')}.py"
+    if Path(path).is_file():
+        return f"; did you mean {path}?"
+    return near(source.lower(), PREFIXES)
+
+
 def _import_file(source: str) -> ModuleType:
     path = Path(source).resolve()
     if path.is_dir():
@@ -98,7 +108,8 @@ def _import_module(source: str) -> ModuleType:
         cause = error.__cause__
         missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
         if missing and (source == missing or source.startswith(f"{missing}.")):
-            raise SpecError(f"no module named {missing!r}: write {FORMS}") from None
+            meant = _prefix_or_file(source)
+            raise SpecError(f"no module named {missing!r}{meant}: write {FORMS}") from None
         raise
 
 

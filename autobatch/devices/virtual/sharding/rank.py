@@ -31,6 +31,7 @@ from autobatch.devices.virtual.sharding.streams import Streams
 from autobatch.errors import UsageError
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import Fsdp2, fsdp2
+from autobatch.support.wording import for_reader
 
 __all__ = ["as_rank_zero"]
 
@@ -53,8 +54,8 @@ def as_rank_zero(world_size: int, device: torch.device) -> Iterator[RankRecorder
     if dist.is_initialized():
         raise UsageError(
             f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in a process group "
-            "of its own, and sharding is simulated in another: ask before init_process_group, with "
-            "isolate=True, or on the command line"
+            "of its own, and sharding is simulated in another: ask before init_process_group"
+            + for_reader(", with isolate=True, or on the command line", "")
         )
     import torch.distributed.fsdp
     import torch.distributed.tensor

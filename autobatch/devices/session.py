@@ -26,6 +26,7 @@ from autobatch.workload.histories import with_full_history
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.optimizers import (
     each_of,
+    is_optimizer,
     made_for,
     mapped,
     names_of,
@@ -118,7 +119,7 @@ class Session:
                 with_full_history(optimizer)
             recorder.claim(None)
             recorder.keep()
-        _require_training(self.optimizers, self._model)
+        _require_training(list(filter(is_optimizer, each_of(made))), self._model)
         self._buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
         recorder.tag(self._buckets, "gradients")
         self._steps = Steps(recorder, self._begin_step, self._stepped)
@@ -253,9 +254,9 @@ class Session:
 
 
 def _require_training(optimizers: Sequence[Any], model: nn.Module) -> None:
-    """Refuse optimizers of which none holds a parameter of the model."""
+    """Refuse given optimizers of which none holds a parameter of the model."""
     held = set(map(id, parameters_of(optimizers)))
-    if not held & set(map(id, model.parameters())):
+    if optimizers and not held & set(map(id, model.parameters())):
         raise WorkloadError(
             f"the {names_of(optimizers)} holds none of the model's parameters: make it "
             "from the parameters of the model that is tuned"

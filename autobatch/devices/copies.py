@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
+from autobatch.support.tensor_parts import is_composed, recomposed
 from autobatch.support.torch_private import DisableTorchFunction
+from autobatch.workload.optimizers import each_of, is_optimizer, parameters_of, state_of
 from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Copier", "batch_of", "blank"]
@@ -141,6 +143,7 @@ class Copier(Walk):
                 # step counters stay on the CPU
                 if isinstance(value, Tensor) and value.dim() and not self._moved(value, parameter):
                     lost.add(parameter)
+        self._move_nested_state(given)
         # `Optimizer.__getstate__` would drop attributes that a subclass adds; `step` is left out
         # because schedulers replace it by a function that holds the original
         attributes = {name: value for name, value in vars(given).items() if name != "step"}
@@ -154,6 +157,29 @@ class Copier(Walk):
             vars(duplicate)["step"] = _seen_by_schedules(duplicate)
         self.optimizers.append(duplicate)
         return duplicate
+
+    def optimizers_of(self, given: Any) -> Any:
+        """Copy the optimizer of a workload, or several, whatever their classes; or what makes them.
+
+        Raises:
+            WorkloadError: one is nested too deeply to be copied.
+        """
+        for one in each_of(given):
+            if is_optimizer(one) and not isinstance(one, torch.optim.Optimizer):
+                for parameter in parameters_of([one]):
+                    self.move(parameter)
+                self._move_nested_state(one)
+        return self.any(given)
+
+    def _move_nested_state(self, given: Any) -> None:
+        """Move state that an optimizer has in containers and objects; counters stay on the CPU."""
+        for value in state_of(given):
+            if value.dim():
+                self.move(value)
+        shapes = {parameter.shape for parameter in parameters_of([given])}
+        for value in state_of(given, attributes=True):
+            if value.shape in shapes:
+                self.move(value)
 
     def _moved(self, value: Tensor, parameter: Any) -> bool:
         """Move state that an optimizer keeps for a parameter; return whether that is possible."""
@@ -204,7 +230,10 @@ class Copier(Walk):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
-        data = self._make(original, device)
+        if is_composed(original) and not hasattr(original, "placements"):
+            data = recomposed(original, lambda part: self.move(part, device))
+        else:
+            data = self._make(original, device)
         if isinstance(original, nn.Parameter):
             data = nn.Parameter(data, requires_grad=original.requires_grad)
         elif original.is_leaf and original.requires_grad:

@@ -123,6 +123,10 @@ class VirtualMode(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
+        if any(
+            map(_is_composed, types)
+        ):  # quantized weights, say: again with what they are made of
+            return NotImplemented
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.is_inside = True
@@ -320,6 +324,13 @@ class VirtualMode(FakeTensorMode):
         elif isinstance(output, (list, tuple)):
             for item in output:
                 self._created(item, op)
+
+
+@functools.cache
+def _is_composed(kind: type) -> bool:
+    """Whether a class of tensors takes ops apart into ops on its parts; DTensor is another case."""
+    is_usual = issubclass(kind, FakeTensor) or hasattr(kind, "placements")
+    return not is_usual and hasattr(kind, "__tensor_flatten__")
 
 
 def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:

@@ -191,6 +191,7 @@ class VirtualGpu:
             seconds=time.perf_counter() - started,
             loss=ran.loss,
             optimizer=ran.optimizer,
+            grown_bytes=ran.grown_bytes,
             notes=tuple(notes),
         )
 
@@ -254,7 +255,8 @@ class VirtualGpu:
             notes=notes,
             adopted=mode.adopted,
             loss=session.loss_kind,
-            optimizer=type(session.optimizer).__name__,
+            optimizer=session.optimizer_name,
+            grown_bytes=session.grown_bytes,
         )
 
 
@@ -279,6 +281,7 @@ class _Ran:
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
         loss: how it was obtained.
         optimizer: its class.
+        grown_bytes: as in `Run`.
     """
 
     trace: Trace
@@ -286,6 +289,7 @@ class _Ran:
     adopted: int
     loss: str
     optimizer: str
+    grown_bytes: int
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -36,7 +37,11 @@ Site = tuple[str, int, int]
 
 
 class Guesses:
-    """The answers to reads of unknown values, by the place in the code that reads."""
+    """The answers to reads of unknown values, by the place in the code that reads.
+
+    Attributes:
+        is_trying: whether the run is one of those that look for the branch that needs most.
+    """
 
     def __init__(self) -> None:
         self._turned: dict[Site, Any] = {}
@@ -50,16 +55,12 @@ class Guesses:
         self._decides: dict[Site, tuple[Any, ...]] = {}
         self._heavier: dict[Site, Any] = {}
         self._is_settled = False
+        self.is_trying = False
 
     def begin(self) -> None:
         """Start a run."""
         self._read.clear()
         self._compared.clear()
-
-    @property
-    def is_trying(self) -> bool:
-        """Whether the run is one of those that look for the heaviest branch."""
-        return bool(self._decides) and not self._is_settled
 
     def answer(self, value: Any, most: int | None = None) -> Any:
         """Return what a read gives whose placeholder is `value`, and remember the read.
@@ -99,21 +100,22 @@ class Guesses:
         """
         if self._is_settled:
             return
-        tried = 0
-        done: set[Site] = set()
-        while (
-            site := next((each for each in self._decides if each not in done), None)
-        ) is not None:
-            done.add(site)
-            for other in self._decides[site] if site not in self._turned else ():
+        self._is_settled = self.is_trying = True
+        try:
+            for site, other in islice(self._alternatives(), _BRANCHES):
                 before = self._heavier.get(site, self)
                 self._heavier[site] = other
-                tried += 1
                 yield partial(self._settle, site, before)
-                if tried == _BRANCHES:
-                    self._is_settled = True
-                    return
-        self._is_settled = True
+        finally:
+            self.is_trying = False
+
+    def _alternatives(self) -> Iterator[tuple[Site, Any]]:
+        """Yield other answers; a branch that is taken may show further places."""
+        done: set[Site] = set()
+        while site := next((each for each in self._decides if each not in done), None):
+            done.add(site)
+            if site not in self._turned:
+                yield from ((site, other) for other in self._decides[site])
 
     def _settle(self, site: Site, before: Any, stays: bool) -> None:
         if stays:

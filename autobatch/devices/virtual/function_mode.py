@@ -28,6 +28,7 @@ from autobatch.devices.virtual.elements import (
     was_upper_bound,
 )
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.warnings import refuse_several
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -59,6 +60,7 @@ class CudaCalls(TorchFunctionMode):
         self._device = device
         self.arrays = 0
         self.asked = False
+        self._cards: set[str] = set()
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
             # a module that imported it by name has the original
@@ -123,10 +125,17 @@ class CudaCalls(TorchFunctionMode):
     def _landed(self, value: Any) -> Any:
         kind = type(value)
         if kind is torch.device:
-            return self._device if value.type == "cuda" else value
+            return self._on_card(str(value)) if value.type == "cuda" else value
         if kind is str and value.startswith("cuda"):
-            return self._device
+            return self._on_card(value)
         return value
+
+    def _on_card(self, name: str) -> torch.device:
+        """Return the device; code that names two cards is refused."""
+        if ":" in name and name not in self._cards:
+            self._cards.add(name)
+            refuse_several(self._cards)
+        return self._device
 
     def _numpy(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
@@ -180,7 +189,9 @@ class CudaCalls(TorchFunctionMode):
         return made.replace(f".{self._device.type}.", ".cuda.") if isinstance(made, str) else made
 
     def _cuda(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs.pop("device", None)
+        place = kwargs.pop("device", args[0] if args else None)
+        if place is not None:
+            self._on_card(f"cuda:{place}" if isinstance(place, int) else str(place))
         return tensor.to(self._device, **kwargs)
 
     @contextlib.contextmanager

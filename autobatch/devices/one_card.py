@@ -41,14 +41,19 @@ def require_card(place: Any, own: int = 0) -> None:
 
 
 def require_one_card(model: nn.Module) -> None:
-    """Refuse a model whose parameters are on several cards.
+    """Refuse a model whose layers are on several cards, or will be by its `hf_device_map`.
 
     Raises:
         WorkloadError: they are.
     """
-    cards = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
+    cards = {str(p.device) for p in model.parameters() if p.device.type == "cuda"}
+    for module in model.modules():
+        places = getattr(module, "hf_device_map", None)
+        if isinstance(places, dict):
+            cards |= {f"cuda:{p}" if isinstance(p, int) else str(p) for p in places.values()}
+    cards -= {"cpu", "disk", "meta"}
     if len(cards) > 1:
-        raise _spread(f"the model's parameters are on {' and '.join(cards)}")
+        raise _spread(f"the model's layers are on {' and '.join(sorted(cards))}")
 
 
 def _local_rank() -> int | None:

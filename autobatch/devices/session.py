@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autobatch.devices.copies import Copier
 from autobatch.devices.ddp_buckets import gradient_buckets
 from autobatch.devices.steps import Steps
-from autobatch.devices.warnings import without_gradients
+from autobatch.devices.warnings import of_data_parallel, without_gradients
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.support.tensor_parts import parts_of
@@ -86,6 +86,7 @@ class Session:
             wrap: makes what will run from the copied module, before the optimizer is made.
 
         Raises:
+            UsageError: the model is on several cards.
             WorkloadError: something cannot be copied, or there is nothing to train.
         """
         self._device = device
@@ -156,6 +157,7 @@ class Session:
     def notes(self) -> list[str]:
         """What the user should know about windows that ran through."""
         notes = list(dict.fromkeys(self._copier.notes))
+        notes += of_data_parallel(self._workload.model)
         notes += self._steps.notes(self.optimizers)
         trained = {id(p) for p in self._trained() if p.requires_grad}
         missed = [

@@ -94,7 +94,10 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         sharding=workload.shares,
         otherwise=_otherwise(planned, probe, found),
         method=found.method,
-        warnings=(*plan_notes(probe, run, found, limit), *stream),
+        warnings=(
+            *plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps),
+            *stream,
+        ),
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,

@@ -100,3 +100,20 @@ def test_packed_state_of_an_optimizer_that_has_stepped_is_copied_as_it_is() -> N
     made = predicted(model, optimizer=optimizer)
     assert made.optimizer_bytes == WIDTH * WIDTH + 4 * WIDTH
     assert optimizer.state[model.weight]["sum"] is kept and type(kept.codes) is Tensor
+
+
+def test_packed_weights_can_be_trained_and_say_that_they_are_on_the_card() -> None:
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    model.weight = nn.Parameter(Packed.zeros(torch.ones(WIDTH, WIDTH)))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        assert model.weight.device == torch.device("cuda", 0) and model.weight.is_cuda
+        return model(x).mean()  # type: ignore[no-any-return]
+
+    footprint = autobatch.predict(
+        model, micro_batch=2, sample=torch.ones(1, WIDTH), loss=loss, optimizer=PackedMomentum,
+        gpu="t4",
+    )  # fmt: skip
+    packed = WIDTH * WIDTH + 4 * WIDTH
+    assert (footprint.parameters_bytes, footprint.optimizer_bytes) == (packed, packed)
+    assert footprint.gradients_bytes == 4 * WIDTH * WIDTH

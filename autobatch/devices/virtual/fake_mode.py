@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.dtype_checks import check_dtypes
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
 from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
@@ -139,6 +140,8 @@ class VirtualMode(FakeTensorMode):
     def _dispatch(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
+        if args and self._is_virtual(args[0]):
+            check_dtypes(func, args, kwargs)
         after = self._workspaces.before(func, args)
         output = self._unknown.answer(self, func, args, kwargs)
         if output is NotImplemented:

@@ -88,6 +88,8 @@ class CudaCalls(TorchFunctionMode):
         if device.type != "cuda":
             is_cuda: Any = Tensor.is_cuda
             self._routes[is_cuda.__get__] = self._is_virtual
+            place: Any = Tensor.device  # asked of tensors that consist of others
+            self._routes[place.__get__] = lambda tensor: self._shown(tensor.device)
             self._routes[Tensor.type] = self._type
             self._routes[torch.device] = lambda *args, **kwargs: self._shown(
                 torch.device(*args, **kwargs)
@@ -223,7 +225,16 @@ class CudaCalls(TorchFunctionMode):
         def record_stream(tensor: Any, stream: Any) -> None:
             """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
 
-        with patched(FakeTensor, device=property(device), record_stream=record_stream):
+        make: Any = Tensor._make_wrapper_subclass
+
+        def composed(*args: Any, **kwargs: Any) -> Any:
+            """Put a tensor that consists of others where they are, whatever they say."""
+            return make(*args, **{name: self._landed(value) for name, value in kwargs.items()})
+
+        with (
+            patched(FakeTensor, device=property(device), record_stream=record_stream),
+            patched(Tensor, _make_wrapper_subclass=staticmethod(composed)),
+        ):
             yield
 
     @contextlib.contextmanager

@@ -35,6 +35,7 @@ from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.leftovers import leftovers_removed
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.devices.warnings import too_large_unsharded
 from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
@@ -239,6 +240,11 @@ class VirtualGpu:
 
             def wrapped(copied: nn.Module) -> nn.Module:
                 if shard is not None:
+                    tensors = [*original.parameters(), *original.buffers()]
+                    if not all(tensor.is_meta for tensor in tensors):
+                        whole = sum(tensor.nbytes for tensor in copied.parameters())
+                        spec = self.spec
+                        notes.extend(too_large_unsharded(whole, self.usable_bytes, spec.name))
                     notes.extend(shard(copied, workload, copier.any(workload.sharding)))
                 return copied
 

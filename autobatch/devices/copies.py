@@ -204,7 +204,7 @@ class Copier(Walk):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
-        data = self._make(original, device)
+        data = self._data_like(original, device)
         if isinstance(original, nn.Parameter):
             data = nn.Parameter(data, requires_grad=original.requires_grad)
         elif original.is_leaf and original.requires_grad:
@@ -212,6 +212,19 @@ class Copier(Walk):
         attributes = {k: v for k, v in original.__dict__.items() if not isinstance(v, Tensor)}
         data.__dict__.update({k: v for k, v in attributes.items() if k not in data.__dict__})
         return data
+
+    def _data_like(self, original: Tensor, device: torch.device) -> Tensor:
+        """Make a tensor's data; that of one which holds others, as quantized weights do, of them.
+
+        Where the others are sharded or on `meta`, what holds them is made as plain memory.
+        """
+        if not hasattr(original, "__tensor_flatten__") or hasattr(original, "placements"):
+            return self._make(original, device)
+        names, context = original.__tensor_flatten__()
+        inner = {name: self._data_like(getattr(original, name), device) for name in names}
+        size, stride = original.size(), original.stride()
+        made: Tensor = type(original).__tensor_unflatten__(inner, context, size, stride)
+        return made
 
     def _hook(self, original: Tensor) -> None:
         """Register the hooks of a tensor on its counterpart."""

@@ -121,6 +121,8 @@ class VirtualMode(FakeTensorMode):
     ) -> Any:
         """Answer by a rule, from the cache, or as FakeTensorMode does; then record."""
         kwargs = kwargs or {}
+        if any(map(_holds_tensors, types)):  # its class calls again with what it holds
+            return NotImplemented
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
@@ -320,6 +322,12 @@ class VirtualMode(FakeTensorMode):
         elif isinstance(output, (list, tuple)):
             for item in output:
                 self._created(item, op)
+
+
+@functools.cache
+def _holds_tensors(kind: type) -> bool:
+    """Whether tensors of a class are made of others, as quantized weights are."""
+    return hasattr(kind, "__tensor_flatten__")
 
 
 def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:

@@ -39,8 +39,10 @@ def rank_mode() -> type[VirtualMode]:
             args: Sequence[Any] = (),
             kwargs: Mapping[str, Any] | None = None,
         ) -> Any:
-            if DTensor not in types or func is _UNSCALE:
+            if DTensor not in types:
                 return super().__torch_dispatch__(func, types, args, kwargs)
+            if func is _UNSCALE:
+                return super().__torch_dispatch__(func, (), args, kwargs)
             local = _local_lists(func, args, kwargs or {})
             if local is None:
                 return NotImplemented

@@ -124,9 +124,7 @@ class VirtualMode(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
-        if any(
-            map(_is_composed, types)
-        ):  # quantized weights, say: again with what they are made of
+        if any(map(_is_composed, types)):  # quantized weights: again with what they are made of
             return NotImplemented
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)

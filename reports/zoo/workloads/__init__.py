@@ -1,0 +1,1 @@
+"""The training steps, by area; each is written as the package's documentation would write it."""

@@ -19,6 +19,8 @@ from autobatch.devices.copies import Copier
 from autobatch.devices.ddp_buckets import gradient_buckets
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
+from autobatch.support.interrupts import let_through
+from autobatch.support.wording import said_by
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.step_calls import after_steps
 from autobatch.workload.training_window import Training, run_windows
@@ -166,6 +168,7 @@ class Session:
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Tag what the phase that ends has made, and mark the beginning of the next."""
+        let_through()
         if phase in ("inputs", "step"):
             gc.collect(1)  # otherwise cyclic garbage is freed at a random moment
             self._tag()
@@ -224,9 +227,6 @@ def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
         yield
     except AutobatchError:
         raise
-    except Exception as error:
-        summary = str(error).strip().splitlines()
-        raise WorkloadError(
-            f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "
-            f"{type(error).__name__}: {summary[0] if summary else ''}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(workload.model).__name__} failed at micro-batch {micro_batch}"
+        raise WorkloadError(f"{what}: {said_by(error)}") from error

@@ -42,6 +42,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
+from autobatch.support.interrupts import held
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
@@ -146,7 +147,7 @@ class VirtualGpu:
         `shard` shards the copied model in place, and returns notes for the user.
         """
         started = time.perf_counter()
-        with process_state_preserved():
+        with process_state_preserved(), held():
             ran = self._windows(
                 workload, micro_batch, accumulation_steps, guesses, recorder, mode_class, shard
             )

@@ -6,19 +6,21 @@ Invariant: output paths are proven writable before any work.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autobatch.errors import FileError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from autobatch.equivalence.result import Equivalence
     from autobatch.gpus.catalogue import GpuSpec
     from autobatch.plan.plan import Plan
     from autobatch.records.footprint import Footprint
@@ -27,53 +29,97 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "gpus", "predict", "probe", "report"]
 
+T = TypeVar("T")
+
 
 def probe(arguments: argparse.Namespace) -> None:
     """Plan a run: micro-batch and accumulation steps for an effective batch."""
     from autobatch.cli.terminal import follow, show
     from autobatch.report.content import summary
-    from autobatch.support.files import check_writable, prepare_folder
+    from autobatch.support.files import check_writable, prepared_folder
 
-    if arguments.report:
-        prepare_folder(arguments.report)
-    if arguments.json and arguments.json != "-":
-        check_writable(arguments.json)
-    gpu = _gpu(arguments)
-    with follow(sys.stderr) as progress:
-        plan = _plan(
-            arguments,
-            {
-                "target": arguments.target,
-                "headroom": arguments.headroom,
-                "prove": arguments.prove,
-                "gpu": gpu,
-                **_options(arguments),
-            },
-            progress,
-        )
-    if arguments.json == "-":
-        sys.stdout.write(plan.to_json())
-    else:
-        show(summary(plan), sys.stdout)
-    if arguments.json and arguments.json != "-":
-        plan.save(arguments.json)
-    if arguments.report:
-        _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
+    with prepared_folder(arguments.report) if arguments.report else nullcontext():
+        if arguments.json and arguments.json != "-":
+            check_writable(arguments.json)
+        gpu = _gpu(arguments)
+        with follow(sys.stderr) as progress:
+            plan = _plan(
+                arguments,
+                {
+                    "target": arguments.target,
+                    "headroom": arguments.headroom,
+                    "prove": arguments.prove,
+                    "gpu": gpu,
+                    **_options(arguments),
+                },
+                progress,
+            )
+        if arguments.json == "-":
+            sys.stdout.write(plan.to_json())
+        else:
+            show(summary(plan), sys.stdout)
+        if arguments.json and arguments.json != "-":
+            plan.save(arguments.json)
+        if arguments.report:
+            _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
 
 
 def _plan(
     arguments: argparse.Namespace, options: dict[str, Any], progress: ProgressCallback
 ) -> Plan:
-    """Tune here where the GPU is simulated, in a child process where it is real."""
+    """Answer from the plan of an earlier probe where that needs no GPU, else tune."""
     from autobatch.gpus.catalogue import is_device
+    from autobatch.tuning.cache import named_entry
 
     question = None if arguments.no_cache else _question(arguments)
-    if not is_device(options["gpu"]) or arguments.no_isolate:
-        return _tune_spec(arguments.spec, options, question, progress=progress)
+    on_gpu = is_device(options["gpu"])
+    entry = None if question is None or on_gpu else named_entry(question)
+    known = None if entry is None else entry.find()
+    if known is not None:
+        return known
+    return _run(
+        arguments,
+        partial(_tune_spec, arguments.spec, options, question),
+        progress=progress,
+        time_limit=arguments.time_limit if on_gpu else None,
+        on_gpu=on_gpu,
+    )
+
+
+def _run(
+    arguments: argparse.Namespace, work: Callable[..., T], progress: ProgressCallback, **limits: Any
+) -> T:
+    """Run work that calls the user's code in a child process, where it can do no harm.
+
+    What it prints, here or there, goes to stderr: stdout is for the answer.
+    """
+    if arguments.no_isolate:
+        with _printing_to_stderr():
+            return work(progress=progress)
     from autobatch.tuning.isolation import apart
 
-    work = (_tune_spec, arguments.spec, options, question)
-    return apart(*work, progress=progress, time_limit=arguments.time_limit)
+    return apart(work, progress=progress, **limits)
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Send to stderr what the block prints, by whatever way: also from C, and from its children."""
+    printed = sys.stdout
+    printed.flush()
+    kept = None
+    with suppress(OSError):  # where there is no stdout or no stderr
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = printed
+        if kept is not None:
+            with suppress(AttributeError, OSError):  # what C holds back to print at once
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _tune_spec(
@@ -138,16 +184,14 @@ def predict(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json)
     gpu = _gpu(arguments)
     with follow(sys.stderr) as progress:
-        from autobatch.tuning.tuner import predict
-
-        footprint = predict(
-            partial(_subject, arguments.spec),
-            micro_batch=arguments.micro_batch,
-            accumulation_steps=arguments.accumulation_steps,
-            gpu=gpu,
-            progress=progress,
+        options = {
+            "micro_batch": arguments.micro_batch,
+            "accumulation_steps": arguments.accumulation_steps,
+            "gpu": gpu,
             **_options(arguments),
-        )
+        }
+        work = partial(_predict_spec, arguments.spec, options)
+        footprint = _run(arguments, work, progress, on_gpu=False)
     if arguments.json == "-":
         sys.stdout.write(_footprint_json(footprint))
         return
@@ -157,22 +201,29 @@ def predict(arguments: argparse.Namespace) -> None:
         write_text(arguments.json, _footprint_json(footprint))
 
 
+def _predict_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Footprint:
+    from autobatch.tuning.tuner import predict
+
+    return predict(partial(_subject, spec), progress=progress, **options)
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Compare accumulated gradients with the whole batch's; 1 where they differ."""
     from autobatch.cli.terminal import show
-    from autobatch.equivalence.check import check_equivalence
     from autobatch.equivalence.result import equivalence_summary
     from autobatch.plan.plan import Plan
+    from autobatch.records.progress import silent
     from autobatch.support.files import check_writable, write_text
 
     if arguments.json and arguments.json != "-":
         check_writable(arguments.json)
-    result = check_equivalence(
-        _subject(arguments.spec),
-        plan=Plan.load(arguments.plan) if arguments.plan else None,
-        micro_batch=arguments.micro_batch,
-        accumulation_steps=arguments.accumulation_steps,
-    )
+    options = {
+        "plan": Plan.load(arguments.plan) if arguments.plan else None,
+        "micro_batch": arguments.micro_batch,
+        "accumulation_steps": arguments.accumulation_steps,
+    }
+    work = partial(_check_spec, arguments.spec, options)
+    result = _run(arguments, work, silent, on_gpu=False)
     if arguments.json == "-":
         sys.stdout.write(result.to_json())
     else:
@@ -180,6 +231,12 @@ def check(arguments: argparse.Namespace) -> int:
         if arguments.json:
             write_text(arguments.json, result.to_json())
     return 0 if result.equivalent else 1
+
+
+def _check_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Equivalence:
+    from autobatch.equivalence.check import check_equivalence
+
+    return check_equivalence(_subject(spec), **options)
 
 
 def gpus(arguments: argparse.Namespace) -> None:

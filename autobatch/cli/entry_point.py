@@ -7,6 +7,7 @@ stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from autobatch.cli.parser import parser
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support import process
+from autobatch.support.exits import exits_reported
 from autobatch.support.wording import ON_COMMAND_LINE
 
 __all__ = ["entry", "main"]
@@ -33,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     reader = ON_COMMAND_LINE.set(True)
     try:
-        arguments = parser().parse_args(given)
-        code: int | None = arguments.run(arguments)
+        try:
+            arguments = parser().parse_args(given)
+        except SystemExit as exit_:  # argparse has printed its message
+            return exit_.code if isinstance(exit_.code, int) else 2
+        with exits_reported("the workload"):
+            code: int | None = arguments.run(arguments)
         sys.stdout.flush()
-    except SystemExit as exit_:  # argparse has printed its message
-        return exit_.code if isinstance(exit_.code, int) else 2
     except AutobatchError as error:
         if isinstance(error, WorkloadError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
@@ -56,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Run the command line of this process; a terminal that lacks a character shows a `?`."""
     process.claim()
+    try:
+        _unicode_or_less()
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the answer is out
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    sys.exit(code)
+
+
+def _unicode_or_less() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(main())

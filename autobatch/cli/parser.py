@@ -54,11 +54,6 @@ def parser() -> argparse.ArgumentParser:
         help="neither answer from the plan of an earlier probe, nor keep it",
     )
     probe.add_argument(
-        "--no-isolate",
-        action="store_true",
-        help="probe the GPU in this machine in this process, not in a child of it",
-    )
-    probe.add_argument(
         "--time-limit",
         type=float,
         default=900.0,
@@ -85,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
     )
     check.add_argument("--json", metavar="FILE", help=_JSON_HELP)
+    _add_isolation(check)
 
     gpus = verbs.add_parser("gpus", help="list the known GPUs and those in this machine")
     gpus.set_defaults(run=commands.gpus)
@@ -103,6 +99,14 @@ class _Parser(argparse.ArgumentParser):
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         hint = near(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
         super().error(message + hint)
+
+
+def _add_isolation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-isolate",
+        action="store_true",
+        help="run your code in this process, as a debugger needs it, not in a child",
+    )
 
 
 def _add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -130,3 +134,4 @@ def _add_workload_options(parser: argparse.ArgumentParser) -> None:
         "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
     )
     parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)
+    _add_isolation(parser)

@@ -9,12 +9,14 @@ import contextlib
 import gc
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from autobatch.support.interrupts import uninterrupted
 from autobatch.support.randomness import random_state_kept
 
-__all__ = ["process_state_preserved"]
+__all__ = ["one_at_a_time", "process_state_preserved"]
 
 _SWITCHES = (
     (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
@@ -24,7 +26,7 @@ _SWITCHES = (
 )
 
 
-_one_at_a_time = threading.RLock()
+_turn = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -34,8 +36,13 @@ def process_state_preserved() -> Iterator[None]:
     One thread at a time is in such a block: what one of them changes, another would take for the
     user's.
     """
-    with _one_at_a_time, _kept():
+    with one_at_a_time(), _kept():
         yield
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """Return the turn of a thread to change what belongs to the process, such as `torch.cuda`."""
+    return _turn
 
 
 @contextlib.contextmanager
@@ -47,21 +54,24 @@ def _kept() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     collecting = gc.isenabled()
     frozen_by_user = gc.get_freeze_count()
-    gc.disable()
-    gc.freeze()  # objects from before the run are none of its garbage; leaving them out saves time
     try:
+        with uninterrupted():
+            gc.disable()
+            # objects from before the run are none of its garbage; leaving them out saves time
+            gc.freeze()
         with random_state_kept():
             yield
     finally:
-        if not frozen_by_user:
-            gc.unfreeze()
-        if collecting:
-            gc.enable()
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-        for of, name, setting in switches:
-            if getattr(of, name) != setting:
-                setattr(of, name, setting)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
+        with uninterrupted():
+            if not frozen_by_user:
+                gc.unfreeze()
+            if collecting:
+                gc.enable()
+            torch.set_grad_enabled(gradients)
+            torch.set_default_dtype(dtype)
+            for of, name, setting in switches:
+                if getattr(of, name) != setting:
+                    setattr(of, name, setting)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            if cuda_states:
+                torch.cuda.set_rng_state_all(cuda_states)

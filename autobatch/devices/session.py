@@ -21,7 +21,9 @@ from autobatch.devices.steps import Steps
 from autobatch.devices.warnings import of_data_parallel, without_gradients
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.trace import Category, Phase
+from autobatch.support.interrupts import let_through
 from autobatch.support.tensor_parts import parts_of
+from autobatch.support.wording import said_by
 from autobatch.workload.histories import with_full_history
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.optimizers import (
@@ -209,6 +211,7 @@ class Session:
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Tag what the phase that ends has made, and mark the beginning of the next."""
+        let_through()
         self._where, self._phase = (window, micro_batch), phase
         if phase in ("inputs", "step"):
             gc.collect(1)  # otherwise cyclic garbage is freed at a random moment
@@ -272,10 +275,7 @@ def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
         yield
     except AutobatchError:
         raise
-    except Exception as error:
-        summary = str(error).strip().splitlines()
+    except (Exception, SystemExit) as error:
+        what = f"{type(workload.model).__name__} failed at micro-batch {micro_batch}"
         kind = HostMemoryError if isinstance(error, MemoryError) else WorkloadError
-        raise kind(
-            f"{type(workload.model).__name__} failed at micro-batch {micro_batch}: "
-            f"{type(error).__name__}: {summary[0] if summary else ''}"
-        ) from error
+        raise kind(f"{what}: {said_by(error)}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.devices.preserve import process_state_preserved
+from autobatch.devices.preserve import one_at_a_time, process_state_preserved
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.compared_windows import choose_windows
 from autobatch.equivalence.gradients import Weigh
@@ -21,7 +21,9 @@ from autobatch.equivalence.result import Equivalence
 from autobatch.equivalence.subject import Subject, one_batch
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
+from autobatch.support.exits import exits_reported
 from autobatch.support.host_memory import free_host_bytes
+from autobatch.support.interrupts import arriving, held
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import argument, for_reader, passing
 from autobatch.workload.complete import Asked
@@ -31,6 +33,7 @@ from autobatch.workload.workload import Loss, Workload
 __all__ = ["check_equivalence"]
 
 
+@arriving()
 def check_equivalence(
     model: nn.Module | Workload,
     sample: Any = None,
@@ -89,7 +92,8 @@ def check_equivalence(
     window = _asked_window(plan, micro_batch, accumulation_steps)
     sample = one_batch(sample, samples if plan is not None else sum(window))
     asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss)
-    workload = asked.workload()
+    with one_at_a_time(), exits_reported("the model"):
+        workload = asked.workload()
     if workload.window is not None:
         raise UsageError(
             "a Workload with a window function computes its own gradients: to check the loss by "
@@ -99,7 +103,7 @@ def check_equivalence(
     precise = torch.float64 if autocast is None else torch.float32
     types = (dtype,) if dtype else tuple(dict.fromkeys((precise, torch.float32)))
     notes: list[str] = []
-    with process_state_preserved(), torch.compiler.set_stance("force_eager"):
+    with process_state_preserved(), held(), torch.compiler.set_stance("force_eager"):
         for each in types:
             is_last = each is types[-1]
             try:

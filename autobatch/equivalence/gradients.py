@@ -19,6 +19,7 @@ from autobatch.equivalence.module_calls import RecordedRun, run_in_micro_batches
 from autobatch.equivalence.numerics import Numerics
 from autobatch.equivalence.subject import Replica, Subject
 from autobatch.errors import WorkloadError
+from autobatch.support.interrupts import let_through
 from autobatch.workload.sample import Rows
 from autobatch.workload.workload import AUTOCAST_DTYPES
 
@@ -92,7 +93,9 @@ class Experiment:
     def _gradients(self, replica: Replica, batch: Any, ablation: Ablation, seed: int) -> Gradients:
         replica.model.zero_grad()
         with replica.stage, self.running(hold=ablation.draws, seed=seed):
+            let_through()
             replica.value(batch).backward()
+            let_through()
         return {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in replica.model.named_parameters()

@@ -5,13 +5,22 @@ Invariant: every failure of the file system leaves here as one `FileError`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from autobatch.errors import FileError
 
-__all__ = ["check_writable", "prepare_folder", "read_text", "user_folder", "write_text"]
+__all__ = [
+    "check_writable",
+    "prepare_folder",
+    "prepared_folder",
+    "read_text",
+    "user_folder",
+    "write_text",
+]
 
 
 def user_folder() -> Path:
@@ -43,6 +52,23 @@ def prepare_folder(path: str | os.PathLike[str]) -> Path:
             f"cannot write into the folder {str(folder)!r}: {_reason(error)}; name another one"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def prepared_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Prepare a folder for what the block writes; where that fails, no empty folder is left.
+
+    Raises:
+        FileError: as `prepare_folder`.
+    """
+    made = [each for each in (Path(path), *Path(path).parents) if not each.exists()]
+    try:
+        yield prepare_folder(path)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

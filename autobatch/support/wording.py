@@ -16,6 +16,7 @@ __all__ = [
     "near",
     "one_line",
     "passing",
+    "said_by",
 ]
 
 ON_COMMAND_LINE: ContextVar[bool] = ContextVar("on_command_line", default=False)
@@ -78,6 +79,19 @@ def one_line(error: BaseException) -> str:
     """
     name, message = type(error).__name__, " ".join(str(error).split())
     return f"{name}: {message}"[:300] if message else name
+
+
+def said_by(error: BaseException) -> str:
+    r"""Return what user code raised in one line: an exit too, and all that a message has to say.
+
+    >>> said_by(ValueError("a\nb")), said_by(SystemExit(3))
+    ('ValueError: a b', 'it ended the process by sys.exit(3), which no part of a workload may do')
+    """
+    if isinstance(error, SystemExit):
+        return (
+            f"it ended the process by sys.exit({error.code!r}), which no part of a workload may do"
+        )
+    return one_line(error)
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Probe in a process of its own, so that what kills the probe spares the process of the caller.
 
-Invariant: whatever becomes of the child, `apart` returns its plan or raises one error and leaves no
-child behind; each line of the log is on disk before the child goes on.
+Invariant: whatever becomes of the child, `apart` returns its answer or raises one error and leaves
+no child behind; each line of the log is on disk before the child goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import faulthandler
 import inspect
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import pickle
 import shutil
@@ -26,7 +27,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from autobatch import errors
 from autobatch.errors import AutobatchError, FileError, ProbeDiedError, UsageError
@@ -40,7 +41,10 @@ from autobatch.support.wording import ON_COMMAND_LINE, for_reader, one_line
 
 __all__ = ["RemoteTraceback", "apart"]
 
+T = TypeVar("T")
+
 _LOG, _PLAN, _WORK = "log.jsonl", "plan.json", "work.pickle"
+_ANSWER = "answer.pickle"
 _NAME = "autobatch probe in "
 """What a child is called before its folder; it knows its name before it imports anything."""
 
@@ -54,14 +58,15 @@ class RemoteTraceback(Exception):
 
 
 def apart(
-    work: Callable[..., Plan],
+    work: Callable[..., T],
     /,
     *args: Any,
     progress: ProgressCallback = silent,
     time_limit: float | None = None,
+    on_gpu: bool = True,
     **kwargs: Any,
-) -> Plan:
-    """Call `work(*args, progress=..., **kwargs)` in a child process and return its plan.
+) -> T:
+    """Call `work(*args, progress=..., **kwargs)` in a child process and return its answer.
 
     The child starts afresh ("spawn"), because CUDA does not survive a fork; everything sent is
     pickled. It ends with this process, however this process ends.
@@ -71,6 +76,7 @@ def apart(
         args: its positional arguments.
         progress: told of each step and each trial, in this process.
         time_limit: seconds that the child may be silent, one trial's time; None waits for ever.
+        on_gpu: whether the child uses a real GPU, for the advice where it crashes.
         kwargs: its keyword arguments.
 
     Raises:
@@ -82,10 +88,15 @@ def apart(
     with _record() as folder:
         _send(folder, work, args, kwargs)
         with _running(folder) as child:
-            answer = _follow(child, folder, progress, time_limit)
-        if "error" in answer:
-            raise _received(answer["error"])
-        return Plan.load(folder / str(answer["plan"]))
+            told = _follow(child, folder, progress, time_limit, on_gpu)
+        if "error" in told:
+            raise _received(told["error"])
+        answer: Any
+        if "plan" in told:
+            answer = Plan.load(folder / str(told["plan"]))
+        else:  # written by our own child, in a folder that is ours alone
+            answer = pickle.loads((folder / _ANSWER).read_bytes())
+        return answer  # type: ignore[no-any-return]
 
 
 def _here() -> str:
@@ -143,7 +154,7 @@ def _record() -> Iterator[Path]:
 
 
 def _send(
-    folder: Path, work: Callable[..., Plan], args: Sequence[Any], kwargs: Mapping[str, Any]
+    folder: Path, work: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
     # Into a file, and not through multiprocessing: with torch its pickles move the user's tensors
     # into shared memory, which is small in containers.
@@ -161,7 +172,7 @@ def _send(
         ) from error
 
 
-def _unsendable(work: Callable[..., Plan], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def _unsendable(work: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     named = {"work": work, **inspect.signature(work).bind_partial(*args).arguments, **kwargs}
     for name, value in tuple(named.items()):
         if is_dataclass(value):  # a record of arguments: name the one in it
@@ -193,7 +204,8 @@ def _running(folder: Path) -> Iterator[BaseProcess]:
     )
     chosen = multiprocessing.get_start_method(allow_none=True)
     try:
-        child.start()
+        with _deaf_to_interrupts():
+            child.start()
         if not chosen:  # starting a child settles the default, which is the user's to choose
             multiprocessing.set_start_method(None, force=True)
         yield child
@@ -205,8 +217,30 @@ def _running(folder: Path) -> Iterator[BaseProcess]:
                 child.join(_GRACE_S)
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Let a process that is started in the block never see a Ctrl-C: its parent ends it.
+
+    A terminal sends one to both, and the child would print where it was.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # starting this process of Python's own would let interrupts through again
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow(
-    child: BaseProcess, folder: Path, progress: ProgressCallback, time_limit: float | None
+    child: BaseProcess,
+    folder: Path,
+    progress: ProgressCallback,
+    time_limit: float | None,
+    on_gpu: bool,
 ) -> Mapping[str, Any]:
     """Pass on what the log says until its last line, and return that."""
     steps: list[Progress] = []
@@ -221,7 +255,7 @@ def _follow(
                 progress(steps[-1])
                 heard = time.monotonic()
             if ended:
-                raise _ended(child.exitcode or 0, steps, folder)
+                raise _ended(child.exitcode or 0, steps, folder, on_gpu)
             if time_limit is not None and time.monotonic() - heard > time_limit:
                 what = f"the probe gave no answer for {time_limit:g} s"
                 raise _died(what, steps, folder, "allow more time if one trial may take as long")
@@ -236,7 +270,7 @@ def _complete_lines(log: BinaryIO) -> Iterator[dict[str, Any]]:
     log.seek(-len(line), os.SEEK_CUR)
 
 
-def _ended(code: int, steps: Sequence[Progress], folder: Path) -> AutobatchError:
+def _ended(code: int, steps: Sequence[Progress], folder: Path, on_gpu: bool) -> AutobatchError:
     if code >= 0 and (folder / _WORK).exists():
         return UsageError(
             f"the process of the probe ended before the probe began (exit code {code}), while it "
@@ -247,8 +281,10 @@ def _ended(code: int, steps: Sequence[Progress], folder: Path) -> AutobatchError
         advice = "let nothing in the model, loss or data end the process"
     elif code == -signal.SIGKILL:
         advice = "free some of the machine's memory, whose shortage is the usual reason"
-    else:
+    elif on_gpu:
         advice = "set CUDA_LAUNCH_BLOCKING=1 to see the operation that fails, or ask for less"
+    else:
+        advice = "the crash is in what the model, loss or data call: run these by themselves"
     how = names.get(code, f"ended with exit code {code}")
     return _died(f"the probe {how}", steps, folder, advice)
 
@@ -328,14 +364,17 @@ def _outcome(folder: Path) -> dict[str, Any]:
         return _error("UsageError", f"{what}: {_sendable()}", error)
     (folder / _WORK).unlink()
     try:
-        plan: Plan = work(*args, progress=partial(_tell, folder), **kwargs)
-        plan.save(folder / _PLAN)
+        answer = work(*args, progress=partial(_tell, folder), **kwargs)
+        if isinstance(answer, Plan):
+            answer.save(folder / _PLAN)
+            return {"plan": _PLAN}
+        _pickle(answer, folder / _ANSWER)
+        return {"answer": _ANSWER}
     except AutobatchError as error:
         known = (kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
         return _error(next(known), str(error), error.__cause__)
     except Exception as error:
         return _error("WorkloadError", f"the probe raised {one_line(error)}", error)
-    return {"plan": _PLAN}
 
 
 def _tell(folder: Path, step: Progress) -> None:

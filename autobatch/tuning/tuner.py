@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from autobatch.devices.choose import Gpu, built, choose_device, described
+from autobatch.devices.preserve import one_at_a_time
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.memory.accounting import footprint_of
@@ -26,7 +27,9 @@ from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Footprint
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import split
+from autobatch.support.exits import exits_reported
 from autobatch.support.files import check_writable
+from autobatch.support.interrupts import arriving
 from autobatch.support.ranks import ranks_here
 from autobatch.support.wording import argument
 from autobatch.tuning.agreement import agreed
@@ -129,7 +132,8 @@ def tune(
     make = partial(_tuned, request, asked, gpu, progress=progress)
     if isolate:
         make = partial(apart, _tuned, request, asked, gpu, progress=progress, time_limit=time_limit)
-    return agreed(make) if agrees else make()
+    with arriving():
+        return agreed(make) if agrees else make()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +149,7 @@ class _Request:
 def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallback) -> Plan:
     started = time.perf_counter()
     device = choose_device(gpu)
-    workload = replace(asked, model=built(asked.model, gpu)).workload()
+    workload = _workload(asked, gpu)
     # a Workload may bring its own number of GPUs
     split(request.target, ceiling=LARGEST, world_size=workload.world_size)
     device.require(workload)
@@ -174,6 +178,12 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
     return plan
 
 
+def _workload(asked: Asked, gpu: Gpu) -> Workload:
+    """Build the model where a function does, and complete what was asked."""
+    with one_at_a_time(), exits_reported("building the model, or trying it,"):
+        return replace(asked, model=built(asked.model, gpu)).workload()
+
+
 def _checked_file(cache: str | os.PathLike[str]) -> Path:
     """Return the file of a cache.
 
@@ -191,6 +201,7 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
     return check_writable(cache)
 
 
+@arriving()
 def predict(
     model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
@@ -222,8 +233,8 @@ def predict(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{argument(name)} is {value!r}: use a whole number of at least 1")
     device = VirtualGpu(described(gpu))
-    workload = Asked(
-        model=built(model, gpu),
+    asked = Asked(
+        model=model,
         sample=sample,
         batch_dims=batch_dims,
         loss=loss,
@@ -232,8 +243,8 @@ def predict(
         clip_norm=clip_norm,
         world_size=world_size,
         sharding=sharding,
-    ).workload()
-    workload = with_heaviest_batch(workload, device)
+    )
+    workload = with_heaviest_batch(_workload(asked, gpu), device)
     probe = Probe(
         device=device,
         workload=workload,

@@ -44,7 +44,7 @@ from autobatch.memory.replay import Replay
 from autobatch.memory.snapshot import Snapshot
 from autobatch.records.footprint import Evidence
 from autobatch.support.host_memory import free_host_bytes
-from autobatch.support.interrupts import uninterrupted
+from autobatch.support.interrupts import held, uninterrupted
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import for_reader, given
@@ -207,7 +207,7 @@ class CudaGpu:
         recorder = HistoryRecorder(runtime, labelled=self._labelled)
         before = runtime.stats()
         runtime.reset_peaks()
-        with process_state_preserved(), runtime.selected(), recorder.recording():
+        with process_state_preserved(), held(), runtime.selected(), recorder.recording():
             try:
                 with user_errors(workload, micro_batch):
                     done = attempt(

@@ -23,6 +23,7 @@ from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.support.interrupts import let_through
 from autobatch.support.torch_private import (
     DisableTorchFunction,
     FakeTensor,
@@ -128,6 +129,7 @@ class VirtualMode(FakeTensorMode):
             return NotImplemented
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
+        let_through()
         self.is_inside = True
         try:
             with DisableTorchFunction():  # what happens in here is no call of the user's

@@ -44,6 +44,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
+from autobatch.support.interrupts import held
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
@@ -167,7 +168,7 @@ class VirtualGpu:
         """
         started = time.perf_counter()
         modes: list[weakref.ref[VirtualMode]] = []
-        with process_state_preserved():
+        with process_state_preserved(), held():
             try:
                 ran = self._windows(job, recorder, mode_class, shard, modes)
             except WorkloadError as error:

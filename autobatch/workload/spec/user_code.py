@@ -21,7 +21,7 @@ from torch import nn
 
 from autobatch.errors import SpecError, WorkloadError
 from autobatch.support.patching import patched
-from autobatch.support.wording import near, one_line
+from autobatch.support.wording import near, said_by
 from autobatch.workload.spec.library import model_names
 from autobatch.workload.workload import Workload
 
@@ -132,4 +132,5 @@ def _run_user_code(what: str, run: Callable[[], T]) -> T:
     try:
         return run()
     except (Exception, SystemExit) as error:
-        raise WorkloadError(f"{what} raised {one_line(error)}") from error
+        failed = "failed: " if isinstance(error, SystemExit) else "raised "
+        raise WorkloadError(f"{what} {failed}{said_by(error)}") from error

@@ -115,6 +115,7 @@ class Walk:
         self._names: dict[int, set[str]] = {}  # of globals, by the module that they are of
         self._global_places: dict[int, Place] = {}
         self._shares_state = False
+        self._under_way: set[int] = set()  # ids of what copies itself, once its parts are copied
 
     # What a subclass decides.
 
@@ -213,8 +214,10 @@ class Walk:
         if is_own_class(kind):
             self.copied(kind)
         if hasattr(kind, "__deepcopy__"):
+            self._under_way.add(id(value))
             for part in getattr(value, "__dict__", {}).values():
                 self.remember(part, self.copied(part))
+            self._under_way.discard(id(value))
             with _TensorCopies(self):
                 duplicate = value.__deepcopy__(self._memo)
             if duplicate is value:
@@ -429,6 +432,8 @@ class Walk:
 
     def _reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
         held = value()
+        if id(held) in self._under_way and id(held) not in self._memo:
+            return value  # as `copy.deepcopy` does; what holds it puts itself there
         duplicate = value if held is None else weakref.ref(self.copied(held))
         self.remember(value, duplicate)
         return duplicate

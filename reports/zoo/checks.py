@@ -5,7 +5,7 @@ Invariant: every check can fail, and says both figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -113,26 +113,28 @@ def ceiling(plan: Plan, workload: Workload, device: VirtualGpu) -> tuple[list[Ch
     return found, at.trace
 
 
-def activations(
-    workload: Workload, device: VirtualGpu, ran: Sequence[OnCpu], size: int
-) -> Iterator[Check]:
+def simulated(workload: Workload, device: VirtualGpu, sizes: Iterable[int]) -> dict[int, int]:
+    """Return the activations that a simulated forward pass leaves, without autocast, by size."""
+    plain = replace(workload, autocast=None, evaluate=None)
+    return {
+        size: forward_bytes(device.run(plain, micro_batch=size, accumulation_steps=1).trace)
+        for size in sizes
+    }
+
+
+def activations(found: Mapping[int, int], ran: Sequence[OnCpu], size: int) -> Iterator[Check]:
     """Compare what the forward pass leaves: at the sizes that ran on the CPU, and at the ceiling.
 
     Args:
-        workload: what was planned.
-        device: simulates it.
+        found: what was simulated, by size.
         ran: on the CPU, at as many sizes as the bytes have terms in the micro-batch.
         size: the ceiling, for which the CPU's figures are continued.
     """
-    plain = replace(workload, autocast=None, evaluate=None)
     for real in ran:
-        run = device.run(plain, micro_batch=real.micro_batch, accumulation_steps=1)
-        yield close(
-            "activations", real.alive_bytes, forward_bytes(run.trace), f"n = {real.micro_batch}"
-        )
+        n = real.micro_batch
+        yield close("activations", real.alive_bytes, found[n], f"n = {n}")
     if len(ran) > 1:
-        at = device.run(plain, micro_batch=size, accumulation_steps=1)
-        yield close("slope", continued(ran, size), forward_bytes(at.trace), f"n = {size}")
+        yield close("slope", continued(ran, size), found[size], f"n = {size}")
 
 
 def forward_bytes(trace: Trace) -> int:

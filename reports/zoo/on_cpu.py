@@ -116,7 +116,7 @@ class _Watch:
     def _pack(self, tensor: Tensor) -> Tensor:
         if _has_storage(tensor):
             self._saved.add(tensor.untyped_storage()._cdata)
-        return tensor
+        return tensor.detach()  # a result that its own node holds would live for ever
 
     def close(self) -> None:
         """Take the hooks away, if they are there."""

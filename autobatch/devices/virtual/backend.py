@@ -43,6 +43,7 @@ __all__ = ["Inert", "built_for", "emulated_cuda", "virtual_device"]
 
 _NAME = "virtual_gpu"
 _MULTIPROCESSORS = 100
+_CACHE_BYTES = 40 * 2**20
 _active = False
 
 
@@ -282,6 +283,17 @@ def _answers(spec: GpuSpec) -> dict[str, Any]:
         max_threads_per_multi_processor=2048,
         is_integrated=0,
         is_multi_gpu_board=0,
+        L2_cache_size=_CACHE_BYTES,
+        memory_bus_width=4096,
+        memory_clock_rate=1_500_000,
+        clock_rate=1_500_000,
+        pci_bus_id=0,
+        pci_device_id=0,
+        pci_domain_id=0,
+        uuid="GPU-00000000-0000-0000-0000-000000000000",
+        gcnArchName="",
+        shared_memory_per_block_optin=101376,
+        shared_memory_per_multiprocessor=102400,
     )
     no_bytes = """
         memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_cached

@@ -38,12 +38,15 @@ GIVEN_ELEMENTS = 64
 """Elements of one sample up to which a tensor is taken for sizes; token ids are more."""
 
 _MOST_ELEMENTS = 2**22
+_MOST_TIMES = 256
+"""Elements up to which a table of floats, such as the times that a solver steps to, is followed."""
+
 _FLOATS = frozenset((torch.float32, torch.float64))
 _UNINITIALISED = frozenset("empty new_empty empty_like".split())
 _FILLED = frozenset(
     "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split()
 )
-_COMPUTED = frozenset("arange eye tril_indices triu_indices scalar_tensor".split())
+_COMPUTED = frozenset("arange eye linspace tril_indices triu_indices scalar_tensor".split())
 _MAKERS = _UNINITIALISED | _FILLED | _COMPUTED
 """Ops that read the value of no tensor."""
 
@@ -79,12 +82,15 @@ class KnownValues:
     def blank(self, original: Tensor, device: torch.device) -> Tensor:
         """Make memory of a tensor's layout on a device; a small buffer has its values there.
 
-        What stays on the CPU has its values in any dtype: code may read them.
+        What stays on the CPU has its values in any dtype, and so has a short table of floats that
+        is no parameter: code may read them.
         """
         made = blank(original, device)
         if original.numel() <= KEPT_ELEMENTS:
             _copy_values(made, original)
-            if device.type == "cpu" and original.dtype in _FLOATS and _is_real(original):
+            is_table = type(original) is Tensor and original.numel() <= _MOST_TIMES
+            may_be_read = device.type == "cpu" or is_table
+            if may_be_read and original.dtype in _FLOATS and _is_real(original):
                 with torch.no_grad():
                     set_values(made, original)
         return made
@@ -220,7 +226,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _made(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> Any:
     """Return what an op makes that reads no tensor; uninitialised memory reads as ones."""
-    if output.dtype not in WHOLE:  # tables of floats: nobody takes a size from them
+    if output.dtype not in WHOLE and output.numel() > _MOST_TIMES:
         return NotImplemented
     if func._opname in _COMPUTED:
         return _run(func, args, {**kwargs, "dtype": output.dtype})

@@ -38,6 +38,7 @@ _TRUTHS: dict[str, _Rule] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     **dict.fromkeys(("isnan", "isinf", "isposinf", "isneginf"), lambda value: False),
     **dict.fromkeys(("logical_not", "bitwise_not"), operator.not_),
+    **dict.fromkeys(("any", "all"), lambda value, *dims: bool(value)),
     **dict.fromkeys(
         ("logical_and", "bitwise_and", "mul"), lambda first, second: bool(first and second)
     ),

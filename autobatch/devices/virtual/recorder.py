@@ -7,7 +7,7 @@ as with the caching allocator. Invariant: every block is in exactly one category
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +133,10 @@ class StorageRecorder:
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
         """Put the storages of tensors into a category for their whole life."""
         for tensor in tensors:
-            ref = self._live.get(tensor.untyped_storage()._cdata)
-            if ref is not None:
-                self._blocks[ref.block].category = category
+            for part in _parts(tensor):
+                ref = self._live.get(part.untyped_storage()._cdata)
+                if ref is not None:
+                    self._blocks[ref.block].category = category
 
     def claim(self, category: Category | None) -> None:
         """Remember of what is allocated from now on that it would be of a category, if kept."""
@@ -166,6 +167,15 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
+
+
+def _parts(tensor: Any) -> Iterator[Any]:
+    """Yield the tensors that one is made of, as quantized weights are; of most, itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _by_phase(block: _Block) -> Category:

@@ -165,7 +165,9 @@ def preference_by_hand() -> Step:
     return step(llama(), target=128, sample=(tokens(2, 96), tokens(2, 96)), loss=loss)
 
 
-def _trl(make: Any, rows: list[dict[str, Any]], name: str, **options: Any) -> Step:
+def _trl(
+    make: Any, rows: list[dict[str, Any]], name: str, reference: Any = None, **options: Any
+) -> Step:
     import trl
     from datasets import Dataset
 
@@ -180,6 +182,7 @@ def _trl(make: Any, rows: list[dict[str, Any]], name: str, **options: Any) -> St
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
+        **({} if reference is None else {"ref_model": reference}),
     )
     return Step(
         plan=lambda: tune_trainer(trainer, target=32, gpu=GPU),
@@ -200,7 +203,8 @@ def trl_sft() -> Step:
 def trl_dpo() -> Step:
     """DPOTrainer of TRL with a reference model of its own."""
     rows = [{"prompt": "w1 w2", "chosen": sentence(40), "rejected": sentence(30)}] * 32
-    return _trl(lambda: llama(vocab_size=256), rows, "DPO", max_length=64)
+    reference = llama(vocab_size=256)
+    return _trl(lambda: llama(vocab_size=256), rows, "DPO", reference, max_length=64)
 
 
 @workload("trl", "transformers", "datasets")

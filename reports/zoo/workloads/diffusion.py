@@ -234,7 +234,6 @@ def flux() -> Step:
         predicted = model(
             hidden_states=packed,
             timestep=torch.rand(n, device=packed.device),
-            guidance=torch.ones(n, device=packed.device),
             pooled_projections=pooled,
             encoder_hidden_states=states,
             txt_ids=torch.zeros(states.shape[1], 3, device=packed.device),
@@ -268,7 +267,7 @@ def autoencoder() -> Step:
         posterior = model.encode(x).latent_dist
         return F.mse_loss(model.decode(posterior.sample()).sample, x) + posterior.kl().mean() * 1e-6
 
-    return step(model, target=128, sample=images(2, 32), loss=loss)
+    return step(model, target=128, sample=images(2, 32), loss=loss, on_cpu=(64, 66))
 
 
 @workload("denoising-diffusion-pytorch")
@@ -288,9 +287,9 @@ def gaussian_diffusion_flash() -> Step:
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     def build() -> nn.Module:
-        return GaussianDiffusion(
-            Unet(dim=32, dim_mults=(1, 2), flash_attn=True), image_size=32, timesteps=1000
-        )
+        with torch.random.fork_rng():
+            unet = Unet(dim=32, dim_mults=(1, 2), flash_attn=True)
+            return GaussianDiffusion(unet, image_size=32, timesteps=1000)
 
     made = step(
         build,

@@ -17,8 +17,8 @@ def _graphs(count: int = 8) -> list[Any]:
 
     return [
         Data(
-            x=torch.randn(20, 16),
-            edge_index=torch.randint(20, (2, 60)),
+            x=torch.randn(1000, 16),
+            edge_index=torch.randint(1000, (2, 4000)),
             y=torch.randint(3, (1,)),
         )
         for _ in range(count)
@@ -52,9 +52,9 @@ def graph_convolutions() -> Step:
     from torch_geometric.data import Batch
     from torch_geometric.nn import GCNConv
 
-    model = _Graphs([GCNConv(16, 64), GCNConv(64, 64)], 64)
+    model = _Graphs([GCNConv(16, 256), GCNConv(256, 256)], 256)
     sample = Batch.from_data_list(_graphs(4))
-    return step(model, target=4096, sample=sample, loss=_classified, on_cpu=(8, 16))
+    return step(model, target=256, gpu="t4", sample=sample, loss=_classified)
 
 
 @workload("torch-geometric")
@@ -64,11 +64,11 @@ def graph_isomorphism() -> Step:
     from torch_geometric.nn import GINConv
 
     def mlp(inputs: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64))
+        return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256))
 
-    model = _Graphs([GINConv(mlp(16)), GINConv(mlp(64))], 64)
+    model = _Graphs([GINConv(mlp(16)), GINConv(mlp(256))], 256)
     loader = DataLoader(_graphs(64), batch_size=8)
-    return step(model, target=64, sample=loader, loss=_classified, on_cpu=(8, 16))
+    return step(model, target=64, gpu="t4", sample=loader, loss=_classified)
 
 
 @workload("torch-geometric")
@@ -77,9 +77,9 @@ def graph_attention() -> Step:
     from torch_geometric.data import Batch
     from torch_geometric.nn import GATConv
 
-    model = _Graphs([GATConv(16, 16, heads=4), GATConv(64, 64)], 64)
+    model = _Graphs([GATConv(16, 64, heads=4), GATConv(256, 256)], 256)
     sample = Batch.from_data_list(_graphs(4))
-    return step(model, target=4096, sample=sample, loss=_classified, on_cpu=(8, 16))
+    return step(model, target=256, gpu="t4", sample=sample, loss=_classified)
 
 
 @workload("gpytorch")

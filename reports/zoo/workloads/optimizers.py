@@ -118,11 +118,11 @@ def galore() -> Step:
 
 
 @workload("heavyball", "transformers")
-def heavyball_psgd() -> Step:
+def heavyball() -> Step:
     """AdamW of heavyball, which compiles its update."""
     import heavyball
 
-    return _with(lambda model: heavyball.ForeachAdamW(model.parameters(), lr=1e-3))
+    return _with(lambda model: heavyball.AdamW(model.parameters(), lr=1e-3))
 
 
 @workload("transformers")

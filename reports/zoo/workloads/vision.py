@@ -491,9 +491,9 @@ def lightning_module() -> Step:
             return torch.optim.AdamW(self.parameters())
 
         def train_dataloader(self) -> Any:
-            data = torch.utils.data.TensorDataset(*_labelled(64, 10, samples=64))
             return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
 
+    data = torch.utils.data.TensorDataset(*_labelled(64, 10, samples=64))
     module = Module()
     callback = AutobatchCallback(target=32, gpu=GPU)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}

@@ -200,7 +200,7 @@ def _own_windows(training: Training) -> Any:
     original = torch.autograd.backward
     with patched(torch.autograd, backward=backward):
         for window in range(training.windows):
-            run_window(training.model, training.given, batches(window))
+            run_window(training.model, training.given, _Once(batches(window)))
             phases.ended()
             if taken != (window + 1) * steps:
                 raise WorkloadError(
@@ -208,6 +208,30 @@ def _own_windows(training: Training) -> Any:
                     f"{steps} micro-batches: it has to run over all it is given"
                 )
     return drawn[0]
+
+
+class _Once:
+    """The micro-batches of a window, for one pass: a second one would see none, without a word."""
+
+    def __init__(self, batches: Iterator[Any]):
+        """Give out what an iterator gives."""
+        self._batches = batches
+        self._is_over = False
+
+    def __iter__(self) -> _Once:
+        if self._is_over:
+            raise WorkloadError(
+                "the window function goes over its micro-batches again, and they are given once: "
+                "keep them with batches = list(batches), and go over that list"
+            )
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._is_over = True
+            raise
 
 
 @contextlib.contextmanager

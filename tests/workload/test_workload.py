@@ -19,6 +19,7 @@ from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.wrappers import is_compiled, unwrapped
 from tests.support.cuda_on_cpu import CudaOnCpu
+from tests.support.seen import Seen
 
 WIDTH = 256
 DEVICES = {"simulated": lambda: VirtualGpu(find_gpu("t4")), "played": CudaOnCpu}
@@ -95,6 +96,25 @@ def test_a_window_that_leaves_micro_batches_out_is_refused(kind):
 
     with pytest.raises(WorkloadError, match="took 1 of 2 micro-batches"):
         run(kind, workload(window=lazy))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_second_pass_over_the_micro_batches_is_refused_and_a_list_of_them_is_not(kind):
+    passes = Seen()
+
+    def twice(model, optimizer, batches):
+        for _ in range(2):  # as sharpness-aware steps do
+            for batch in batches:
+                model(batch).sum().backward()
+                passes.append(1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(WorkloadError, match=r"batches = list\(batches\)"):
+        run(kind, workload(window=twice))
+    passes.clear()
+    run(kind, workload(window=lambda model, optimizer, b: twice(model, optimizer, list(b))))
+    assert passes and len(passes) % (2 * 2) == 0
 
 
 class Speaker(nn.Module):

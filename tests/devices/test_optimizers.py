@@ -300,4 +300,4 @@ def test_parameters_without_a_gradient_are_named() -> None:
     run, _ = ran(model, loss=lambda model, x: model["used"](x).mean(), optimizer=SGD)
     (note,) = run.notes
     assert note.startswith("2 parameters of the 4 that are trained never got a gradient, such as ")
-    assert "spare.bias" in note
+    assert "spare.weight" in note

@@ -53,9 +53,10 @@ def _require(
     kwargs: Mapping[str, Any],
 ) -> None:
     kinds = list(dict.fromkeys(dtypes))
-    if not kinds or (len(kinds) == 1 and kinds[0].is_floating_point):
-        return
     name = func._opname
+    is_plain = len(kinds) == 1 and kinds[0].is_floating_point
+    if not kinds or (is_plain and not _BY_INDEX.match(name)):
+        return
     if name in _ONE_DTYPE and func._overloadname == "default":
         if len(kinds) > 1:
             named = " and ".join(map(str, kinds))
@@ -71,6 +72,7 @@ _TRIED = re.compile(
     r".*(nll|mse|l1|smooth|huber|entropy|margin|kl_div|softplus|softmax|batch_norm|pool|upsample).*"
     r"|embedding|(gather|scatter|take|where|lerp|cat|stack).*|index_(select|add|copy|fill)|.*_loss"
 )
+_BY_INDEX = re.compile("embedding|gather|scatter|take|index_|nll_loss")
 _TAGS = frozenset((torch.Tag.pointwise, torch.Tag.reduction))
 
 

@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class CudaCalls(TorchFunctionMode):
         self.arrays = 0
         self.asked = False
         self._cards: set[str] = set()
+        self._depth = 0  # functions of PyTorch's own that run
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
             # a module that imported it by name has the original
@@ -110,7 +112,17 @@ class CudaCalls(TorchFunctionMode):
                 kwargs = {name: self._landed(value) for name, value in kwargs.items()}
                 if type(kwargs.get("generator")) is CudaGenerator:
                     del kwargs["generator"]  # there is no noise to draw
+        if type(func) is FunctionType:
+            return self._in_python(func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _in_python(self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Run a function of PyTorch's that is written in Python: its calls are not routed."""
+        self._depth += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._depth -= 1
 
     def _of_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a tensor of a list, which may hold numbers that are on the GPU."""
@@ -210,7 +222,7 @@ class CudaCalls(TorchFunctionMode):
             if tensor.fake_mode.in_kernel_invocation:
                 return _META
             place: torch.device = tensor.fake_device
-            return place if mode.is_inside else self._shown(place)
+            return place if mode.is_inside or self._depth else self._shown(place)
 
         def record_stream(tensor: Any, stream: Any) -> None:
             """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
@@ -236,8 +248,12 @@ class CudaCalls(TorchFunctionMode):
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return run_backward(*args, **kwargs)
+            depth, self._depth = self._depth, 0
+            try:
+                with self:
+                    return run_backward(*args, **kwargs)
+            finally:
+                self._depth = depth
 
         with patched(torch.autograd, _engine_run_backward=run):
             yield

@@ -238,7 +238,7 @@ class Session:
         self._recorder.tag(gradients, "gradients")
 
     def _trained(self) -> Iterator[Tensor]:
-        return parameters_of(self.optimizers)
+        return parameters_of(self._optimizers())
 
     def _trained_parts(self) -> Iterator[Tensor]:
         return (part for p in self._trained() for part in parts_of(p))

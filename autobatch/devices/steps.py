@@ -99,6 +99,8 @@ class Steps:
         finally:
             self._running = running
             self._recorder.claim("optimizer_state")
+        if current_graph_task_id() == -1:
+            self._begin()
 
     def notes(self, optimizers: Sequence[Any]) -> list[str]:
         """Say which of the optimizers that should have stepped never did.

@@ -390,6 +390,12 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
         windows([], optimizer, micro_batch=1, accumulation_steps=1, scheduler=scheduler)
 
 
+def test_an_optimizer_that_evaluates_in_its_step_is_refused_before_anything_runs() -> None:
+    optimizer = torch.optim.LBFGS(mlp().parameters())
+    with pytest.raises(UsageError, match="LBFGS computes the loss again from inside of its step"):
+        windows([], optimizer, micro_batch=1, accumulation_steps=1)
+
+
 def test_gradients_are_clipped_after_the_whole_window() -> None:
     data = 10 * torch.randn(8, 5, dtype=torch.float64)
     full, model = mlp(), mlp()

@@ -1,7 +1,7 @@
 """Dtypes that eager PyTorch refuses and fake kernels do not check.
 
 What CUDA's kernels demand is in a table where CPU kernels demand less or other things. All other
-ops on mixed dtypes, or on whole numbers, run once for each kind on real tensors of one element.
+ops on mixed dtypes, or on whole numbers, run once for each kind on small real tensors.
 
 Invariant: a call that the user's card accepts is never refused because of sizes or values.
 """
@@ -26,7 +26,7 @@ _ONE_DTYPE = _PRODUCTS | {"native_layer_norm", "native_group_norm"}
 _OF_DTYPES = re.compile(
     r"dtype|data type|scalar type|same type|can't be cast|must be (long|tensors)"
 )
-_OF_WHOLE_NUMBERS = re.compile(r"not implemented for '(Long|Int|Short|Char|Byte)'")
+_OF_WHOLE_NUMBERS = re.compile(r"not implemented for '(Long|Int|Short|Char|Byte|Bool)'")
 """What CPU kernels say where CUDA's refuse as well; half floats are better supported there."""
 
 _seen: set[Any] = set()
@@ -53,9 +53,10 @@ def _require(
     kwargs: Mapping[str, Any],
 ) -> None:
     kinds = list(dict.fromkeys(dtypes))
-    if not kinds or (len(kinds) == 1 and kinds[0].is_floating_point):
-        return
     name = func._opname
+    is_plain = len(kinds) == 1 and kinds[0].is_floating_point
+    if not kinds or (is_plain and not _BY_INDEX.match(name)):
+        return
     if name in _ONE_DTYPE and func._overloadname == "default":
         if len(kinds) > 1:
             named = " and ".join(map(str, kinds))
@@ -68,9 +69,10 @@ def _require(
 
 
 _TRIED = re.compile(
-    r".*(nll|mse|l1|smooth|huber|entropy|margin|kl_div|softplus|softmax|batch_norm|pool|upsample).*"
+    r".*(nll|mse|l1|smooth|huber|glu|entropy|margin|kl_div|softplus|softmax|batch_norm|pool|upsample).*"
     r"|embedding|(gather|scatter|take|where|lerp|cat|stack).*|index_(select|add|copy|fill)|.*_loss"
 )
+_BY_INDEX = re.compile("embedding|gather|scatter|take|index_|nll_loss")
 _TAGS = frozenset((torch.Tag.pointwise, torch.Tag.reduction))
 
 
@@ -87,7 +89,7 @@ def _can_run(func: OpOverload) -> bool:
 
 
 def _try(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run an op on the CPU, on one element for each tensor."""
+    """Run an op on the CPU, on two elements in each dimension."""
     try:
         tiny_args, tiny_kwargs = tree_map(_tiny, (list(args), dict(kwargs)))
         with torch.no_grad():
@@ -105,4 +107,4 @@ def _try(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> No
 def _tiny(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return torch.zeros([1] * value.dim(), dtype=value.dtype)
+    return torch.zeros([2] * value.dim(), dtype=value.dtype)

@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class CudaCalls(TorchFunctionMode):
         self._index = device.index or 0
         self.arrays = 0
         self.asked = False
+        self._depth = 0  # functions of PyTorch's own that run
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
             # a module that imported it by name has the original
@@ -117,7 +119,17 @@ class CudaCalls(TorchFunctionMode):
             require_card(kwargs.get("device"), self._index)  # may be an index, too
         if func is Tensor.to and len(args) > 1:
             require_card(args[1], self._index)
+        if type(func) is FunctionType:
+            return self._in_python(func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _in_python(self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Run a function of PyTorch's that is written in Python: its calls are not routed."""
+        self._depth += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._depth -= 1
 
     def _item(self, tensor: Tensor) -> Any:
         value = _first(tensor).item()
@@ -220,7 +232,7 @@ class CudaCalls(TorchFunctionMode):
             if tensor.fake_mode.in_kernel_invocation:
                 return _META
             place: torch.device = tensor.fake_device
-            return place if mode.is_inside else self._shown(place)
+            return place if mode.is_inside or self._depth else self._shown(place)
 
         def record_stream(tensor: Any, stream: Any) -> None:
             """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
@@ -246,8 +258,12 @@ class CudaCalls(TorchFunctionMode):
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return run_backward(*args, **kwargs)
+            depth, self._depth = self._depth, 0
+            try:
+                with self:
+                    return run_backward(*args, **kwargs)
+            finally:
+                self._depth = depth
 
         with patched(torch.autograd, _engine_run_backward=run):
             yield

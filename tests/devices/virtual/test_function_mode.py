@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import autobatch
 from tests.support.seen import Seen
 from tests.support.simulated import (
     WIDTH,
@@ -146,3 +147,14 @@ def test_streams_and_events_do_nothing():
         return y.sum()
 
     run(mlp(), loss=loss)
+
+
+def test_functions_of_pytorch_in_python_find_the_place_where_tensors_are():
+    def loss(model, batch):
+        assert batch.device == torch.device("cuda", 0)
+        return model(batch).mean()
+
+    bags = nn.EmbeddingBag(8, 8)
+    autobatch.predict(
+        bags, micro_batch=2, sample=torch.zeros(2, 8, dtype=torch.int64), loss=loss, gpu="t4"
+    )

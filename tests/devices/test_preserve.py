@@ -32,7 +32,7 @@ OUTCOMES = {
     "out of memory": ({}, torch.OutOfMemoryError("CUDA out of memory."), DoesNotFitError),
     "interrupted between executions": ({"progress": interrupt}, None, KeyboardInterrupt),
     "interrupted inside the model": ({}, KeyboardInterrupt(), KeyboardInterrupt),
-    "exits inside the model": ({}, SystemExit(3), SystemExit),
+    "exits inside the model": ({}, SystemExit(3), WorkloadError),
 }
 SIMULATED = GpuSpec(name="card", capacity_bytes=100 * MIB)
 

@@ -1,10 +1,10 @@
-"""A process that is interrupted while it tunes, predicts or checks: what became of it, in one line.
+"""Calls that are interrupted at many moments: what becomes of each, in a line.
 
-Usage: python -m tests.support.interrupted_work SHARE [CALL]
+Usage: python -m tests.support.interrupted_work CALL SHARE...
 
-SHARE is the moment, as a share of the time that an undisturbed call takes; by hand, over many
-moments: `for i in $(seq 40); do python -m tests.support.interrupted_work 0.$((RANDOM % 90 + 10));
-done`.
+A SHARE is a moment, as a share of the time that an undisturbed call takes. By hand, over many:
+
+    python -m tests.support.interrupted_work tune $(for i in $(seq 40); do echo 0.$RANDOM; done)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CALLS: dict[str, Callable[[], Any]] = {
             NET, micro_batch=64, sample=SAMPLE, loss=loss, gpu="8GiB"
         ).peak_reserved_bytes
     ),
-    "check": lambda: autobatch.check_equivalence(NET, SAMPLE, loss=loss).equivalent,
+    "check": lambda: autobatch.check_equivalence(NET[0], SAMPLE, loss=loss).equivalent,
 }
 
 
@@ -78,15 +78,11 @@ def state() -> tuple[Any, ...]:
     )
 
 
-def main(share: float, name: str) -> str:
+def interrupted(share: float, call: Callable[[], Any], answer: Any, took: float) -> str:
     """Interrupt a call, and say what came of it."""
-    call = CALLS[name]
-    call()
-    started = time.perf_counter()
-    answer = call()
-    took = time.perf_counter() - started
     before = state()
     sent: list[float] = []
+    outcome = ""
 
     def fire() -> None:
         time.sleep(share * took)
@@ -97,9 +93,15 @@ def main(share: float, name: str) -> str:
     try:
         call()
         outcome = "swallowed" if sent else "finished before"
+        while not sent:
+            time.sleep(0.01)
+        time.sleep(0.1)
     except KeyboardInterrupt:
         late = time.perf_counter() - sent[0]
-        outcome = "interrupted" if late < 1.5 else f"interrupted after {late:.1f} s"
+        if late > 1.5:
+            outcome = f"interrupted after {late:.1f} s"
+        elif outcome != "finished before":
+            outcome = "interrupted"
     except Exception as error:
         outcome = f"another error: {error!r:.200}"
     if state() != before:
@@ -110,5 +112,16 @@ def main(share: float, name: str) -> str:
     return outcome
 
 
+def main(name: str, shares: list[float]) -> None:
+    """Interrupt calls at moments, and print what came of each."""
+    call = CALLS[name]
+    call()
+    started = time.perf_counter()
+    answer = call()
+    took = time.perf_counter() - started
+    for share in shares:
+        print(interrupted(share, call, answer, took), flush=True)
+
+
 if __name__ == "__main__":
-    print(main(float(sys.argv[1]), *(sys.argv[2:] or ["tune"])), flush=True)
+    main(sys.argv[1], [float(share) for share in sys.argv[2:]])

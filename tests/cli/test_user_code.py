@@ -1,0 +1,149 @@
+"""The command line and code that prints, exits, crashes or is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autobatch.cli import main
+from tests.support import ROOT
+
+SPEC = """
+import ctypes, os, sys, time
+import torch
+from torch import nn
+import autobatch
+
+def make(act, where):
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 1)
+            if where == "build":
+                act()
+        def forward(self, x):
+            if where == "forward":
+                act()
+            return super().forward(x)
+    def build():
+        batch = lambda n: torch.randn(n, 4)
+        return autobatch.Workload(model=Net(), batch=batch, loss=lambda m, b: m(b).mean())
+    return build
+
+def shout():
+    print("loud")
+    os.write(1, b"loud")
+    os.system("echo loud")
+
+prints_in_build, prints_in_forward = make(shout, "build"), make(shout, "forward")
+exits = make(lambda: sys.exit(0), "forward")
+leaves = make(lambda: os._exit(0), "build")
+crashes = make(lambda: ctypes.string_at(0), "forward")
+waits = make(lambda: time.sleep(60), "forward")
+"""
+LOUD = "print('loud')\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "s.py").write_text(SPEC)
+    (tmp_path / "loud.py").write_text(LOUD + SPEC)
+    monkeypatch.setenv("AUTOBATCH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "autobatch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_stdout_is_the_answer_alone_whatever_the_code_prints(folder: Path) -> None:
+    done = run(
+        "predict", "loud.py:prints_in_forward", "--micro-batch", "2", "--gpu", "t4", "--json", "-"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["micro_batch"] == 2
+    assert done.stderr.count("loud") > 3
+
+
+@pytest.mark.parametrize("verb", ["predict", "check"])
+def test_stdout_is_the_answer_alone_in_one_process_too(
+    verb: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"predict": ["--micro-batch", "2", "--gpu", "t4"], "check": []}[verb]
+    spec = "loud.py:prints_in_build"
+    assert main([verb, spec, *options, "--json", "-", "--no-isolate"]) == 0
+    out, err = capfd.readouterr()
+    json.loads(out)
+    assert err.count("loud") >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("exits", "Net failed at micro-batch 2: it ended the process by sys.exit(0)"),
+        ("leaves", "the probe ended with exit code 0 before its first trial"),
+        ("crashes", "the probe died of SIGSEGV while micro-batch 2 ran"),
+    ],
+)
+def test_code_that_ends_the_process_has_failed(name: str, words: str, folder: Path) -> None:
+    done = run("predict", f"s.py:{name}", "--micro-batch", "2", "--gpu", "t4")
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("autobatch: error: ") and words in last
+
+
+def test_a_crash_is_not_blamed_on_cuda_where_there_is_none(folder: Path) -> None:
+    done = run("check", "s.py:crashes")
+    assert done.returncode == 1
+    assert "run these by themselves" in done.stderr and "CUDA_LAUNCH" not in done.stderr
+
+
+@pytest.mark.parametrize("to", ["the parent", "the terminal's processes"])
+def test_ctrl_c_is_quiet_and_leaves_nothing_behind(to: str, folder: Path) -> None:
+    options = ["--target", "8", "--gpu", "t4", "--report", "out/report"]
+    with (folder / "err").open("w") as err:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "autobatch", "probe", "s.py:waits", *options],
+            stdout=subprocess.PIPE,
+            stderr=err,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "micro-batch 2" in (folder / "err").read_text())
+        (os.kill if to == "the parent" else os.killpg)(child.pid, signal.SIGINT)
+        out, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert (child.returncode, out) == (130, b"")
+    assert "Traceback" not in (folder / "err").read_text()
+    assert not (folder / "out").exists()
+    assert list((folder / "cache" / "probes").iterdir()) == []
+
+
+def test_an_answer_that_is_known_is_given_without_the_users_code(folder: Path) -> None:
+    (folder / "once.py").write_text(
+        "from torch import nn\nopen('ran', 'a').write('x')\n"
+        "def build():\n    return nn.Linear(4, 1)\n"
+    )
+    command = ["probe", "once.py:build", "--target", "8", "--gpu", "t4", "--json", "-"]
+    first, second = run(*command), run(*command)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert json.loads(first.stdout)["answer"] == json.loads(second.stdout)["answer"]
+    assert (folder / "ran").read_text() == "x"

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
-from autobatch.support.torch_private import DisableTorchFunction
+from autobatch.support.torch_private import DisableTorchFunction, no_dispatch
+from autobatch.support.units import format_bytes
 from autobatch.workload.wrappers import unwrapped
+
+_WORTH_SAYING_BYTES = 2**20
 
 __all__ = ["Copier", "batch_of", "blank"]
 
@@ -218,6 +221,16 @@ class Copier(Walk):
 
         Where the others are sharded or on `meta`, what holds them is made as plain memory.
         """
+        if original.layout is not torch.strided:
+            with no_dispatch():
+                copied = original.detach().clone()
+                size_bytes = sum(part.nbytes for part in _dense_parts(copied))
+            if size_bytes >= _WORTH_SAYING_BYTES:
+                self.notes.append(
+                    f"a sparse tensor of shape {tuple(original.shape)} is not in the account: "
+                    f"{format_bytes(size_bytes)}"
+                )
+            return copied
         if not hasattr(original, "__tensor_flatten__") or hasattr(original, "placements"):
             return self._make(original, device)
         names, context = original.__tensor_flatten__()
@@ -241,6 +254,15 @@ class Copier(Walk):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 self.move(tensor)
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices and values of a sparse tensor."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def _without_compiled_code(duplicate: nn.Module) -> None:

@@ -146,7 +146,7 @@ def _parts(tensor: Any) -> Iterator[Any]:
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _parts(getattr(tensor, name))
-    else:
+    elif tensor.layout is torch.strided:
         yield tensor
 
 

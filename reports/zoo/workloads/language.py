@@ -175,8 +175,15 @@ def t5_translation() -> Step:
     from transformers.optimization import Adafactor
 
     config = T5Config(
-        num_layers=3, d_model=256, d_ff=1024, num_heads=4, vocab_size=8192, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0, attn_implementation="eager",
+        num_layers=3,
+        d_model=256,
+        d_ff=1024,
+        num_heads=4,
+        vocab_size=8192,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        attn_implementation="eager",
     )
     model = T5ForConditionalGeneration(config)
     return step(

@@ -176,7 +176,7 @@ def _scatter(args: Sequence[Any], output: Tensor) -> None:
 def _mark(args: Sequence[Any], output: Tensor) -> None:
     """Say how many are true where ones are written at listed places of a table of zeros."""
     target, places, values = args[:3]
-    if not was_zero(target) or values.numel() != 1 or len(args) > 3 and args[3]:
+    if not was_zero(target) or values.numel() != 1 or (len(args) > 3 and args[3]):
         return
     known = values_of(values)
     if (placeholder_of(values) if known is None else known.item()) != 1:

@@ -113,7 +113,7 @@ def gaussian_process() -> Step:
         loss=lambda model, batch: -bound(model(batch[0]), batch[1]),
         optimizer=torch.optim.Adam(both, lr=0.01),
         learned=list(likelihood.parameters()),
-        on_cpu=(8, 16, 24),
+        on_cpu=(1024, 2048),
     )
 
 

@@ -236,7 +236,8 @@ class Copier(Walk):
         names, context = original.__tensor_flatten__()
         inner = {name: self._data_like(getattr(original, name), device) for name in names}
         size, stride = original.size(), original.stride()
-        made: Tensor = type(original).__tensor_unflatten__(inner, context, size, stride)
+        kind: Any = type(original)
+        made: Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
         return made
 
     def _hook(self, original: Tensor) -> None:

@@ -170,7 +170,7 @@ def real_runs(step: Step, workload: Workload) -> list[OnCpu]:
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Put parameters and buffers back, so that what a model does at its first call is done again."""
+    """Put parameters and buffers back, so that a model does again what it does at first."""
     held = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in held]
     yield

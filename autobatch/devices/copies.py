@@ -219,7 +219,7 @@ class Copier(Walk):
     def _data_like(self, original: Tensor, device: torch.device) -> Tensor:
         """Make a tensor's data; that of one which holds others, as quantized weights do, of them.
 
-        Where the others are sharded or on `meta`, what holds them is made as plain memory.
+        A sparse tensor stays on the CPU: what uses it on the device says that it is sparse.
         """
         if original.layout is not torch.strided:
             with no_dispatch():

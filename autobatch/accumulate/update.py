@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError
 from autobatch.support.oom import Shortage, attempt
+from autobatch.workload.optimizers import needs_closure
 
 __all__ = ["Updater", "free_caches"]
 
@@ -33,7 +34,7 @@ class Updater:
             that is done only where memory is scarce, or an update has run out of it before.
 
     Raises:
-        UsageError: a scheduler needs a metric.
+        UsageError: a scheduler needs a metric, or an optimizer a function that computes the loss.
     """
 
     def __init__(
@@ -50,6 +51,13 @@ class Updater:
                 raise UsageError(
                     "ReduceLROnPlateau follows a metric: call its step(metric) yourself, once an "
                     "evaluation, and leave it out here"
+                )
+        for optimizer in optimizers:
+            if needs_closure(optimizer):
+                raise UsageError(
+                    f"{type(optimizer).__name__} computes the loss again from inside of its step, "
+                    "and a window gives its micro-batches once: split the batch yourself, in the "
+                    "closure that you pass to step, into micro-batches of plan.micro_batch"
                 )
         self.optimizers = tuple(optimizers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None

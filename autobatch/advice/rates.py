@@ -31,12 +31,18 @@ def learning_rate_rule(optimizer: str) -> LearningRateRule | None:
     """Return how the learning rate follows the effective batch for an optimizer's class name.
 
     Linear for SGD, with the square root for Adam and its variants and for RMSprop; None where no
-    rule is established.
+    rule is established, or several optimizers have different ones.
 
     >>> learning_rate_rule("AdamW"), learning_rate_rule("SGD"), learning_rate_rule("Lion")
     ('sqrt', 'linear', None)
+    >>> learning_rate_rule("Adam and RMSprop"), learning_rate_rule("Muon and AdamW")
+    ('sqrt', None)
     """
-    name = optimizer.lower()
+    rules = {_rule_of(name) for name in optimizer.lower().replace(" and ", ", ").split(", ")}
+    return rules.pop() if len(rules) == 1 else None
+
+
+def _rule_of(name: str) -> LearningRateRule | None:
     if any(adaptive in name for adaptive in _SQRT):
         return "sqrt"
     return "linear" if name.startswith("sgd") else None

@@ -31,7 +31,8 @@ class Run:
         shortage: which request failed for lack of memory, in one line; None where none did.
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
             "scalar output", "cross entropy" or "surrogate sum".
-        optimizer: class name of the optimizer.
+        optimizer: class name of the optimizer, or names of several.
+        grown_bytes: by how much what is alive after a window grew from the first to the second.
         notes: what the user should know about this run.
     """
 
@@ -42,6 +43,7 @@ class Run:
     shortage: str | None = None
     loss: str
     optimizer: str
+    grown_bytes: int = 0
     notes: tuple[str, ...]
 
     @property

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
+from autobatch.support.tensor_parts import is_composed, recomposed
 from autobatch.support.torch_private import DisableTorchFunction, no_dispatch
 from autobatch.support.units import format_bytes
+from autobatch.workload.optimizers import each_of, is_optimizer, parameters_of, state_of
 from autobatch.workload.wrappers import unwrapped
 
 _WORTH_SAYING_BYTES = 2**20
@@ -144,6 +146,7 @@ class Copier(Walk):
                 # step counters stay on the CPU
                 if isinstance(value, Tensor) and value.dim() and not self._moved(value, parameter):
                     lost.add(parameter)
+        self._move_nested_state(given)
         # `Optimizer.__getstate__` would drop attributes that a subclass adds; `step` is left out
         # because schedulers replace it by a function that holds the original
         attributes = {name: value for name, value in vars(given).items() if name != "step"}
@@ -157,6 +160,29 @@ class Copier(Walk):
             vars(duplicate)["step"] = _seen_by_schedules(duplicate)
         self.optimizers.append(duplicate)
         return duplicate
+
+    def optimizers_of(self, given: Any) -> Any:
+        """Copy the optimizer of a workload, or several, whatever their classes; or what makes them.
+
+        Raises:
+            WorkloadError: one is nested too deeply to be copied.
+        """
+        for one in each_of(given):
+            if is_optimizer(one) and not isinstance(one, torch.optim.Optimizer):
+                for parameter in parameters_of([one]):
+                    self.move(parameter)
+                self._move_nested_state(one)
+        return self.any(given)
+
+    def _move_nested_state(self, given: Any) -> None:
+        """Move state that an optimizer has in containers and objects; counters stay on the CPU."""
+        for value in state_of(given):
+            if value.dim():
+                self.move(value)
+        shapes = {parameter.shape for parameter in parameters_of([given])}
+        for value in state_of(given, attributes=True):
+            if value.shape in shapes:
+                self.move(value)
 
     def _moved(self, value: Tensor, parameter: Any) -> bool:
         """Move state that an optimizer keeps for a parameter; return whether that is possible."""
@@ -207,7 +233,12 @@ class Copier(Walk):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
-        data = self._data_like(original, device)
+        if original.layout is not torch.strided:
+            data = self._sparse(original)
+        elif is_composed(original) and not hasattr(original, "placements"):
+            data = recomposed(original, lambda part: self.move(part, device))
+        else:
+            data = self._make(original, device)
         if isinstance(original, nn.Parameter):
             data = nn.Parameter(data, requires_grad=original.requires_grad)
         elif original.is_leaf and original.requires_grad:
@@ -216,29 +247,17 @@ class Copier(Walk):
         data.__dict__.update({k: v for k, v in attributes.items() if k not in data.__dict__})
         return data
 
-    def _data_like(self, original: Tensor, device: torch.device) -> Tensor:
-        """Make a tensor's data; that of one which holds others, as quantized weights do, of them.
-
-        A sparse tensor stays on the CPU: what uses it on the device says that it is sparse.
-        """
-        if original.layout is not torch.strided:
-            with no_dispatch():
-                copied = original.detach().clone()
-                size_bytes = sum(part.nbytes for part in _dense_parts(copied))
-            if size_bytes >= _WORTH_SAYING_BYTES:
-                self.notes.append(
-                    f"a sparse tensor of shape {tuple(original.shape)} is not in the account: "
-                    f"{format_bytes(size_bytes)}"
-                )
-            return copied
-        if not hasattr(original, "__tensor_flatten__") or hasattr(original, "placements"):
-            return self._make(original, device)
-        names, context = original.__tensor_flatten__()
-        inner = {name: self._data_like(getattr(original, name), device) for name in names}
-        size, stride = original.size(), original.stride()
-        kind: Any = type(original)
-        made: Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
-        return made
+    def _sparse(self, original: Tensor) -> Tensor:
+        """Copy a sparse tensor, on the CPU: what uses it on the device says that it is sparse."""
+        with no_dispatch():
+            copied = original.detach().clone()
+            size_bytes = sum(part.nbytes for part in _dense_parts(copied))
+        if size_bytes >= _WORTH_SAYING_BYTES:
+            self.notes.append(
+                f"a sparse tensor of shape {tuple(original.shape)} is not in the account: "
+                f"{format_bytes(size_bytes)}"
+            )
+        return copied
 
     def _hook(self, original: Tensor) -> None:
         """Register the hooks of a tensor on its counterpart."""

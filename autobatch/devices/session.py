@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,10 +17,22 @@ from torch import Tensor, nn
 
 from autobatch.devices.copies import Copier
 from autobatch.devices.ddp_buckets import gradient_buckets
+from autobatch.devices.steps import Steps
+from autobatch.devices.warnings import of_data_parallel, require_one_card, without_gradients
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.memory.trace import Category, Phase
+from autobatch.support.tensor_parts import parts_of
+from autobatch.workload.histories import with_full_history
 from autobatch.workload.loss import DefaultLoss
-from autobatch.workload.step_calls import after_steps
+from autobatch.workload.optimizers import (
+    each_of,
+    is_optimizer,
+    made_for,
+    mapped,
+    names_of,
+    parameters_of,
+    state_of,
+)
 from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
@@ -37,12 +49,21 @@ class MemoryRecorder(Protocol):
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
         """Put the storages of tensors into a category for their whole life."""
 
+    def claim(self, category: Category | None) -> None:
+        """Remember of what is allocated from now on that it would be of a category, if kept."""
+
+    def keep(self) -> None:
+        """Put what was claimed, and is alive, into the category that it was claimed for."""
+
+    def live_bytes(self) -> int:
+        """Return the bytes that are allocated now."""
+
 
 class Session:
     """Runs windows over copies, and tells a recorder what their memory is for.
 
     Attributes:
-        optimizer: the optimizer that runs.
+        optimizers: those that step after a window, or that a window function gets.
     """
 
     def __init__(
@@ -65,16 +86,20 @@ class Session:
             wrap: makes what will run from the copied module, before the optimizer is made.
 
         Raises:
+            UsageError: the model is on several cards.
             WorkloadError: something cannot be copied, or there is nothing to train.
         """
+        require_one_card(model)
         self._device = device
         self._recorder = recorder
         recorder.begin("setup")
 
         def tagged(copied: nn.Module) -> nn.Module:
             wrapped = wrap(copied)
-            recorder.tag(map(_local, copied.parameters()), "parameters")
-            recorder.tag(copied.buffers(), "buffers")
+            for parameter in copied.parameters():
+                recorder.tag(parts_of(parameter), "parameters")
+            for buffer in copied.buffers():
+                recorder.tag(parts_of(buffer), "buffers")
             return wrapped
 
         self._model = copier.changed(copier.model(model).train(), tagged)
@@ -82,23 +107,38 @@ class Session:
             copier.remember(workload.model, self._model)
         evaluate, window = copier.any(workload.evaluate), copier.any(workload.window)
         self._loss: Loss = DefaultLoss() if workload.loss is None else copier.any(workload.loss)
-        made = copier.any(workload.optimizer)
+        made = copier.optimizers_of(workload.optimizer)
         copier.stage()  # what a step and the batches both use counts as the step's
         batch = copier.loader(workload.batch)
         self._workload = replace(workload, evaluate=evaluate, window=window, batch=batch)
         self._copier = copier
         self._stage = copier.stage()
         with self._stage:
-            self.optimizer = _optimizer(made, self._model)
+            recorder.claim("optimizer_state")
+            self._given = mapped(lambda one: made_for(one, self._model), made)
+            self.optimizers = each_of(self._given)
+            for optimizer in self.optimizers:
+                with_full_history(optimizer)
+            recorder.claim(None)
+            recorder.keep()
+        _require_training(list(filter(is_optimizer, each_of(made))), self._model)
         self._buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
         recorder.tag(self._buckets, "gradients")
-        self._steps = 0
-        self._stepped: set[str] = set()
+        self._steps = Steps(recorder, self._begin_step, self._stepped)
+        self._grown: list[int] = []
+        self._with_gradients: set[int] = set()
+        self._where = (0, 0)
+        self._phase: Phase = "setup"
         for optimizer in self._optimizers():
-            self._watch(optimizer)
+            self._steps.watch(optimizer)
         # a loss may have parameters of its own
-        recorder.tag(map(_local, self._trained()), "parameters")
-        self._tag_optimizer_state()
+        recorder.tag(self._trained_parts(), "parameters")
+        self._tag_optimizer_state(attributes=True)
+
+    @property
+    def optimizer_name(self) -> str:
+        """The classes of the optimizers, as a plan names them."""
+        return names_of(self.optimizers)
 
     @property
     def loss_kind(self) -> str:
@@ -110,40 +150,43 @@ class Session:
         return (self._loss.kind if isinstance(self._loss, DefaultLoss) else None) or "user"
 
     @property
+    def grown_bytes(self) -> int:
+        """By how much what is alive after a window grew from the first to the last."""
+        return self._grown[-1] - self._grown[0] if self._grown else 0
+
+    @property
     def notes(self) -> list[str]:
         """What the user should know about windows that ran through."""
         notes = list(dict.fromkeys(self._copier.notes))
-        if self._steps:
-            return notes
-        others = f"; {' and '.join(sorted(self._stepped))} did" if self._stepped else ""
-        notes.append(
-            f"{type(self.optimizer).__name__} never made a step{others} (in fp16, gradients that "
-            "are not finite skip it): its state may be missing from the account"
-        )
-        return notes
+        notes += of_data_parallel(self._workload.model)
+        notes += self._steps.notes(self.optimizers)
+        trained = {id(p) for p in self._trained() if p.requires_grad}
+        missed = [
+            name.removeprefix("_orig_mod.")
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) in trained and not self._has_learned(parameter)
+        ]
+        return [*notes, *without_gradients(missed, len(trained))]
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the optimizer that runs, and those that the user's code steps by itself."""
-        others = [other for other in self._copier.optimizers if other is not self.optimizer]
-        return [self.optimizer, *others]
+    def _has_learned(self, parameter: Tensor) -> bool:
+        """Whether a parameter got a gradient; what hooks do with it at once is not seen."""
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        return id(parameter) in self._with_gradients or bool(hooks)
 
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notice the steps of an optimizer."""
-        is_ours = optimizer is self.optimizer
+    def _optimizers(self) -> list[Any]:
+        """Return the optimizers that run, and those that the user's code steps by itself."""
+        return each_of([*self.optimizers, *self._copier.optimizers])
 
-        def stepped(*_: Any) -> None:
-            if is_ours:
-                self._steps += 1
-            else:
-                self._stepped.add(type(optimizer).__name__)
-
-        after_steps(optimizer, stepped)
+    def _begin_step(self) -> None:
+        """Begin the phase of a step that the user's code makes; hooks step in the backward pass."""
+        if self._phase != "step":
+            self.begin("step", *self._where)
 
     def train(
         self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True
     ) -> None:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
-        with self._stage:
+        with self._stage, self._steps.of_others():
             self._run(micro_batch, accumulation_steps, windows, evaluate)
         if isinstance(self._loss, DefaultLoss):
             self._loss.forget()
@@ -155,7 +198,8 @@ class Session:
             Training(
                 workload=workload if evaluate else replace(workload, evaluate=None),
                 model=self._model,
-                optimizer=self.optimizer,
+                optimizers=self.optimizers,
+                given=self._given,
                 loss=self._loss,
                 batch=lambda: map_tensors(self._to_device, workload.batch(micro_batch)),
                 accumulation_steps=accumulation_steps,
@@ -166,29 +210,45 @@ class Session:
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Tag what the phase that ends has made, and mark the beginning of the next."""
+        self._where, self._phase = (window, micro_batch), phase
         if phase in ("inputs", "step"):
             gc.collect(1)  # otherwise cyclic garbage is freed at a random moment
             self._tag()
         self._recorder.begin(phase, window, micro_batch)
 
+    def ended(self) -> None:
+        """Note what is alive at the end of a window."""
+        gc.collect(1)
+        self._grown.append(self._recorder.live_bytes())
+
     def _tag(self) -> None:
         # a sharded parameter is in the optimizer also while the model has the whole one
-        parameters = itertools.chain(self._model.parameters(), self._trained())
-        gradients = (_local(p.grad) for p in parameters if p.grad is not None)
-        self._recorder.tag(gradients, "gradients")
+        self._tag_gradients(itertools.chain(self._model.parameters(), self._trained()))
         self._tag_optimizer_state()
 
-    def _trained(self) -> Iterator[Tensor]:
-        return (p for group in self.optimizer.param_groups for p in group["params"])
+    def _stepped(self, optimizer: Any) -> None:
+        self._tag_gradients(parameters_of([optimizer]))
 
-    def _tag_optimizer_state(self) -> None:
+    def _tag_gradients(self, parameters: Iterable[Tensor]) -> None:
+        learned = {id(p): p for p in parameters if p.grad is not None}
+        self._with_gradients |= learned.keys()
+        gradients = (part for p in learned.values() for part in parts_of(p.grad))  # type: ignore[arg-type]
+        self._recorder.tag(gradients, "gradients")
+
+    def _trained(self) -> Iterator[Tensor]:
+        return parameters_of(self._optimizers())
+
+    def _trained_parts(self) -> Iterator[Tensor]:
+        return (part for p in self._trained() for part in parts_of(p))
+
+    def _tag_optimizer_state(self, *, attributes: bool = False) -> None:
+        held = set(map(id, self._trained()))
         tensors = (
-            _local(value)
+            part
             for optimizer in self._optimizers()
-            for state in optimizer.state.values()
-            if isinstance(state, dict)
-            for value in state.values()
-            if isinstance(value, Tensor)
+            for value in state_of(optimizer, attributes=attributes)
+            if id(value) not in held
+            for part in parts_of(value)
         )
         self._recorder.tag(tensors, "optimizer_state")
 
@@ -196,25 +256,14 @@ class Session:
         return tensor if tensor.device == self._device else tensor.to(self._device)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that is sharded over several (a DTensor)."""
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def _optimizer(given: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """Return a copied optimizer if it is one of the model's, or make one of its parameters."""
-    if isinstance(given, torch.optim.Optimizer):
-        held = [p for group in given.param_groups for p in group["params"]]
-        if not set(map(id, held)) & set(map(id, model.parameters())):
-            raise WorkloadError(
-                f"the {type(given).__name__} holds none of the model's parameters: make it "
-                "from the parameters of the model that is tuned"
-            )
-        return given
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise WorkloadError("no parameter requires a gradient: there is nothing to train")
-    return given(trainable)  # type: ignore[no-any-return]
+def _require_training(optimizers: Sequence[Any], model: nn.Module) -> None:
+    """Refuse given optimizers of which none holds a parameter of the model."""
+    held = set(map(id, parameters_of(optimizers)))
+    if optimizers and not held & set(map(id, model.parameters())):
+        raise WorkloadError(
+            f"the {names_of(optimizers)} holds none of the model's parameters: make it "
+            "from the parameters of the model that is tuned"
+        )
 
 
 @contextlib.contextmanager

@@ -23,17 +23,20 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from autobatch.errors import UsageError
+from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
 from autobatch.exports.one_size import one_size
 from autobatch.exports.transformers import TRAINER
 from autobatch.integrations.accelerate import return_fp32
 from autobatch.integrations.nearest import tuned_to_one_size
+from autobatch.integrations.transformers_evaluation import Evaluation, evaluation_of
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count, one_line
 from autobatch.tuning.tuner import Gpu, tune
+from autobatch.workload.workload import Workload
 
 __all__ = ["AutobatchCallback", "tune_trainer"]
 
@@ -64,7 +67,8 @@ def tune_trainer(
     """Find the sizes for a trainer that is about to train, set them, and return the plan.
 
     What is probed is what `trainer.train()` runs: its model, its training set through its collator,
-    its `compute_loss`, its optimizer, precision, clipping and gradient checkpointing. Call it after
+    its `compute_loss`, its optimizer, precision, clipping and gradient checkpointing, and the
+    evaluation that it runs while it trains, with the logits that it keeps. Call it after
     `Trainer(...)` and before `trainer.train()`, whose dataloader and learning-rate schedule follow
     from the sizes. In a distributed run all ranks call it, and take the plan of the GPU that holds
     least. Where anything is raised, the trainer is as before.
@@ -96,7 +100,6 @@ def tune_trainer(
         with _as_trained(trainer), random_state_kept():
             make = partial(
                 tune,
-                trainer.model,
                 sample=trainer.get_train_dataloader() if sample is None else sample,
                 loss=_Loss(trainer),
                 optimizer=trainer.create_optimizer(),
@@ -107,7 +110,15 @@ def tune_trainer(
                 cache=cache,
                 progress=progress,
             )
-            plan = tuned_to_one_size(partial(_roomy, make), target, TRAINER, nearest=nearest)
+
+            def planned(evaluation: Evaluation | None) -> Plan:
+                given: Any = trainer.model
+                if evaluation is not None:
+                    given = Workload(model=given, batch=_of_the_sample, evaluate=evaluation)
+                sized = partial(_roomy, partial(make, given))
+                return tuned_to_one_size(sized, target, TRAINER, nearest=nearest)
+
+            plan = _with_evaluation(planned, evaluation_of(trainer))
     _set_sizes(trainer, plan)
     trainer.add_callback(AutobatchCallback(plan, target=target))
     return plan
@@ -181,6 +192,44 @@ def _refuse_the_unknown(trainer: Trainer) -> None:
             "sharding= where parameters are sharded), and set what plan.to_training_arguments() "
             "says"
         )
+
+
+def _of_the_sample(samples: int) -> Any:
+    """Stand for the batches of a workload, which `tune` takes from the sample."""
+    raise NotImplementedError
+
+
+def _with_evaluation(
+    planned: Callable[[Evaluation | None], Plan], evaluation: Evaluation | str | None
+) -> Plan:
+    """Return the plan of training with its evaluation; where that fails, without it, and say so.
+
+    Raises:
+        DoesNotFitError: training fits, but its evaluation does not, or nothing does.
+    """
+    if evaluation is None:
+        return planned(None)
+    reason = evaluation
+    if isinstance(evaluation, Evaluation):
+        try:
+            return planned(evaluation)
+        except WorkloadError as error:
+            reason = one_line(error)
+        except DoesNotFitError as error:
+            plan = planned(None)  # raises where training does not fit, either
+            raise DoesNotFitError(
+                f"training fits at micro-batch {plan.micro_batch}, but its evaluation does not: "
+                f"it keeps the outputs of {count(evaluation.kept, 'batch', 'batches')} on the GPU "
+                "until it ends; set eval_accumulation_steps, a smaller "
+                "per_device_eval_batch_size or preprocess_logits_for_metrics, or prediction_loss_"
+                f"only=True ({str(error).partition('; try ')[0]})"
+            ) from error
+    plan = planned(None)
+    note = (
+        f"the evaluation of the trainer was not probed ({reason}): it may need more memory than "
+        "training; eval_accumulation_steps bounds what it keeps"
+    )
+    return replace(plan, warnings=(*plan.warnings, note))
 
 
 def _roomy(make: Callable[..., Plan], target: int) -> Plan:

@@ -6,15 +6,24 @@ from collections.abc import Iterator
 
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import CATALOGUE
+from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count
 from autobatch.tuning.ceiling import Ceiling
 from autobatch.tuning.probe import Probe
 
 __all__ = ["plan_notes", "what_is_missing"]
 
 
-def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
-    """Yield what becomes the warnings of a plan, one line each."""
+_SOON = 1_000_000
+"""Windows within which memory that grows is full, where that is said: a list of losses is small."""
+
+
+def plan_notes(
+    probe: Probe, run: Run, found: Ceiling, limit: int, planned: Footprint, steps: int
+) -> Iterator[str]:
+    """Yield what becomes the warnings of a plan of these steps and footprint, one line each."""
+    yield from _growth(probe, planned, steps)
     yield from probe.workload.notes
     yield from dict.fromkeys(note for each in probe.runs.values() for note in each.notes)
     yield from probe.device.notes()
@@ -65,6 +74,30 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
         yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"
     if found.reason is not None:
         yield f"sizes were executed one by one, because {found.reason}"
+
+
+def _growth(probe: Probe, planned: Footprint, steps: int) -> Iterator[str]:
+    """Say by how much memory grows from window to window, and when it is full.
+
+    What is kept is taken to be kept of each micro-batch.
+    """
+    runs = sorted((size, each.grown_bytes) for size, each in probe.runs.items() if each.is_free)
+    if len(runs) < 2:
+        grown = runs[0][1] if runs else 0
+    else:
+        (small, low), (large, high) = runs[0], runs[-1]
+        slope = (high - low) / (large - small)
+        grown = int(low + slope * (planned.micro_batch - small))
+    grown = grown * steps // probe.accumulation_steps
+    left = max(0, probe.budget_bytes - planned.peak_reserved_bytes)
+    if grown <= 0 or left // grown > _SOON:
+        return
+    windows = count(left // grown, "more window")
+    yield (
+        f"memory grows by about {format_bytes(grown)} with every window, and the budget is full "
+        f"after about {windows}: something keeps tensors of past windows, such as a list of "
+        "losses or outputs without .detach() or .item()"
+    )
 
 
 def what_is_missing(probe: Probe, found: Ceiling) -> str:

@@ -90,7 +90,7 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         sharding=workload.shares,
         otherwise=_otherwise(planned, probe, found),
         method=found.method,
-        warnings=tuple(plan_notes(probe, run, found, limit)),
+        warnings=tuple(plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps)),
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,

@@ -70,8 +70,8 @@ def tune(
             compares outputs with labels, of a batch that is (inputs, labels). None takes the
             output's `.loss`, a scalar output, cross entropy where the batch is a pair of inputs and
             classes, or the sum of the outputs with a warning.
-        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw";
-            AdamW if None.
+        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw"; a
+            list or dict of several, all of which step; AdamW if None. See `Workload`.
         gpu: a catalogue name, a size such as "24GiB", or a GpuSpec, which is simulated; a device
             such as "cuda:1" is measured, and so is the current one if None.
         world_size: GPUs that share the effective batch. None is a Workload's own, or 1; but where

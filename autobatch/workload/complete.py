@@ -15,7 +15,7 @@ from autobatch.errors import UsageError
 from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.loss import as_loss
-from autobatch.workload.optimizers import named_optimizer
+from autobatch.workload.optimizers import mapped, named_optimizer
 from autobatch.workload.sample import built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
@@ -34,7 +34,8 @@ class Asked:
         sample: one batch, a Dataset or a DataLoader; inferred if None.
         loss: as in `Workload`, and so are the options below, or a criterion of (outputs, labels);
             None keeps the Workload's own.
-        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw".
+        optimizer: an instance, a class, a callable on parameters, or a name such as "adamw"; or a
+            list, tuple or dict of several.
         autocast: "bf16" or "fp16", or the dtype.
         clip_norm: norm that gradients are clipped to.
         world_size: GPUs that train one model together; 1 keeps the Workload's own.
@@ -77,7 +78,13 @@ class Asked:
 
     def _optimizer(self) -> OptimizerSpec | None:
         given = self.optimizer
-        return named_optimizer(given) if isinstance(given, str) else given
+        if given is None:
+            return None
+
+        def known(one: Any) -> Any:
+            return named_optimizer(one) if isinstance(one, str) else one
+
+        return mapped(known, given)  # type: ignore[no-any-return]
 
     def _with_batches(self) -> Workload:
         """Return the model with a function that makes its batches."""

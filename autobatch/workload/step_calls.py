@@ -7,51 +7,85 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-import torch
+__all__ = ["paused_in", "watch_steps"]
 
-__all__ = ["after_steps", "before_steps"]
-
-
-def before_steps(optimizer: torch.optim.Optimizer, call: Callable[..., None]) -> Any:
-    """Call a function before each step; return a handle, a context manager, that ends it."""
-    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        return optimizer.register_step_pre_hook(call)
-    return _Wrapped(optimizer, call, _nothing)
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
-def after_steps(optimizer: torch.optim.Optimizer, call: Callable[..., None]) -> Any:
-    """Call a function after each step; return a handle, a context manager, that ends it."""
-    if hasattr(optimizer, "_optimizer_step_post_hooks"):
-        return optimizer.register_step_post_hook(call)
-    return _Wrapped(optimizer, _nothing, call)
+def watch_steps(
+    optimizer: Any, before: Callable[..., Any], after: Callable[..., None]
+) -> Callable[[], None]:
+    """Call functions around each step of an optimizer; return what ends that.
+
+    Hooks of the user's are outside: those before a step are called first, and those after it last.
+    `before` gets the optimizer, the arguments and the named arguments of the step, and may return
+    others in their place.
+    """
+    is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+    if not is_hooked or not all(hasattr(optimizer, name) for name in _HOOKS):
+        return _wrapped(optimizer, before, after)
+    handles = [
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+    ]
+    hooks = optimizer._optimizer_step_post_hooks
+    with suppress(AttributeError, KeyError):  # it need not be an OrderedDict
+        hooks.move_to_end(handles[1].id, last=False)
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end
 
 
-def _nothing(*_: Any) -> None:
-    pass
+def _wrapped(
+    optimizer: Any, before: Callable[..., Any], after: Callable[..., None]
+) -> Callable[[], None]:
+    """Replace the step of an object whose class calls no hooks."""
+    plain = optimizer.step
 
+    @functools.wraps(plain)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        changed = before(optimizer, args, kwargs)
+        args, kwargs = (args, kwargs) if changed is None else changed
+        result = plain(*args, **kwargs)
+        after(optimizer, args, kwargs)
+        return result
 
-class _Wrapped:
-    """The step of an optimizer whose class never calls `Optimizer.__init__`."""
-
-    def __init__(
-        self, optimizer: Any, before: Callable[..., None], after: Callable[..., None]
-    ) -> None:
-        plain = optimizer.step
-
-        @functools.wraps(plain)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            before(optimizer)
-            result = plain(*args, **kwargs)
-            after(optimizer)
-            return result
-
-        self._optimizer, self._plain = optimizer, plain
+    had_own = "step" in getattr(optimizer, "__dict__", {})
+    try:
         optimizer.step = step
+    except AttributeError:  # a class with slots: its steps pass unseen
+        return lambda: None
 
-    def __enter__(self) -> None:
-        pass
+    def end() -> None:
+        if had_own:
+            optimizer.step = plain
+        else:
+            del optimizer.step
 
-    def __exit__(self, *_: object) -> None:
-        self._optimizer.step = self._plain
+    return end
+
+
+def paused_in(
+    args: tuple[Any, ...], kwargs: dict[str, Any], pause: Callable[[], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a step with a closure that runs in the context that `pause` makes."""
+
+    def around(closure: Any) -> Any:
+        @functools.wraps(closure, updated=())
+        def called(*inner: Any, **named: Any) -> Any:
+            with pause():
+                return closure(*inner, **named)
+
+        return called
+
+    if args and callable(args[0]):
+        return (around(args[0]), *args[1:]), kwargs
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": around(kwargs["closure"])}
+    return args, kwargs

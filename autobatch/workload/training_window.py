@@ -8,7 +8,7 @@ and `zero_grad` sets them to None after the step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from autobatch.errors import WorkloadError
 from autobatch.memory.trace import Phase
 from autobatch.support.patching import patched
 from autobatch.workload.loss import checked_loss
-from autobatch.workload.step_calls import before_steps
+from autobatch.workload.optimizers import needs_closure, parameters_of
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, Workload
 
 __all__ = ["Phases", "Training", "run_windows"]
@@ -31,6 +31,9 @@ class Phases(Protocol):
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """A phase begins."""
 
+    def ended(self) -> None:
+        """A window has run through."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
@@ -39,7 +42,8 @@ class Training:
     Attributes:
         workload: its options; the model, loss and optimizer are the device's own copies.
         model: the module on the device, in training mode.
-        optimizer: over that module's parameters.
+        optimizers: over that module's parameters; all of them step after a window.
+        given: the same as a window function gets them: one, or a list or dict of several.
         loss: gives a scalar tensor for a micro-batch.
         batch: makes a micro-batch on the device.
         accumulation_steps: micro-batches between optimizer updates.
@@ -49,7 +53,8 @@ class Training:
 
     workload: Workload
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[Any]
+    given: Any
     loss: Loss
     batch: Callable[[], Any]
     accumulation_steps: int
@@ -80,37 +85,98 @@ def run_windows(training: Training) -> None:
 
 def _usual_windows(training: Training) -> Any:
     """Run the loop that users write, and return the last micro-batch."""
-    workload, optimizer, phases = training.workload, training.optimizer, training.phases
+    workload, optimizers, phases = training.workload, training.optimizers, training.phases
     steps = training.accumulation_steps
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list(parameters_of(optimizers))
     # from its usual 2**16 on, a scaler skips the first steps of many runs, and with them the
     # optimizer's state
     scaler = torch.amp.GradScaler("cuda", init_scale=1.0, enabled=workload.autocast == "fp16")
+    evaluates = {id(one) for one in optimizers if needs_closure(one)}
+    with_closures = set(evaluates)
     for window in range(training.windows):
-        for step in range(steps):
-            phases.begin("inputs", window, step)
-            inputs = training.batch()
-            phases.begin("forward", window, step)
-            with training.autocast():
-                value = checked_loss(training.loss(training.model, inputs))
-            value = scaler.scale(value / steps)
-            phases.begin("backward", window, step)
-            value.backward()
+        if len(evaluates) < len(optimizers):
+            for step in range(steps):
+                phases.begin("inputs", window, step)
+                inputs = training.batch()
+                phases.begin("forward", window, step)
+                with training.autocast():
+                    value = checked_loss(training.loss(training.model, inputs))
+                value = scaler.scale(value / steps)
+                phases.begin("backward", window, step)
+                value.backward()
         phases.begin("step", window, steps - 1)
         if workload.clip_norm is not None:
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, workload.clip_norm)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            again = _Evaluation(training, window, optimizer)
+            if id(optimizer) not in with_closures:
+                try:
+                    scaler.step(optimizer)
+                except Exception as error:
+                    if not _asks_for_a_closure(error):
+                        raise
+                    with_closures.add(id(optimizer))
+            if id(optimizer) in with_closures:
+                scaler.step(optimizer, closure=again)
+                inputs = again.inputs
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            _without_gradients(optimizer)
+        phases.ended()
     return inputs
+
+
+def _asks_for_a_closure(error: Exception) -> bool:
+    """Whether an optimizer that may be stepped without a closure refuses to be."""
+    return "closure" in f"{type(error).__name__} {error}".lower()
+
+
+def _without_gradients(optimizer: Any) -> None:
+    """Drop the gradients; wrappers need not have the argument that says how."""
+    try:
+        optimizer.zero_grad(set_to_none=True)
+    except TypeError:
+        optimizer.zero_grad()
+
+
+class _Evaluation:
+    """The loss of a window, computed again from inside of a step, with its gradients.
+
+    Attributes:
+        inputs: the last micro-batch.
+    """
+
+    def __init__(self, training: Training, window: int, optimizer: Any):
+        """Evaluate a window of a training for one of its optimizers."""
+        self._training, self._window, self._optimizer = training, window, optimizer
+        self.inputs: Any = None
+
+    def __call__(self) -> torch.Tensor:
+        """Return the loss; all gradients are those of this evaluation."""
+        training, window, steps = self._training, self._window, self._training.accumulation_steps
+        _without_gradients(self._optimizer)
+        total: Any = 0.0
+        with torch.enable_grad():
+            for step in range(steps):
+                training.phases.begin("inputs", window, step)
+                self.inputs = training.batch()
+                training.phases.begin("forward", window, step)
+                with training.autocast():
+                    value = checked_loss(training.loss(training.model, self.inputs)) / steps
+                training.phases.begin("backward", window, step)
+                value.backward()
+                total = total + value.detach()
+        training.phases.begin("step", window, steps - 1)
+        return total  # type: ignore[no-any-return]
 
 
 def _own_windows(training: Training) -> Any:
     """Run the user's window function, and return the last micro-batch.
 
     The phases are told apart by what the function calls: it takes a micro-batch, it calls
-    `backward`, it calls the optimizer's `step`.
+    `backward`; whoever watches the optimizers begins the phase of a step.
     """
     run_window, phases = training.workload.window, training.phases
     assert run_window is not None
@@ -131,14 +197,11 @@ def _own_windows(training: Training) -> Any:
         phases.begin("backward", *divmod(taken - 1, steps))
         original(*args, **kwargs)
 
-    def step(*_: Any) -> None:
-        phases.begin("step", *divmod(taken - 1, steps))
-
     original = torch.autograd.backward
-    hook = before_steps(training.optimizer, step)
-    with hook, patched(torch.autograd, backward=backward):
+    with patched(torch.autograd, backward=backward):
         for window in range(training.windows):
-            run_window(training.model, training.optimizer, batches(window))
+            run_window(training.model, training.given, batches(window))
+            phases.ended()
             if taken != (window + 1) * steps:
                 raise WorkloadError(
                     f"the window function took {taken - window * steps} of "

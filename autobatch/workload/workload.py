@@ -5,7 +5,7 @@ Invariant: options that no run could have are refused when a Workload is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autobatch.errors import UsageError
 from autobatch.support.wording import for_reader
+from autobatch.workload.optimizers import require_optimizers
 
 __all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Sharding", "WindowFunction", "Workload"]
 
@@ -21,10 +22,13 @@ Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerSpec = (
     torch.optim.Optimizer
     | type[torch.optim.Optimizer]
-    | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    | Callable[..., Any]
+    | Sequence[Any]
+    | Mapping[str, Any]
 )
+"""One optimizer, or what makes one of the parameters; or a list, tuple or dict of several."""
 
-WindowFunction = Callable[[nn.Module, torch.optim.Optimizer, Iterator[Any]], None]
+WindowFunction = Callable[[nn.Module, Any, Iterator[Any]], None]
 
 Sharding = Literal["ddp", "fsdp"] | Callable[[nn.Module], object]
 
@@ -40,11 +44,15 @@ class Workload:
         batch: makes one micro-batch of n samples, any pytree of tensors, on the CPU.
         loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss` (or its mean where it
             has one value a sample), a scalar output, or as a last resort the sum of the outputs.
-        optimizer: an instance over the model's parameters, a class, or a callable on parameters.
+        optimizer: an instance over the model's parameters, a class, or a callable on parameters (on
+            named ones, or on the model, if its first argument is called `named_parameters` or
+            `model`); or a list, tuple or dict of several, all of which step after a window. Any
+            object that has `step`, `zero_grad` and `param_groups` is one.
         window: `window(model, optimizer, batches)` runs one training window of your own over the
-            micro-batches that it is given, up to the optimizer's step and `zero_grad`; None runs
-            the usual one. It computes its own loss, casts and clips, so `loss`, `autocast` and
-            `clip_norm` are left out with it.
+            micro-batches that it is given, up to the optimizer's step and `zero_grad`; several
+            optimizers come as the list or dict that they were given in. None runs the usual one. It
+            computes its own loss, casts and clips, so `loss`, `autocast` and `clip_norm` are left
+            out with it.
         evaluate: `evaluate(model, batch)`, run in eval mode without gradients after the windows.
         autocast: "bf16", "fp16" (with a GradScaler) or None.
         clip_norm: norm that gradients are clipped to before each step, or None.
@@ -78,11 +86,7 @@ class Workload:
             raise UsageError(
                 f"autocast is {self.autocast!r}: use one of {', '.join(AUTOCAST_DTYPES)}, or None"
             )
-        if not callable(self.optimizer) and not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise UsageError(
-                f"optimizer is {self.optimizer!r}: use an instance, a class such as "
-                "torch.optim.AdamW, or a callable on parameters"
-            )
+        require_optimizers(self.optimizer)
         if self.loss is not None and not callable(self.loss):
             raise UsageError(f"loss is {self.loss!r}: use a function loss(model, batch), or None")
         if self.window is not None and (self.loss or self.autocast or self.clip_norm):

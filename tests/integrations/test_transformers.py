@@ -324,3 +324,31 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     assert run.updates[0] == plan.target
     again = tune_trainer(trainer(tmp_path), target=47, gpu="cuda:7", resume_from_checkpoint=True)
     assert again.split == plan.split
+
+
+class Distilled(transformers.Trainer):
+    """Compares with a teacher that the trainer holds, and with the trainer's own model."""
+
+    teacher: Any
+
+    def compute_loss(self, module: Any, inputs: Any, **options: Any) -> Tensor:
+        tokens = inputs["input_ids"]
+        with torch.no_grad():
+            assert self.model is module and next(self.teacher.parameters()).is_cuda
+            wanted = self.teacher(input_ids=tokens).logits + self.model(input_ids=tokens).logits
+        return (module(input_ids=tokens).logits - wanted).square().mean()
+
+
+def test_modules_that_a_trainer_holds_are_copied_with_it(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    run = Distilled(model(), arguments, train_dataset=Texts())
+    run.teacher = teacher = model()
+    own = run.model
+    plan = tune_trainer(run, target=8, gpu="t4")
+    assert not [warning for warning in plan.warnings if "on the CPU" in warning]
+    weights = sum(p.nbytes for p in teacher.parameters())
+    assert plan.footprint.other_bytes + plan.footprint.parameters_bytes >= 2 * weights
+    assert run.model is own and run.teacher is teacher
+    assert type(next(teacher.parameters())) is torch.nn.Parameter

@@ -192,8 +192,7 @@ class CudaGpu:
         copier.model(unwrapped(workload.model))
         for part in (workload.loss, workload.evaluate, workload.window):
             copier.any(part)
-        if isinstance(workload.optimizer, torch.optim.Optimizer):
-            copier.optimizer(workload.optimizer)
+        copier.optimizers_of(workload.optimizer)
 
     def run(self, workload: Workload, *, micro_batch: int, accumulation_steps: int) -> Run:
         """Run two training windows, and a few more for the time they take.
@@ -245,6 +244,7 @@ class CudaGpu:
             shortage=shortage,
             loss=facts.loss,
             optimizer=facts.optimizer,
+            grown_bytes=facts.grown_bytes,
             notes=tuple(facts.notes),
         )
 
@@ -261,14 +261,15 @@ class CudaGpu:
         session = Session(workload, model, device, copier, recorder, compiled)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
-        peak, notes = self._runtime.stats(), session.notes
+        peak, notes, grown_bytes = self._runtime.stats(), session.notes, session.grown_bytes
         seconds: list[float] = []
         while len(seconds) < _TIMED_WINDOWS and sum(seconds) < _TIMED_SECONDS:
             clock = self._runtime.clock()
             session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
             seconds.append(clock.seconds())
-        optimizer = type(session.optimizer).__name__
-        return _Facts(peak, median(seconds), session.loss_kind, optimizer, notes)
+        return _Facts(
+            peak, median(seconds), session.loss_kind, session.optimizer_name, notes, grown_bytes
+        )
 
     def _put_back_peaks(self, before: Stats) -> None:
         """Let the allocator's peaks read as before.
@@ -303,6 +304,7 @@ class _Facts:
     loss: str = "user"
     optimizer: str = ""
     notes: list[str] = field(default_factory=list)
+    grown_bytes: int = 0
 
 
 def _compiled_like(original: nn.Module, copied: nn.Module) -> nn.Module:

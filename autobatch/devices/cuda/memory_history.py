@@ -35,6 +35,8 @@ class HistoryRecorder:
         self._marks: list[Mark] = []
         self._tags: list[tuple[int, int, Category]] = []
         self._labels: list[tuple[int, str]] = []
+        self._claims: list[tuple[int, Category | None]] = []
+        self._kept: list[int] = []
         self._events: Sequence[TraceEvent] = ()
         self._is_on = False
         self._switches = contextlib.ExitStack()
@@ -85,6 +87,20 @@ class HistoryRecorder:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and tensor.device == self._runtime.device:
                 self._tags.append((count, tensor.untyped_storage().data_ptr(), category))
+
+    def claim(self, category: Category | None) -> None:
+        """Remember of what is allocated from now on that it would be of a category, if kept."""
+        if self._is_on:
+            self._claims.append((self._count(), category))
+
+    def keep(self) -> None:
+        """Put what was claimed, and is alive, into the category that it was claimed for."""
+        if self._is_on:
+            self._kept.append(self._count())
+
+    def live_bytes(self) -> int:
+        """Return the bytes that are allocated now."""
+        return self._runtime.stats().allocated_bytes
 
     def _count(self) -> int:
         return self._runtime.stats().events - self._first
@@ -146,12 +162,24 @@ class HistoryRecorder:
             for index in at_address.get(address, ()):
                 if lives[index][0] < count <= lives[index][1]:
                     owned[index] = category
+        for index, life in enumerate(lives):
+            if index not in owned and (claimed := self._claimed(life)) is not None:
+                owned[index] = claimed
         backwards = [mark.event for mark in self._marks if mark.phase == "backward"]
         end = len(self._events)
         return [
             owned.get(index) or _by_life(life, phase, backwards, end)
             for index, (life, phase) in enumerate(zip(lives, phases, strict=True))
         ]
+
+    def _claimed(self, life: tuple[int, int]) -> Category | None:
+        """Return the category for which a block was claimed, if it was alive to be kept."""
+        start, freed = life
+        place = bisect_right(self._claims, start, key=lambda claim: claim[0])
+        category = self._claims[place - 1][1] if place else None
+        keep = bisect_right(self._kept, start)
+        is_kept = keep < len(self._kept) and self._kept[keep] <= freed
+        return category if is_kept else None
 
     def _op(self, event: int) -> str:
         place = bisect_right(self._labels, (event, "\uffff"))  # after all labels of this event

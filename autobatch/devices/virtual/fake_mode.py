@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.dtype_checks import check_dtypes
 from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
 from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
@@ -122,10 +123,12 @@ class VirtualMode(FakeTensorMode):
     ) -> Any:
         """Answer by a rule, from the cache, or as FakeTensorMode does; then record."""
         kwargs = kwargs or {}
-        if any(map(_holds_tensors, types)):  # its class calls again with what it holds
-            return NotImplemented
         if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
+        if any(
+            map(_is_composed, types)
+        ):  # quantized weights, say: again with what they are made of
+            return NotImplemented
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.is_inside = True
@@ -142,6 +145,8 @@ class VirtualMode(FakeTensorMode):
             kwargs = {**kwargs, "device": self.virtual_device}
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
+        if args and self._is_virtual(args[0]):
+            check_dtypes(func, args, kwargs)
         after = self._workspaces.before(func, args)
         output = self._unknown.answer(self, func, args, kwargs)
         if output is NotImplemented:
@@ -335,9 +340,10 @@ class VirtualMode(FakeTensorMode):
 
 
 @functools.cache
-def _holds_tensors(kind: type) -> bool:
-    """Whether tensors of a class are made of others, as quantized weights are."""
-    return hasattr(kind, "__tensor_flatten__")
+def _is_composed(kind: type) -> bool:
+    """Whether a class of tensors takes ops apart into ops on its parts; DTensor is another case."""
+    is_usual = issubclass(kind, FakeTensor) or hasattr(kind, "placements")
+    return not is_usual and hasattr(kind, "__tensor_flatten__")
 
 
 def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:

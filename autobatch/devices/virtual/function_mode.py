@@ -28,6 +28,7 @@ from autobatch.devices.virtual.elements import (
     was_upper_bound,
 )
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.warnings import refuse_several
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
     FakeTensor,
@@ -59,6 +60,7 @@ class CudaCalls(TorchFunctionMode):
         self._device = device
         self.arrays = 0
         self.asked = False
+        self._cards: set[str] = set()
         attention = F.scaled_dot_product_attention
         self._routes: dict[Any, Callable[..., Any]] = {
             # a module that imported it by name has the original
@@ -80,6 +82,8 @@ class CudaCalls(TorchFunctionMode):
         if device.type != "cuda":
             is_cuda: Any = Tensor.is_cuda
             self._routes[is_cuda.__get__] = self._is_virtual
+            place: Any = Tensor.device  # asked of tensors that consist of others
+            self._routes[place.__get__] = lambda tensor: self._shown(tensor.device)
             self._routes[Tensor.cuda] = self._cuda
             self._routes[Tensor.type] = self._type
             self._routes[torch.device] = lambda *args, **kwargs: self._shown(
@@ -123,10 +127,17 @@ class CudaCalls(TorchFunctionMode):
     def _landed(self, value: Any) -> Any:
         kind = type(value)
         if kind is torch.device:
-            return self._device if value.type == "cuda" else value
+            return self._on_card(str(value)) if value.type == "cuda" else value
         if kind is str and value.startswith("cuda"):
-            return self._device
+            return self._on_card(value)
         return value
+
+    def _on_card(self, name: str) -> torch.device:
+        """Return the device; code that names two cards is refused."""
+        if ":" in name and name not in self._cards:
+            self._cards.add(name)
+            refuse_several(self._cards)
+        return self._device
 
     def _numpy(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
@@ -180,7 +191,9 @@ class CudaCalls(TorchFunctionMode):
         return made.replace(f".{self._device.type}.", ".cuda.") if isinstance(made, str) else made
 
     def _cuda(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs.pop("device", None)
+        place = kwargs.pop("device", args[0] if args else None)
+        if place is not None:
+            self._on_card(f"cuda:{place}" if isinstance(place, int) else str(place))
         return tensor.to(self._device, **kwargs)
 
     @contextlib.contextmanager
@@ -202,7 +215,16 @@ class CudaCalls(TorchFunctionMode):
         def record_stream(tensor: Any, stream: Any) -> None:
             """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
 
-        with patched(FakeTensor, device=property(device), record_stream=record_stream):
+        make: Any = Tensor._make_wrapper_subclass
+
+        def composed(*args: Any, **kwargs: Any) -> Any:
+            """Put a tensor that consists of others where they are, whatever they say."""
+            return make(*args, **{name: self._landed(value) for name, value in kwargs.items()})
+
+        with (
+            patched(FakeTensor, device=property(device), record_stream=record_stream),
+            patched(Tensor, _make_wrapper_subclass=staticmethod(composed)),
+        ):
             yield
 
     @contextlib.contextmanager

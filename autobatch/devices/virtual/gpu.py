@@ -33,6 +33,7 @@ from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.leftovers import leftovers_removed
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.devices.warnings import too_large_unsharded
 from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
@@ -165,6 +166,7 @@ class VirtualGpu:
             seconds=time.perf_counter() - started,
             loss=ran.loss,
             optimizer=ran.optimizer,
+            grown_bytes=ran.grown_bytes,
             notes=tuple(notes),
         )
 
@@ -209,6 +211,11 @@ class VirtualGpu:
 
             def wrapped(copied: nn.Module) -> nn.Module:
                 if shard is not None:
+                    tensors = [*original.parameters(), *original.buffers()]
+                    if not all(tensor.is_meta for tensor in tensors):
+                        whole = sum(tensor.nbytes for tensor in copied.parameters())
+                        spec = self.spec
+                        notes.extend(too_large_unsharded(whole, self.usable_bytes, spec.name))
                     notes.extend(shard(copied, workload, copier.any(workload.sharding)))
                 return copied
 
@@ -226,7 +233,8 @@ class VirtualGpu:
             notes=notes,
             adopted=mode.adopted,
             loss=session.loss_kind,
-            optimizer=type(session.optimizer).__name__,
+            optimizer=session.optimizer_name,
+            grown_bytes=session.grown_bytes,
         )
 
 
@@ -241,6 +249,7 @@ class _Ran:
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
         loss: how it was obtained.
         optimizer: its class.
+        grown_bytes: as in `Run`.
     """
 
     mode: weakref.ref[VirtualMode]
@@ -249,6 +258,7 @@ class _Ran:
     adopted: int
     loss: str
     optimizer: str
+    grown_bytes: int
 
 
 @contextlib.contextmanager

@@ -7,14 +7,15 @@ as with the caching allocator. Invariant: every block is in exactly one category
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
+from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
+from autobatch.support.tensor_parts import parts_of
 
 __all__ = ["StorageRecorder"]
 
@@ -57,6 +58,9 @@ class StorageRecorder:
         self._pending: Category | None = None
         self._due: list[tuple[int, int, str]] = []
         self._results = 0
+        self._claim: Category | None = None
+        self._claimed: list[tuple[_StorageRef, Category]] = []
+        self._fresh = 0
 
     def created(self, tensor: Tensor, op: str) -> None:
         """Log an allocation if `tensor`'s storage has not been seen."""
@@ -70,8 +74,10 @@ class StorageRecorder:
         ref.key = key
         ref.block = len(self._blocks)
         self._live[key] = ref
-        category = self._pending
-        if category is None and self.phase == "backward" and torch.is_grad_enabled():
+        category = None if self._claim else self._pending
+        if self._claim:
+            self._claimed.append((ref, self._claim))
+        elif category is None and self.phase == "backward" and torch.is_grad_enabled():
             category = "activations"  # recomputed by activation checkpointing
         self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
@@ -112,9 +118,15 @@ class StorageRecorder:
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""
+        if phase == "inputs":
+            self._fresh = len(self._blocks)
         if phase == "backward":
             for ref in self._live.values():
-                self._blocks[ref.block].outlived_forward = True
+                block = self._blocks[ref.block]
+                block.outlived_forward = True
+                # another forward pass after a step, as of a GAN's generator
+                if block.phase == "step" and ref.block >= self._fresh and block.category is None:
+                    block.category = "activations"
         self.phase = phase
         self._pending = "inputs" if phase == "inputs" else None
         self._marks.append(Mark(len(self._events), phase, window, micro_batch))
@@ -122,10 +134,29 @@ class StorageRecorder:
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
         """Put the storages of tensors into a category for their whole life."""
         for tensor in tensors:
-            for part in _parts(tensor):
+            for part in parts_of(tensor):
+                if part.layout is not torch.strided:
+                    continue
                 ref = self._live.get(part.untyped_storage()._cdata)
                 if ref is not None:
                     self._blocks[ref.block].category = category
+
+    def claim(self, category: Category | None) -> None:
+        """Remember of what is allocated from now on that it would be of a category, if kept."""
+        self._claim = category
+
+    def keep(self) -> None:
+        """Put what was claimed, and is alive, into the category that it was claimed for."""
+        for ref, category in self._claimed:
+            block = self._blocks[ref.block]
+            if self._live.get(ref.key) is ref and block.category is None:
+                block.category = category
+        self._claimed.clear()
+
+    def live_bytes(self) -> int:
+        """Return the bytes that are allocated now."""
+        sizes = [block.size_bytes for block in self._blocks]
+        return running_bytes(sizes, self._events)[-1] if self._events else 0
 
     def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
         """Return what was seen so far."""
@@ -139,15 +170,6 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
-
-
-def _parts(tensor: Any) -> Iterator[Any]:
-    """Yield the tensors that one is made of, as quantized weights are; of most, itself."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    elif tensor.layout is torch.strided:
-        yield tensor
 
 
 def _by_phase(block: _Block) -> Category:

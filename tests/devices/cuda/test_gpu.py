@@ -76,6 +76,42 @@ def test_a_run_says_what_every_byte_is_for():
     assert result.window_seconds > 0
 
 
+class Listed(torch.optim.Optimizer):
+    """Keeps its state in a list, and scratch memory during a step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.sums = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = self.param_groups[0]["params"]
+        scratch = [torch.empty_like(p) for p in parameters]
+        self.sums = self.sums or [torch.zeros_like(p) for p in parameters]
+        for parameter, total, room in zip(parameters, self.sums, scratch, strict=True):
+            parameter.sub_(total.add_(torch.mul(parameter.grad, 2, out=room)))
+
+
+def test_what_a_step_allocates_and_keeps_is_optimizer_state():
+    model = cnn()
+    result = run(CudaOnCpu(), model=model, optimizer=[Listed, torch.optim.SGD])
+    state = [b for b in result.trace.blocks if b.category == "optimizer_state"]
+    assert sorted(b.size_bytes for b in state) == sorted(p.nbytes for p in model.parameters())
+    scratch = [b for b in result.trace.blocks if b.phase == "step" and b not in state]
+    assert {b.category for b in scratch} == {"temporaries"}
+    assert (result.optimizer, result.grown_bytes, result.notes) == ("Listed and SGD", 0, ())
+
+
+def test_memory_that_grows_from_window_to_window_is_told():
+    kept = []
+
+    def loss(model, batch):
+        kept.append(torch.zeros(1000))
+        return cross_entropy(model, batch)
+
+    assert run(CudaOnCpu(), steps=3, loss=loss).grown_bytes >= 3 * 4000
+
+
 def test_ops_are_named_on_request():
     assert {block.op for block in run(CudaOnCpu()).trace.blocks} == {""}
     ops = {block.op for block in run(CudaOnCpu(), labelled=True).trace.blocks}

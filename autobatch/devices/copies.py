@@ -18,9 +18,12 @@ from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
 from autobatch.support.tensor_parts import is_composed, recomposed
-from autobatch.support.torch_private import DisableTorchFunction
+from autobatch.support.torch_private import DisableTorchFunction, no_dispatch
+from autobatch.support.units import format_bytes
 from autobatch.workload.optimizers import each_of, is_optimizer, parameters_of, state_of
 from autobatch.workload.wrappers import unwrapped
+
+_WORTH_SAYING_BYTES = 2**20
 
 __all__ = ["Copier", "batch_of", "blank"]
 
@@ -230,7 +233,9 @@ class Copier(Walk):
             raise WorkloadError(
                 "the model has lazy parameters without a shape: call it once on a real batch first"
             )
-        if is_composed(original) and not hasattr(original, "placements"):
+        if original.layout is not torch.strided:
+            data = self._sparse(original)
+        elif is_composed(original) and not hasattr(original, "placements"):
             data = recomposed(original, lambda part: self.move(part, device))
         else:
             data = self._make(original, device)
@@ -241,6 +246,18 @@ class Copier(Walk):
         attributes = {k: v for k, v in original.__dict__.items() if not isinstance(v, Tensor)}
         data.__dict__.update({k: v for k, v in attributes.items() if k not in data.__dict__})
         return data
+
+    def _sparse(self, original: Tensor) -> Tensor:
+        """Copy a sparse tensor, on the CPU: what uses it on the device says that it is sparse."""
+        with no_dispatch():
+            copied = original.detach().clone()
+            size_bytes = sum(part.nbytes for part in _dense_parts(copied))
+        if size_bytes >= _WORTH_SAYING_BYTES:
+            self.notes.append(
+                f"a sparse tensor of shape {tuple(original.shape)} is not in the account: "
+                f"{format_bytes(size_bytes)}"
+            )
+        return copied
 
     def _hook(self, original: Tensor) -> None:
         """Register the hooks of a tensor on its counterpart."""
@@ -257,6 +274,15 @@ class Copier(Walk):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 self.move(tensor)
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices and values of a sparse tensor."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def _without_compiled_code(duplicate: nn.Module) -> None:

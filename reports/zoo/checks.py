@@ -6,12 +6,13 @@ Invariant: every check can fail, and says both figures.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.memory.trace import Trace
@@ -159,8 +160,23 @@ def real_runs(step: Step, workload: Workload) -> list[OnCpu]:
     """Run the sizes that a step asks for on the CPU, the first of them to the optimizer's step."""
     assert not isinstance(step.on_cpu, str)
     torch.manual_seed(0)
-    forward = [on_cpu(workload, size, step=False) for size in step.on_cpu[1:]]
-    return [on_cpu(workload, step.on_cpu[0], step=True), *forward]
+    first, *others = step.on_cpu
+    forward = []
+    for size in others:
+        with _state_kept(workload.model):
+            forward.append(on_cpu(workload, size, step=False))
+    return [on_cpu(workload, first, step=True), *forward]
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back, so that a model does again what it does at first."""
+    held = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in held]
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(held, before, strict=True):
+            tensor.copy_(value)
 
 
 class Untouched:

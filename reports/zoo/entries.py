@@ -11,11 +11,11 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from autobatch.plan.plan import Plan
 from autobatch.tuning.tuner import tune
-from reports.zoo import workloads
 
 GPU = "a100-40gb"
 
@@ -77,7 +77,7 @@ class Entry:
     @property
     def what(self) -> str:
         """The first line that its function says of itself."""
-        return (self.make.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        return (self.make.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -98,8 +98,8 @@ def workload(*packages: str) -> Callable[[Callable[[], Step]], Callable[[], Step
 
 def entries() -> Mapping[str, Entry]:
     """Return every workload by name."""
-    for module in pkgutil.iter_modules(workloads.__path__):
-        importlib.import_module(f"{workloads.__name__}.{module.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent / "workloads")]):
+        importlib.import_module(f"reports.zoo.workloads.{module.name}")
     return dict(sorted(_ENTRIES.items(), key=lambda item: (item[1].area, item[0])))
 
 

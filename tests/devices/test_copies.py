@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,3 +66,40 @@ def test_an_optimizer_that_already_has_state_is_simulated_and_left_alone():
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(WorkloadError, match="none of the model's parameters"):
         run(mlp(), optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1))
+
+
+class Parent:
+    """Refers to a part that refers back weakly; both copy themselves, as graphs' data do."""
+
+    def __init__(self) -> None:
+        self.part = Part(self)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Parent:
+        made = Parent.__new__(Parent)
+        made.part = copy.deepcopy(self.part, memo)
+        made.part.parent = weakref.ref(made)
+        return made
+
+
+class Part:
+    def __init__(self, parent: Parent) -> None:
+        self.parent = weakref.ref(parent)
+        self.scale = torch.ones(())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Part:
+        made = Part.__new__(Part)
+        made.parent, made.scale = self.parent, copy.deepcopy(self.scale, memo)
+        return made
+
+
+def test_objects_that_refer_back_weakly_are_copied():
+    held = Parent()
+    scale = held.part.scale
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        assert held.part.parent() is held
+        held.part.scale = held.part.scale + 1
+        return model(batch).mean() * held.part.scale.to(batch.device)
+
+    run(mlp(), loss=loss)
+    assert held.part.scale is scale and held.part.parent() is held

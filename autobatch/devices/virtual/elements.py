@@ -43,6 +43,7 @@ __all__ = [
     "true_count",
     "values_of",
     "was_upper_bound",
+    "was_zero",
 ]
 
 KEPT_ELEMENTS = 1024
@@ -83,6 +84,7 @@ def set_placeholder(tensor: Tensor, value: float) -> None:
 
 def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
     """Let a tensor that was written to read as its dtype's default, and its true elements too."""
+    vars(tensor)["before"] = vars(tensor).get("placeholder")
     facts = ("placeholder", "mixed", "certain", "most", *(() if keeps_bounds else ("bounds",)))
     for fact in facts:
         vars(tensor).pop(fact, None)
@@ -107,6 +109,11 @@ def set_most(tensor: Tensor, most: int) -> None:
 def most_of(tensor: Any) -> int | None:
     """Return what the one whole number of a tensor may be at most, if that was told."""
     return vars(tensor).get("most") if isinstance(tensor, Tensor) else None
+
+
+def was_zero(tensor: Tensor) -> bool:
+    """Whether every element of a tensor read as zero before the last op that wrote to it."""
+    return vars(tensor).get("before") == 0
 
 
 def set_bounds(tensor: Tensor, low: int, high: int, origin: object = None) -> None:
@@ -180,7 +187,11 @@ def set_values(fake: Tensor, real: Tensor) -> None:
     with no_dispatch():
         memory = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
         vars(storage)["mirror"] = memory.untyped_storage()
-        _over(memory.untyped_storage(), fake).copy_(real)
+        into = _over(memory.untyped_storage(), fake)
+        for dim, stride in enumerate(into.stride()):  # rows of an expanded tensor are one row
+            if stride == 0 and into.shape[dim] > 1:
+                into, real = into.narrow(dim, 0, 1), real.narrow(dim, 0, 1)
+        into.copy_(real)
 
 
 def has_values(fake: Tensor) -> bool:

@@ -23,6 +23,7 @@ from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.errors import WorkloadError
 from autobatch.support.interrupts import let_through
 from autobatch.support.torch_private import (
     DisableTorchFunction,
@@ -138,6 +139,10 @@ class VirtualMode(FakeTensorMode):
             self.is_inside = False
 
     def _dispatch(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        place = kwargs.get("device")
+        if place is not None and place.type == "cuda" != self.virtual_device.type:
+            # PyTorch's own Python functions ask a tensor where it is, and are told of CUDA
+            kwargs = {**kwargs, "device": self.virtual_device}
         if adds_in_place(func, args, self._sole_holders):
             return args[0]
         if args and self._is_virtual(args[0]):
@@ -181,6 +186,11 @@ class VirtualMode(FakeTensorMode):
     def _adopt(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf  # numbers may live on the CPU
+        if leaf.layout is not torch.strided:
+            raise WorkloadError(
+                f"the step uses a sparse tensor of shape {tuple(leaf.shape)} on the GPU, which "
+                "cannot be simulated: use a dense one for the plan, or measure on a real GPU"
+            )
         if isinstance(leaf, FakeTensor) and (self._is_virtual(leaf) or not self._is_copy(leaf)):
             return leaf
         with self:

@@ -60,6 +60,11 @@ _ARITHMETIC: dict[str, Callable[[float, float], float]] = {
     "rsub": lambda first, second: second - first,
     "mul": operator.mul,
 }
+_FILLED = frozenset(
+    """
+    zeros zeros_like new_zeros zero_ ones ones_like new_ones full_like fill_ new_full
+    """.split()
+)
 _KEEPING = frozenset(
     """
     _to_copy clone detach alias mean sum amax amin max min select slice view _unsafe_view reshape
@@ -139,6 +144,8 @@ def _float(name: str, args: Sequence[Any]) -> float | None:
         return None if first is None or second is None else _ARITHMETIC[name](first, second)
     if name in ("scalar_tensor", "full"):
         return explicit_placeholder(args[-1])
+    if name in _FILLED:
+        return explicit_placeholder(_ANY_DTYPE[name](*args))
     if name == "where" and len(args) == 3:
         return explicit_placeholder(args[1 if placeholder_of(args[0]) else 2])
     if name == "masked_fill":

@@ -7,7 +7,7 @@ as with the caching allocator. Invariant: every block is in exactly one category
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
+from autobatch.support.tensor_parts import parts_of
 
 __all__ = ["StorageRecorder"]
 
@@ -133,7 +134,9 @@ class StorageRecorder:
     def tag(self, tensors: Iterable[Any], category: Category) -> None:
         """Put the storages of tensors into a category for their whole life."""
         for tensor in tensors:
-            for part in _parts(tensor):
+            for part in parts_of(tensor):
+                if part.layout is not torch.strided:
+                    continue
                 ref = self._live.get(part.untyped_storage()._cdata)
                 if ref is not None:
                     self._blocks[ref.block].category = category
@@ -167,15 +170,6 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
-
-
-def _parts(tensor: Any) -> Iterator[Any]:
-    """Yield the tensors that one is made of, as quantized weights are; of most, itself."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _by_phase(block: _Block) -> Category:

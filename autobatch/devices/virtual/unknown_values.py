@@ -104,6 +104,7 @@ class UnknownValues:
             aten._amp_update_scale_.default: lambda mode, scale, *args: scale,
             aten.lift_fresh.default: known.lift,
             aten.embedding.default: _embedding,
+            aten._embedding_bag.default: _embedding_bag,
             **rules,
         }
 
@@ -284,7 +285,20 @@ def _unscale(mode: Any, grads: Any, found_inf: Tensor, inv_scale: Any) -> None:
 
 
 def _embedding(mode: Any, *args: Any) -> Any:
-    if len(args) > 4 and args[4]:
+    return _dense(len(args) > 4 and args[4])
+
+
+def _embedding_bag(mode: Any, *args: Any) -> Any:
+    return _dense(len(args) > 5 and args[5])
+
+
+def _dense(is_sparse: bool) -> Any:
+    """Refuse an embedding whose gradient would be sparse.
+
+    Raises:
+        WorkloadError: it would.
+    """
+    if is_sparse:
         raise WorkloadError(
             "sparse gradients of an embedding cannot be simulated: build it with sparse=False"
         )

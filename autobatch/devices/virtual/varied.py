@@ -32,6 +32,8 @@ from autobatch.devices.virtual.elements import (
     set_bounds,
     set_mixed,
     set_placeholder,
+    values_of,
+    was_zero,
 )
 from autobatch.support.torch_private import FakeTensor
 
@@ -84,6 +86,8 @@ def follow_varied(
             _same(first, part)
     elif name in ("scatter", "scatter_"):
         _scatter(args, output)
+    elif name in ("index_put_", "_index_put_impl_"):
+        _mark(args, output)
     elif not isinstance(output, FakeTensor) or output is first:
         return
     elif name in _COMPARISONS:
@@ -167,6 +171,22 @@ def _scatter(args: Sequence[Any], output: Tensor) -> None:
     if len(args) == 4 and type(args[3]) is int and args[3] == 1 and is_varied(args[2]):
         set_mixed(output, args[2].shape[args[1]] / max(1, output.shape[args[1]]))
         set_placeholder(output, 1)
+
+
+def _mark(args: Sequence[Any], output: Tensor) -> None:
+    """Say how many are true where ones are written at listed places of a table of zeros."""
+    target, places, values = args[:3]
+    if not was_zero(target) or values.numel() != 1 or (len(args) > 3 and args[3]):
+        return
+    known = values_of(values)
+    if (placeholder_of(values) if known is None else known.item()) != 1:
+        return
+    chosen = [place for place in places if place is not None]
+    rest = [size for size, place in zip(target.shape, places, strict=False) if place is None]
+    rest += target.shape[len(places) :]
+    count = math.prod(torch.broadcast_shapes(*(place.shape for place in chosen))) * math.prod(rest)
+    set_mixed(output, min(1.0, count / max(1, target.numel())))
+    set_placeholder(output, 1)
 
 
 def _same(first: Tensor, output: Any) -> None:

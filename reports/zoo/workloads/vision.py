@@ -40,23 +40,22 @@ def timm_convnext() -> Step:
     )
 
 
-@workload("timm")
-def timm_mixup() -> Step:
-    """MixUp and CutMix of timm before a soft cross entropy."""
+@workload("torchvision", "timm")
+def mixup() -> Step:
+    """MixUp and CutMix of torchvision, on the card, before a soft cross entropy of timm."""
     import timm
-    from timm.data.mixup import Mixup
     from timm.loss import SoftTargetCrossEntropy
+    from torchvision.transforms import v2
 
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=100)
+    mix = v2.RandomChoice([v2.MixUp(num_classes=100), v2.CutMix(num_classes=100)])
     criterion = SoftTargetCrossEntropy()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        x, soft = mixup(*batch)
+        x, soft = mix(*batch)
         return criterion(model(x), soft)  # type: ignore[no-any-return]
 
-    sample = _labelled(64, 100)
     model = timm.create_model("resnet18", num_classes=100)
-    return step(model, target=1024, sample=sample, loss=loss, optimizer="sgd", state=0.0)
+    return step(model, target=1024, sample=_labelled(64, 100), loss=loss, optimizer="sgd")
 
 
 @workload("timm")

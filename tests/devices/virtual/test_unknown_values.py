@@ -100,3 +100,114 @@ def test_a_mask_that_rows_are_written_by_has_as_many_in_its_gradient():
         return output.sum()
 
     assert run(mlp(), loss=loss)
+
+
+def test_unknown_floats_are_not_all_zero():
+    seen = Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.extend([bool(batch.any()), bool(torch.zeros_like(batch).any())])
+        return model(batch).mean()
+
+    run(mlp(), loss=loss)
+    assert seen[:2] == [True, False]
+
+
+def test_times_that_a_solver_steps_to_are_known():
+    times, seen = torch.linspace(0.0, 1.0, 5), Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        there = times.to(batch)
+        steps = torch.linspace(0.0, 2.0, 3, device=batch.device)
+        seen.extend([float(there[2]), bool(there[1] < there[3]), steps[-1].item()])
+        return model(batch).mean()
+
+    run(mlp(), loss=loss)
+    assert seen[:3] == [0.5, True, 2.0]
+
+
+def test_an_expanded_tensor_in_a_closure_keeps_its_values():
+    table, seen = torch.tensor([3.0, 4.0]).expand(5, 2), Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(table.tolist())
+        return model(batch).mean()
+
+    run(mlp(), loss=loss)
+    assert seen[0] == [[3.0, 4.0]] * 5
+
+
+def test_ones_written_at_listed_places_of_zeros_are_as_many_as_the_places():
+    shapes = Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        rows = torch.arange(batch.shape[0], device=batch.device)
+        labels = output.argmax(-1)
+        mask = torch.zeros_like(output)
+        mask[rows, labels] = 1
+        shapes.append(tuple(output[mask == 1].shape))
+        return output[mask == 1].mean()
+
+    run(mlp(), loss=loss)
+    assert shapes[0] == (len_of_batch(),)
+
+
+def len_of_batch() -> int:
+    sizes = Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(batch.shape[0])
+        return model(batch).mean()
+
+    run(mlp(), loss=loss)
+    return int(sizes[0])
+
+
+class Bag(nn.Module):
+    """Bags of rows, whose gradient may be sparse."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(100, WIDTH, mode="sum", sparse=sparse)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids).mean()
+
+
+def bag_run(sparse: bool) -> None:
+    batch = batch_builder(torch.ones(2, 3, dtype=torch.int64))
+    workload = Workload(model=Bag(sparse), batch=batch, loss=lambda model, batch: model(batch))
+    VirtualGpu(find_gpu("t4")).run(workload, micro_batch=2, accumulation_steps=1)
+
+
+def test_embedding_bags_run():
+    bag_run(sparse=False)
+
+
+def test_sparse_gradients_of_bags_are_refused_by_name():
+    with pytest.raises(WorkloadError, match="sparse gradients of an embedding"):
+        bag_run(sparse=True)
+
+
+class WithTable(nn.Module):
+    """Has a sparse buffer, which it uses or not."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("table", torch.eye(WIDTH).to_sparse())
+        self.uses = uses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.head(x)
+        return torch.sparse.mm(self.table, out.T).mean() if self.uses else out.mean()
+
+
+def test_a_sparse_buffer_that_is_not_used_is_no_obstacle():
+    run(WithTable(uses=False), loss=lambda model, batch: model(batch))
+
+
+def test_a_sparse_tensor_that_is_used_is_named():
+    with pytest.raises(WorkloadError, match="sparse tensor of shape"):
+        run(WithTable(uses=True), loss=lambda model, batch: model(batch))

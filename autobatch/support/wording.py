@@ -42,7 +42,7 @@ def argument(name: str) -> str:
 
 
 def given(name: str, value: object) -> str:
-    """Write an argument with its value as its reader gives it, as an option where there is a command.
+    """Write an argument with its value as its reader gives it: as an option, in a command.
 
     >>> given("world_size", 8), given("sharding", "fsdp")
     ('world_size=8', 'sharding="fsdp"')

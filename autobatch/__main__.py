@@ -1,5 +1,10 @@
 """`python -m autobatch`."""
 
-from autobatch.cli.entry_point import entry
+import sys
 
-entry()
+try:
+    from autobatch.cli.entry_point import entry
+
+    entry()
+except KeyboardInterrupt:  # before the command had begun
+    sys.exit(130)

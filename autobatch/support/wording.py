@@ -42,12 +42,13 @@ def argument(name: str) -> str:
 
 
 def given(name: str, value: object) -> str:
-    """Write an argument with its value: "gpu='t4'", or as the option "--gpu t4".
+    """Write an argument with its value as its reader gives it: as an option, in a command.
 
     >>> given("world_size", 8), given("sharding", "fsdp")
-    ('world_size=8', "sharding='fsdp'")
+    ('world_size=8', 'sharding="fsdp"')
     """
-    return for_reader(f"{name}={value!r}", f"{argument(name)} {value}")
+    written = f'"{value}"' if isinstance(value, str) else value
+    return for_reader(f"{name}={written}", f"{argument(name)} {value}")
 
 
 def passing(name: str, value: str = "…") -> str:

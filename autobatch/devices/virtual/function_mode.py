@@ -262,7 +262,7 @@ def _data_ptr(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     start: int = tensor.untyped_storage()._cdata
-    return start + tensor.storage_offset() * tensor.element_size()
+    return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _format(tensor: Tensor, spec: str) -> str:

@@ -403,13 +403,19 @@ class Walk:
             duplicate.default_factory = self.copied(value.default_factory)  # type: ignore[attr-defined]
         self.remember(value, duplicate)
         for key, part in list(value.items()):
-            duplicate[self.copied(key)] = self.copied(part)
+            duplicate[self._key(key)] = self.copied(part)
         return duplicate
 
     def _set(self, value: Any) -> Any:
-        duplicate = type(value)(self.copied(item) for item in value)
+        duplicate = type(value)(self._key(item) for item in value)
         self.remember(value, duplicate)
         return duplicate
+
+    def _key(self, key: Any) -> Any:
+        """Return what takes a key's place; the `id` of a tensor becomes that of its counterpart."""
+        if type(key) is int and isinstance(self._memo.get(key), Tensor):
+            return id(self._memo[key])
+        return self.copied(key)
 
     def _deque(self, value: deque[Any]) -> deque[Any]:
         duplicate: deque[Any] = deque(maxlen=value.maxlen)

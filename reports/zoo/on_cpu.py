@@ -6,7 +6,7 @@ what it saves, and a storage is alive as long as PyTorch says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch.workload.loss import DefaultLoss
+from autobatch.workload.optimizers import each_of, made_for, mapped
 from autobatch.workload.training_window import Training, run_windows
 from autobatch.workload.workload import Workload
 
@@ -113,6 +114,9 @@ class _Watch:
             if self._only_forward:
                 raise _ForwardEndsError
 
+    def ended(self) -> None:
+        """Do nothing: one forward pass is all that is watched."""
+
     def _pack(self, tensor: Tensor) -> Tensor:
         if _has_storage(tensor):
             self._saved.add(tensor.untyped_storage()._cdata)
@@ -136,16 +140,16 @@ def on_cpu(workload: Workload, micro_batch: int, *, step: bool) -> OnCpu:
         step: whether to go on to the optimizer's step.
     """
     model = workload.model.train()
-    optimizer: Any = workload.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    given = mapped(lambda one: made_for(one, model), workload.optimizer)
+    optimizers = each_of(given)
     watch = _Watch(model, only_forward=not step)
     try:
         run_windows(
             Training(
                 workload=replace(workload, autocast=None, evaluate=None),
                 model=model,
-                optimizer=optimizer,
+                optimizers=optimizers,
+                given=given,
                 loss=workload.loss or DefaultLoss(),
                 batch=lambda: workload.batch(micro_batch),
                 accumulation_steps=1,
@@ -161,19 +165,19 @@ def on_cpu(workload: Workload, micro_batch: int, *, step: bool) -> OnCpu:
         micro_batch=micro_batch,
         alive_bytes=watch.alive_bytes,
         saved_bytes=watch.saved_bytes,
-        state_bytes=optimizer_bytes(optimizer, model) if step else None,
+        state_bytes=optimizer_bytes(optimizers, model) if step else None,
     )
 
 
-def optimizer_bytes(optimizer: Any, model: nn.Module) -> int:
-    """Return the bytes of the tensors that an optimizer reaches, parameters and gradients apart."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+def optimizer_bytes(optimizers: Sequence[Any], model: nn.Module) -> int:
+    """Return the bytes of the tensors that optimizers reach, parameters and gradients apart."""
+    trained = [p for each in optimizers for group in each.param_groups for p in group["params"]]
     others = [*model.parameters(), *model.buffers(), *trained]
     seen = {id(tensor) for tensor in others}
     storages = {key for tensor in others for key, _ in _plain(tensor)}
     storages |= {k for tensor in others if tensor.grad is not None for k, _ in _plain(tensor.grad)}
     found: dict[int, int] = {}
-    waiting: list[Any] = [vars(optimizer)]
+    waiting: list[Any] = [vars(each) for each in optimizers]
     while waiting:
         value = waiting.pop()
         if id(value) in seen:

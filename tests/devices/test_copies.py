@@ -103,3 +103,19 @@ def test_objects_that_refer_back_weakly_are_copied():
 
     run(mlp(), loss=loss)
     assert held.part.scale is scale and held.part.parent() is held
+
+
+def test_ids_of_parameters_are_those_of_their_copies():
+    model = mlp()
+    names = {id(p): name for name, p in model.named_parameters()}
+    known = set(names)
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        assert [names[id(p)] for p in model.parameters()] == [
+            n for n, _ in model.named_parameters()
+        ]
+        assert all(id(p) in known for p in model.parameters())
+        return model(batch).mean()
+
+    run(model, loss=loss)
+    assert [names[id(p)] for p in model.parameters()] == [n for n, _ in model.named_parameters()]

@@ -112,9 +112,9 @@ def test_the_state_of_optimizers_is_counted_wherever_they_keep_it():
     model = net()
     optimizer = torch.optim.SGD(model.parameters())
     weights = storage_bytes(model.parameters())
-    assert optimizer_bytes(optimizer, model) == 0
+    assert optimizer_bytes([optimizer], model) == 0
     optimizer.kept = [{"moments": [p.detach().clone() for p in model.parameters()]}]  # type: ignore[attr-defined]
-    assert optimizer_bytes(optimizer, model) == weights
+    assert optimizer_bytes([optimizer], model) == weights
 
 
 def test_a_simulation_agrees_with_the_cpu_and_half_of_it_does_not():

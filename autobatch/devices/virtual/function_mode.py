@@ -85,6 +85,7 @@ class CudaCalls(TorchFunctionMode):
             torch.tensor: partial(self._of_numbers, torch.tensor),
             torch.as_tensor: partial(self._of_numbers, torch.as_tensor),
             Tensor.cuda: self._cuda,
+            Tensor.data_ptr: _data_ptr,
             Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
         if device.type != "cuda":
@@ -278,6 +279,16 @@ def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Any:
             duplicate = nn.Parameter(duplicate, tensor.requires_grad)
         memo[id(tensor)] = duplicate
     return memo[id(tensor)]
+
+
+def _data_ptr(tensor: Tensor) -> int:
+    """Return a number that is another for each storage, as code takes it for a key."""
+    if not isinstance(tensor, FakeTensor):
+        return Tensor.data_ptr(tensor)
+    if not tensor.numel():
+        return 0
+    start: int = tensor.untyped_storage()._cdata
+    return start + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _format(tensor: Tensor, spec: str) -> str:

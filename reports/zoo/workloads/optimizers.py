@@ -143,7 +143,6 @@ def muon_and_adamw() -> Step:
         target=256,
         sample={"input_ids": ids, "labels": ids},
         optimizer=make(model),
-        on_cpu="a list of optimizers",
         state=(inner + 2 * (total - inner)) / total,
     )
 

@@ -45,7 +45,17 @@ def ran(loss):
     return VirtualGpu(find_gpu("t4")).run(workload, micro_batch=4, accumulation_steps=1)
 
 
-@pytest.mark.parametrize("loss", [boxes, increasing, three_checks])
+def computed_times(model, batch):
+    t = TIMES.to(batch[0].device) * model(batch[0]).mean()
+    assert (t[1:] > t[:-1]).all(), "t must be strictly increasing"
+    return sum(model(batch[0]).mean() * step for step in t)
+
+
+def test_times_that_are_known_are_not_guessed():
+    assert "test_guesses.py" not in " ".join(ran(increasing).notes)
+
+
+@pytest.mark.parametrize("loss", [boxes, computed_times, three_checks])
 def test_a_check_that_placeholders_fail_is_answered_the_other_way_and_it_is_said(loss):
     notes = " ".join(ran(loss).notes)
     assert "test_guesses.py" in notes

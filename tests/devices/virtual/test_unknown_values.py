@@ -211,3 +211,17 @@ def test_a_sparse_buffer_that_is_not_used_is_no_obstacle():
 def test_a_sparse_tensor_that_is_used_is_named():
     with pytest.raises(WorkloadError, match="sparse tensor of shape"):
         run(WithTable(uses=True), loss=lambda model, batch: model(batch))
+
+
+def test_addresses_tell_tensors_apart():
+    seen = Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        first, second = batch.clone(), batch.clone()
+        seen.append(first.data_ptr() == first.view(-1).data_ptr())
+        seen.append(len({first.data_ptr(), second.data_ptr(), first[1:].data_ptr()}))
+        seen.append(first[1:].data_ptr() - first.data_ptr())
+        return model(first).mean()
+
+    run(mlp(), loss=loss)
+    assert seen[:3] == [True, 3, 4 * WIDTH]

@@ -183,6 +183,8 @@ def _mark(args: Sequence[Any], output: Tensor) -> None:
     if (placeholder_of(values) if known is None else known.item()) != 1:
         return
     chosen = [place for place in places if place is not None]
+    if any(place.dtype in (torch.bool, torch.uint8) for place in chosen):
+        return  # how many places a mask chooses is its own matter
     rest = [size for size, place in zip(target.shape, places, strict=False) if place is None]
     rest += target.shape[len(places) :]
     count = math.prod(torch.broadcast_shapes(*(place.shape for place in chosen))) * math.prod(rest)

@@ -241,3 +241,14 @@ def test_either_of_two_marks_is_as_many_as_both():
 
     run(mlp(), loss=loss)
     assert shapes[1] == 2 * shapes[0]
+
+
+def test_marks_at_places_that_a_mask_chooses_are_written():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        table = torch.zeros_like(output)
+        mask = output[:, 0] > 0.5
+        table[mask, output.argmax(-1)[mask]] = 1.0
+        return (output * table).mean()
+
+    run(mlp(), loss=loss)

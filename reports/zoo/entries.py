@@ -31,6 +31,7 @@ class Step:
         state: optimizer state in bytes per byte of trained parameters; None counts that of a step
             on the CPU, which a text says cannot be.
         learned: parameters outside of the model that are trained with it.
+        bounded: whether shapes depend on values, so that the plan takes their upper bound.
     """
 
     plan: Callable[[], Plan]
@@ -38,6 +39,7 @@ class Step:
     on_cpu: tuple[int, ...] | str = (2, 4)
     state: float | str | None = None
     learned: Sequence[Any] = ()
+    bounded: bool = False
 
 
 def step(
@@ -48,6 +50,7 @@ def step(
     on_cpu: tuple[int, ...] | str = (2, 4),
     state: float | str | None = None,
     learned: Sequence[Any] = (),
+    bounded: bool = False,
     **options: Any,
 ) -> Step:
     """Return the step of one call of `autobatch.tune`, whose other arguments are `options`."""
@@ -57,6 +60,7 @@ def step(
         on_cpu=on_cpu,
         state=state,
         learned=learned,
+        bounded=bounded,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from reports.zoo.entries import GPU, Entry
 from reports.zoo.text import result
 
 RESULTS = "results.json"
+
+_FOLDERS = re.compile(r"(?<=[\s('\"])/\w[^\s'\"()]*/(?=[^/\s'\"()]+)")
+"""Where a file lies on this machine, as messages say it."""
 
 
 def is_right(record: Record) -> bool:
@@ -40,9 +44,18 @@ def _activations(record: Record) -> list[bool]:
     return [check["passes"] for check in checks if check["check"] == "activations"]
 
 
+def without_folders(value: Any) -> Any:
+    """Return a record in which files of the machine have lost their folders."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, dict):
+        return {name: without_folders(part) for name, part in value.items()}
+    return [without_folders(part) for part in value] if isinstance(value, list) else value
+
+
 def write_results(known: Mapping[str, Entry], records: Mapping[str, Record], out: Path) -> str:
     """Write the results of a run into its folder, and return them as Markdown."""
-    rows = [records[name] for name in known if name in records]
+    rows = [without_folders(records[name]) for name in known if name in records]
     facts = {
         "evidence": "simulated",
         "command": "python -m reports.zoo",

@@ -10,6 +10,7 @@ from reports.common.markdown import table
 
 Facts = Mapping[str, Any]
 
+_COMPARED = ("activations", "upper bound", "slope")
 _LONGEST = 260
 _HEADS = (
     "workload",
@@ -73,7 +74,7 @@ def _packages(row: Facts) -> str:
 
 def _difference(row: Facts) -> str:
     """Return the largest difference of the activations, in percent of the CPU's."""
-    compared = [c for c in row.get("checks", ()) if c["check"] in ("activations", "slope")]
+    compared = [c for c in row.get("checks", ()) if c["check"] in _COMPARED]
     if not compared:
         return ""
     worst = max(

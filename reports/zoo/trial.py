@@ -108,7 +108,7 @@ def _checked(
         except Exception as error:
             why = f"the step fails on the CPU: {one_line(error)}"
         else:
-            found += checks.activations(left, real, size)
+            found += checks.activations(left, real, size, bounded=step.bounded)
     found += checks.state_of(step, trace, real[0] if real else None)
     wrong = [check for check in found if not check.passes]
     record: Record = {

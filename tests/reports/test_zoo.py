@@ -21,7 +21,7 @@ from reports.zoo import __main__ as command
 from reports.zoo import checks, render
 from reports.zoo.entries import Entry, Step, entries, selected, step
 from reports.zoo.on_cpu import OnCpu, on_cpu, optimizer_bytes, storage_bytes
-from reports.zoo.results import summarise
+from reports.zoo.results import summarise, without_folders
 from reports.zoo.text import result
 from reports.zoo.trial import attempt
 
@@ -264,3 +264,15 @@ def test_a_finished_run_is_taken_into_the_readme(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "`good`" in text and "old" not in text
     assert re.match(r"a\n<!-- result -->", text) and text.endswith("<!-- /result -->\nb\n")
+
+
+def test_an_upper_bound_may_be_above_but_not_below():
+    found = [checks.bound("upper bound", 100, size).passes for size in (90, 100, 120, 130)]
+    assert found == [False, True, True, False]
+
+
+def test_results_hold_no_folder_of_the_machine():
+    texts = {"warnings": ["read at /home/me/lib/roi.py:10 as True", "(/tmp/a/b.py:3)", "8/2 a/b"]}
+    assert without_folders(texts) == {
+        "warnings": ["read at roi.py:10 as True", "(b.py:3)", "8/2 a/b"]
+    }

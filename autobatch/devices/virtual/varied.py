@@ -50,6 +50,7 @@ _ALIKE = frozenset(
 
 _PARTS = frozenset("unbind split split_with_sizes chunk".split())
 _INTERVALS = frozenset("add sub mul remainder clamp masked_fill where minimum maximum".split())
+_EITHER = frozenset(("logical_or", "bitwise_or", "logical_xor"))
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _CHOICES = {"argmax": 0, "argmin": 0, "topk": 1, "max": 1, "min": 1, "sort": 1, "argsort": 0}
 """Ops that choose along a dimension, and which of their results holds the choices."""
@@ -182,6 +183,8 @@ def _mark(args: Sequence[Any], output: Tensor) -> None:
     if (placeholder_of(values) if known is None else known.item()) != 1:
         return
     chosen = [place for place in places if place is not None]
+    if any(place.dtype in (torch.bool, torch.uint8) for place in chosen):
+        return  # how many places a mask chooses is its own matter
     rest = [size for size, place in zip(target.shape, places, strict=False) if place is None]
     rest += target.shape[len(places) :]
     count = math.prod(torch.broadcast_shapes(*(place.shape for place in chosen))) * math.prod(rest)
@@ -250,7 +253,14 @@ def _mix(name: str, args: Sequence[Any], first: Tensor, output: Tensor) -> None:
         set_placeholder(output, float(count) if output.dtype.is_floating_point else count)
     elif name == "mean":
         set_placeholder(output, share)
-    elif name in ("logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_xor"):
+    elif name in _EITHER and isinstance(args[1], Tensor):
+        other = mixed_share(args[1])
+        if other is None:
+            other = 1.0 if placeholder_of(args[1]) else 0.0
+        wider = max(1, output.numel() // max(1, first.numel()))  # one of them may be expanded
+        set_mixed(output, min(1.0, share + other) if wider == 1 else 1.0)
+        set_placeholder(output, True)
+    elif name in ("logical_not", "bitwise_not", *_EITHER):
         set_mixed(output, 1.0)
         set_placeholder(output, True)
     elif name in ("logical_and", "bitwise_and", "mul") and output.dtype in WHOLE:

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from reports.zoo.entries import Step, step, workload
 from reports.zoo.workloads.parts import images
 
-_MATCHED = "how many boxes match depends on values, of which the plan takes the upper bound"
-
 
 def _targets(samples: int, size: int, *, masks: bool = False) -> list[dict[str, Tensor]]:
     corner = torch.rand(samples, 3, 2) * size / 2
@@ -25,7 +23,13 @@ def _targets(samples: int, size: int, *, masks: bool = False) -> list[dict[str, 
     return made
 
 
-def _torchvision(name: str, *, size: int = 128, masks: bool = False, **options: Any) -> Step:
+def _torchvision(
+    name: str,
+    *,
+    size: int = 128,
+    masks: bool = False,
+    **options: Any,
+) -> Step:
     from torchvision.models import detection
 
     model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=5, **options)
@@ -36,7 +40,7 @@ def _torchvision(name: str, *, size: int = 128, masks: bool = False, **options: 
 
     sample = (list(images(2, size)), _targets(2, size, masks=masks))
     return step(
-        model, target=32, sample=sample, loss=loss, optimizer="sgd", on_cpu=_MATCHED, state=0.0
+        model, target=32, sample=sample, loss=loss, optimizer="sgd", state=0.0, bounded=True
     )
 
 
@@ -90,8 +94,8 @@ def yolo() -> Step:
         target=64,
         sample=sample,
         loss=lambda model, batch: model.loss(batch)[0].sum(),
-        on_cpu=_MATCHED,
         state=2.0,
+        bounded=True,
     )
 
 

@@ -225,3 +225,30 @@ def test_addresses_tell_tensors_apart():
 
     run(mlp(), loss=loss)
     assert seen[:3] == [True, 3, 4 * WIDTH]
+
+
+def test_either_of_two_marks_is_as_many_as_both():
+    shapes = Seen()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        picks = output[:, 0].argsort()
+        marks = [torch.zeros(100, dtype=torch.uint8, device=batch.device) for _ in range(2)]
+        for mark in marks:
+            mark[picks] = 1
+        shapes.extend([batch.shape[0], torch.where(marks[0] | marks[1])[0].shape[0]])
+        return output.mean()
+
+    run(mlp(), loss=loss)
+    assert shapes[1] == 2 * shapes[0]
+
+
+def test_marks_at_places_that_a_mask_chooses_are_written():
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = model(batch)
+        table = torch.zeros_like(output)
+        mask = output[:, 0] > 0.5
+        table[mask, output.argmax(-1)[mask]] = 1.0
+        return (output * table).mean()
+
+    run(mlp(), loss=loss)

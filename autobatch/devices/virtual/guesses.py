@@ -18,8 +18,11 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
 
 from autobatch.devices.virtual.unknown_floats import UnknownFloat
 from autobatch.support.torch_private import DISPATCHING_MODULES
@@ -31,6 +34,8 @@ _BRANCHES = 8
 """Runs that are made to find the branches that need most memory."""
 
 _OURS = "autobatch.devices."
+_PYTORCH = str(Path(torch.__file__).parent)
+_NOWHERE = ("unknown", 0, 0)
 
 Site = tuple[str, int, int]
 """A place in the user's code: file, line, and instruction."""
@@ -75,6 +80,8 @@ class Guesses:
             return self._heavier[site]
         if site not in self._turned:
             self._read[site] = value
+            if site[0].startswith(_PYTORCH):  # its branches are checks
+                return value
             if type(value) is bool:
                 self._decides.setdefault(site, (not value,))
             elif most is not None and most > value:
@@ -85,10 +92,10 @@ class Guesses:
 
     def float_read(self, value: float) -> UnknownFloat:
         """Return a float that was just read, which tells when code compares it."""
-        site = next(reversed(self._read), None)
+        site = next(reversed(self._read), _NOWHERE)
 
         def compared() -> None:
-            if site is not None and site in self._read:
+            if site in self._read and not site[0].startswith(_PYTORCH):
                 self._decides.setdefault(site, _others(value))
 
         return UnknownFloat.made(value, compared)
@@ -200,7 +207,7 @@ def _site() -> Site:
         if not module.startswith((_OURS, *DISPATCHING_MODULES)):
             return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
         frame = frame.f_back
-    return "unknown", 0, 0
+    return _NOWHERE
 
 
 def _raised_at(traceback: TracebackType | None) -> Site | None:

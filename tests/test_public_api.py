@@ -49,7 +49,7 @@ def parameters(function: object) -> list[str]:
 
 
 def test_tune_and_predict_take_these_arguments() -> None:
-    shared = "sample loss optimizer gpu world_size sharding".split()
+    shared = "sample batch_dims loss optimizer gpu world_size sharding".split()
     assert parameters(autobatch.tune) == [
         *("model", "target", *shared, "headroom", "autocast", "clip_norm"),
         *("prove", "isolate", "time_limit", "cache", "progress"),

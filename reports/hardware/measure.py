@@ -197,6 +197,9 @@ class NoPhases:
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         pass
 
+    def ended(self) -> None:
+        pass
+
 
 class PlainTraining:
     """The same windows without a probe around them."""
@@ -229,7 +232,8 @@ def run_plain(
         Training(
             workload=workload,
             model=model,
-            optimizer=optimizer,
+            optimizers=[optimizer],
+            given=optimizer,
             loss=workload.loss or DefaultLoss(),
             batch=batch,
             accumulation_steps=STEPS,

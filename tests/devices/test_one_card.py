@@ -81,7 +81,10 @@ def test_parameters_on_two_cards_are_refused() -> None:
         def __init__(self, card: str) -> None:
             self.device = torch.device(card)
 
-    model: Any = type("Model", (), {"parameters": lambda _: map(On, ("cuda:0", "cuda:1", "cpu"))})()
+    class Spread(nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return map(On, ("cuda:0", "cuda:1", "cpu"))
+
     with pytest.raises(WorkloadError, match="cuda:0 and cuda:1"):
-        require_one_card(model)
+        require_one_card(Spread())
     require_one_card(Halves(lambda x: x))

@@ -188,7 +188,7 @@ def test_on_the_command_line_it_is_a_message_and_exit_code_2():
     code = (
         "import sys, torch.utils._mode_utils as home; del home.no_dispatch\n"
         "from autobatch.cli.entry_point import main\n"
-        "sys.exit(main(['probe', 'timm:resnet18', '--target', '8', '--gpu', 't4']))"
+        "sys.exit(main(['probe', 'timm:resnet18', '--target', '8', '--gpu', 't4', '--no-isolate']))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2

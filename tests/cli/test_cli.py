@@ -224,6 +224,8 @@ def test_a_mistake_is_answered_with_what_to_type(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if any(argument.startswith("timm:") for argument in arguments):
+        pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "m.py").write_text(

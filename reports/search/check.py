@@ -54,7 +54,7 @@ class Row:
 
     @property
     def allowed(self) -> int:
-        return 4 if self.degree == 2 else 3
+        return 4 if self.degree == 2 or "cudnn workspace" in (self.reason or "") else 3
 
     @property
     def passes(self) -> bool:

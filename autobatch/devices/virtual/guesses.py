@@ -59,6 +59,7 @@ class Guesses:
         self._failures = 0
         self._decides: dict[Site, tuple[Any, ...]] = {}
         self._heavier: dict[Site, Any] = {}
+        self._numbers: dict[Site, int] = {}
         self._is_settled = False
         self.is_trying = False
 
@@ -66,6 +67,7 @@ class Guesses:
         """Start a run."""
         self._read.clear()
         self._compared.clear()
+        self._numbers.clear()
 
     def answer(self, value: Any, most: int | None = None) -> Any:
         """Return what a read gives whose placeholder is `value`, and remember the read.
@@ -86,6 +88,8 @@ class Guesses:
                 self._decides.setdefault(site, (not value,))
             elif most is not None and most > value:
                 self._decides.setdefault(site, (most,))
+            elif most is None and value == 1 and type(value) is int:  # the default: no bound
+                self._numbers.setdefault(site, value)
             return value
         others = _others(value)
         return others[min(self._choice[site], len(others) - 1)]
@@ -183,6 +187,12 @@ class Guesses:
             yield (
                 f"what is read at {site[0]}:{site[1]} decides how much memory is needed, and is "
                 f"not known: it was taken to be {value}, with which it is most"
+            )
+        if self._numbers:
+            (file, line, _), value = next(iter(self._numbers.items()))
+            yield (
+                f"a whole number that is not known was read at {file}:{line} as {value}: if a size "
+                "follows from it, the real run may need more memory"
             )
         if self._parts:
             places = ", ".join(f"{file}:{line}" for file, line, _ in list(self._parts)[:3])

@@ -124,6 +124,16 @@ def test_counts_of_what_holds_are_all_at_most():
     assert any(f"taken to be {N}" in note for note in ran.notes)
 
 
+def test_a_whole_number_without_bounds_is_named_where_it_is_read():
+    def loss(model, x):
+        y = model(x)
+        longest = int((y.abs() * 100).long().max())
+        return y.sum() + y.new_zeros(longest).sum()
+
+    (said,) = run(loss).notes
+    assert "a whole number that is not known was read" in said and "test_branches.py" in said
+
+
 def test_an_unknown_float_is_a_float():
     told = []
     number = UnknownFloat.made(0.5, lambda: told.append(1))

@@ -27,6 +27,7 @@ __all__ = [
     "has_values",
     "is_certain",
     "is_mixed",
+    "is_unbounded",
     "is_varied",
     "mark_upper_bound",
     "mixed_share",
@@ -39,6 +40,7 @@ __all__ = [
     "set_most",
     "set_placeholder",
     "set_true_count",
+    "set_unbounded",
     "set_values",
     "true_count",
     "values_of",
@@ -85,7 +87,14 @@ def set_placeholder(tensor: Tensor, value: float) -> None:
 def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
     """Let a tensor that was written to read as its dtype's default, and its true elements too."""
     vars(tensor)["before"] = vars(tensor).get("placeholder")
-    facts = ("placeholder", "mixed", "certain", "most", *(() if keeps_bounds else ("bounds",)))
+    facts = (
+        "placeholder",
+        "mixed",
+        "certain",
+        "most",
+        "unbounded",
+        *(() if keeps_bounds else ("bounds",)),
+    )
     for fact in facts:
         vars(tensor).pop(fact, None)
     vars(tensor.untyped_storage()).pop("true_count", None)
@@ -99,6 +108,16 @@ def set_certain(tensor: Tensor) -> None:
 def is_certain(value: Any) -> bool:
     """Whether a tensor reads as what a healthy run gives."""
     return isinstance(value, Tensor) and "certain" in vars(value)
+
+
+def set_unbounded(tensor: Tensor) -> None:
+    """Remember that a truth value compares a whole number of which nothing is known."""
+    vars(tensor)["unbounded"] = True
+
+
+def is_unbounded(tensor: Any) -> bool:
+    """Whether a truth value compares a whole number of which nothing is known."""
+    return isinstance(tensor, Tensor) and "unbounded" in vars(tensor)
 
 
 def set_most(tensor: Tensor, most: int) -> None:

@@ -94,6 +94,12 @@ class Guesses:
         others = _others(value)
         return others[min(self._choice[site], len(others) - 1)]
 
+    def number_compared(self) -> None:
+        """Note that a whole number of which nothing is known is compared here."""
+        site = _site()
+        if not site[0].startswith(_PYTORCH):
+            self._numbers.setdefault(site, 1)
+
     def float_read(self, value: float) -> UnknownFloat:
         """Return a float that was just read, which tells when code compares it."""
         site = next(reversed(self._read), _NOWHERE)

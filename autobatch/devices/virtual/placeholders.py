@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.elements import (
+    WHOLE,
     explicit_placeholder,
     forget_placeholder,
     is_certain,
@@ -25,6 +26,8 @@ from autobatch.devices.virtual.elements import (
     set_certain,
     set_most,
     set_placeholder,
+    set_unbounded,
+    values_of,
 )
 
 __all__ = ["MASKS", "follow_placeholders"]
@@ -85,6 +88,7 @@ _KEEPING_CERTAINTY = _KEEPING | frozenset(
 )
 """Ops on truth values which are as certain as those."""
 
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _INFINITE = (math.inf, -math.inf)
 _COUNTS = frozenset(("sum", "count_nonzero"))
 
@@ -114,6 +118,14 @@ def follow_placeholders(
         set_most(output, args[0].numel())
         if placeholder_of(args[0]):  # each of them is true
             set_placeholder(output, args[0].numel())
+    elif name in _COMPARISONS and not output.dim() and any(map(_is_anything, args[:2])):
+        set_unbounded(output)
+
+
+def _is_anything(value: Any) -> bool:
+    """Whether a value is a whole number on the GPU of which nothing is known: it reads as one."""
+    is_number = isinstance(value, Tensor) and value.dtype in WHOLE and value.dtype not in MASKS
+    return is_number and placeholder_of(value) == 1 and values_of(value) is None
 
 
 def _is_certain(name: str, args: Sequence[Any]) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from autobatch.devices.virtual.elements import (
     bounds_of,
     is_certain,
+    is_unbounded,
     mark_upper_bound,
     most_of,
     placeholder_of,
@@ -77,7 +78,7 @@ class UnknownValues:
         self._reads = 0
         self._rules: dict[Any, _Rule] = {
             aten._local_scalar_dense.default: self._read,
-            aten.equal.default: lambda mode, *args: self._guesses.answer(True),
+            aten.equal.default: self._equal,
             aten.allclose.default: lambda mode, *args, **kwargs: self._guesses.answer(True),
             aten.nonzero.default: self._nonzero,
             aten.masked_select.default: self._masked_select,
@@ -129,6 +130,7 @@ class UnknownValues:
         follow_placeholders(name, args, kwargs, output)
         if name in _WITH_INFO:
             set_placeholder(output[-1], 0)
+            set_certain(output[-1])
         else:
             follow_varied(name, args, kwargs, output, self._guesses.share)
         self.known.follow(func, args, kwargs, output)
@@ -175,7 +177,14 @@ class UnknownValues:
                 f"the workload asked {_MOST_READS:,} times whether something holds on the GPU, "
                 "which a simulation cannot know: a loop that ends by such a value never ends here"
             )
+        if is_unbounded(tensor):
+            self._guesses.number_compared()
         return self._guesses.answer(placeholder_of(tensor), most_of(tensor))
+
+    def _equal(self, mode: Any, one: Tensor, other: Tensor) -> Any:
+        if one is other or one.shape != other.shape:
+            return one is other
+        return self._guesses.answer(True)
 
     def _true_elements(self, mask: Tensor, name: str) -> int:
         """Return how many elements of a mask are true, at most."""

@@ -134,6 +134,30 @@ def test_a_whole_number_without_bounds_is_named_where_it_is_read():
     assert "a whole number that is not known was read" in said and "test_branches.py" in said
 
 
+def test_a_whole_number_without_bounds_is_named_where_it_is_compared():
+    def loss(model, x):
+        y = model(x)
+        longest = (y.abs() * 100).long().max()
+        return y.sum() + y.new_zeros(int(max(longest, 5))).sum()
+
+    (said,) = run(loss).notes
+    assert "a whole number that is not known was read" in said
+
+
+def test_a_tensor_is_equal_to_itself_and_a_factorization_succeeds_without_a_second_run():
+    runs = Seen()
+
+    def loss(model, x):
+        runs.append("run")
+        y = model(x)
+        factor, info = torch.linalg.cholesky_ex(y.T @ y)
+        if not torch.equal(y, y) or torch.equal(y, y[1:]) or torch.any(info):
+            return longer(y)
+        return factor.sum()
+
+    assert not run(loss).notes and len(runs) == 2  # two windows, once
+
+
 def test_an_unknown_float_is_a_float():
     told = []
     number = UnknownFloat.made(0.5, lambda: told.append(1))

@@ -18,12 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import TextColumn
-
 from autobatch.support.units import GIB
-from reports.common.command_line import output_folder, positive, progress_bar
-from reports.common.journal import Record, append, read_journal
-from reports.common.pool import WorkersFailError, run_tasks
+from reports.common.command_line import output_folder, positive
+from reports.common.journal import Record
+from reports.common.pool import WorkersFailError
+from reports.common.resumable import run_resumable
 from reports.coverage.subjects import LIBRARIES, Subject, selected, subjects_of, tasks_of
 from reports.coverage.summary import FAILED, PREDICTED, ended
 
@@ -92,35 +91,18 @@ def try_subjects(
     Raises:
         WorkersFailError: a worker ended before it was ready.
     """
-    known = read_journal(journal)
-    keys = {subject.key for subject in subjects}
-    again = {
-        key
-        for key in keys & known.keys()
-        if fresh or (retry and known[key]["outcome"] != PREDICTED)
-    }
-    done = keys & known.keys() - again
-    with progress_bar(TextColumn("{task.fields[failed]} failed")) as bar:
-        failed = sum(known[key]["outcome"] == FAILED for key in done)
-        shown = bar.add_task("models", total=len(keys), completed=len(done), failed=failed)
-
-        def record(found: Record) -> None:
-            nonlocal failed
-            found = found if "outcome" in found else ended(found)
-            append(journal, found)
-            known[found["key"]] = found
-            failed += found["outcome"] == FAILED
-            bar.update(shown, advance=1, failed=failed)
-
-        run_tasks(
-            tasks_of(subjects, done),
-            command=WORKER,
-            workers=workers,
-            record=record,
-            time_limit_s=time_limit_s,
-            memory_limit_bytes=MEMORY_LIMIT_BYTES,
-        )
-    return known
+    return run_resumable(
+        tasks_of(subjects),
+        journal,
+        command=WORKER,
+        workers=workers,
+        time_limit_s=time_limit_s,
+        memory_limit_bytes=MEMORY_LIMIT_BYTES,
+        again=lambda record: fresh or (retry and record["outcome"] != PREDICTED),
+        ended=ended,
+        counts=lambda record: record["outcome"] == FAILED,
+        counted="failed",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

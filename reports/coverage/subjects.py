@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,10 +59,9 @@ def selected(
     ]
 
 
-def tasks_of(subjects: Iterable[Subject], done: Collection[str] = ()) -> list[Record]:
-    """Make a worker's task of each subject that is not done."""
+def tasks_of(subjects: Iterable[Subject]) -> list[Record]:
+    """Make a worker's task of each subject."""
     return [
         {"library": subject.library, "name": subject.name, "keys": [subject.key]}
         for subject in subjects
-        if subject.key not in done
     ]

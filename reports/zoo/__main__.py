@@ -17,12 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import TextColumn
-
 from autobatch.support.units import GIB
-from reports.common.command_line import output_folder, positive, progress_bar
-from reports.common.journal import Record, append, read_journal
-from reports.common.pool import WorkersFailError, run_tasks
+from reports.common.command_line import output_folder, positive
+from reports.common.journal import Record
+from reports.common.pool import WorkersFailError
+from reports.common.resumable import run_resumable
 from reports.zoo.entries import Entry, entries, selected
 from reports.zoo.results import is_right, write_results
 
@@ -93,36 +92,19 @@ def try_workloads(
     Raises:
         WorkersFailError: a worker ended before it was ready.
     """
-    known = read_journal(journal)
     by_name = {entry.name: entry for entry in chosen}
-    again = {
-        name
-        for name in by_name.keys() & known.keys()
-        if fresh or (retry and not is_right(known[name]))
-    }
-    left = [name for name in by_name if name not in known or name in again]
-    with progress_bar(TextColumn("{task.fields[wrong]} not right")) as bar:
-        done = by_name.keys() - left
-        wrong = sum(not is_right(known[name]) for name in done)
-        shown = bar.add_task("workloads", total=len(by_name), completed=len(done), wrong=wrong)
-
-        def record(found: Record) -> None:
-            nonlocal wrong
-            found = found if "outcome" in found else _ended(by_name[found["key"]], found)
-            append(journal, found)
-            known[found["key"]] = found
-            wrong += not is_right(found)
-            bar.update(shown, advance=1, wrong=wrong)
-
-        run_tasks(
-            [{"keys": [name], "name": name} for name in left],
-            command=WORKER,
-            workers=workers,
-            record=record,
-            time_limit_s=time_limit_s,
-            memory_limit_bytes=MEMORY_LIMIT_BYTES,
-        )
-    return known
+    return run_resumable(
+        [{"keys": [name], "name": name} for name in by_name],
+        journal,
+        command=WORKER,
+        workers=workers,
+        time_limit_s=time_limit_s,
+        memory_limit_bytes=MEMORY_LIMIT_BYTES,
+        again=lambda record: fresh or (retry and not is_right(record)),
+        ended=lambda found: _ended(by_name[found["key"]], found),
+        counts=lambda record: not is_right(record),
+        counted="not right",
+    )
 
 
 def _ended(entry: Entry, found: Record) -> Record:

@@ -90,9 +90,10 @@ def test_names_are_selected_as_a_shell_would():
     assert selected([*TIMM, *TYPES]) == [*TIMM, *TYPES]
 
 
-def test_what_is_done_is_no_task():
-    (task,) = tasks_of(TYPES, done={"transformers:bart"})
-    assert task["keys"] == ["transformers:no_head"] and task["name"] == "no_head"
+def test_every_subject_is_a_task_of_its_own():
+    tasks = tasks_of(TYPES)
+    assert [task["keys"] for task in tasks] == [[subject.key] for subject in TYPES]
+    assert tasks[-1]["name"] == TYPES[-1].name
 
 
 # Small configs

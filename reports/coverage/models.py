@@ -123,7 +123,7 @@ def _built(transformers: Any, config: Any) -> tuple[str, nn.Module]:
     """Build the model of the first head that can be, and name its Auto class."""
     config.architectures = config.architectures or []  # looked through where heads are several
     first: Exception | None = None
-    for auto in _heads(transformers, config):
+    for auto in heads_of(transformers, config):
         found = _from_config(auto, config)
         if isinstance(found, nn.Module):
             return auto.__name__, found
@@ -139,7 +139,7 @@ def _from_config(auto: Any, config: Any) -> nn.Module | Exception:
         return error
 
 
-def _heads(transformers: Any, config: Any) -> Iterator[Any]:
+def heads_of(transformers: Any, config: Any) -> Iterator[Any]:
     """Yield the Auto class of `hf:`, then any other that knows the config."""
     with suppress(SpecError):
         yield auto_class(transformers, config, None)

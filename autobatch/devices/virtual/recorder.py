@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.scratch import AFTER_ALL, TO_THE_END, Scratch
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
 from autobatch.support.tensor_parts import parts_of
 
@@ -47,7 +48,10 @@ class StorageRecorder:
 
     Attributes:
         phase: the phase that runs.
+        is_muted: whether what is made now has no memory on a real GPU.
     """
+
+    is_muted = False
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
@@ -56,7 +60,9 @@ class StorageRecorder:
         self._live: dict[int, _StorageRef] = {}
         self.phase: Phase = "setup"
         self._pending: Category | None = None
-        self._due: list[tuple[int, int, str]] = []
+        self._due: list[Scratch] = []
+        self._taken: list[tuple[int, int]] = []
+        self._op = ""
         self._results = 0
         self._claim: Category | None = None
         self._claimed: list[tuple[_StorageRef, Category]] = []
@@ -82,7 +88,8 @@ class StorageRecorder:
         self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
         if self._due:
-            self._take_due()
+            self._results += 1
+            self._take_due(self._results)
 
     def _freed(self, ref: _StorageRef) -> None:
         # the address may have been reused by a storage that was seen before this callback ran
@@ -90,31 +97,36 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str) -> int:
+    def hidden(self, size_bytes: int, op: str, category: Category = "workspace") -> int:
         """Log an allocation that no tensor shows; return its number, to free it or not."""
         self._events.append(len(self._blocks))
-        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace"))
+        self._blocks.append(_Block(size_bytes, self.phase, op, category))
         return len(self._blocks) - 1
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Log that hidden allocations are given back."""
-        self._events.extend(~block for block in blocks)
+    def expect(self, scratch: Iterable[Scratch], op: str) -> None:
+        """Log what the next op takes for itself, each after as many of its results as it says."""
+        self._due = sorted((each for each in scratch if each.size_bytes), key=_after)
+        self._op, self._results = op, 0
+        self._take_due(0)
 
-    def expect(self, workspaces: Iterable[tuple[int, int]], op: str) -> None:
-        """Log workspaces of the next op, each taken and given back after some of its results.
+    def finished(self) -> None:
+        """Log that the op has run: the rest of its scratch is taken, and all is given back."""
+        self._take_due(AFTER_ALL)
+        self._give_back(TO_THE_END)
 
-        Args:
-            workspaces: bytes of each, and how many of the op's new storages come before it.
-            op: what takes them.
-        """
-        self._due = [(after, size_bytes, op) for size_bytes, after in workspaces]
-        self._results = 0
+    def _take_due(self, results: int) -> None:
+        while self._due and self._due[0].after <= results:
+            each = self._due.pop(0)
+            block = self.hidden(each.size_bytes, self._op)
+            self._give_back(1)
+            self._taken.append((block, each.outlives))
+            self._give_back(0)
 
-    def _take_due(self) -> None:
-        self._results += 1
-        while self._due and self._due[0][0] == self._results:
-            _, size_bytes, op = self._due.pop(0)
-            self.free([self.hidden(size_bytes, op)])
+    def _give_back(self, later: int) -> None:
+        """Log that scratch is freed that was to outlive at most so many more pieces."""
+        left = [(block, outlives - later) for block, outlives in self._taken]
+        self._taken = [(block, outlives) for block, outlives in left if outlives > 0]
+        self._events.extend(~block for block, outlives in left if outlives <= 0)
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""
@@ -170,6 +182,10 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
+
+
+def _after(scratch: Scratch) -> int:
+    return scratch.after
 
 
 def _by_phase(block: _Block) -> Category:

@@ -55,9 +55,15 @@ def attend(
     enable_gqa: bool = False,
 ) -> Any:
     """Run attention through the aten op of the kernel that CUDA would take."""
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    if attn_mask is not None:  # arguments are cast from right to left, as in `autocast.py`
+        attn_mask = _autocast(attn_mask)
+    value, key, query = (_autocast(tensor) for tensor in (value, key, query))
     if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+        attn_mask = torch.where(
+            attn_mask,
+            torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device),
+            torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device),
+        )
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     call = _Call(
         query=query,

@@ -35,6 +35,7 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
+from autobatch.devices.virtual.kernels.scratch import Scratch
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = [
@@ -61,16 +62,13 @@ _MEASURED = (9, 0)
 
 def convolution_workspaces(
     func: Any, args: Sequence[Any], gpu: GpuSpec
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[Scratch]:
     """Yield the workspaces that a convolution takes and gives back while it runs.
 
     Args:
         func: the op; others than convolutions have none.
         args: its arguments.
         gpu: the card; without figures of its speed, it is taken for one with fast tensor cores.
-
-    Yields:
-        The bytes of a workspace, and how many of the op's results are made before it is taken.
     """
     if not torch.backends.cudnn.enabled or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
         return
@@ -92,7 +90,7 @@ def convolution_workspaces(
     for direction, is_wanted, made in directions:
         size_bytes = ask(direction, layer) if is_wanted else 0
         if size_bytes:
-            yield size_bytes, made
+            yield Scratch(size_bytes, made, outlives=0)
 
 
 def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:

@@ -155,9 +155,7 @@ def _require_comparable(model: nn.Module) -> None:
 
 def _checkpoint(model: Any) -> None:
     if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
     else:

@@ -2,16 +2,22 @@
 
 Invariant: nothing of autobatch runs here but the inputs and the loss that it inferred, and what
 reads PyTorch's memory history.
+
+Kernels do nothing on the bench, so code that branches on a value reads garbage. Where models of
+transformers ask whether positions are those of one sequence, they are told that they are, as on a
+card.
 """
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
@@ -46,6 +52,7 @@ def train(row: Row, *, labelled: bool = True) -> Truth:
     """
     what = workload(row.model, checkpointing=row.checkpointing)
     model, loss_of = what.model, what.loss or DefaultLoss()
+    _tell_true_values()
     runtime = CudaRuntime(0)
     recorder = HistoryRecorder(runtime)
     with recorder.recording():
@@ -75,6 +82,30 @@ def train(row: Row, *, labelled: bool = True) -> Truth:
     if labelled:
         trace = _labelled(trace, events, profiled)
     return Truth(allocated, reserved, trace)
+
+
+def _tell_true_values() -> None:
+    """Let models of transformers find that no sequences are packed into one."""
+    masking = sys.modules.get("transformers.masking_utils")
+    find = getattr(masking, "find_packed_sequence_indices", None)
+    if masking is None or find is None:
+        return
+
+    def told(position_ids: torch.Tensor) -> Any:
+        with _AllTrue():
+            return find(position_ids)
+
+    masking.find_packed_sequence_indices = told  # type: ignore[attr-defined]
+
+
+class _AllTrue(TorchFunctionMode):
+    """Lets every tensor that is asked for its truth be true."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return True if func is torch.Tensor.__bool__ else found
 
 
 def _on_card(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.dtype_checks import check_dtypes
-from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
 from autobatch.devices.virtual.kernels.convolutions import relaid
 from autobatch.devices.virtual.kernels.orders import order_of
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
@@ -144,8 +144,10 @@ class VirtualMode(FakeTensorMode):
         if place is not None and place.type == "cuda" != self.virtual_device.type:
             # PyTorch's own Python functions ask a tensor where it is, and are told of CUDA
             kwargs = {**kwargs, "device": self.virtual_device}
-        if adds_in_place(func, args, self._sole_holders):
-            return args[0]
+        if func in MAY_WRITE_IN_PLACE and writes_in_place(
+            func, args, self._recorder.latest(args[0]), self._sole_holders
+        ):
+            return self._in_place(func, args, kwargs)
         if args and self._is_virtual(args[0]):
             check_dtypes(func, args, kwargs)
         after = self._workspaces.before(func, args, kwargs)
@@ -158,6 +160,15 @@ class VirtualMode(FakeTensorMode):
             after()
         self._unknown.follow(func, args, kwargs, output)
         return output
+
+    def _in_place(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the first argument's memory as the result of an op."""
+        after = self._workspaces.before(func, args, kwargs)
+        if after is not None:
+            after()
+        if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled():
+            return args[0]  # the engine's sum
+        return self._wrap(_alias(args[0], *_layout(args[0])))
 
     def _answer(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer from the cache or as FakeTensorMode does, and record what came to life."""
@@ -218,6 +229,16 @@ class VirtualMode(FakeTensorMode):
         """Make a tensor on `like`'s device from inside a rule."""
         elem = torch.empty(shape, dtype=dtype, device="meta")
         return FakeTensor(self, elem, like.device)
+
+    def strided(self, tensor: Tensor, shape: Any, stride: Any) -> Tensor:
+        """Make a tensor of a dense layout from inside a rule, like another in all else."""
+        elem = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=_META)
+        return FakeTensor(self, elem, tensor.device)
+
+    def part(self, buffer: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
+        """Make a contiguous view of a buffer from inside a rule, from an element on."""
+        stride = torch.empty(shape, device=_META).stride()
+        return FakeTensor(self, _alias(buffer, shape, stride, offset, buffer.dtype), buffer.device)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Make a tensor of the same layout from inside a rule."""

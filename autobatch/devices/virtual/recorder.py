@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import AFTER_ALL, TO_THE_END, Scratch
+from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
 from autobatch.support.tensor_parts import parts_of
 
@@ -60,9 +60,10 @@ class StorageRecorder:
         self._live: dict[int, _StorageRef] = {}
         self.phase: Phase = "setup"
         self._pending: Category | None = None
-        self._due: list[Scratch] = []
-        self._taken: list[tuple[int, int]] = []
+        self._steps: list[Step] = []
+        self._taken: list[int | None] = []
         self._op = ""
+        self._latest = 0
         self._results = 0
         self._claim: Category | None = None
         self._claimed: list[tuple[_StorageRef, Category]] = []
@@ -87,9 +88,17 @@ class StorageRecorder:
             category = "activations"  # recomputed by activation checkpointing
         self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
-        if self._due:
-            self._results += 1
-            self._take_due(self._results)
+        self._latest = key
+        if self._steps:
+            self._made()
+
+    def latest(self, tensor: Any) -> str | None:
+        """Return the op that made a tensor, if no tensor was allocated since."""
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return None
+        key = tensor.untyped_storage()._cdata
+        ref = self._live.get(key) if key == self._latest else None
+        return None if ref is None else self._blocks[ref.block].op.partition(".")[0]
 
     def _freed(self, ref: _StorageRef) -> None:
         # the address may have been reused by a storage that was seen before this callback ran
@@ -103,30 +112,38 @@ class StorageRecorder:
         self._blocks.append(_Block(size_bytes, self.phase, op, category))
         return len(self._blocks) - 1
 
-    def expect(self, scratch: Iterable[Scratch], op: str) -> None:
-        """Log what the next op takes for itself, each after as many of its results as it says."""
-        self._due = sorted((each for each in scratch if each.size_bytes), key=_after)
-        self._op, self._results = op, 0
-        self._take_due(0)
+    def free(self, blocks: Iterable[int]) -> None:
+        """Log that hidden allocations are given back."""
+        self._events.extend(~block for block in blocks)
+
+    def expect(self, steps: Steps, op: str) -> None:
+        """Log what the next op takes for itself, up to the allocation of its first result."""
+        self._steps, self._taken, self._op = [*steps], [], op
+        self._play()
 
     def finished(self) -> None:
-        """Log that the op has run: the rest of its scratch is taken, and all is given back."""
-        self._take_due(AFTER_ALL)
-        self._give_back(TO_THE_END)
+        """Log that the op has run: its last steps, and that all is given back."""
+        self._play(to_the_end=True)
+        self.free(block for block in self._taken if block is not None)
+        self._taken = []
 
-    def _take_due(self, results: int) -> None:
-        while self._due and self._due[0].after <= results:
-            each = self._due.pop(0)
-            block = self.hidden(each.size_bytes, self._op)
-            self._give_back(1)
-            self._taken.append((block, each.outlives))
-            self._give_back(0)
+    def _play(self, *, to_the_end: bool = False) -> None:
+        """Log steps up to the allocation of the next result, or all of them."""
+        while self._steps and (to_the_end or self._steps[0] not in (RESULT, RESULTS)):
+            step = self._steps.pop(0)
+            if not isinstance(step, int):
+                continue
+            if step >= 0:
+                self._taken.append(self.hidden(step, self._op, "workspace") if step else None)
+            elif (block := self._taken[~step]) is not None:
+                self._taken[~step] = None
+                self.free([block])
 
-    def _give_back(self, later: int) -> None:
-        """Log that scratch is freed that was to outlive at most so many more pieces."""
-        left = [(block, outlives - later) for block, outlives in self._taken]
-        self._taken = [(block, outlives) for block, outlives in left if outlives > 0]
-        self._events.extend(~block for block, outlives in left if outlives <= 0)
+    def _made(self) -> None:
+        """Log the steps after the allocation of a result."""
+        if self._steps[0] == RESULT:
+            self._steps.pop(0)
+            self._play()
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""
@@ -182,10 +199,6 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
-
-
-def _after(scratch: Scratch) -> int:
-    return scratch.after
 
 
 def _by_phase(block: _Block) -> Category:

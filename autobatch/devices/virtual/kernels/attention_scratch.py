@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import TO_THE_END, Scratch
+from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["ATTENTION", "attention_scratch"]
@@ -52,7 +52,7 @@ _LARGE_BATCH = 2**16 - 1
 
 def attention_scratch(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec
-) -> list[Scratch]:
+) -> Steps:
     """Return what an attention kernel takes beside its results, in order.
 
     Args:
@@ -71,7 +71,7 @@ def attention_scratch(
     if func is _EFFICIENT_BACKWARD:
         return _efficient_backward(args, gpu)
     query = args[1]
-    return [Scratch(query.numel() * _FLOAT + math.prod(query.shape[:-1]) * _FLOAT)]
+    return [RESULTS, query.numel() * _FLOAT + math.prod(query.shape[:-1]) * _FLOAT]
 
 
 def _first(args: Sequence[Any], kwargs: Mapping[str, Any], names: str, default: Any) -> list[Any]:
@@ -82,19 +82,15 @@ def _first(args: Sequence[Any], kwargs: Mapping[str, Any], names: str, default: 
     ]
 
 
-def _flash(query: Tensor, key: Tensor, dropout: float, gpu: GpuSpec) -> list[Scratch]:
+def _flash(query: Tensor, key: Tensor, dropout: float, gpu: GpuSpec) -> Steps:
+    if dropout:
+        return [RESULTS, _PHILOX_BYTES]
     batch, heads, length, width = query.shape
-    found: list[Scratch] = []
-    if not dropout:
-        block = 256 if width <= 64 else 128 if width <= 128 else 64
-        tasks = batch * heads * _ceil(length, 64)
-        splits = _splits(tasks, 2 * gpu.multiprocessors, _ceil(key.shape[2], block))
-        if splits > 1:
-            rows = splits * batch * heads * length * _FLOAT
-            found += [Scratch(rows, after=2), Scratch(rows * _flash_width(width), after=2)]
-    else:
-        found.append(Scratch(_PHILOX_BYTES))
-    return found
+    block = 256 if width <= 64 else 128 if width <= 128 else 64
+    tasks = batch * heads * _ceil(length, 64)
+    splits = _splits(tasks, 2 * gpu.multiprocessors, _ceil(key.shape[2], block))
+    rows = splits * batch * heads * length * _FLOAT
+    return [RESULT, RESULT, rows, rows * _flash_width(width)] if splits > 1 else ()
 
 
 def _splits(tasks: int, multiprocessors: int, blocks: int) -> int:
@@ -115,30 +111,33 @@ def _splits(tasks: int, multiprocessors: int, blocks: int) -> int:
     return next((splits for splits in choices if efficiency(splits) >= 0.85 * best), 1)
 
 
-def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, output: Tensor) -> list[Scratch]:
+def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, output: Tensor) -> Steps:
     batch, heads, length, width = query.shape
     rows = _up(length, 128) * batch * heads * _FLOAT
-    found = [
-        Scratch(each.nbytes, after=0)
-        for each in (gradient, output)
-        if not each.transpose(1, 2).is_contiguous()
+    steps: list[Step] = [
+        each.nbytes for each in (gradient, output) if not each.transpose(1, 2).is_contiguous()
     ]
-    found += [Scratch(rows), Scratch(rows * _flash_width(width))]
+    steps += [RESULTS, rows, rows * _flash_width(width)]
     if key.shape[1] != heads:  # every query's head has keys and values of its own
-        found += [Scratch(key.nbytes // key.shape[1] * heads) for _ in range(2)]
-    return found
+        steps += _of_each_head(key, key, heads)
+    return steps
+
+
+def _of_each_head(key: Tensor, value: Tensor, heads: int) -> list[Step]:
+    """Return gradients of keys and values for every query's head, which are then added up."""
+    return [each.nbytes // each.shape[1] * heads for each in (key, value)]
 
 
 def _flash_width(width: int) -> int:
     return _up(width, 32 if width <= 128 else 64)
 
 
-def _efficient(query: Tensor, value: Tensor) -> list[Scratch]:
+def _efficient(query: Tensor, value: Tensor) -> Steps:
     """Return the output in fp32, which kernels of wide heads add up outside of registers."""
     wide = value.shape[-1]
     if query.element_size() == _FLOAT or wide <= 128:
-        return []
-    return [Scratch(math.prod(query.shape[:-1]) * wide * _FLOAT)]
+        return ()
+    return [RESULTS, math.prod(query.shape[:-1]) * wide * _FLOAT]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +149,28 @@ class _Kernel:
     in_registers: bool
 
 
-def _efficient_backward(args: Sequence[Any], gpu: GpuSpec) -> list[Scratch]:
+def _efficient_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
     gradient, query, key, value = args[:4]
     dropout = args[9]
     batch, heads, length, width = query.shape
     wide, keys = value.shape[-1], key.shape[2]
     if batch > _LARGE_BATCH or not query.numel() or not key.numel():
-        return []
+        return ()
     is_half = query.element_size() < _FLOAT
     kernel = _backward_kernel(max(width, wide), bool(dropout), is_half, gpu.compute_capability)
     rows = batch * heads * length * _FLOAT
-    found = []
+    steps: list[Step] = []
     if not gradient.transpose(1, 2).is_contiguous():
-        found.append(Scratch(gradient.nbytes, after=0))
+        steps.append(gradient.nbytes)
+    taken = len(steps)
+    steps.append(RESULTS)
+    if key.shape[1] != heads:
+        steps += _of_each_head(key, value, heads)
+        taken += 2
     if not is_half or (gpu.compute_capability < (7, 5) and not kernel.in_registers):
-        found += _row_sums(rows, rows * wide, is_half, heads > 1 and length > 1)
+        steps += _row_sums(rows, rows * wide, is_half, heads > 1 and length > 1, taken)
     else:
-        found.append(Scratch(rows))
+        steps.append(rows)
     splits = _ceil(keys, kernel.keys)
     if batch * heads >= 256 and keys <= 2 * kernel.keys:
         splits = 1
@@ -176,16 +180,13 @@ def _efficient_backward(args: Sequence[Any], gpu: GpuSpec) -> list[Scratch]:
         kept = splits * kernel.keys * (_up(width, kernel.queries) + _up(wide, kernel.queries))
     tile = 4 + kernel.queries * kernel.keys
     tiles = _ceil(length, kernel.queries) * _ceil(width, kernel.keys)
-    found.append(Scratch(batch * heads * _up(kept + tiles * tile, 4) * _FLOAT))
-    return found
+    return [*steps, batch * heads * _up(kept + tiles * tile, 4) * _FLOAT]
 
 
-def _row_sums(rows: int, products: int, is_half: bool, is_moved: bool) -> list[Scratch]:
+def _row_sums(rows: int, products: int, is_half: bool, is_moved: bool, taken: int) -> list[Step]:
     """Return the row sums of gradient times output, which other kernels make first."""
-    casts = [Scratch(products, outlives=2 + is_moved + 1 - cast) for cast in range(2 * is_half)]
-    sums = Scratch(rows, outlives=1 if is_moved else TO_THE_END)
-    moved = [Scratch(rows)] if is_moved else []
-    return [*casts, Scratch(products, outlives=1 + is_moved), sums, *moved]
+    temporary = [*[products] * (2 * is_half), products, *[rows] * is_moved]
+    return [*temporary, rows, *(~(taken + place) for place in range(len(temporary)))]
 
 
 def _backward_kernel(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import Scratch
+from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["INDEXING", "indexing_scratch"]
@@ -39,7 +39,7 @@ _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
 
 def indexing_scratch(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec
-) -> list[Scratch]:
+) -> Steps:
     """Return what a kernel takes beside its results, in order.
 
     Args:
@@ -51,12 +51,12 @@ def indexing_scratch(
     return _RULES[func](args, kwargs)
 
 
-def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     indices: Tensor = args[1]
     return _copied(indices) if indices.dim() != 1 else []
 
 
-def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     gradient, indices, weights = args[:3]
     copies = [*_copied(indices), *_copied(gradient)]
     count, width = indices.numel(), gradient.shape[-1]
@@ -65,31 +65,33 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     each = indices.element_size()
     rows = min(count, weights)
     parts = count // _ROWS_IN_A_PART + rows
+    first = len(copies)
     return [
         *copies,
-        Scratch(count * each, after=0),
-        Scratch(count * each, after=0),
-        Scratch(count * each, after=0, outlives=1),
-        Scratch(_radix_sort_bytes(count, each, each, weights.bit_length()), after=0, outlives=0),
-        Scratch(count * each),
-        Scratch(each),
-        Scratch(count * each, outlives=0),
-        Scratch(rows * each),
-        Scratch(rows * each),
-        Scratch(each),
-        Scratch(parts * each),
-        Scratch(parts * _up(width, _WARP) * _FLOAT),
+        *[count * each] * 3,
+        _radix_sort_bytes(count, each, each, weights.bit_length()),
+        ~(first + 3),
+        ~(first + 2),
+        RESULT,
+        count * each,
+        each,
+        count * each,
+        ~(first + 6),
+        *[rows * each] * 2,
+        each,
+        parts * each,
+        parts * _up(width, _WARP) * _FLOAT,
     ]
 
 
-def _index(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _index(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     indices = _expanded([index for index in args[1] if index is not None])
     if len({index.stride() for index in indices}) < 2:
         return []
     return [each for index in indices for each in _copied(index)]
 
 
-def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     accumulates = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
     indices = _expanded([index for index in args[1] if index is not None])
     if not accumulates or not indices or indices[0].dtype is torch.bool:
@@ -98,46 +100,35 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
     places = indices[0].numel() * _INDEX
     is_moved = args[1][0] is None or not values.is_contiguous()
     bits = max(args[0].numel().bit_length(), 1)
-    return [
-        Scratch(places),
-        Scratch(places, outlives=0),
-        *([Scratch(values.nbytes)] if is_moved else []),
-        Scratch(places),
-        Scratch(places),
-        Scratch(places, outlives=1),
-        Scratch(_radix_sort_bytes(indices[0].numel(), _INDEX, _INDEX, bits), outlives=0),
-    ]
+    sort = _radix_sort_bytes(indices[0].numel(), _INDEX, _INDEX, bits)
+    moved = [values.nbytes] * is_moved
+    return [RESULTS, places, places, ~1, *moved, *[places] * 3, sort]
 
 
-def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     data: Tensor = args[0]
-    is_stable = args and isinstance(args[1] if len(args) > 1 else None, bool)
+    is_stable = isinstance(args[1] if len(args) > 1 else None, bool)
     dim = args[2 if is_stable else 1] if len(args) > 1 + is_stable else kwargs.get("dim", -1)
     if not data.dim() or not data.numel():
         return []
     length, count, width = data.shape[dim], data.numel(), data.element_size()
     if length <= _SORTED_IN_A_BLOCK:
-        return [Scratch(length * _INDEX)]
-    sort = Scratch(_radix_sort_bytes(count, width, _INDEX, 8 * width), outlives=0)
+        return [RESULTS, length * _INDEX]
+    sort = _radix_sort_bytes(count, width, _INDEX, 8 * width)
     if count == length:
-        return [Scratch(count * _INDEX), sort]
-    return [
-        Scratch(count * _INDEX),
-        Scratch(count * _INDEX),
-        Scratch(count * width, outlives=1),
-        sort,
-    ]
+        return [RESULTS, count * _INDEX, sort]
+    return [RESULTS, count * _INDEX, count * _INDEX, count * width, sort]
 
 
-def _scan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Scratch]:
+def _scan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     """Return the input as the result's type, to which whole numbers are converted first."""
     data: Tensor = args[0]
     result = kwargs.get("dtype") or (torch.int64 if data.dtype in _WHOLE else data.dtype)
-    return [] if result is data.dtype else [Scratch(data.numel() * result.itemsize)]
+    return () if result is data.dtype else [RESULTS, data.numel() * result.itemsize]
 
 
-def _copied(tensor: Tensor) -> list[Scratch]:
-    return [] if tensor.is_contiguous() else [Scratch(tensor.nbytes, after=0)]
+def _copied(tensor: Tensor) -> list[int]:
+    return [] if tensor.is_contiguous() else [tensor.nbytes]
 
 
 def _expanded(indices: Sequence[Tensor]) -> list[Tensor]:

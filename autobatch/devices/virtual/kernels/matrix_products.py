@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autobatch.support.units import KIB, MIB
 
-__all__ = ["cublas_bytes", "cublaslt_bytes", "is_product", "uses_cublaslt"]
+__all__ = ["copied_operands", "cublas_bytes", "cublaslt_bytes", "is_product", "uses_cublaslt"]
 
 _PRODUCTS = frozenset(
     f"aten::{name}"
@@ -37,6 +38,22 @@ _SHARED_SINCE = (2, 12)
 def is_product(func: Any) -> bool:
     """Whether an op is a matrix product that cuBLAS runs."""
     return func._schema.name in _PRODUCTS
+
+
+def copied_operands(func: Any, args: Sequence[Any]) -> list[int]:
+    """Return the bytes of each matrix that is copied, as neither its rows nor columns are dense.
+
+    A gradient that is one number, expanded, is such a matrix. From `prepare_matrix_for_cublas` and
+    `prepare_batch_matrix_for_cublas` in `aten/src/ATen/native/cuda/Blas.cpp`.
+    """
+    matrices = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() >= 2][-2:]
+    return [matrix.nbytes for matrix in matrices if not _is_dense(matrix)]
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    rows, columns = matrix.shape[-2:]
+    down, along = matrix.stride()[-2:]
+    return (along == 1 and down >= max(1, columns)) or (down == 1 and along >= max(1, rows))
 
 
 def uses_cublaslt(func: Any, args: Sequence[Any]) -> bool:

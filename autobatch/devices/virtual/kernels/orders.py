@@ -12,10 +12,20 @@ __all__ = ["order_of"]
 aten = torch.ops.aten
 
 
-
 def _of_efficient_attention(args: Sequence[Any]) -> Sequence[int]:
-    """Leave the seeds of dropout out, which are on the CPU; without dropout they are not."""
-    return (0, 1) if args[5] else (2, 3, 0, 1)
+    """Leave the seeds of dropout out, which are on the CPU; without dropout they are not.
+
+    PyTorch 2.12 and older versions have none without dropout.
+    """
+    has_seeds = len(args) > 5 and args[5]
+    return (0, 1) if has_seeds or _version() < _UNUSED_SEEDS_SINCE else (2, 3, 0, 1)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+_UNUSED_SEEDS_SINCE = (2, 13)
 
 
 _ORDERS: Mapping[Any, Sequence[int] | Callable[[Sequence[Any]], Sequence[int]]] = {

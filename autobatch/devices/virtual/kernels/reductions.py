@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import Scratch
+from autobatch.devices.virtual.kernels.scratch import RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
-__all__ = ["REDUCTIONS", "reduction_scratch"]
+__all__ = ["REDUCTIONS", "reduction_scratch", "sum_over_rows"]
 
 aten = torch.ops.aten
 
@@ -47,6 +47,7 @@ _KEEP_TYPE = frozenset((aten.max.default, aten.min.default, aten.amax.default, a
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MAX_THREADS = 512
+_FLOAT_BYTES = 4
 _WARP = 32
 _VECTOR = 4
 _VALUES_PER_THREAD = (16, 256)
@@ -70,7 +71,7 @@ REDUCTIONS = (*_DIMS_AT, aten._foreach_norm.Scalar)
 
 def reduction_scratch(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec
-) -> list[Scratch]:
+) -> Steps:
     """Return what a reduction takes beside its result, in order.
 
     Args:
@@ -80,9 +81,9 @@ def reduction_scratch(
         gpu: the card, whose multiprocessors decide how often the work is split.
     """
     if func not in _DIMS_AT:
-        return [Scratch(_norm_chunks_bytes(args[0]), after=0)]
+        return [_norm_chunks_bytes(args[0])]
     if not args[0].numel():
-        return []
+        return ()
     data: Tensor = args[0]
     is_counted = func not in _KEEP_TYPE and not (data.is_floating_point() or data.is_complex())
     result = kwargs.get("dtype") or (torch.int64 if is_counted else data.dtype)
@@ -96,7 +97,15 @@ def reduction_scratch(
     dims = _dims(data, _reduced(func, args), element)
     if adds_halves and not _fits_32_bits(dims):  # partial sums do not fit into the result
         found.append(partial * math.prod(dim.size for dim in dims if not dim.is_reduced))
-    return [Scratch(size) for size in (*found, *_scratch(dims, element, partial, gpu))]
+    found += _scratch(dims, element, partial, gpu)
+    return [RESULTS, *found] if found else ()
+
+
+def sum_over_rows(rows: int, width: int, dtype: torch.dtype, gpu: GpuSpec) -> list[int]:
+    """Return what the sum of a contiguous matrix over its rows takes beside its result."""
+    element = dtype.itemsize
+    dims = [_Dim(rows, width * element, True), _Dim(width, element, False, 1)]
+    return _scratch(dims, element, _FLOAT_BYTES if dtype in _HALVES else element, gpu)
 
 
 def _norm_chunks_bytes(tensors: Sequence[Tensor]) -> int:

@@ -1,28 +1,19 @@
-"""What a kernel allocates beside its results, and gives back before it returns."""
+"""What a kernel allocates beside its results, and gives back before it returns.
+
+A rule says it in steps, in the order of the kernel's code: a number takes so many bytes, `~i` gives
+back the piece that was taken as number i, `RESULT` stands for the allocation of the next result and
+`RESULTS` for that of all that are left. What is not given back is when the kernel ends.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Final, Literal
 
-__all__ = ["AFTER_ALL", "TO_THE_END", "Scratch"]
+__all__ = ["RESULT", "RESULTS", "Step", "Steps"]
 
-AFTER_ALL = 2**31
-"""More results than any op has."""
+RESULT: Final = "result"
+RESULTS: Final = "results"
 
-TO_THE_END = 2**31
-"""More scratch than any op takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """One allocation that a kernel makes for itself.
-
-    Attributes:
-        size_bytes: as requested.
-        after: how many of the op's new storages are allocated before it.
-        outlives: how many later pieces of the op's scratch are taken before it is given back.
-    """
-
-    size_bytes: int
-    after: int = AFTER_ALL
-    outlives: int = TO_THE_END
+Step = int | Literal["result", "results"]
+Steps = Sequence[Step]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
@@ -26,20 +27,22 @@ from autobatch.devices.virtual.kernels.convolutions import (
 )
 from autobatch.devices.virtual.kernels.indexing import INDEXING, indexing_scratch
 from autobatch.devices.virtual.kernels.matrix_products import (
+    copied_operands,
     cublas_bytes,
     cublaslt_bytes,
     is_product,
     uses_cublaslt,
 )
+from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
-from autobatch.devices.virtual.kernels.scratch import Scratch
+from autobatch.devices.virtual.kernels.scratch import RESULTS, Step, Steps
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Workspaces"]
 
-_Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], GpuSpec], list[Scratch]]
+_Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], GpuSpec], Steps]
 
 
 class Workspaces:
@@ -58,17 +61,23 @@ class Workspaces:
         """Log what an op takes before its results; return what to call when it has run, if any."""
         if is_product(func):
             if any(map(self._is_on_device, args)) and not self._recorder.is_muted:
-                return lambda: self._keep_workspaces(uses_cublaslt(func, args))
+                return lambda: self._multiplied(func, args)
             return None
         found = _RULES.get(func)
         if found is None or not self._is_here(args) or self._recorder.is_muted:
             return None
         name, rule = found
-        scratch = rule(func, args, kwargs, self._spec)
-        if not scratch:
+        steps = rule(func, args, kwargs, self._spec)
+        if not steps:
             return None
-        self._recorder.expect(scratch, name)
+        self._recorder.expect(steps, name)
         return self._recorder.finished
+
+    def _multiplied(self, func: Any, args: Sequence[Any]) -> None:
+        copies = copied_operands(func, args)
+        taken = [self._recorder.hidden(size_bytes, "contiguous") for size_bytes in copies]
+        self._keep_workspaces(uses_cublaslt(func, args))
+        self._recorder.free(taken)
 
     def _keep_workspaces(self, takes_cublaslt: bool) -> None:
         """Log the workspaces that this thread's first product takes, after its output."""
@@ -124,17 +133,45 @@ def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
     ]
 
 
-def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> list[Scratch]:
-    return [Scratch(size, after=0) for size in _contiguous_copies(func, args)]
+def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    return _contiguous_copies(func, args)
 
 
-def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> list[Scratch]:
-    return [*_copies(func, args, kwargs, gpu), *convolution_workspaces(func, args, gpu)]
+def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    copies = _contiguous_copies(func, args)
+    return [*copies, *convolution_workspaces(func, args, gpu, len(copies))]
+
+
+def _norm(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    return [*_contiguous_copies(func, args), *norm_scratch(func, args, kwargs, gpu)]
+
+
+def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return the product of gradient and output (`softmax_backward_cuda_out` in `SoftMax.cu`)."""
+    gradient, output = args[:2]
+    copies = _contiguous_copies(func, args)
+    element = torch.promote_types(gradient.dtype, output.dtype).itemsize
+    return [RESULTS, *copies, output.numel() * element]
+
+
+def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return what every dimension but the last is rolled into (`roll_cuda` in `TensorShape.cu`)."""
+    data, shifts = args[:2]
+    count = len(shifts) if isinstance(shifts, (list, tuple)) else 1
+    copied = [] if data.is_contiguous() else [data.nbytes]
+    steps: list[Step] = [*copied, *[data.nbytes] * (count - 1)]
+    for place in range(max(len(steps) - 2, 0)):  # each lives until the one after it is rolled
+        steps.insert(3 + 2 * place, ~place)
+    return steps
 
 
 _RULES: dict[Any, tuple[str, _Rule]] = {
     **dict.fromkeys(_COPIED, ("contiguous", _copies)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
+    **{op: ("norm scratch", _norm) for op in NORMS},
+    torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
+    torch.ops.aten.roll.default: ("roll scratch", _roll),
+    **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),
     **dict.fromkeys(ATTENTION, ("attention scratch", attention_scratch)),
     **dict.fromkeys(INDEXING, ("indexing scratch", indexing_scratch)),
     **dict.fromkeys(REDUCTIONS, ("reduction scratch", reduction_scratch)),

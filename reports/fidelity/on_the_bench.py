@@ -31,6 +31,7 @@ def main() -> int:
         task = json.loads(line)
         child = os.fork()
         if not child:
+            os.environ["CARD_CUDNN_RNN_RESERVE"] = str(task["reserve_bytes"])
             _run(Row.of(task), Path(task["file"]))
             os._exit(0)
         _, status = os.waitpid(child, 0)

@@ -5,7 +5,9 @@ Invariant: a key names one row, today and in an older journal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from reports.common.journal import Record
@@ -53,5 +55,28 @@ class Row:
 
     @classmethod
     def of(cls, task: dict[str, Any]) -> Row:
-        """Read a worker's task."""
+        """Read a worker's task.
+
+        >>> Row.of(Row("timm:vit_tiny_patch16_224").task()).key
+        'timm:vit_tiny_patch16_224 2 x 2 fp32 a100-40gb'
+        """
         return cls(**{name: task[name] for name in cls.__dataclass_fields__})
+
+
+def rows(models: Sequence[str], each: int) -> Iterator[Row]:
+    """Yield rows of every model, so that all of them together have every combination as often.
+
+    Args:
+        models: their names.
+        each: rows of one model; 24 is every combination.
+
+    >>> [row.key for row in rows(["a", "b"], 1)]
+    ['a 2 x 2 fp32 a100-40gb', 'b 16 x 2 bf16 checkpointed h100-80gb']
+    """
+    combinations = [*product((False, True), PRECISIONS, MICRO_BATCHES, CARDS)]
+    step = 19  # coprime to their number: goes through all of them, far apart
+    for place, model in enumerate(models):
+        for number in range(each):
+            index = step * (place * each + number) % len(combinations)
+            checkpointing, precision, micro_batch, gpu = combinations[index]
+            yield Row(model, gpu, micro_batch, precision, checkpointing)

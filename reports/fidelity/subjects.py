@@ -35,6 +35,7 @@ _LEVELS = (
     Level(layers=True, positions=True, vocabulary=True, widths=True),
     Level(layers=True, positions=True, vocabulary=True, widths=True, completed=True),
 )
+LIBRARIES = ("timm", "transformers", "torchvision", "recurrent")
 _TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_32", "swin_t", "swin_s", "swin_b", "swin_v2_t")
 
 

@@ -48,8 +48,8 @@ LIBRARIES = {
     "nvrtc": Library("libnvrtc", r"nvrtc", ("nvrtc.h",)),
     "nvshmem": Library("libnvshmem_host", r"nvshmem", ("**/nvshmem*.h",)),
 }
-"""By the name of our file, which must not be `lib*.so`: `torch/__init__.py` loads NVIDIA's libraries
-by path where it finds a "libcudart.so" among what is loaded. For the loader, the soname counts."""
+"""By the name of our file, which must not be `lib*.so`: `torch/__init__.py` loads libraries by path
+where it finds a "libcudart.so" among what is loaded. For the loader, the soname counts."""
 
 _HANDS_OUT = re.compile(r"create|init|subscribe|getuniqueid|split|grow|shrink", re.IGNORECASE)
 _ANSWERS = re.compile(

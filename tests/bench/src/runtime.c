@@ -133,7 +133,9 @@ API cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->hostRegisterSupported = p->memoryPoolsSupported = p->unifiedFunctionPointers = 1;
     p->clusterLaunch = attribute(card, CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH);
     p->ipcEventSupported = 1;
+#if CUDART_VERSION >= 13000
     p->hostNumaId = -1;
+#endif
     return cudaSuccess;
 }
 
@@ -254,3 +256,9 @@ API cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned
     if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return cudaSuccess;
 }
+#if CUDART_VERSION < 13000
+API cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long flags,
+                            enum cudaDriverEntryPointQueryResult *status) {
+    return cudaGetDriverEntryPointByVersion(name, function, CUDART_VERSION, flags, status);
+}
+#endif

@@ -71,6 +71,7 @@ API cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
     }
     return cudaSuccess;
 }
+#if CUDART_VERSION >= 13000
 API cudaMemcpyBatchAsync(void *const *to, const void *const *from, const size_t *sizes, size_t count,
                          struct cudaMemcpyAttributes *attributes, size_t *indices, size_t number, cudaStream_t stream) {
     (void)attributes, (void)indices, (void)number;
@@ -80,6 +81,7 @@ API cudaMemcpyBatchAsync(void *const *to, const void *const *from, const size_t 
     }
     return cudaSuccess;
 }
+#endif
 API cudaMemsetAsync(void *pointer, int value, size_t count, cudaStream_t stream) {
     (void)stream;
     TRACE("cudaMemsetAsync %p %zu bytes", pointer, count);

@@ -42,10 +42,17 @@ ARCHITECTURES = "architectures"
 _SOURCES = {
     "card_core": ["log", "gpu", "attributes", "usage", "context", "memory"],
     "cudart": ["runtime", "runtime_memory", "kernels", "graphs", "runtime_errors"],
-    "cuda": ["driver", "driver_unsupported", "driver_errors"],
+    "cuda": [
+        "driver",
+        "driver_memory",
+        "driver_modules",
+        "driver_unsupported",
+        "driver_errors",
+    ],
     "nvml": ["nvml"],
     "cublaslt": ["cublaslt"],
     "cudnn": ["cudnn"],
+    "nccl": ["nccl"],
     "nvrtc": ["nvrtc"],
 }
 """What each library is made of besides its stubs."""

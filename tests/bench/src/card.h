@@ -53,6 +53,7 @@ bool card_attribute(int card, int attribute, int *value); /* false, and 0, where
 bool card_usage_charge(int card, size_t bytes); /* false where the card is full */
 void card_usage_release(int card, size_t bytes);
 size_t card_usage_total(int card);
+void card_full_at(size_t n);
 int card_usage_processes(int card, int room, int *pids, size_t *bytes);
 
 /* ---- context.c: which device a thread uses, and what a process holds on it before it allocates ---- */

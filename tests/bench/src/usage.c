@@ -17,6 +17,7 @@
 typedef struct { atomic_int pid; atomic_size_t bytes[MAX_CARDS]; } Slot;
 static Slot private_slots[SLOTS], *slots = private_slots;
 static Slot *mine;
+static size_t countdown, room[MAX_CARDS], held[MAX_CARDS]; /* room: what may be in use, 0 for all */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void after_fork(void) {
@@ -26,6 +27,7 @@ static void after_fork(void) {
 
 __attribute__((constructor)) static void open_share(void) {
     pthread_atfork(NULL, NULL, after_fork);
+    card_full_at(card_bytes_of("CARD_FULL_AT", 0));
     const char *path = getenv("CARD_SHARE");
     if (!path || !*path) return;
     int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
@@ -79,7 +81,9 @@ size_t card_usage_total(int card) {
 bool card_usage_charge(int card, size_t bytes) {
     pthread_mutex_lock(&lock);
     Slot *slot = my_slot();
-    bool fits = card_usage_total(card) + bytes <= card_gpu()->capacity;
+    size_t used = card_usage_total(card);
+    if (countdown && !--countdown) room[card] = used > held[card] ? used : held[card];
+    bool fits = used + bytes <= (room[card] ? room[card] : card_gpu()->capacity);
     if (fits) slot->bytes[card] += bytes;
     pthread_mutex_unlock(&lock);
     return fits;
@@ -88,6 +92,18 @@ bool card_usage_charge(int card, size_t bytes) {
 void card_usage_release(int card, size_t bytes) {
     pthread_mutex_lock(&lock);
     my_slot()->bytes[card] -= bytes;
+    pthread_mutex_unlock(&lock);
+}
+
+/* When this process asks for memory for the n-th time from now, the card that it asks is full: others have taken all
+ * but what is in use then, or now if that is more. 0 gives the memory back. */
+void card_full_at(size_t n) {
+    pthread_mutex_lock(&lock);
+    for (int card = 0; card < MAX_CARDS; card++) {
+        room[card] = 0;
+        held[card] = card_usage_total(card);
+    }
+    countdown = n;
     pthread_mutex_unlock(&lock);
 }
 

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from tests.bench.card import environment, reason_it_cannot_run
 from tests.support import ROOT
 
-__all__ = ["needs_bench", "said"]
+__all__ = ["answer", "needs_bench", "run"]
 
 needs_bench = pytest.mark.skipif(
     reason_it_cannot_run() is not None, reason=reason_it_cannot_run() or ""
 )
 
 
-def said(program: str, *arguments: object, timeout_s: float = 120, **card: object) -> str:
-    """Run Python on cards (`environment`); return what it printed.
+def run(
+    command: Sequence[object],
+    *,
+    variables: dict[str, str] | None = None,
+    timeout_s: float = 300,
+    **card: Any,
+) -> str:
+    """Run a command of Python's on cards (`environment`); return what it printed.
 
     Raises:
         AssertionError: it failed; the message has what it printed.
     """
-    variables = environment(**card)  # type: ignore[arg-type]
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env={**variables, "PYTHONPATH": str(ROOT)},
+        env={**environment(**card), "PYTHONPATH": str(ROOT), **(variables or {})},
         capture_output=True,
         text=True,
         timeout=timeout_s,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def answer(program: str, *arguments: object, **options: Any) -> Any:
+    """Run a module of `tests.bench.programs` on cards; return the JSON in its last line."""
+    said = run(["-m", f"tests.bench.programs.{program}", *arguments], **options)
+    return json.loads(said.splitlines()[-1])

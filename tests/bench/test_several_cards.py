@@ -21,6 +21,6 @@ def test_ranks_meet_and_train_under_ddp_and_fsdp2() -> None:
     assert found["sent"] == ["from 1"]
     assert found["total"] == 3.0
     # parameters, gradients (in DDP's buckets as well) and two states of each
-    assert 4 * 4 * LAYER < found["ddp"] < 8 * 4 * LAYER
+    assert 4 * 4 * LAYER < found["ddp"] < 9 * 4 * LAYER
     shards = 4 * 4 * LAYER // RANKS
     assert shards < found["fsdp2"] < shards + 4 * 2 * LAYER + found["ddp"]

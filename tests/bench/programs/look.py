@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
+
+from tests.bench.programs import tell
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         "message": message,
         "sent_to": str(sent.device),
     }
-    print(json.dumps(seen))
+    tell(seen)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import torch
@@ -10,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from tests.bench.programs import tell
 
 WIDTH, LAYERS = 1024, 4
 
@@ -62,7 +63,7 @@ def main() -> None:
     }
     dist.destroy_process_group()
     if rank == 0:
-        print(json.dumps(found))
+        tell(found)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import torch
 from torch import nn
 
 import autobatch
+from tests.bench.programs import tell
 
 WIDTH = 512
-SAMPLE = torch.zeros(4, WIDTH)
+SAMPLE = torch.arange(4)
 
 
 def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+    layers = nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+    return nn.Sequential(nn.Embedding(1000, WIDTH), *layers)
 
 
 def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 def plan_of(net: nn.Module, **options: object) -> dict[str, object]:
     held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    plan = autobatch.tune(net, target=2**16, sample=SAMPLE, loss=loss, **options)
+    plan = autobatch.tune(net, target=2**18, sample=SAMPLE, loss=loss, prove=True, **options)
     return {
         "proven": plan.proven,
         "ceiling": plan.ceiling,
@@ -40,18 +41,27 @@ def plan_of(net: nn.Module, **options: object) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    found = {}
-    if "isolated" in sys.argv:
-        found["isolated"] = plan_of(model(), prove=True, isolate=True)
-        found["parent has a context"] = torch.cuda.is_initialized()
-    found["on the host"] = plan_of(model(), prove=True)
-    found["on the card"] = plan_of(model().cuda(), prove=True)
-    found["bf16"] = plan_of(model(), prove=True, autocast="bf16")
-    torch.cuda.set_per_process_memory_fraction(0.6)
-    found["fraction"] = plan_of(model(), prove=True)
-    print(json.dumps(found))
+def isolated() -> dict[str, object]:
+    found = plan_of(model(), isolate=True)
+    assert not torch.cuda.is_initialized()
+    return found
 
+
+def with_a_fraction() -> dict[str, object]:
+    torch.cuda.set_per_process_memory_fraction(0.6)
+    try:
+        return plan_of(model())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+WAYS = {
+    "isolated": isolated,
+    "on the host": lambda: plan_of(model()),
+    "on the card": lambda: plan_of(model().cuda()),
+    "bf16": lambda: plan_of(model(), autocast="bf16"),
+    "fraction": with_a_fraction,
+}
 
 if __name__ == "__main__":
-    main()
+    tell({way: WAYS[way]() for way in sys.argv[1:] or WAYS})

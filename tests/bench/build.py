@@ -113,8 +113,8 @@ def preloading(folder: Path) -> dict[str, str]:
 def _key() -> str:
     """Name what the libraries are made from: PyTorch, where it lies, and our sources."""
     digest = hashlib.sha256(str(installed().folder).encode())
-    for path in sorted([*HERE.glob("src/*"), HERE / "build.py", HERE / "stubs.py"]):
-        digest.update(path.read_bytes())
+    for path in sorted([*HERE.glob("src/**/*"), HERE / "build.py", HERE / "stubs.py"]):
+        digest.update(path.read_bytes() if path.is_file() else b"")
     return f"torch-{installed().version}-{digest.hexdigest()[:12]}"
 
 
@@ -196,7 +196,8 @@ class _Build:
         # headers of PyTorch's own wheels come first, the machine's last
         folders = [flag for folder in self.torch.header_folders for flag in ("-I", str(folder))]
         target = self.objects / f"{source.stem}.o"
-        _run("gcc", *_FLAGS, *flags, "-I", HERE / "src", *folders, "-c", source, "-o", target)
+        own = ("-I", HERE / "src", "-idirafter", HERE / "src" / "stand_ins")
+        _run("gcc", *_FLAGS, *flags, *own, *folders, "-c", source, "-o", target)
         listing = _run("nm", "--defined-only", target)
         self.defined[source.stem] = {
             line.split()[-1] for line in listing.splitlines() if " T " in line

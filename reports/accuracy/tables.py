@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.support.units import MIB
+from reports.accuracy.steps.configuration import is_table_of_steps
 from reports.common.journal import Record
 
 
@@ -139,19 +140,34 @@ def recognise(columns: Sequence[str]) -> Kind:
     raise TableError(f"the columns {', '.join(columns)} are of no known kind of table: {known}")
 
 
+def steps_of(path: Path) -> list[Record] | None:
+    """Return the records of a table of measured steps; None where it is of another kind.
+
+    Raises:
+        TableError: the file cannot be read.
+    """
+    columns, records = _read(path)
+    return records if is_table_of_steps(columns) else None
+
+
 def read_records(path: Path) -> tuple[Kind, list[Record]]:
     """Read a CSV file.
 
     Raises:
         TableError: it is no table of a known kind.
     """
+    columns, records = _read(path)
+    return recognise(columns), records
+
+
+def _read(path: Path) -> tuple[Sequence[str], list[Record]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            records = list(reader)
+            records: list[Record] = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"cannot read {path}: {error}") from error
-    return recognise(reader.fieldnames or ()), records
+    return reader.fieldnames or (), records
 
 
 def rows_of(kind: Kind, records: Iterable[Mapping[str, str]], settings: Settings) -> list[Row]:

@@ -41,15 +41,16 @@ from pathlib import Path
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.units import parse_bytes
+from reports.accuracy.steps.configuration import is_table_of_steps
 from reports.accuracy.tables import (
     Kind,
     Row,
     Settings,
     TableError,
+    read_csv,
     read_records,
     rows_of,
     sample,
-    steps_of,
     tasks_of,
 )
 from reports.common.command_line import output_folder, positive, progress_bar
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(words)
     try:
-        records = steps_of(options.table)
-        if records is not None:
+        columns, records = read_csv(options.table)
+        if is_table_of_steps(columns):
             return _steps(records, options)
         kind, records = read_records(options.table)
         settings = _settings(kind, options)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.support.units import MIB
-from reports.accuracy.steps.configuration import is_table_of_steps
 from reports.common.journal import Record
 
 
@@ -140,27 +139,22 @@ def recognise(columns: Sequence[str]) -> Kind:
     raise TableError(f"the columns {', '.join(columns)} are of no known kind of table: {known}")
 
 
-def steps_of(path: Path) -> list[Record] | None:
-    """Return the records of a table of measured steps; None where it is of another kind.
-
-    Raises:
-        TableError: the file cannot be read.
-    """
-    columns, records = _read(path)
-    return records if is_table_of_steps(columns) else None
-
-
 def read_records(path: Path) -> tuple[Kind, list[Record]]:
     """Read a CSV file.
 
     Raises:
         TableError: it is no table of a known kind.
     """
-    columns, records = _read(path)
+    columns, records = read_csv(path)
     return recognise(columns), records
 
 
-def _read(path: Path) -> tuple[Sequence[str], list[Record]]:
+def read_csv(path: Path) -> tuple[Sequence[str], list[Record]]:
+    """Read the columns and records of a CSV file.
+
+    Raises:
+        TableError: it cannot be read.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reports.accuracy.steps.configuration import IncompleteError, Step, StepRow
+from reports.accuracy.steps.configuration import Case, IncompleteError, Step, StepRow
 from reports.accuracy.steps.readers import step_of
 from reports.common.command_line import progress_bar
 from reports.common.journal import Record, append, read_journal
@@ -18,15 +17,6 @@ from reports.common.pool import run_tasks
 WORKER = (sys.executable, "-m", "reports.accuracy.steps.worker")
 JOURNAL = "rows.jsonl"
 MEMORY_LIMIT_BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A row, and the step that it measured; or why that is not known."""
-
-    row: StepRow
-    step: Step | None = None
-    cause: str = ""
 
 
 def cases_of(records: Iterable[Mapping[str, str]]) -> list[Case]:

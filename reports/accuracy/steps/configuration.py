@@ -125,6 +125,15 @@ class Step:
         return cls(**{**record, "reading": Reading(**reading), "assumptions": ()})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A row, and the step that it measured; or why that is not known."""
+
+    row: StepRow
+    step: Step | None = None
+    cause: str = ""
+
+
 _CARDS = {
     "h100": "h100-80gb",
     "a100": "a100-80gb",

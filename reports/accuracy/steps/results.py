@@ -14,7 +14,7 @@ from autobatch.support.files import write_text
 from autobatch.support.units import GIB
 from reports.accuracy.charts import families, steps_scatter
 from reports.accuracy.score import percentile, signed_error, statistics_of
-from reports.accuracy.steps.command import Case
+from reports.accuracy.steps.configuration import Case
 from reports.common.charts import write
 from reports.common.journal import Record
 from reports.common.results import csv_text, today, versions

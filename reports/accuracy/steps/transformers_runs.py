@@ -127,9 +127,8 @@ def _release(row: StepRow) -> str:
     request = re.search(r"PR (\d+)", row["url_or_repo_path"])
     if request and request[1] in _MERGED:
         return _MERGED[request[1]]
-    found = re.findall(
-        r"\b(\d\.\d+)(?:\.\d+)? ?(?:dev)?", row["torch"].partition("transformers")[2]
-    )
+    told = row["torch"].partition("transformers")[2].partition(",")[0]
+    found = re.findall(r"\b(\d\.\d+)", told)
     if found:
         return found[-1]
     if "requirements_granite" in row["torch"]:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 
 from reports.accuracy.steps.configuration import IncompleteError, Step, StepRow
 from reports.accuracy.steps.course_runs import course_step
+from reports.accuracy.steps.titan_runs import titan_step
 from reports.accuracy.steps.transformers_runs import docs_step, tuning_step
 
 READERS: Mapping[str, Callable[[StepRow], Step]] = {
     "cs336": course_step,
     "snapshots": course_step,
     "hf_docs": docs_step,
+    "torchtitan": titan_step,
     "fms_acceleration": tuning_step,
 }
 

@@ -70,6 +70,8 @@ def tuning_step(row: StepRow) -> Step:
     assumed += ("reentrant checkpointing, the Trainer's default", "gradients clipped at norm 1")
     if sharding != "none":
         assumed += ("FSDP2 stands for FSDP1", _OF_ONE_PROCESS)
+    if _LATER[0] in row["torch"] and f"transformers {_LATER[1]}" not in row["torch"]:
+        assumed += (f"transformers {_LATER[1]}, as the requirements with {_LATER[0]} say",)
     options: dict[str, Any] = {
         "model": name,
         "dtype": _dtype(row),
@@ -122,8 +124,14 @@ _MERGED = {"28802": "4.41", "33298": "4.46", "31031": "4.42", "32092": "4.45"}
 """The first release with a pull request that measured its own code."""
 
 
+_LATER = ("flash-attn 2.7", "4.48")
+"""The requirements with flash-attn 2.7 have transformers 4.48.1, those with 2.6 have 4.45.2."""
+
+
 def _release(row: StepRow) -> str:
     """Return the release of transformers that a row was measured with."""
+    if _LATER[0] in row["torch"]:
+        return _LATER[1]
     request = re.search(r"PR (\d+)", row["url_or_repo_path"])
     if request and request[1] in _MERGED:
         return _MERGED[request[1]]

@@ -14,6 +14,7 @@ from torch import nn
 from autobatch.workload.workload import AUTOCAST_DTYPES, WindowFunction, Workload
 from reports.accuracy.steps import course
 from reports.accuracy.steps.configuration import Step
+from reports.accuracy.steps.titan_runs import titan_workload
 from reports.accuracy.steps.transformers_workloads import docs_workload, tuning_workload
 
 Builder = Callable[[Step], Workload]
@@ -90,4 +91,5 @@ BUILDERS: Mapping[str, Builder] = {
     "course": course_workload,
     "docs": docs_workload,
     "tuning": tuning_workload,
+    "titan": titan_workload,
 }

@@ -13,7 +13,7 @@ from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.files import write_text
 from autobatch.support.units import GIB
 from reports.accuracy.charts import families, steps_scatter
-from reports.accuracy.score import percentile, signed_error, statistics_of
+from reports.accuracy.score import PERCENTILES, percentile, signed_error, statistics_of
 from reports.accuracy.steps.configuration import Case
 from reports.common.charts import write
 from reports.common.journal import Record
@@ -93,12 +93,21 @@ def summary_of(
     )
     facts: dict[str, Any] = {"table_rows": len(cases)}
     facts |= _figures(scored)
+    facts["needed"] = needed_of(scored)
     facts |= {"ran_out": len(ran_out), "ran_out_foretold": foretold}
     for name, group in _GROUPS.items():
         facts[f"by_{name}"] = _by(scored, group)
     facts["causes"] = _causes(cases, found)
     facts["assumptions"] = _assumptions(cases, found)
     return facts
+
+
+def needed_of(scored: Sequence[Scored]) -> dict[str, float]:
+    """Return by percentile how much more than predicted the runs took, as a share."""
+    shares = [one.measured_bytes / one.predicted_bytes - 1 for one in scored]
+    if not shares:
+        return {}
+    return {str(percent): round(percentile(shares, percent), 4) for percent in PERCENTILES}
 
 
 def _figures(scored: Sequence[Scored]) -> dict[str, Any]:

@@ -20,16 +20,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.card import reason_it_cannot_run
-
 from autobatch.support.units import GIB
 from reports.common.command_line import output_folder, positive
 from reports.common.journal import Record
 from reports.common.pool import WorkersFailError
 from reports.common.resumable import run_resumable
-from reports.fidelity.results import is_near, write_results
+from reports.fidelity.results import is_near
 from reports.fidelity.rows import Row, rows
 from reports.fidelity.subjects import LIBRARIES, names
+from reports.fidelity.text import write_results
+from tests.bench.card import reason_it_cannot_run
 
 WORKER = (sys.executable, "-m", "reports.fidelity.worker")
 JOURNAL = "rows.jsonl"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autobatch.memory.trace import Trace
-from reports.hardware.alignment import align
+from reports.common.alignment import align
 
 _MOST_KINDS = 12
 

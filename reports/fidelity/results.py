@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autobatch.support.files import write_text
 from reports.common.journal import Record
-from reports.common.results import today, versions
 
 RESULTS = "results.json"
 NEAR = 0.0005
@@ -85,21 +81,3 @@ def kinds(records: Iterable[Record]) -> list[dict[str, Any]]:
             found.items(), key=lambda item: item[1]["rows"], reverse=True
         )
     ]
-
-
-def write_results(records: Iterable[Record], out: Path) -> str:
-    """Write the results of a run into its folder, and return them as Markdown."""
-    from reports.fidelity.text import result
-
-    rows = sorted(records, key=lambda record: record["key"])
-    facts = {
-        "evidence": "PyTorch's CUDA code on a simulated runtime",
-        "command": "python -m reports.fidelity",
-        "date": today(),
-        "versions": versions("torch", "timm", "transformers", "torchvision"),
-        **summarise(rows),
-        "kinds": kinds(rows),
-        "records": rows,
-    }
-    write_text(out / RESULTS, json.dumps(facts, indent=1) + "\n")
-    return result(facts)

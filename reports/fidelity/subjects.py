@@ -22,10 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Workload
-from reports.coverage.configs import STATED
-from reports.coverage.models import heads_of
-from reports.coverage.shrink import Level, merged, shrink
-from reports.coverage.subjects import subjects_of
+from reports.common.configs import STATED
+from reports.common.heads import heads_of
+from reports.common.shrink import Level, merged, shrink
 from reports.fidelity.recurrent import RECURRENT
 
 LARGEST_PARAMETERS = 350_000_000
@@ -36,6 +35,13 @@ _LEVELS = (
     Level(layers=True, positions=True, vocabulary=True, widths=True, completed=True),
 )
 LIBRARIES = ("timm", "transformers", "torchvision", "recurrent")
+_WITHOUT_CONVOLUTIONS = """
+    beit cait convit deit eva gemma4_vit hiera hieradet_sam2 mlp_mixer naflexvit qwen3_vit
+    swin_transformer swin_transformer_v2 swin_transformer_v2_cr tnt vision_transformer
+    vision_transformer_relpos vision_transformer_sam
+""".split()
+"""The modules of timm with models that have no convolution but one; some of theirs have more."""
+
 _TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_32", "swin_t", "swin_s", "swin_b", "swin_v2_t")
 
 
@@ -47,7 +53,7 @@ def names(libraries: Sequence[str] = ()) -> list[str]:
     """Return the names of all subjects, or of those of some libraries."""
     found = {
         "timm": [f"timm:{name}" for name in _timm_names()],
-        "transformers": [subject.key for subject in subjects_of("transformers")],
+        "transformers": [f"transformers:{name}" for name in _transformers_types()],
         "torchvision": [f"torchvision:{name}" for name in _TORCHVISION],
         "recurrent": [f"recurrent:{name}" for name in RECURRENT],
     }
@@ -85,8 +91,13 @@ def workload(
 
 def _timm_names() -> list[str]:
     logging.getLogger("timm").setLevel(logging.ERROR)
-    names: list[str] = importlib.import_module("timm").list_models()
-    return names
+    timm = importlib.import_module("timm")
+    return [name for module in _WITHOUT_CONVOLUTIONS for name in timm.list_models(module=module)]
+
+
+def _transformers_types() -> list[str]:
+    home = importlib.import_module("transformers.models.auto.configuration_auto")
+    return list(home.CONFIG_MAPPING_NAMES)
 
 
 def _timm(name: str) -> Asked:

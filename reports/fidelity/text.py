@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from autobatch.support.files import write_text
 from autobatch.support.units import format_bytes
 from reports.common.journal import Record
 from reports.common.markdown import table
-from reports.fidelity.results import errors, is_near, worst
+from reports.common.results import today, versions
+from reports.fidelity.results import RESULTS, errors, is_near, kinds, summarise, worst
 
 Facts = Mapping[str, Any]
 
@@ -28,6 +32,22 @@ def result(facts: Facts) -> str:
         _failed(records),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def write_results(records: Iterable[Record], out: Path) -> str:
+    """Write the results of a run into its folder, and return them as Markdown."""
+    rows = sorted(records, key=lambda record: record["key"])
+    facts = {
+        "evidence": "PyTorch's CUDA code on a simulated runtime",
+        "command": "python -m reports.fidelity",
+        "date": today(),
+        "versions": versions("torch", "timm", "transformers", "torchvision"),
+        **summarise(rows),
+        "kinds": kinds(rows),
+        "records": rows,
+    }
+    write_text(out / RESULTS, json.dumps(facts, indent=1) + "\n")
+    return result(facts)
 
 
 _HEADS = ("", "rows", "models", "within 0.05 %", "the same bytes", "every allocation", "worst")

@@ -135,7 +135,7 @@ _PLAIN = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::resiz
 def _op_at(time: int, spans: Sequence[tuple[int, int, str]], begins: Sequence[int]) -> str:
     """Return the innermost op at an instant, leaving out those that only allocate."""
     place = bisect_right(begins, time + 999)  # the history knows microseconds
-    for begin, end, name in reversed(spans[max(place - _DEPTH, 0) : place]):
+    for _, end, name in reversed(spans[max(place - _DEPTH, 0) : place]):
         if end >= time and name not in _PLAIN:
             return name
     return ""

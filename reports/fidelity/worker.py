@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from tests.bench.card import environment
-
 from autobatch.devices.base import Run
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
@@ -27,6 +25,7 @@ from reports.fidelity.differences import difference
 from reports.fidelity.rows import Row
 from reports.fidelity.subjects import NotBuiltError, workload
 from reports.fidelity.training import Truth
+from tests.bench.card import environment
 
 _CAPACITY = "76GiB"
 """Of every card, so that no row runs out of memory; sizes do not depend on it."""
@@ -59,7 +58,8 @@ class Bench:
             [sys.executable, "-m", "reports.fidelity.on_the_bench"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(gpu=gpu, capacity=_CAPACITY, copy_limit=_COPIED_BYTES),
+            env=environment(gpu=gpu, capacity=_CAPACITY, copy_limit=_COPIED_BYTES)
+            | {"CUDA_VISIBLE_DEVICES": "0"},  # workers are told that there is none
         )
 
     def ask(self, row: Row, file: str, reserve_bytes: int = 0) -> None:

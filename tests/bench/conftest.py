@@ -1,3 +1,3 @@
-"""Programs are run on the bench, not collected here: some need libraries that are not everywhere."""
+"""Programs run on the bench and are not collected here: some need libraries of their own."""
 
 collect_ignore_glob = ["programs/*.py"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Step, Steps
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
 from autobatch.support.tensor_parts import parts_of
 
@@ -131,9 +131,9 @@ class StorageRecorder:
         """Log steps up to the allocation of the next result, or all of them."""
         while self._steps and (to_the_end or self._steps[0] not in (RESULT, RESULTS)):
             step = self._steps.pop(0)
-            if not isinstance(step, int):
-                continue
-            if step >= 0:
+            if isinstance(step, str):
+                self._op = self._op if step in (RESULT, RESULTS) else step
+            elif step >= 0:
                 self._taken.append(self.hidden(step, self._op, "workspace") if step else None)
             elif (block := self._taken[~step]) is not None:
                 self._taken[~step] = None

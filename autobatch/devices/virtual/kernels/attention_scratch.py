@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Step, Steps
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["ATTENTION", "attention_scratch"]

@@ -35,7 +35,7 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
-from autobatch.devices.virtual.kernels.scratch import RESULT, Step, Steps
+from autobatch.devices.virtual.scratch import RESULT, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = [

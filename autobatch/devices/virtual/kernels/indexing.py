@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Steps
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["INDEXING", "indexing_scratch"]

@@ -12,13 +12,13 @@ A group norm keeps a scale and a shift for every channel of every sample
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
-from autobatch.devices.virtual.kernels.scratch import RESULTS, Step, Steps
+from autobatch.devices.virtual.scratch import RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["NORMS", "norm_scratch"]
@@ -31,16 +31,14 @@ _MOST_NUMBERS = 2**20
 _FLOAT = 4
 
 
-def norm_scratch(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec
-) -> Steps:
+def norm_scratch(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: int = 0) -> Steps:
     """Return what a normalization takes beside its results.
 
     Args:
         func: one of `NORMS`.
         args: its arguments.
-        kwargs: its arguments by name.
         gpu: the card, whose multiprocessors count.
+        taken: pieces of scratch that the op has taken before.
     """
     if func is aten.native_layer_norm_backward.default:
         _, data, shape, _, _, weight, bias, wanted = args
@@ -59,7 +57,7 @@ def norm_scratch(
     groups = min(-(-rows // _GROUP), _MOST_NUMBERS // width)
     element = parts[0].element_size()
     steps: list[Step] = [RESULTS, *[groups * width * element] * len(parts)]
-    taken = len(parts)
+    taken += len(parts)
     for part in parts:
         sums = [width * element, *sum_over_rows(groups, width, part.dtype, gpu)]
         steps += [*sums, *(~(taken + place) for place in reversed(range(len(sums))))]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.scratch import RESULTS, Steps
+from autobatch.devices.virtual.scratch import RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = ["REDUCTIONS", "reduction_scratch", "sum_over_rows"]

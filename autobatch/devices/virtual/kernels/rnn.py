@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.devices.virtual.elements import set_placeholder
-from autobatch.devices.virtual.kernels.scratch import RESULT, RESULTS, Steps
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.torch_private import FakeTensor
 
@@ -57,7 +57,7 @@ def _run_layer(mode: int, *args: Any) -> Any:
     if torch.is_autocast_enabled(data.device.type):
         dtype = torch.float16  # whatever dtype autocast has
         if weights[0].dtype is not dtype:
-            weights = list(_CastIntoOne.apply(dtype, *weights))  # type: ignore[no-untyped-call]
+            weights = list(_CastIntoOne.apply(dtype, *weights))
         cell = cell if cell is None else cell.to(dtype)
         state, data = state.to(dtype), data.to(dtype)
     directions = 2 if both else 1
@@ -102,10 +102,7 @@ def flatten_weights(model: nn.Module, device: torch.device) -> None:
             continue
         weights = [weight for weight in layer._flat_weights if isinstance(weight, Tensor)]
         is_whole = len({id(weight) for weight in weights}) == len(layer._flat_weights)
-        if not is_whole or any(
-            type(weight.data) is not FakeTensor or weight.fake_device != device
-            for weight in weights
-        ):
+        if not is_whole or not all(_is_on(device, weight.data) for weight in weights):
             continue  # tied weights stay where they are
         if len({weight.dtype for weight in weights}) > 1:
             continue
@@ -113,6 +110,10 @@ def flatten_weights(model: nn.Module, device: torch.device) -> None:
             buffer = weights[0].new_zeros(sum(weight.numel() for weight in weights))
             for weight, part in zip(weights, _parts(buffer, weights), strict=True):
                 weight.data = part
+
+
+def _is_on(device: torch.device, tensor: Any) -> bool:
+    return type(tensor) is FakeTensor and tensor.fake_device == device
 
 
 LAYERS = {name: functools.partial(_run_layer, mode) for name, mode in _MODES.items()}

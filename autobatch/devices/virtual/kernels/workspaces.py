@@ -35,8 +35,8 @@ from autobatch.devices.virtual.kernels.matrix_products import (
 )
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
-from autobatch.devices.virtual.kernels.scratch import RESULTS, Step, Steps
 from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.scratch import RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.torch_private import FakeTensor
 
@@ -134,16 +134,24 @@ def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
 
 
 def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return _contiguous_copies(func, args)
+    return _copied(func, args)
+
+
+def _copied(func: Any, args: Sequence[Any]) -> list[Step]:
+    copies = _contiguous_copies(func, args)
+    return ["contiguous", *copies] if copies else []
 
 
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    copies = _contiguous_copies(func, args)
-    return [*copies, *convolution_workspaces(func, args, gpu, len(copies))]
+    copies = _copied(func, args)
+    workspaces = convolution_workspaces(func, args, gpu, max(len(copies) - 1, 0))
+    return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
 
 
 def _norm(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return [*_contiguous_copies(func, args), *norm_scratch(func, args, kwargs, gpu)]
+    copies = _copied(func, args)
+    scratch = norm_scratch(func, args, gpu, max(len(copies) - 1, 0))
+    return [*copies, "norm scratch", *scratch] if scratch else copies
 
 
 def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -168,7 +176,7 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
 _RULES: dict[Any, tuple[str, _Rule]] = {
     **dict.fromkeys(_COPIED, ("contiguous", _copies)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
-    **{op: ("norm scratch", _norm) for op in NORMS},
+    **dict.fromkeys(NORMS, ("norm scratch", _norm)),
     torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),

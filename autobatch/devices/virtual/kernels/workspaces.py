@@ -36,7 +36,7 @@ from autobatch.devices.virtual.kernels.matrix_products import (
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder
-from autobatch.devices.virtual.scratch import RESULTS, Step, Steps
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.torch_private import FakeTensor
 
@@ -144,8 +144,22 @@ def _copied(func: Any, args: Sequence[Any]) -> list[Step]:
 
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     copies = _copied(func, args)
-    workspaces = convolution_workspaces(func, args, gpu, max(len(copies) - 1, 0))
-    return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
+    taken = max(len(copies) - 1, 0)
+    workspaces = convolution_workspaces(func, args, gpu, taken)
+    if func is not CONVOLUTION_BACKWARD or not args[-1][2]:
+        return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
+    # the gradient of the bias is a sum, which PyTorch makes when cuDNN is done
+    gradient, sizes = args[0], [0, *range(2, args[0].dim())]
+    sums = reduction_scratch(torch.ops.aten.sum.dim_IntList, (gradient, sizes), {}, gpu)
+    made = [RESULT] * (args[-1][0] + args[-1][1])
+    return [
+        *copies,
+        "cudnn workspace",
+        *(workspaces or made),
+        *(~place for place in range(taken)),
+        "reduction scratch",
+        *sums,
+    ]
 
 
 def _norm(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:

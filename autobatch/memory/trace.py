@@ -7,12 +7,22 @@ blocks sum to the allocated bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, get_args
 
-__all__ = ["CATEGORIES", "Allocation", "Category", "Mark", "Phase", "Trace"]
+__all__ = [
+    "CATEGORIES",
+    "Allocation",
+    "Bare",
+    "Category",
+    "Kernel",
+    "Mark",
+    "Phase",
+    "Trace",
+    "running_bytes",
+]
 
 Category = Literal[
     "parameters",
@@ -65,6 +75,7 @@ class Trace:
         blocks: every block, in order of allocation.
         events: `b` allocates `blocks[b]`; `~b` (negative) frees it.
         marks: where phases begin, in order.
+        bare: the same without the scratch of kernels, where a rule says what that is.
     """
 
     micro_batch: int
@@ -72,6 +83,7 @@ class Trace:
     blocks: tuple[Allocation, ...]
     events: tuple[int, ...]
     marks: tuple[Mark, ...]
+    bare: Bare | None = field(default=None, compare=False, repr=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -109,6 +121,48 @@ class Trace:
         """Return the index of the first event after which most requested bytes are alive."""
         allocated = self.allocated()
         return max(range(len(allocated)), key=allocated.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel that ran in a trace, and may have taken scratch.
+
+    Attributes:
+        kind: what it is apart from sizes; equal for the same kernel at other micro-batches.
+        name: of its scratch, in reports.
+        phase: in which it ran.
+        stream: on which it ran.
+        start: events of the bare trace before it.
+        results: events of the bare trace up to and with the allocation of each of its results.
+        end: events of the bare trace before it ended.
+        marks: phases that had begun.
+        numbers: sizes and strides of its arguments.
+        takes: the rule, of such numbers (`memory/scratch.py`).
+    """
+
+    kind: Hashable
+    name: str
+    phase: Phase
+    stream: int
+    start: int
+    results: tuple[int, ...]
+    end: int
+    marks: int
+    numbers: tuple[int, ...]
+    takes: Callable[[tuple[int, ...]], Sequence[int | str]]
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What is the same of a kernel at every micro-batch, unless traces do not align."""
+        return (self.kind, self.phase, self.start, self.results, self.end, self.marks)
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """A trace without scratch, and the kernels that take it."""
+
+    trace: Trace
+    kernels: tuple[Kernel, ...]
 
 
 def running_bytes(sizes: Sequence[int], events: Sequence[int]) -> list[int]:

@@ -7,11 +7,12 @@ the micro-batch, three give quadratic ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autobatch.memory.alignment import counterparts, same_kind
-from autobatch.memory.trace import Trace, running_bytes
+from autobatch.memory.scratch import with_scratch
+from autobatch.memory.trace import Bare, Kernel, Trace, running_bytes
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
@@ -35,6 +36,8 @@ class TraceModel:
         nodes: the fitted micro-batches, ascending.
         bases, slopes, bends: coefficients of each block, times the denominator.
         denominator: positive.
+        kernels: those of the template that may take scratch.
+        numbers: coefficients of the numbers of each kernel, as those of a block's size.
     """
 
     template: Trace
@@ -43,6 +46,8 @@ class TraceModel:
     slopes: tuple[int, ...]
     bends: tuple[int, ...]
     denominator: int
+    kernels: tuple[Kernel, ...] = ()
+    numbers: tuple[tuple[_Term, ...], ...] = ()
 
     @classmethod
     def fit(cls, traces: Sequence[Trace], *, kernels_may_vary: bool = False) -> TraceModel:
@@ -62,7 +67,8 @@ class TraceModel:
                 kernels may vary, have too little in common.
             ValueError: there are not two or three different micro-batches.
         """
-        ordered = sorted(traces, key=lambda trace: trace.micro_batch)
+        whole = sorted(traces, key=lambda trace: trace.micro_batch)
+        ordered = [trace if trace.bare is None else trace.bare.trace for trace in whole]
         nodes = tuple(trace.micro_batch for trace in ordered)
         if len(nodes) not in (2, 3) or len(set(nodes)) != len(nodes):
             raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
@@ -78,7 +84,7 @@ class TraceModel:
             else:
                 raise Misaligned(reason)
         interpolation = _Interpolation.over(nodes)
-        terms: list[tuple[int, int, int]] = []
+        terms: list[_Term] = []
         rows = zip(*columns, last.sizes, strict=True)
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
             if index in scratch or _ABSENT in row:
@@ -87,7 +93,10 @@ class TraceModel:
             else:
                 terms.append(interpolation.polynomial(row))
         bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
+        kernels = [() if trace.bare is None else trace.bare.kernels for trace in whole]
         return cls(
+            kernels=kernels[-1],
+            numbers=tuple(_numbers(kernels, interpolation, nodes)),
             template=last,
             nodes=nodes,
             bases=bases,
@@ -114,15 +123,23 @@ class TraceModel:
         return bent / max(sum(self.template.sizes), 1)
 
     def sizes(self, micro_batch: int) -> list[int]:
-        """Return the requested bytes of each block, to the nearest byte and never negative."""
+        """Return the requested bytes of each block of the template, to the nearest byte."""
+        value_of = self._evaluator(micro_batch)
+        terms = zip(self.bases, self.slopes, self.bends, strict=True)
+        return [max(0, value_of(term)) for term in terms]
+
+    def _evaluator(self, micro_batch: int) -> Callable[[_Term], int]:
+        """Return what evaluates the terms of a polynomial, to the nearest whole number."""
         step = micro_batch - self.nodes[0]
         bend_step = step * (micro_batch - self.nodes[1])
         denominator = self.denominator
         half = denominator // 2
-        return [
-            max(0, (base + slope * step + bend * bend_step + half) // denominator)
-            for base, slope, bend in zip(self.bases, self.slopes, self.bends, strict=True)
-        ]
+
+        def value_of(term: _Term) -> int:
+            base, slope, bend = term
+            return (base + slope * step + bend * bend_step + half) // denominator
+
+        return value_of
 
     def trace(self, micro_batch: int) -> Trace:
         """Return the whole trace at a micro-batch, executed or not."""
@@ -130,25 +147,38 @@ class TraceModel:
             block if block.size_bytes == size else replace(block, size_bytes=size)
             for block, size in zip(self.template.blocks, self.sizes(micro_batch), strict=True)
         )
-        return Trace(
+        trace = Trace(
             micro_batch=micro_batch,
             accumulation_steps=self.template.accumulation_steps,
             blocks=blocks,
             events=self.template.events,
             marks=self.template.marks,
         )
+        return with_scratch(Bare(trace, self._kernels(micro_batch))) if self.kernels else trace
+
+    def _kernels(self, micro_batch: int) -> tuple[Kernel, ...]:
+        value_of = self._evaluator(micro_batch)
+        return tuple(
+            replace(kernel, numbers=tuple(map(value_of, terms)))
+            for kernel, terms in zip(self.kernels, self.numbers, strict=True)
+        )
 
     def difference(self, trace: Trace) -> str | None:
         """Return how an executed trace departs from the model's, or None where they are equal."""
-        if reason := _misalignment(self.template, trace):
+        bare = trace if trace.bare is None else trace.bare.trace
+        if reason := _misalignment(self.template, bare):
             return reason
         expected = self.sizes(trace.micro_batch)
-        for index, (block, size) in enumerate(zip(trace.blocks, expected, strict=True)):
+        for index, (block, size) in enumerate(zip(bare.blocks, expected, strict=True)):
             if block.size_bytes != size:
                 return (
                     f"block {index} ({block.op}, {block.phase}) at micro-batch "
                     f"{trace.micro_batch}: expected {size} bytes, found {block.size_bytes}"
                 )
+        kernels = () if trace.bare is None else trace.bare.kernels
+        foretold = self._kernels(trace.micro_batch)
+        if [k.numbers for k in kernels] != [k.numbers for k in foretold]:
+            return f"a kernel's arguments at micro-batch {trace.micro_batch} are others"
         return None
 
     def predicts_start_of(self, trace: Trace) -> bool:
@@ -156,6 +186,7 @@ class TraceModel:
 
         That part does not depend on the accumulation steps, and every op runs in it.
         """
+        trace = trace if trace.bare is None else trace.bare.trace
         end = next(
             (mark.event for mark in self.template.marks if mark.phase in ("inputs", "step")
              and (mark.window, mark.micro_batch) != (0, 0)),
@@ -174,8 +205,12 @@ class TraceModel:
 
     def peak_bytes(self, micro_batch: int) -> int:
         """Return the most requested bytes alive at once, before the allocator rounds them."""
-        return max(running_bytes(self.sizes(micro_batch), self.template.events), default=0)
+        trace = self.trace(micro_batch)
+        return max(running_bytes(trace.sizes, trace.events), default=0)
 
+
+_Term = tuple[int, int, int]
+"""Base, slope and bend."""
 
 _ABSENT = -1
 """Stands for the size of a block that a trace does not have."""
@@ -219,6 +254,26 @@ class _Interpolation:
             rise = max(0, last - before)
             slope = rise * self.denominator // (self.nodes[-1] - self.nodes[-2])
         return last * self.denominator - slope * (self.nodes[-1] - self.nodes[0]), slope, 0
+
+
+def _numbers(
+    kernels: Sequence[Sequence[Kernel]], interpolation: _Interpolation, nodes: Sequence[int]
+) -> Iterator[tuple[_Term, ...]]:
+    """Yield the terms of the numbers of each kernel.
+
+    Raises:
+        Misaligned: the traces have other kernels.
+    """
+    if len(set(map(len, kernels))) > 1:
+        raise Misaligned(f"traces at micro-batch {nodes[0]} and {nodes[-1]} run other kernels")
+    for same in zip(*kernels, strict=True):
+        if any(kernel.place != same[-1].place for kernel in same):
+            raise Misaligned(
+                f"traces at micro-batch {nodes[0]} and {nodes[-1]} differ in a kernel "
+                f"({same[-1].name}, {same[-1].phase})"
+            )
+        rows = zip(*(kernel.numbers for kernel in same), strict=True)
+        yield tuple(map(interpolation.polynomial, rows))
 
 
 def scratch_blocks(trace: Trace) -> frozenset[int]:

@@ -7,15 +7,24 @@ as with the caching allocator. Invariant: every block is in exactly one category
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
-from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
+from autobatch.memory.scratch import Steps, with_scratch
+from autobatch.memory.trace import (
+    Allocation,
+    Bare,
+    Category,
+    Kernel,
+    Mark,
+    Phase,
+    Trace,
+    running_bytes,
+)
 from autobatch.support.tensor_parts import parts_of
 
 __all__ = ["StorageRecorder"]
@@ -31,6 +40,21 @@ class _Block:
     category: Category | None
     stream: int = 0
     outlived_forward: bool = False
+
+
+Takes = Callable[[tuple[int, ...]], Steps]
+
+
+@dataclass(slots=True)
+class _Running:
+    """A kernel while it runs."""
+
+    kind: Hashable
+    name: str
+    numbers: tuple[int, ...]
+    takes: Takes
+    start: int
+    results: list[int] = field(default_factory=list)
 
 
 class _StorageRef(weakref.ref):  # type: ignore[type-arg]
@@ -60,9 +84,8 @@ class StorageRecorder:
         self._live: dict[int, _StorageRef] = {}
         self.phase: Phase = "setup"
         self._pending: Category | None = None
-        self._steps: list[Step] = []
-        self._taken: list[int | None] = []
-        self._op = ""
+        self._kernels: list[Kernel] = []
+        self._running: _Running | None = None
         self._latest = 0
         self._results = 0
         self._claim: Category | None = None
@@ -89,8 +112,8 @@ class StorageRecorder:
         self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
         self._latest = key
-        if self._steps:
-            self._made()
+        if self._running is not None:
+            self._running.results.append(len(self._events))
 
     def latest(self, tensor: Any) -> str | None:
         """Return the op that made a tensor, if no tensor was allocated since."""
@@ -116,34 +139,33 @@ class StorageRecorder:
         """Log that hidden allocations are given back."""
         self._events.extend(~block for block in blocks)
 
-    def expect(self, steps: Steps, op: str) -> None:
-        """Log what the next op takes for itself, up to the allocation of its first result."""
-        self._steps, self._taken, self._op = [*steps], [], op
-        self._play()
+    def runs(self, kind: Hashable, name: str, numbers: tuple[int, ...], takes: Takes) -> None:
+        """Note that a kernel begins that may take scratch; as in `Kernel`."""
+        self._running = _Running(kind, name, numbers, takes, len(self._events))
 
-    def finished(self) -> None:
-        """Log that the op has run: its last steps, and that all is given back."""
-        self._play(to_the_end=True)
-        self.free(block for block in self._taken if block is not None)
-        self._taken = []
+    def ended(self) -> None:
+        """Note that the kernel has run."""
+        running = self._running
+        assert running is not None
+        self._running = None
+        self._kernels.append(
+            Kernel(
+                kind=running.kind,
+                name=running.name,
+                phase=self.phase,
+                stream=self.stream(),
+                start=running.start,
+                results=tuple(running.results),
+                end=len(self._events),
+                marks=len(self._marks),
+                numbers=running.numbers,
+                takes=running.takes,
+            )
+        )
 
-    def _play(self, *, to_the_end: bool = False) -> None:
-        """Log steps up to the allocation of the next result, or all of them."""
-        while self._steps and (to_the_end or self._steps[0] not in (RESULT, RESULTS)):
-            step = self._steps.pop(0)
-            if isinstance(step, str):
-                self._op = self._op if step in (RESULT, RESULTS) else step
-            elif step >= 0:
-                self._taken.append(self.hidden(step, self._op, "workspace") if step else None)
-            elif (block := self._taken[~step]) is not None:
-                self._taken[~step] = None
-                self.free([block])
-
-    def _made(self) -> None:
-        """Log the steps after the allocation of a result."""
-        if self._steps[0] == RESULT:
-            self._steps.pop(0)
-            self._play()
+    def stream(self) -> int:
+        """Return the number of the current stream, 0 for the first."""
+        return 0
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""
@@ -188,8 +210,12 @@ class StorageRecorder:
         return running_bytes(sizes, self._events)[-1] if self._events else 0
 
     def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
-        """Return what was seen so far."""
-        return Trace(
+        """Return what was seen so far, with what kernels took."""
+        return with_scratch(self.bare(micro_batch, accumulation_steps))
+
+    def bare(self, micro_batch: int, accumulation_steps: int) -> Bare:
+        """Return what was seen so far, and apart from it the kernels that take scratch."""
+        trace = Trace(
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
@@ -199,6 +225,7 @@ class StorageRecorder:
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
+        return Bare(trace, tuple(self._kernels))
 
 
 def _by_phase(block: _Block) -> Category:

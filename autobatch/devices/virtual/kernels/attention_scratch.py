@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULT, RESULTS, Step, Steps
 
 __all__ = ["ATTENTION", "attention_scratch"]
 

@@ -35,8 +35,8 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
-from autobatch.devices.virtual.scratch import RESULT, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULT, Step, Steps
 
 __all__ = [
     "CONVOLUTION",

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.scratch import RESULT, RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULT, RESULTS, Steps
 
 __all__ = ["INDEXING", "indexing_scratch"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
-from autobatch.devices.virtual.scratch import RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULTS, Step, Steps
 
 __all__ = ["NORMS", "norm_scratch"]
 

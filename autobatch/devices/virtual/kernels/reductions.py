@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.scratch import RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULTS, Steps
 
 __all__ = ["REDUCTIONS", "reduction_scratch", "sum_over_rows"]
 

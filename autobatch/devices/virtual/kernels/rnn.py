@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.devices.virtual.elements import set_placeholder
-from autobatch.devices.virtual.scratch import RESULT, RESULTS, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULT, RESULTS, Steps
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = [

@@ -12,6 +12,7 @@ Several kernels copy inputs that are not contiguous before they read them (`cont
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
+from autobatch.devices.virtual.kernels.calls import Hashed, Rule, described, steps_of
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
@@ -36,13 +38,11 @@ from autobatch.devices.virtual.kernels.matrix_products import (
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder
-from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Workspaces"]
-
-_Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], GpuSpec], Steps]
 
 
 class Workspaces:
@@ -52,6 +52,7 @@ class Workspaces:
         """Log in `recorder` what the GPU `spec` would take for ops on `device`."""
         self._recorder = recorder
         self._spec = spec
+        self._key = Hashed(spec)
         self._device = device
         self._kept: set[tuple[str, bool]] = set()  # by library, and whether it runs backward
 
@@ -67,11 +68,10 @@ class Workspaces:
         if found is None or not self._is_here(args) or self._recorder.is_muted:
             return None
         name, rule = found
-        steps = rule(func, args, kwargs, self._spec)
-        if not steps:
-            return None
-        self._recorder.expect(steps, name)
-        return self._recorder.finished
+        shape, numbers = described(args, kwargs)
+        takes = functools.partial(steps_of, rule, func, shape, self._key)
+        self._recorder.runs((func, shape), name, numbers, takes)
+        return self._recorder.ended
 
     def _multiplied(self, func: Any, args: Sequence[Any]) -> None:
         copies = copied_operands(func, args)
@@ -187,7 +187,7 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     return steps
 
 
-_RULES: dict[Any, tuple[str, _Rule]] = {
+_RULES: dict[Any, tuple[str, Rule]] = {
     **dict.fromkeys(_COPIED, ("contiguous", _copies)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
     **dict.fromkeys(NORMS, ("norm scratch", _norm)),

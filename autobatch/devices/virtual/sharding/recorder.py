@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autobatch.devices.virtual.recorder import StorageRecorder
-from autobatch.memory.trace import Trace
+from autobatch.memory.trace import Bare
 from autobatch.support.patching import patched
 
 __all__ = ["RankRecorder"]
@@ -26,7 +26,7 @@ class RankRecorder(StorageRecorder):
     def __init__(self, stream: Callable[[], int]):
         """Record; `stream` tells the number of the current stream, 0 for the first."""
         super().__init__()
-        self._stream = stream
+        self._current_stream = stream
         self._emptied: set[int] = set()
         self.is_muted = False
         self._is_gathering = False
@@ -37,9 +37,13 @@ class RankRecorder(StorageRecorder):
         index = len(self._blocks)
         super()._seen(storage, op)
         if index < len(self._blocks):
-            self._blocks[index].stream = self._stream()
+            self._blocks[index].stream = self.stream()
             if self._is_gathering:
                 self._blocks[index].category = "temporaries"
+
+    def stream(self) -> int:
+        """Return the number of the current stream."""
+        return self._current_stream()
 
     def resized(self, storage: torch.UntypedStorage, resize: Callable[[], Any]) -> Any:
         """Resize a storage by `resize`: the allocator frees its old memory, then allocates anew."""
@@ -64,16 +68,18 @@ class RankRecorder(StorageRecorder):
         """Take what is made inside for buffers of a collective."""
         return patched(self, _is_gathering=True)
 
-    def trace(self, micro_batch: int, accumulation_steps: int) -> Trace:
+    def bare(self, micro_batch: int, accumulation_steps: int) -> Bare:
         """Return what was seen so far, without the whole parameters that were sharded in setup."""
-        whole = super().trace(micro_batch, accumulation_steps)
-        start = next((mark.event for mark in whole.marks if mark.phase != "setup"), 0)
-        freed_in_setup = {~event for event in whole.events[:start] if event < 0}
+        whole = super().bare(micro_batch, accumulation_steps)
+        marks, events = whole.trace.marks, whole.trace.events
+        start = next((mark.event for mark in marks if mark.phase != "setup"), 0)
+        freed_in_setup = {~event for event in events[:start] if event < 0}
         return _without(whole, freed_in_setup | self._emptied)
 
 
-def _without(trace: Trace, left_out: set[int]) -> Trace:
+def _without(whole: Bare, left_out: set[int]) -> Bare:
     """Leave blocks out of a trace, and number the others anew."""
+    trace = whole.trace
     kept = [index for index in range(len(trace.blocks)) if index not in left_out]
     number = {index: new for new, index in enumerate(kept)}
     events: list[int] = []
@@ -83,9 +89,19 @@ def _without(trace: Trace, left_out: set[int]) -> Trace:
         if index in number:
             events.append(number[index] if event >= 0 else ~number[index])
         places.append(len(events))
-    return replace(
+    left = replace(
         trace,
         blocks=tuple(trace.blocks[index] for index in kept),
         events=tuple(events),
         marks=tuple(replace(mark, event=places[mark.event]) for mark in trace.marks),
     )
+    kernels = (
+        replace(
+            kernel,
+            start=places[kernel.start],
+            results=tuple(places[place] for place in kernel.results),
+            end=places[kernel.end],
+        )
+        for kernel in whole.kernels
+    )
+    return Bare(left, tuple(kernels))

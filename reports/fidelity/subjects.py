@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from autobatch.errors import SampleError
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Workload
 from reports.common.configs import STATED
@@ -86,7 +87,10 @@ def workload(
     _require_comparable(asked.model)
     if checkpointing:
         _checkpoint(asked.model)
-    return replace(asked, autocast=autocast).workload()
+    try:
+        return replace(asked, autocast=autocast).workload()
+    except SampleError as error:
+        raise NotBuiltError(str(error)) from error
 
 
 def _timm_names() -> list[str]:
@@ -166,7 +170,7 @@ def _require_comparable(model: nn.Module) -> None:
 
 
 def _checkpoint(model: Any) -> None:
-    if hasattr(model, "gradient_checkpointing_enable"):
+    if getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)

@@ -16,6 +16,7 @@ from autobatch.devices.virtual.kernels.convolutions import (
     relaid,
 )
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.memory.scratch import RESULT
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 
@@ -26,7 +27,7 @@ def tensor(*shape: int, layout: torch.memory_format = torch.contiguous_format) -
     return torch.empty(shape, device="meta").to(memory_format=layout)
 
 
-def taken(capability: tuple[int, int], wanted: list[bool] | None = None) -> list[tuple[int, int]]:
+def taken(capability: tuple[int, int], wanted: list[bool] | None = None) -> list[int | str]:
     """Return the workspaces of a 3 x 3 layer on an A100 of another compute capability."""
     data, weight = tensor(32, 128, 28, 28), tensor(128, 128, 3, 3)
     gpu = replace(find_gpu("a100-40gb"), compute_capability=capability)
@@ -41,16 +42,18 @@ ALL_BYTES = 26279936
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_cards_that_were_not_measured_keep_the_least_that_is_known(capability):
-    assert taken(capability) == []
-    assert taken(capability, [True, True, False]) == [(ALL_BYTES, 1), (ALL_BYTES, 2)]
+    assert taken(capability) == [RESULT]  # and no workspace
+    assert taken(capability, [True, True, False]) == [
+        *(RESULT, ALL_BYTES, ~0),
+        *(RESULT, ALL_BYTES, ~1),
+    ]
 
 
 def test_the_measured_rule_converts_forward_passes_and_sums_slices():
-    assert taken((9, 0)) == [(ALL_BYTES, 1)]
-    data, weight = taken((9, 0), [True, True, False])
-    assert data == (ALL_BYTES, 1)
-    assert weight == (ALL_BYTES + 126 * 128 * 128 * 4, 2)
-    assert taken((9, 0), [False, True, False]) == [(weight[0], 1)]
+    assert taken((9, 0)) == [RESULT, ALL_BYTES, ~0]
+    weight = ALL_BYTES + 126 * 128 * 128 * 4
+    assert taken((9, 0), [True, True, False]) == [RESULT, ALL_BYTES, ~0, RESULT, weight, ~1]
+    assert taken((9, 0), [False, True, False]) == [RESULT, weight, ~0]
 
 
 @pytest.mark.parametrize("nhwc", ["data", "weight"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from autobatch.devices.virtual.kernels import matrix_products
@@ -12,7 +13,7 @@ MIB = 2**20
 
 
 def workspaces(model: nn.Module, gpu: str = "h200") -> list[int]:
-    return [b.size_bytes for b in run(model, gpu=gpu).blocks if b.category == "workspace"]
+    return [b.size_bytes for b in run(model, gpu=gpu).blocks if b.op.startswith("cublas")]
 
 
 @pytest.fixture
@@ -47,3 +48,11 @@ def test_the_workspace_is_taken_after_the_first_output():
     trace = run(mlp(), gpu="h200")
     first = next(i for i, b in enumerate(trace.blocks) if b.op == "cublas workspace")
     assert trace.blocks[first - 1].op == "aten::addmm"
+
+
+def test_a_matrix_without_dense_rows_or_columns_is_copied_after_the_output():
+    trace = run(nn.Linear(64, 64, bias=False), gpu="a100-40gb")  # the gradient of a sum is expanded
+    backward = [b for b in trace.blocks if b.phase == "backward"]
+    product = next(i for i, b in enumerate(backward) if b.op == "aten::mm")
+    assert backward[product + 1].op == "contiguous"
+    assert matrix_products.copied_operands(None, [torch.empty(4, 6, device="meta").t()]) == []

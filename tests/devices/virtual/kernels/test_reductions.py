@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autobatch.devices.virtual.kernels.reductions import norm_chunks_bytes, reduction_scratch
+from autobatch.devices.virtual.kernels.reductions import reduction_scratch, sum_over_rows
 from autobatch.gpus.catalogue import find_gpu
 
 aten = torch.ops.aten
@@ -14,9 +14,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SUM, SUM_ALL, AMAX = aten.sum.dim_IntList, aten.sum.default, aten.amax.default
 
 
+def sizes(steps) -> list[int]:
+    return [step for step in steps if isinstance(step, int)]
+
+
 def scratch(func, shape, dtype, *args, gpu=H200, **kwargs) -> list[int]:
     data = torch.empty(shape, dtype=dtype, device="meta")
-    return reduction_scratch(func, (data, *args), kwargs, gpu)
+    return sizes(reduction_scratch(func, (data, *args), kwargs, gpu))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,8 @@ def test_a_sum_of_all_elements_takes_what_was_measured(func, shape, dtype, measu
 def test_extrema_of_halves_are_compared_in_halves():
     assert scratch(AMAX, (8192, 768), BF16, [0]) == [25165824, 24]
     data = torch.empty(8192, 768, dtype=BF16, device="meta")
-    assert reduction_scratch(SUM, (data, [0]), {"dtype": FP32}, H200) == [50331648, 24]
+    steps = reduction_scratch(SUM, (data, [0]), {"dtype": FP32}, H200)
+    assert steps == ["results", 50331648, 24]  # after the result
 
 
 def test_what_32_bits_cannot_index_is_summed_in_two_halves():
@@ -73,10 +78,12 @@ def test_counting_copies_booleans_to_int64_first():
     assert scratch(SUM_ALL, (64, 16), torch.bool)[0] == 64 * 16 * 8
 
 
-def test_an_op_that_is_no_reduction_takes_nothing():
-    assert scratch(aten.relu.default, (8192, 768), FP32) == []
-
-
 def test_norms_of_many_tensors_keep_a_number_for_each_chunk():
     matrix = torch.empty(19072, 3072, device="meta")
-    assert norm_chunks_bytes([matrix, matrix[0]]) == 7152
+    steps = reduction_scratch(aten._foreach_norm.Scalar, ([matrix, matrix[0]], 2), {}, H200)
+    assert steps == [7152]  # before the results
+
+
+def test_a_sum_over_the_rows_of_a_matrix_may_be_asked_for_by_shape():
+    steps = scratch(SUM, (8192, 768), BF16, [0])
+    assert sum_over_rows(8192, 768, BF16, H200) == steps

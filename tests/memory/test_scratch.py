@@ -1,0 +1,75 @@
+"""Scratch is put where a kernel takes it, and is asked for again at every micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from autobatch.memory.scratch import RESULT, RESULTS, with_scratch
+from autobatch.memory.trace import Allocation, Bare, Kernel, Mark, Trace
+from autobatch.memory.trace_model import Misaligned, TraceModel
+
+
+def whole(micro_batch: int, steps, *, start: int = 1, results=(2, 3), end: int = 3, count: int = 1):
+    """Return a trace of three blocks, of which one kernel makes the last two."""
+    bare = Trace(
+        micro_batch=micro_batch,
+        accumulation_steps=1,
+        blocks=tuple(Allocation(8 * micro_batch, "temporaries", "forward", op) for op in "abc"),
+        events=(0, 1, 2, ~0),
+        marks=(Mark(0, "inputs", 0, 0), Mark(1, "forward", 0, 0), Mark(4, "step", 0, 0)),
+    )
+    kernel = Kernel(
+        kind="pair",
+        name="scratch",
+        phase="forward",
+        stream=0,
+        start=start,
+        results=results,
+        end=end,
+        marks=2,
+        numbers=(micro_batch,),
+        takes=lambda numbers: steps(*numbers),
+    )
+    return with_scratch(Bare(bare, (kernel,) * count))
+
+
+def sizes(trace) -> list[int]:
+    """Return what each event takes, or gives back as a negative number."""
+    return [
+        trace.blocks[event].size_bytes if event >= 0 else -trace.blocks[~event].size_bytes
+        for event in trace.events
+    ]
+
+
+def test_pieces_lie_between_the_results_that_their_steps_name():
+    trace = whole(1, lambda n: [1, 2, ~0, RESULT, 3, ~2, RESULTS, 4])
+    assert sizes(trace) == [8, 1, 2, -1, 8, 3, -3, 8, 4, -2, -4, -8]
+    assert [mark.event for mark in trace.marks] == [0, 1, 12]
+    assert {b.category for b in trace.blocks if b.op == "scratch"} == {"workspace"}
+
+
+def test_no_bytes_are_no_event_and_are_counted():
+    assert sizes(whole(1, lambda n: [0, 5, ~1, 6, ~0])) == [8, 5, -5, 6, 8, 8, -6, -8]
+
+
+def test_text_names_the_pieces_that_follow():
+    trace = whole(1, lambda n: [1, "copy", 2])
+    assert [b.op for b in trace.blocks if b.size_bytes < 8] == ["scratch", "copy"]
+
+
+def test_a_model_asks_the_rule_where_no_line_leads():
+    def steps(n: int):
+        return [RESULTS, 1000] if n >= 7 else []
+
+    model = TraceModel.fit([whole(2, steps), whole(3, steps)])
+    assert model.trace(6).sizes == (48, 48, 48)
+    assert model.trace(7) == whole(7, steps)
+    assert model.difference(whole(9, steps)) is None
+    assert model.peak_bytes(7) == 3 * 56 + 1000
+
+
+def test_other_kernels_do_not_align():
+    with pytest.raises(Misaligned, match="other kernels"):
+        TraceModel.fit([whole(2, lambda n: []), whole(3, lambda n: [], count=2)])
+    with pytest.raises(Misaligned, match="differ in a kernel"):
+        TraceModel.fit([whole(2, lambda n: []), whole(3, lambda n: [], end=4)])

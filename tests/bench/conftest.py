@@ -1,3 +1,3 @@
-"""Programs are run on the bench, not collected here: some need libraries that are not everywhere."""
+"""Programs run on the bench and are not collected: some need libraries that may be missing."""
 
 collect_ignore_glob = ["programs/*.py"]

@@ -114,6 +114,7 @@ class CudaRuntime:
             reserved_bytes=torch.cuda.memory_reserved(self.index),
             allowed_bytes=int(fraction * total) if fraction < 1 else None,
             own_bytes=occupancy.own_bytes if occupancy else None,
+            parent_bytes=_parent_bytes(occupancy),
         )
 
     def stats(self) -> Stats:
@@ -193,3 +194,9 @@ class CudaRuntime:
         """Return the allocator's state, and its events since recording began."""
         torch.cuda.synchronize(self.index)
         return read_snapshot(memory_snapshot(self.index))
+
+
+def _parent_bytes(occupancy: nvml.Occupancy | None) -> int:
+    """Return what the process that started this one holds on the GPU, as far as that is known."""
+    others = (occupancy.other_processes if occupancy else None) or ()
+    return next((each.used_bytes or 0 for each in others if each.pid == os.getppid()), 0)

@@ -37,6 +37,8 @@ class DeviceReading:
         allowed_bytes: torch.cuda.set_per_process_memory_fraction times the capacity; None where
             the fraction is 1.
         own_bytes: NVML's figure for this process, context and reserved; None where unknown.
+        parent_bytes: NVML's figure for the process that started this one; 0 where it is not on the
+            GPU, or unknown.
     """
 
     capacity_bytes: int
@@ -44,6 +46,7 @@ class DeviceReading:
     reserved_bytes: int
     allowed_bytes: int | None = None
     own_bytes: int | None = None
+    parent_bytes: int = 0
 
     @property
     def outside_bytes(self) -> int:
@@ -155,6 +158,12 @@ def device_notes(
             f"the driver does not say what this process holds: of the {outside} outside its "
             f"allocator (measured), {context} are assumed to be its CUDA context and {others} "
             "other processes; in a container, --pid=host lets the driver tell"
+        )
+    elif after.others_bytes > _NOTABLE_BYTES and last.parent_bytes > after.others_bytes // 2:
+        yield (
+            f"the process that asked holds {others} of {capacity} itself (its CUDA context, what "
+            "it has on the GPU, its allocator's cache), which the budget of its child process "
+            "leaves to it: tune before it uses the GPU, or without isolate=True, for a larger one"
         )
     elif after.others_bytes > _NOTABLE_BYTES:
         yield (

@@ -41,7 +41,7 @@ ARCHITECTURES = "architectures"
 
 _SOURCES = {
     "card_core": ["log", "gpu", "attributes", "usage", "context", "memory"],
-    "cudart": ["runtime", "runtime_memory", "kernels", "graphs", "runtime_errors"],
+    "cudart": ["runtime", "runtime_memory", "kernels", "fills", "graphs", "runtime_errors"],
     "cuda": [
         "driver",
         "driver_memory",

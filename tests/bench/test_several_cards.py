@@ -12,7 +12,7 @@ LAYER = 4 * (1024 * 1024 + 1024)
 RANKS = 2
 
 
-def test_ranks_meet_and_train_under_ddp_and_fsdp2() -> None:
+def test_ranks_meet_train_under_ddp_and_fsdp2_and_agree_on_a_plan() -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS]
     program = [*torchrun, "-m", "tests.bench.programs.ranks"]
     found = json.loads(run(program, cards=RANKS, capacity="4GiB").splitlines()[-1])
@@ -24,3 +24,6 @@ def test_ranks_meet_and_train_under_ddp_and_fsdp2() -> None:
     assert 4 * 4 * LAYER < found["ddp"] < 9 * 4 * LAYER
     shards = 4 * 4 * LAYER // RANKS
     assert shards < found["fsdp2"] < shards + 4 * 2 * LAYER + found["ddp"]
+    first, second = found["plans"]
+    assert first == second
+    assert any("this is the plan of rank 1, which holds least" in w for w in first["warnings"])

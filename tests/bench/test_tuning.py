@@ -27,6 +27,8 @@ def test_ceilings_are_exact_wherever_the_model_is() -> None:
     assert plans["isolated"]["ceiling"] == plans["on the host"]["ceiling"]
     assert plans["on the card"]["ceiling"] == plans["on the host"]["ceiling"]
     assert plans["bf16"]["ceiling"] > plans["on the host"]["ceiling"] > plans["fraction"]["ceiling"]
+    [held] = [w for w in plans["isolated beside"]["warnings"] if "on the GPU" in w]
+    assert "the process that asked holds 806 MiB of 2.00 GiB itself" in held
     assert plans["fraction"]["reserved"] <= 0.6 * 2 * GIB
 
 

@@ -46,11 +46,11 @@ def device(kind):
         yield {"gpu": SIMULATED, "autocast": "fp16"}, lambda: None
     elif kind == "played":
         with installed(CudaOnCpu(32 * MIB, context_bytes=2 * MIB)) as card:
-            card.touch(5 * MIB)
+            card.raise_peaks(allocated_bytes=5 * MIB, reserved_bytes=20 * MIB)
             yield {}, card.stats
     else:
         card = CudaRuntime()
-        card.touch(50 * MIB)
+        card.raise_peaks(allocated_bytes=50 * MIB + 512, reserved_bytes=84 * MIB)
         card.empty_cache()
         yield {"autocast": "fp16", "target": 64}, card.stats
 
@@ -86,6 +86,7 @@ def test_nothing_of_the_users_changes_after(kind, outcome):
             now = stats()
             assert now.allocated_bytes == counted.allocated_bytes
             assert now.peak_allocated_bytes == counted.peak_allocated_bytes
+            assert now.peak_reserved_bytes == counted.peak_reserved_bytes
     model.fail_with = None
     place = next(model.parameters()).device
     lm_loss(model, sample.to(place)).backward()  # and training simply goes on

@@ -187,6 +187,13 @@ def test_other_processes_are_named_with_what_they_hold() -> None:
     assert line.startswith("other processes hold 3.00 GiB of 80.0 GiB")
 
 
+def test_a_parent_that_holds_most_of_what_others_hold_is_named() -> None:
+    reading = replace(card(others=3 * GIB), parent_bytes=3 * GIB - 5 * MIB)
+    (line,) = said(reading, reading)
+    assert line.startswith("the process that asked holds 3.00 GiB of 80.0 GiB itself")
+    assert "without isolate=True" in line
+
+
 def test_growth_of_others_above_64_mib_is_named() -> None:
     def growing(by: int) -> list[str]:
         lines = said(card(others=GIB), card(others=GIB + by))

@@ -68,6 +68,7 @@ class CudaOnCpu:
         self.knows_own = knows_own
         left = capacity_bytes - context_bytes - others_bytes
         limit = left if allowed_bytes is None else min(left, allowed_bytes)
+        self.limit_bytes = limit
         self.allocator = CachingAllocator(limit_bytes=limit)
         self.ooms = 0
         self.calls = 0
@@ -108,8 +109,16 @@ class CudaOnCpu:
     def empty_cache(self):
         self.allocator.empty_cache()
 
-    def touch(self, size_bytes):
-        self.free(0, self.malloc(0, size_bytes), size_bytes)
+    def raise_peaks(self, *, allocated_bytes, reserved_bytes):
+        held = [self.allocator.allocated_bytes, self.allocator.reserved_bytes]
+        if held[1] + reserved_bytes > self.limit_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.peaks = [
+            max(peak, now + more)
+            for peak, now, more in zip(
+                self.peaks, held, (allocated_bytes, reserved_bytes), strict=True
+            )
+        ]
 
     @contextlib.contextmanager
     def recording(self):

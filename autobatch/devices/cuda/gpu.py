@@ -279,14 +279,14 @@ class CudaGpu:
         PyTorch cannot set a peak: it is reset to what is allocated, then reached by allocating.
         """
         runtime = self._runtime
-        if runtime.stats().peak_reserved_bytes == before.peak_reserved_bytes:
-            return
         runtime.reset_peaks()
-        missing = before.peak_allocated_bytes - runtime.stats().allocated_bytes
-        if missing > 0:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                runtime.touch(missing)
-            runtime.empty_cache()
+        now = runtime.stats()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            runtime.raise_peaks(
+                allocated_bytes=max(before.peak_allocated_bytes - now.allocated_bytes, 0),
+                reserved_bytes=max(before.peak_reserved_bytes - now.reserved_bytes, 0),
+            )
+        runtime.empty_cache()
         now = runtime.stats()
         for name in ("peak_allocated_bytes", "peak_reserved_bytes"):
             was, read = getattr(before, name), getattr(now, name)

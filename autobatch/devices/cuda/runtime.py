@@ -23,8 +23,16 @@ from autobatch.support.torch_private import (
     memory_snapshot,
     record_memory_history,
 )
+from autobatch.support.units import MIB
 
 __all__ = ["Clock", "CudaRuntime", "Stats"]
+
+_SIDE_STREAMS = 30
+"""PyTorch has 32 side streams and gives them out in turn."""
+
+_BULK, _PIECE, _SMALLEST = 20 * MIB, MIB, 512
+"""Sizes that the allocator serves without a remainder: segments of large blocks are multiples of
+2 MiB, expandable ones of 20 MiB; small blocks end at 1 MiB and are cut to multiples of 512 B."""
 
 MAX_EVENTS = 1_000_000
 """Allocator events that are kept, at about 150 B each; a window has some ten thousand."""
@@ -106,6 +114,7 @@ class CudaRuntime:
             reserved_bytes=torch.cuda.memory_reserved(self.index),
             allowed_bytes=int(fraction * total) if fraction < 1 else None,
             own_bytes=occupancy.own_bytes if occupancy else None,
+            parent_bytes=_parent_bytes(occupancy),
         )
 
     def stats(self) -> Stats:
@@ -137,9 +146,33 @@ class CudaRuntime:
         torch.backends.cuda.cufft_plan_cache[self.index].clear()
         torch.cuda.empty_cache()
 
-    def touch(self, size_bytes: int) -> None:
-        """Allocate memory and free it at once, which raises the peaks."""
-        torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+    def raise_peaks(self, *, allocated_bytes: int, reserved_bytes: int) -> None:
+        """Let the peaks be this much above what is allocated and reserved now.
+
+        Memory is allocated and freed for that, on streams that nothing else uses: none of the free
+        blocks of other streams serves it, so that it is in segments of exactly its size. Where it
+        was freed, it stays reserved, and the next stream's comes on top.
+
+        Raises:
+            torch.OutOfMemoryError: there is no longer so much.
+        """
+        reserved = torch.cuda.memory_reserved(self.index)
+        self._hold_for_a_moment(allocated_bytes)
+        for _ in range(_SIDE_STREAMS):
+            missing = reserved + reserved_bytes - torch.cuda.memory_reserved(self.index)
+            if missing <= 0 or allocated_bytes < _SMALLEST:
+                break
+            self._hold_for_a_moment(min(allocated_bytes, missing))
+
+    def _hold_for_a_moment(self, size_bytes: int) -> None:
+        """Allocate memory on a stream of its own, and free it."""
+        bulk = size_bytes // _BULK * _BULK
+        rest = size_bytes - bulk
+        pieces = [bulk] * (bulk > 0) + [_PIECE] * (rest // _PIECE)
+        pieces += [rest % _PIECE] * (rest % _PIECE > 0)
+        with torch.cuda.stream(torch.cuda.Stream(self.index)):
+            held = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in pieces]
+            held.clear()
 
     @property
     def is_recording(self) -> bool:
@@ -161,3 +194,9 @@ class CudaRuntime:
         """Return the allocator's state, and its events since recording began."""
         torch.cuda.synchronize(self.index)
         return read_snapshot(memory_snapshot(self.index))
+
+
+def _parent_bytes(occupancy: nvml.Occupancy | None) -> int:
+    """Return what the process that started this one holds on the GPU, as far as that is known."""
+    others = (occupancy.other_processes if occupancy else None) or ()
+    return next((each.used_bytes or 0 for each in others if each.pid == os.getppid()), 0)

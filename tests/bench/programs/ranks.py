@@ -1,4 +1,4 @@
-"""One rank of several: objects, reductions, DDP and FSDP2 over NCCL. Prints on rank 0."""
+"""One rank of several: objects, reductions, DDP, FSDP2, a common plan, over NCCL; rank 0 tells."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import autobatch
+from autobatch.support.units import MIB
 from tests.bench.programs import tell
 
 WIDTH, LAYERS = 1024, 4
@@ -41,6 +43,21 @@ def sharded() -> nn.Module:
     return model.to_empty(device="cuda")
 
 
+def planned(rank: int) -> dict[str, object]:
+    """Let the ranks find one plan for all; each has other tensors on its card."""
+    held = torch.empty(rank * 200 * MIB, dtype=torch.uint8, device="cuda")
+    layers = nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)
+    model = nn.Sequential(nn.Embedding(100, 512), *layers).cuda()
+    plan = autobatch.tune(
+        nn.parallel.DistributedDataParallel(model),
+        target=2**19,
+        sample=torch.arange(4),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+    del held
+    return {"sizes": plan.to_json(), "warnings": plan.warnings}
+
+
 def main() -> None:
     local = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(local)
@@ -61,6 +78,8 @@ def main() -> None:
         "fsdp2": trained(sharded()),
         "devices": torch.cuda.device_count(),
     }
+    found["plans"] = [None] * world
+    dist.all_gather_object(found["plans"], planned(rank))
     dist.destroy_process_group()
     if rank == 0:
         tell(found)

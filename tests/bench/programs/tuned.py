@@ -47,6 +47,14 @@ def isolated() -> dict[str, object]:
     return found
 
 
+def isolated_from_a_process_on_the_card() -> dict[str, object]:
+    held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    found = plan_of(model(), isolate=True)
+    del held
+    torch.cuda.empty_cache()
+    return found
+
+
 def with_a_fraction() -> dict[str, object]:
     torch.cuda.set_per_process_memory_fraction(0.6)
     try:
@@ -60,6 +68,7 @@ WAYS = {
     "on the host": lambda: plan_of(model()),
     "on the card": lambda: plan_of(model().cuda()),
     "bf16": lambda: plan_of(model(), autocast="bf16"),
+    "isolated beside": isolated_from_a_process_on_the_card,
     "fraction": with_a_fraction,
 }
 

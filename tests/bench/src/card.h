@@ -81,7 +81,7 @@ MemoryResult card_memory_register(void *pointer, size_t size, unsigned flags);
 MemoryResult card_memory_unregister(void *pointer);
 bool card_memory_find(const void *pointer, Block *found);
 MemoryResult card_memory_copy(void *to, const void *from, size_t size);
-MemoryResult card_memory_set(void *pointer, unsigned value, int width, size_t count);
+MemoryResult card_memory_set(void *pointer, const void *value, int width, size_t count); /* width: at most 8 */
 
 MemoryResult card_space_reserve(size_t size, void **pointer);
 MemoryResult card_space_free(void *pointer, size_t size);

@@ -42,11 +42,11 @@ API cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void
 }
 API cuMemsetD32Async(CUdeviceptr pointer, unsigned value, size_t count, CUstream stream) {
     (void)stream;
-    return error_of(card_memory_set((void *)pointer, value, 4, count));
+    return error_of(card_memory_set((void *)pointer, &value, 4, count));
 }
 API cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr pointer, cuuint32_t value, unsigned flags) {
     (void)stream, (void)flags;
-    return error_of(card_memory_set((void *)pointer, value, 4, 1));
+    return error_of(card_memory_set((void *)pointer, &value, 4, 1));
 }
 
 API cuMemGetAllocationGranularity(size_t *granularity, const CUmemAllocationProp *properties,

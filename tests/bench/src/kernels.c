@@ -1,4 +1,4 @@
-/* The simulated CUDA runtime: registered kernels, launches (which do nothing), occupancy, symbols. */
+/* The simulated CUDA runtime: registered kernels, launches (which do nothing, but for fills.c), occupancy, symbols. */
 #include "runtime.h"
 
 #include <stdlib.h>
@@ -11,6 +11,7 @@ typedef struct Kernel {
     const char *name;
     int thread_limit; /* of __launch_bounds__, or 1024 */
     int shared_limit; /* dynamic shared memory that it may ask for */
+    int fill_width;   /* of a kernel that is run, 0 of others, -1 where it was never launched */
 } Kernel;
 typedef struct { const void *host; size_t size; void *memory; } Symbol;
 
@@ -48,7 +49,7 @@ static Kernel *add_kernel(const void *host, const char *name, int thread_limit) 
         table[at] = malloc(sizeof(Kernel));
         kernel_count++;
     }
-    *table[at] = (Kernel){host, name, thread_limit > 0 && thread_limit < 1024 ? thread_limit : 1024, 48 << 10};
+    *table[at] = (Kernel){host, name, thread_limit > 0 && thread_limit < 1024 ? thread_limit : 1024, 48 << 10, -1};
     return table[at];
 }
 
@@ -124,7 +125,7 @@ API cudaGetKernel(cudaKernel_t *handle, const void *function) { return __cudaGet
 
 /* ---- launches ---- */
 
-static cudaError_t launch(const Kernel *kernel, dim3 grid, dim3 block, size_t shared) {
+static cudaError_t launch(Kernel *kernel, dim3 grid, dim3 block, size_t shared, void **arguments) {
     cudaError_t error = open_context();
     if (error) return error;
     if (!kernel) return result_of(cudaErrorInvalidDeviceFunction);
@@ -141,18 +142,20 @@ static cudaError_t launch(const Kernel *kernel, dim3 grid, dim3 block, size_t sh
         WARN("launch of %s refused: %zu bytes of shared memory", kernel->name, shared);
         return result_of(cudaErrorInvalidValue);
     }
+    if (kernel->fill_width < 0) kernel->fill_width = fill_width(kernel->name);
+    if (kernel->fill_width && arguments) fill(kernel->fill_width, arguments);
     return cudaSuccess;
 }
 
 API __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block, void **arguments, size_t shared,
                        cudaStream_t stream) {
-    (void)arguments, (void)stream;
-    return launch((const Kernel *)handle, grid, block, shared);
+    (void)stream;
+    return launch((Kernel *)handle, grid, block, shared, arguments);
 }
 API cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
                      cudaStream_t stream) {
-    (void)arguments, (void)stream;
-    return launch(find_kernel(function), grid, block, shared);
+    (void)stream;
+    return launch(find_kernel(function), grid, block, shared, arguments);
 }
 API cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
                                 cudaStream_t stream) {

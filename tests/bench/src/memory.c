@@ -13,7 +13,7 @@
 #define ARENA_BYTES ((size_t)8 << 40)
 #define SMALL MIB /* below it, allocations share pages of device memory */
 #define HOST_PAGE 4096
-#define FILL_LIMIT (64 * MIB)
+#define FILL_LIMIT (64 * MIB) /* of fills with anything but zero */
 
 struct Physical { size_t size; int device, references; };
 typedef struct { uintptr_t base; size_t size; Physical *physical; } Mapping;
@@ -257,17 +257,17 @@ static void fill_zero(unsigned char *pointer, size_t size) {
     }
 }
 
-MemoryResult card_memory_set(void *pointer, unsigned value, int width, size_t count) {
+MemoryResult card_memory_set(void *pointer, const void *value, int width, size_t count) {
+    static const char zero[8];
+    size_t size = count * (size_t)width;
     if (!count) return MEMORY_OK;
-    if (!copyable(pointer, count * (size_t)width)) return MEMORY_INVALID;
-    if (!value) {
-        fill_zero(pointer, count * (size_t)width);
+    if (!copyable(pointer, size)) return MEMORY_INVALID;
+    if (!memcmp(value, zero, (size_t)width)) {
+        fill_zero(pointer, size);
         return MEMORY_OK;
     }
-    if (count * (size_t)width > FILL_LIMIT) count = FILL_LIMIT / (size_t)width;
-    if (width == 1) memset(pointer, (int)value, count);
-    for (size_t i = 0; width == 2 && i < count; i++) ((uint16_t *)pointer)[i] = (uint16_t)value;
-    for (size_t i = 0; width == 4 && i < count; i++) ((uint32_t *)pointer)[i] = value;
+    if (size > FILL_LIMIT) size = FILL_LIMIT;
+    for (size_t at = 0; at < size; at += (size_t)width) memcpy((char *)pointer + at, value, (size_t)width);
     return MEMORY_OK;
 }
 

@@ -26,4 +26,8 @@ HIDDEN cudaError_t open_context(void);
 /* The stream that a handle means; the default stream of this thread's device for 0, cudaStreamLegacy and cudaStreamPerThread. */
 HIDDEN struct CUstream_st *stream_of(cudaStream_t stream);
 
+/* Of a kernel that fills a contiguous tensor: the bytes of an element; 0 of any other kernel. */
+HIDDEN int fill_width(const char *kernel);
+HIDDEN void fill(int width, void **arguments);
+
 #endif

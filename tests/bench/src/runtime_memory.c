@@ -86,7 +86,7 @@ API cudaMemsetAsync(void *pointer, int value, size_t count, cudaStream_t stream)
     (void)stream;
     TRACE("cudaMemsetAsync %p %zu bytes", pointer, count);
     cudaError_t error = open_context();
-    return error ? error : error_of(card_memory_set(pointer, (unsigned char)value, 1, count));
+    return error ? error : error_of(card_memory_set(pointer, &(unsigned char){(unsigned char)value}, 1, count));
 }
 API cudaMemset(void *pointer, int value, size_t count) { return cudaMemsetAsync(pointer, value, count, NULL); }
 

@@ -50,7 +50,9 @@ from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
 
-Shard = Callable[[nn.Module, Workload, Any], tuple[nn.Module, list[str]]]
+Shard = Callable[
+    [nn.Module, Workload, Any, contextlib.ExitStack], tuple[nn.Module, list[str]]
+]
 
 _WITHOUT_CUDA = (AttributeError, TypeError, NotImplementedError, AssertionError, KeyError)
 """What code raises that is not prepared for CUDA."""
@@ -231,6 +233,7 @@ class VirtualGpu:
         original = unwrapped(workload.model)
         with (
             contextlib.closing(copier),
+            contextlib.ExitStack() as afterwards,
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device
@@ -253,7 +256,8 @@ class VirtualGpu:
                         whole = sum(tensor.nbytes for tensor in copied.parameters())
                         spec = self.spec
                         notes.extend(too_large_unsharded(whole, self.usable_bytes, spec.name))
-                    copied, more = shard(copied, workload, copier.any(workload.sharding))
+                    policy = copier.any(workload.sharding)
+                    copied, more = shard(copied, workload, policy, afterwards)
                     notes.extend(more)
                 return copied
 

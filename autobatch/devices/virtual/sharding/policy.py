@@ -18,7 +18,9 @@ from autobatch.workload.workload import Workload
 __all__ = ["shard"]
 
 
-def shard(model: nn.Module, workload: Workload, policy: Any) -> tuple[nn.Module, list[str]]:
+def shard(
+    model: nn.Module, workload: Workload, policy: Any, afterwards: contextlib.ExitStack
+) -> tuple[nn.Module, list[str]]:
     """Share a module out as rank 0 of the process group; return what runs, and notes for the user.
 
     FSDP2 and tensor parallel plans change the module in place. FSDP1 wraps it, so that a function
@@ -28,6 +30,7 @@ def shard(model: nn.Module, workload: Workload, policy: Any) -> tuple[nn.Module,
         model: the copied module, whole, on the device.
         workload: says whether the user gave a function that shards.
         policy: the copy of that function.
+        afterwards: what is to be done when the run has ended.
 
     Raises:
         UsageError: the function shared nothing out.
@@ -38,8 +41,11 @@ def shard(model: nn.Module, workload: Workload, policy: Any) -> tuple[nn.Module,
     runs = model
     with _real_meshes():
         if workload.shares == "custom":
+            whole = list(model.parameters())
             made = policy(model)
             runs = made if isinstance(made, nn.Module) else model
+            _free(whole, runs)
+            afterwards.callback(_let_go, runs)
         else:
             blocks = repeated_blocks(model)
             for module in (*blocks, model):
@@ -63,6 +69,23 @@ def shard(model: nn.Module, workload: Workload, policy: Any) -> tuple[nn.Module,
             "function given as sharding, without autocast, keeps none"
         )
     return runs, notes
+
+
+def _free(whole: list[nn.Parameter], runs: nn.Module) -> None:
+    """Free the parameters that FSDP1 copied into flat ones; the copier still knows them."""
+    kept = set(map(id, runs.parameters()))
+    for parameter in whole:
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _let_go(runs: nn.Module) -> None:
+    """Let the flat parameters of FSDP1 know no module: views in those know them, unseen by Python."""
+    for parameter in runs.parameters():
+        if getattr(parameter, "_is_flat_param", False):
+            infos: Any = parameter
+            for info in infos._param_infos:
+                vars(info.module).pop(info.param_name, None)
 
 
 def _is_shared_out(model: nn.Module) -> bool:

@@ -50,9 +50,7 @@ from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
 
-Shard = Callable[
-    [nn.Module, Workload, Any, contextlib.ExitStack], tuple[nn.Module, list[str]]
-]
+Shard = Callable[[nn.Module, Workload, Any, contextlib.ExitStack], tuple[nn.Module, list[str]]]
 
 _WITHOUT_CUDA = (AttributeError, TypeError, NotImplementedError, AssertionError, KeyError)
 """What code raises that is not prepared for CUDA."""

@@ -69,7 +69,7 @@ def tuning_step(row: StepRow) -> Step:
         raise IncompleteError(f"sharding {sharding!r}")
     assumed += ("reentrant checkpointing, the Trainer's default", "gradients clipped at norm 1")
     if sharding != "none":
-        assumed += ("FSDP2 stands for FSDP1", _OF_ONE_PROCESS)
+        assumed += ("FSDP1 wraps what accelerate wraps by default", _OF_ONE_PROCESS)
     if _LATER[0] in row["torch"] and f"transformers {_LATER[1]}" not in row["torch"]:
         assumed += (f"transformers {_LATER[1]}, as the requirements with {_LATER[0]} say",)
     options: dict[str, Any] = {
@@ -79,7 +79,7 @@ def tuning_step(row: StepRow) -> Step:
         "lora": None
         if lora is None
         else {"r": int(lora[1]), "dropout": 0.1, "targets": lora[2].split()},
-        "sharding": None if sharding == "none" else "fsdp",
+        "sharding": None if sharding == "none" else "fsdp1",
     }
     if lora is not None:
         assumed += ("LoRA's dropout is 0.1, as the benchmark's scenarios say",)

@@ -84,8 +84,21 @@ def tuning_workload(step: Step) -> Workload:
         optimizer=partial(torch.optim.AdamW, lr=1e-5),
         window=window,
         world_size=step.world_size,
-        sharding=told["sharding"],
+        sharding=_as_accelerate if told["sharding"] == "fsdp1" else None,
     )
+
+
+def _as_accelerate(model: nn.Module) -> nn.Module:
+    """Wrap a model as accelerate does: layer by layer, and adapters of LoRA one by one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    if hasattr(model, "peft_config"):
+        wraps = importlib.import_module("peft.utils.other").fsdp_auto_wrap_policy(model)
+    else:
+        names = set(getattr(model, "_no_split_modules", ()))
+        wraps = ModuleWrapPolicy({type(m) for m in model.modules() if type(m).__name__ in names})
+    return FullyShardedDataParallel(model, auto_wrap_policy=wraps, use_orig_params=True)
 
 
 def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -80,7 +80,7 @@ def _free(whole: list[nn.Parameter], runs: nn.Module) -> None:
 
 
 def _let_go(runs: nn.Module) -> None:
-    """Let the flat parameters of FSDP1 know no module: views in those know them, unseen by Python."""
+    """Take the views of flat parameters from FSDP1's modules: both keep one another alive."""
     for parameter in runs.parameters():
         if getattr(parameter, "_is_flat_param", False):
             infos: Any = parameter

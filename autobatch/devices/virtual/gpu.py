@@ -23,6 +23,7 @@ from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
+from autobatch.devices.virtual.compiled_functions import compiled_functions_fused
 from autobatch.devices.virtual.device_guard import lost_errors_found
 from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.devices.virtual.function_mode import CudaCalls
@@ -232,6 +233,7 @@ class VirtualGpu:
         with (
             contextlib.closing(copier),
             contextlib.ExitStack() as afterwards,
+            compiled_functions_fused(recorder),
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device

@@ -6,8 +6,10 @@ as with the caching allocator. Invariant: every block is in exactly one category
 
 from __future__ import annotations
 
+import contextlib
+import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, run
 from autobatch.support.tensor_parts import parts_of
 
 __all__ = ["StorageRecorder"]
+
+_LIBRARIES = re.compile(r"mm\b|addm|convolution|sort|topk|workspace")
 
 
 @dataclass(slots=True)
@@ -152,6 +156,18 @@ class StorageRecorder:
             if self._live.get(ref.key) is ref and block.category is None:
                 block.category = category
         self._claimed.clear()
+
+    @contextlib.contextmanager
+    def fused(self) -> Iterator[None]:
+        """Take what is made and freed inside for registers of one kernel, which have no memory.
+
+        Results of products and sorts are memory also there: libraries' kernels make them.
+        """
+        first, start = len(self._blocks), len(self._events)
+        yield
+        for block in {~event for event in self._events[start:] if event < 0}:
+            if block >= first and not _LIBRARIES.search(self._blocks[block].op):
+                self._blocks[block].size_bytes = 0
 
     def live_bytes(self) -> int:
         """Return the bytes that are allocated now."""

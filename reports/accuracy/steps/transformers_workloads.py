@@ -22,10 +22,17 @@ def build(name: str, dtype: str, attention: str, head: str | None = None, **more
     config_class, usual_head, options = CONFIGS[name]
     config = getattr(transformers, config_class)(**{**options, **more})
     model_class = getattr(transformers, head or usual_head)
-    with torch.device("meta"):
-        model: nn.Module = model_class._from_config(
-            config, attn_implementation=attention, torch_dtype=getattr(torch, dtype)
-        )
+    make = partial(
+        model_class._from_config,
+        config,
+        attn_implementation=attention,
+        torch_dtype=getattr(torch, dtype),
+    )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make()
+    except (NotImplementedError, RuntimeError):  # BEiT's constructor reads values
+        model = make().to("meta")
     return model
 
 

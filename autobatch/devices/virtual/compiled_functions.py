@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ __all__ = ["compiled_functions_fused"]
 
 _IN_REGISTERS = frozenset(("OptimState8bit",))
 """Kinds of states whose compiled update allocates nothing."""
+
+_LIBRARIES = re.compile(r"mm\b|addm|convolution|sort|topk|workspace")
+"""Ops whose results are memory also there: libraries' kernels make them."""
 
 
 @contextlib.contextmanager
@@ -50,8 +54,10 @@ def _told(
         kinds = {_kind(value) for value in args}
         if torch.is_grad_enabled() or not kinds & _IN_REGISTERS:
             return made(*args, **kwargs)
-        with recorder.fused():
-            return made(*args, **kwargs)
+        before = recorder.extent()
+        result = made(*args, **kwargs)
+        recorder.in_registers(before, _LIBRARIES)
+        return result
 
     return run
 

@@ -6,10 +6,8 @@ as with the caching allocator. Invariant: every block is in exactly one category
 
 from __future__ import annotations
 
-import contextlib
-import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +18,6 @@ from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, run
 from autobatch.support.tensor_parts import parts_of
 
 __all__ = ["StorageRecorder"]
-
-_LIBRARIES = re.compile(r"mm\b|addm|convolution|sort|topk|workspace")
 
 
 @dataclass(slots=True)
@@ -157,16 +153,18 @@ class StorageRecorder:
                 block.category = category
         self._claimed.clear()
 
-    @contextlib.contextmanager
-    def fused(self) -> Iterator[None]:
-        """Take what is made and freed inside for registers of one kernel, which have no memory.
+    def extent(self) -> tuple[int, int]:
+        """Return how many blocks and events there are."""
+        return len(self._blocks), len(self._events)
 
-        Results of products and sorts are memory also there: libraries' kernels make them.
+    def in_registers(self, since: tuple[int, int], kept: Any) -> None:
+        """Take what was made and freed since an extent for registers, which have no memory.
+
+        Blocks of ops whose name the pattern `kept` finds are memory in any case.
         """
-        first, start = len(self._blocks), len(self._events)
-        yield
+        first, start = since
         for block in {~event for event in self._events[start:] if event < 0}:
-            if block >= first and not _LIBRARIES.search(self._blocks[block].op):
+            if block >= first and not kept.search(self._blocks[block].op):
                 self._blocks[block].size_bytes = 0
 
     def live_bytes(self) -> int:

@@ -198,7 +198,8 @@ class Copier(Walk):
     def changed(self, duplicate: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """Apply `change` to a copied module, and return what it returns.
 
-        Parameters that `change` puts in the place of others become the originals' counterparts.
+        Parameters that `change` puts in the place of others become the originals' counterparts;
+        those that it flattens into others have none.
         """
         places = [
             (module._parameters, name, parameter)
@@ -206,7 +207,7 @@ class Copier(Walk):
             for name, parameter in module._parameters.items()
         ]
         result = change(duplicate)
-        new = {id(old): now[name] for now, name, old in places if now.get(name) is not old}
+        new = {id(old): now[name] for now, name, old in places if now.get(name, old) is not old}
         for key, known in self._memo.items():
             if id(known) in new:
                 self._memo[key] = new[id(known)]

@@ -97,9 +97,9 @@ class Session:
 
         def tagged(copied: nn.Module) -> nn.Module:
             wrapped = wrap(copied)
-            for parameter in copied.parameters():
+            for parameter in wrapped.parameters():
                 recorder.tag(parts_of(parameter), "parameters")
-            for buffer in copied.buffers():
+            for buffer in wrapped.buffers():
                 recorder.tag(parts_of(buffer), "buffers")
             return wrapped
 
@@ -165,7 +165,8 @@ class Session:
         missed = [
             name.removeprefix("_orig_mod.")
             for name, parameter in self._model.named_parameters()
-            if id(parameter) in trained and not self._has_learned(parameter)
+            # of a flat parameter, a rank may hold none of a layer's part
+            if id(parameter) in trained and parameter.numel() and not self._has_learned(parameter)
         ]
         return [*notes, *without_gradients(missed, len(trained))]
 

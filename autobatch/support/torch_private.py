@@ -175,6 +175,7 @@ class Fsdp2:
         fully_shard: the module of `fully_shard`, which makes the default mesh.
         default_mesh: the name there of the function that makes it.
         propagator: infers the shapes of DTensors.
+        flat_parameters: the module of FSDP1's flat parameters.
         set_global_rank: tells C++ the rank that its messages begin with; -1 for none.
     """
 
@@ -184,6 +185,7 @@ class Fsdp2:
     fully_shard: ModuleType
     default_mesh: str
     propagator: Any
+    flat_parameters: Any
     set_global_rank: Callable[[int], None]
 
 
@@ -195,6 +197,7 @@ def fsdp2() -> Fsdp2:
     """
     with _known("FSDP2 of "):
         import torch.testing._internal.distributed.fake_pg
+        from torch.distributed.fsdp import _flat_param
         from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
         from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
@@ -206,6 +209,7 @@ def fsdp2() -> Fsdp2:
         collectives = ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce")
         _require(_fully_shard, default_mesh)
         _require(_fsdp_param_group, "record_function")
+        _require(_flat_param, "_same_storage")
         _require(ShardingPropagator, "_propagate_tensor_meta_non_cached")
         return Fsdp2(
             param_group=_fsdp_param_group,
@@ -214,6 +218,7 @@ def fsdp2() -> Fsdp2:
             fully_shard=_fully_shard,
             default_mesh=default_mesh,
             propagator=ShardingPropagator,
+            flat_parameters=_flat_param,
             # not every build prefixes its messages
             set_global_rank=getattr(
                 torch._C._distributed_c10d, "_set_global_rank", lambda rank: None

@@ -59,8 +59,9 @@ class Workload:
         world_size: GPUs that train one model together; what is run and counted is rank 0's part.
         sharding: what they share: "ddp" (whole copies, and the buckets in which gradients are
             averaged), "fsdp" (FSDP2: `fully_shard` on each repeated block, then on the model), or a
-            function that applies `fully_shard` to the model in a policy of its own; None is "ddp"
-            on several GPUs and nothing on one.
+            function that shares the model out in a policy of its own: it applies `fully_shard` or a
+            tensor parallel plan to it, or returns it wrapped in FSDP1; None is "ddp" on several
+            GPUs and nothing on one.
         loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
         stream: makers of micro-batches of the other shapes that training has, as `batch` is one;

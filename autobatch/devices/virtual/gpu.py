@@ -23,6 +23,7 @@ from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
+from autobatch.devices.virtual.compiled_functions import compiled_functions_fused
 from autobatch.devices.virtual.device_guard import lost_errors_found
 from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.devices.virtual.function_mode import CudaCalls
@@ -50,6 +51,8 @@ from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
 __all__ = ["VirtualGpu"]
+
+Shard = Callable[[nn.Module, Workload, Any, contextlib.ExitStack], tuple[nn.Module, list[str]]]
 
 _WITHOUT_CUDA = (AttributeError, TypeError, NotImplementedError, AssertionError, KeyError)
 """What code raises that is not prepared for CUDA."""
@@ -147,25 +150,30 @@ class VirtualGpu:
 
     def _simulated(self, job: _Job) -> Run:
         """Run once, under what is assumed of values."""
-        if not job.workload.is_sharded:
-            return self._run(job, StorageRecorder())
+        is_sharded = job.workload.is_sharded
+        if not is_sharded:
+            try:
+                return self._run(job, StorageRecorder())
+            except WorkloadError as error:
+                if job.workload.world_size == 1 or not _asks_for_a_group(error.__cause__):
+                    raise
         from autobatch.devices.virtual.sharding.dtensor_mode import rank_mode
         from autobatch.devices.virtual.sharding.policy import shard
         from autobatch.devices.virtual.sharding.rank import as_rank_zero
 
         with as_rank_zero(job.workload.world_size, virtual_device()) as recorder:
-            return self._run(job, recorder, rank_mode(), shard)
+            return self._run(job, recorder, rank_mode(), shard if is_sharded else None)
 
     def _run(
         self,
         job: _Job,
         recorder: StorageRecorder,
         mode_class: type[VirtualMode] = VirtualMode,
-        shard: Callable[[nn.Module, Workload, Any], list[str]] | None = None,
+        shard: Shard | None = None,
     ) -> Run:
         """Run as one process whose storages `recorder` sees and whose ops `mode_class` answers.
 
-        `shard` shards the copied model in place, and returns notes for the user.
+        `shard` shares the copied model out, and returns what runs, and notes for the user.
         """
         started = time.perf_counter()
         modes: list[weakref.ref[VirtualMode]] = []
@@ -203,7 +211,7 @@ class VirtualGpu:
         job: _Job,
         recorder: StorageRecorder,
         mode_class: type[VirtualMode],
-        shard: Callable[[nn.Module, Workload, Any], list[str]] | None,
+        shard: Shard | None,
         modes: list[weakref.ref[VirtualMode]],
     ) -> _Ran:
         """Run the windows; nothing of the simulation is held afterwards.
@@ -225,6 +233,8 @@ class VirtualGpu:
         original = unwrapped(workload.model)
         with (
             contextlib.closing(copier),
+            contextlib.ExitStack() as afterwards,
+            compiled_functions_fused(recorder),
             emulated_cuda(self.spec, device),
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device
@@ -248,7 +258,9 @@ class VirtualGpu:
                         whole = sum(tensor.nbytes for tensor in copied.parameters())
                         spec = self.spec
                         notes.extend(too_large_unsharded(whole, self.usable_bytes, spec.name))
-                    notes.extend(shard(copied, workload, copier.any(workload.sharding)))
+                    policy = copier.any(workload.sharding)
+                    copied, more = shard(copied, workload, policy, afterwards)
+                    notes.extend(more)
                 return copied
 
             session = Session(workload, original, device, copier, recorder, wrapped)
@@ -323,6 +335,11 @@ def _explained(calls: CudaCalls) -> Iterator[None]:
                 "the model: it is called with the card there"
             ) from error.__cause__
         raise
+
+
+def _asks_for_a_group(cause: BaseException | None) -> bool:
+    """Whether code needs a process group, as an optimizer does whose states are shared out."""
+    return "process group has not been initialized" in str(cause)
 
 
 def _require_eager(model: nn.Module) -> None:

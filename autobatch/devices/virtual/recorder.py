@@ -204,6 +204,20 @@ class StorageRecorder:
                 block.category = category
         self._claimed.clear()
 
+    def extent(self) -> tuple[int, int]:
+        """Return how many blocks and events there are."""
+        return len(self._blocks), len(self._events)
+
+    def in_registers(self, since: tuple[int, int], kept: Any) -> None:
+        """Take what was made and freed since an extent for registers, which have no memory.
+
+        Blocks of ops whose name the pattern `kept` finds are memory in any case.
+        """
+        first, start = since
+        for block in {~event for event in self._events[start:] if event < 0}:
+            if block >= first and not kept.search(self._blocks[block].op):
+                self._blocks[block].size_bytes = 0
+
     def live_bytes(self) -> int:
         """Return the bytes that are allocated now."""
         sizes = [block.size_bytes for block in self._blocks]

@@ -22,10 +22,17 @@ def build(name: str, dtype: str, attention: str, head: str | None = None, **more
     config_class, usual_head, options = CONFIGS[name]
     config = getattr(transformers, config_class)(**{**options, **more})
     model_class = getattr(transformers, head or usual_head)
-    with torch.device("meta"):
-        model: nn.Module = model_class._from_config(
-            config, attn_implementation=attention, torch_dtype=getattr(torch, dtype)
-        )
+    make = partial(
+        model_class._from_config,
+        config,
+        attn_implementation=attention,
+        torch_dtype=getattr(torch, dtype),
+    )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make()
+    except (NotImplementedError, RuntimeError):  # BEiT's constructor reads values
+        model = make().to("meta")
     return model
 
 
@@ -84,8 +91,21 @@ def tuning_workload(step: Step) -> Workload:
         optimizer=partial(torch.optim.AdamW, lr=1e-5),
         window=window,
         world_size=step.world_size,
-        sharding=told["sharding"],
+        sharding=_as_accelerate if told["sharding"] == "fsdp1" else None,
     )
+
+
+def _as_accelerate(model: nn.Module) -> nn.Module:
+    """Wrap a model as accelerate does: layer by layer, and adapters of LoRA one by one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    if hasattr(model, "peft_config"):
+        wraps = importlib.import_module("peft.utils.other").fsdp_auto_wrap_policy(model)
+    else:
+        names = set(getattr(model, "_no_split_modules", ()))
+        wraps = ModuleWrapPolicy({type(m) for m in model.modules() if type(m).__name__ in names})
+    return FullyShardedDataParallel(model, auto_wrap_policy=wraps, use_orig_params=True)
 
 
 def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -1,11 +1,14 @@
-"""Sharding over GPUs that are not there: PyTorch's own FSDP2 as rank 0 of a fake process group.
+"""Sharding over GPUs that are not there: PyTorch's own FSDP as rank 0 of a fake process group.
 
-`fully_shard` runs unchanged: what it keeps, all-gathers, frees and reduce-scatters on a rank comes
-from PyTorch's code. A `fake` process group takes the place of the other ranks: its collectives
-return at once. A simulation has to add three things: it follows the memory that FSDP2 frees and
-takes again by resizing storages; it tells which stream allocates, as the caching allocator shares
-no blocks between streams; and it leaves out the tensors on which DTensor infers shapes, which have
-no memory on a real rank either.
+`fully_shard`, `FullyShardedDataParallel` (FSDP1) and tensor parallel plans run unchanged: what they
+keep, all-gather, free and reduce-scatter on a rank comes from PyTorch's code. A `fake` process
+group takes the place of the other ranks: its collectives return at once. A simulation has to add
+three things: it follows the memory that is freed and taken again by resizing storages; it tells
+which stream allocates, as the caching allocator shares no blocks between streams; and it leaves out
+the tensors on which DTensor infers shapes, which have no memory on a real rank either.
+
+FSDP1 also calls `record_stream`, after which memory comes back once the other stream has caught
+up; here that is at once.
 
 NCCL's buffers are left out, because they are outside the allocator, and so is time. FSDP2 keeps a
 collective's buffers by reference until the event that ends it has been waited for, and calls no
@@ -113,6 +116,9 @@ def _replacements(
     unlabelled = {"record_function": lambda *_: contextlib.nullcontext()}
     yield private.param_group, {**collectives, **unlabelled}
 
+    # the original compares addresses, which fake tensors do not have
+    yield private.flat_parameters, {"_same_storage": _share_a_storage}
+
     mesh_class: Any = device_mesh.DeviceMesh
     make = mesh_class.__init__
 
@@ -123,6 +129,15 @@ def _replacements(
     # init_device_mesh takes no device type with an underscore
     default_mesh = {private.default_mesh: lambda: mesh_class(device.type, range(world_size))}
     yield private.fully_shard, default_mesh
+
+
+def _share_a_storage(tensor: Any, other: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    first, second = (
+        one._local_tensor if isinstance(one, DTensor) else one for one in (tensor, other)
+    )
+    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)
 
 
 def _gathering(recorder: RankRecorder, collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -194,8 +194,9 @@ def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
     card = CudaOnCpu(96 * MIB)
     plan = tune(card, prove=True)
     sizes = [trial.micro_batch for trial in plan.trials]
-    assert sizes[:4] == [2, 3, plan.ceiling, plan.ceiling + 1]
-    assert [trial.fits for trial in plan.trials[:4]] == [True, True, True, False]
+    proof = sizes.index(plan.ceiling + 1)
+    assert plan.ceiling in sizes[:proof] and proof <= 3
+    assert [trial.fits for trial in plan.trials[: proof + 1]] == [True] * proof + [False]
     assert plan.proven and plan.method == "trace model" and card.ooms == plan.ooms <= 1
     assert plan.ceiling_footprint.evidence == plan.footprint.evidence == "measured"
     assert plan.footprint.micro_batch == plan.micro_batch

@@ -56,8 +56,10 @@ def is_kept(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, (nn.Module, Tensor)):
         return False
-    root = (kind.__module__ or "").partition(".")[0]
-    return isinstance(value, _KEPT) or root in _KEPT_ROOTS
+    module = kind.__module__ or ""
+    if module == "torch._ops":  # an op, which lists and policies name; it holds other ops
+        return True
+    return isinstance(value, _KEPT) or module.partition(".")[0] in _KEPT_ROOTS
 
 
 def is_own_function(function: FunctionType) -> bool:

@@ -1,68 +1,148 @@
 """How far a simulated peak may be from what a GPU measures, and what follows from it.
 
-The errors are those of published tables of measured peaks (`reports/accuracy`, rows with at least
-2 GiB in the allocator): what real runs reserved beyond the prediction. They hold what a simulation
-does not know, such as the workspaces that cuDNN chooses, and how they fragment the cache. Most of
-the rows are image models in fp32; how well they stand for others is not known.
+The errors are those of published tables of measured peaks (`reports/accuracy`): what real runs
+took beyond the prediction. There are two kinds of models. With convolutions, cuDNN chooses
+workspaces that a simulation does not know, and they fragment the cache: the errors are those of
+image models on an A100, rows with at least 2 GiB in the allocator. Without, kernels are products,
+attention and elementwise ones, whose memory is known from PyTorch's source: the errors are those
+of training steps of language models, whatever of them was counted.
 
 The CUDA context is outside of the allocator and varies on its own, by driver and by the libraries
-that a process loads.
+that a process loads. What each library adds was read on an H200 (`reports/hardware`).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 __all__ = [
+    "BASES",
     "CONFIDENCE",
+    "CONTEXT_READINGS",
     "MEASURED_HEADROOM",
     "NEEDED",
     "SIMULATED_HEADROOM",
+    "Kind",
+    "headroom_of",
+    "kind_of",
     "likelihood_of",
     "peak_range",
 ]
 
-NEEDED: Mapping[int, float] = {
-    1: -0.05,
-    5: -0.027,
-    10: -0.015,
-    25: 0.0085,
-    50: 0.027,
-    75: 0.051,
-    90: 0.0805,
-    95: 0.10,
-    99: 0.128,
-}
-"""Percentile of the runs: (reserved bytes as measured) / (as predicted) - 1."""
+Kind = Literal["convolutions", "products"]
+"""What the kernels of a model are: with convolutions among them, or without."""
+
+NEEDED: Mapping[Kind, Mapping[int, float]] = MappingProxyType(
+    {
+        "convolutions": {
+            1: -0.05,
+            5: -0.027,
+            10: -0.015,
+            25: 0.0085,
+            50: 0.027,
+            75: 0.051,
+            90: 0.0805,
+            95: 0.10,
+            99: 0.128,
+        },
+        "products": {
+            1: -0.12,
+            5: -0.03,
+            10: -0.008,
+            25: -0.0003,
+            50: 0.0,
+            75: 0.0003,
+            90: 0.02,
+            95: 0.04,
+            99: 0.08,
+        },
+    }
+)
+"""By kind and percentile of the runs: bytes as measured / as predicted - 1."""
+
+BASES: Mapping[Kind, str] = MappingProxyType(
+    {
+        "convolutions": "errors of 159 published peaks of image models",
+        "products": "errors of published peaks of language models' training steps",
+    }
+)
+"""What stands behind the figures of each kind, in words."""
 
 CONFIDENCE = 0.95
 """How likely a ceiling on a simulated GPU is to hold with the headroom that it is given."""
+
+CONTEXT_READINGS: Mapping[str, int] = MappingProxyType(
+    {
+        "context": 552_402_944,
+        "elementwise kernels": 96_468_992,
+        "cuBLAS": 69_206_016,
+        "attention": 85_983_232,
+        "fft": 8_388_608,
+        "cuSOLVER": 100_663_296,
+        "CUDA graphs": 73_400_320,
+        "NCCL, one rank": 511_705_088,
+    }
+)
+"""Bytes outside of the allocator that each part added in one process on an H200, loaded lazily.
+
+Reductions, sorting, layer norms, optimizers, convolutions after attention, sparse products and
+Triton added nothing.
+"""
 
 _LOW, _HIGH = 5, 95
 """Percentiles that a range lies between."""
 
 _CONTEXTS = (0.5, 2.0)
-"""A context against its typical size: from libraries that are loaded when first used (CUDA 11.7 and
-later) to the full set of kernels, loaded at once."""
+"""A context against its typical size, beyond what the readings say: other drivers, and the full set
+of kernels where it is loaded at once. On the H200 the bare context is 0.69 of it, and everything
+but NCCL 1.23."""
+
+_CONVOLVES = ("convolution", "cudnn_convolution", "conv1d", "conv2d", "conv3d", "slow_conv")
 
 
-def peak_range(reserved_bytes: int, context_bytes: int) -> tuple[int, int]:
+def kind_of(ops: Iterable[str]) -> Kind:
+    """Return the kind of a model whose ops are known by name.
+
+    >>> kind_of(["aten::mm", "aten::add.Tensor"]), kind_of(["aten::convolution_backward"])
+    ('products', 'convolutions')
+    """
+    for op in ops:
+        if any(name in op for name in _CONVOLVES):
+            return "convolutions"
+    return "products"
+
+
+def peak_range(
+    reserved_bytes: int, context_bytes: int, kind: Kind = "convolutions", *, world_size: int = 1
+) -> tuple[int, int]:
     """Return the least and the most that a run may hold on the device, nine times out of ten.
+
+    Args:
+        reserved_bytes: as predicted.
+        context_bytes: typical of the card, for one process without NCCL.
+        kind: of the model, by its kernels.
+        world_size: GPUs that train together; from two on NCCL's buffers are on the device.
 
     >>> low, high = peak_range(10 * 2**30, 2**29)
     >>> round(low / 2**30, 1), round(high / 2**30, 1)
     (10.0, 12.0)
+    >>> peak_range(10 * 2**30, 2**29, "products")[1] < high
+    True
     """
+    nccl = CONTEXT_READINGS["NCCL, one rank"] if world_size > 1 else 0
+    needed = NEEDED[kind]
     low, high = (
-        round(reserved_bytes * (1 + NEEDED[percentile]) + share * context_bytes)
+        round(reserved_bytes * (1 + needed[percentile]) + share * context_bytes)
         for percentile, share in zip((_LOW, _HIGH), _CONTEXTS, strict=True)
     )
-    return low, high
+    return low, high + nccl
 
 
-def likelihood_of(reserved_bytes: int, usable_bytes: int) -> float:
+def likelihood_of(reserved_bytes: int, usable_bytes: int, kind: Kind = "convolutions") -> float:
     """Return how likely a run that is predicted to reserve some bytes fits into the usable ones.
 
     Between 0.01 and 0.99, because nothing is known beyond the measured errors.
@@ -71,7 +151,7 @@ def likelihood_of(reserved_bytes: int, usable_bytes: int) -> float:
     (0.01, True, 0.99)
     """
     spare = usable_bytes / reserved_bytes - 1
-    percentiles, shares = list(NEEDED), list(NEEDED.values())
+    percentiles, shares = list(NEEDED[kind]), list(NEEDED[kind].values())
     above = bisect_right(shares, spare)
     if above == 0 or above == len(shares):
         return percentiles[min(above, len(shares) - 1)] / 100
@@ -80,13 +160,17 @@ def likelihood_of(reserved_bytes: int, usable_bytes: int) -> float:
     return (percentiles[above - 1] + between * (spare - low) / (high - low)) / 100
 
 
-def _headroom(confidence: float) -> float:
-    """Return the share of the usable memory to leave free, in whole percent, rounded up."""
-    needed = NEEDED[round(100 * confidence)]
+def headroom_of(kind: Kind, confidence: float = CONFIDENCE) -> float:
+    """Return the share of the usable memory to leave free, in whole percent, rounded up.
+
+    >>> headroom_of("products") < headroom_of("convolutions")
+    True
+    """
+    needed = NEEDED[kind][round(100 * confidence)]
     return math.ceil(100 * needed / (1 + needed)) / 100
 
 
-SIMULATED_HEADROOM = _headroom(CONFIDENCE)
+SIMULATED_HEADROOM = headroom_of("convolutions")
 """The share that a tuner leaves free on a simulated GPU by default."""
 
 MEASURED_HEADROOM = 0.05

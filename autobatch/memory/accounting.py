@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.gpus.uncertainty import peak_range
+from autobatch.gpus.uncertainty import kind_of, peak_range
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Category, Trace
@@ -53,6 +53,7 @@ def footprint_of(
     *,
     simulated: bool,
     held_bytes: int = 0,
+    world_size: int = 1,
 ) -> Footprint:
     """Account for every byte allocated at the peak of a trace.
 
@@ -63,10 +64,16 @@ def footprint_of(
         evidence: how the trace is known.
         simulated: whether it comes from a GPU that is not in the machine.
         held_bytes: allocated before the trace began, by the user's own tensors.
+        world_size: GPUs that train together.
     """
+    kind = kind_of(block.op for block in trace.blocks) if simulated else None
     totals = trace.by_category(replayed.peak_event)
     low, high = (
-        peak_range(replayed.peak_reserved_bytes, gpu.context_bytes) if simulated else (None, None)
+        (None, None)
+        if kind is None
+        else peak_range(
+            replayed.peak_reserved_bytes, gpu.context_bytes, kind, world_size=world_size
+        )
     )
     return Footprint(
         micro_batch=trace.micro_batch,
@@ -88,6 +95,7 @@ def footprint_of(
         context_bytes=gpu.context_bytes,
         low_device_bytes=low,
         high_device_bytes=high,
+        kind=kind,
     )
 
 

@@ -31,6 +31,8 @@ class Footprint:
         context_bytes: CUDA context and kernels, outside the allocator.
         low_device_bytes, high_device_bytes: what the device would hold in nine of ten runs, by the
             errors of `autobatch.gpus.uncertainty`; None where a GPU was measured.
+        kind: whose errors: of models with "convolutions", or of "products" alone; None where a GPU
+            was measured, or in a plan from before there were two kinds.
     """
 
     micro_batch: int
@@ -52,6 +54,7 @@ class Footprint:
     context_bytes: int
     low_device_bytes: int | None = None
     high_device_bytes: int | None = None
+    kind: Literal["convolutions", "products"] | None = None
 
     @property
     def peak_device_bytes(self) -> int:

@@ -74,7 +74,11 @@ class PlanRecord:
         if self.ceiling_footprint.low_device_bytes is None:
             return None
         usable = round(self.budget_bytes / (1 - self.headroom))
-        return likelihood_of(self.ceiling_footprint.peak_reserved_bytes, usable)
+        return likelihood_of(
+            self.ceiling_footprint.peak_reserved_bytes,
+            usable,
+            self.footprint.kind or "convolutions",
+        )
 
     @property
     def likelihood(self) -> float | None:
@@ -82,7 +86,9 @@ class PlanRecord:
         if self.footprint.low_device_bytes is None:
             return None
         usable = round(self.budget_bytes / (1 - self.headroom))
-        return likelihood_of(self.footprint.peak_reserved_bytes, usable)
+        return likelihood_of(
+            self.footprint.peak_reserved_bytes, usable, self.footprint.kind or "convolutions"
+        )
 
     @property
     def target(self) -> int:

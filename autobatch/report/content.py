@@ -32,7 +32,7 @@ from autobatch.report.document import (
     Table,
     printable,
 )
-from autobatch.report.footprint_summary import account, device_range, share
+from autobatch.report.footprint_summary import account, basis_of, device_range, share
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
 
@@ -160,7 +160,7 @@ def _certainty(plan: PlanRecord) -> list[tuple[str, str]]:
             "certainty",
             f"{device_range(plan.footprint)}; the plan is {plan.likelihood:.0%} likely to fit a "
             f"real card, the ceiling {plan.ceiling_likelihood:.0%} "
-            "(errors of published measurements)",
+            f"({basis_of(plan.footprint)})",
         )
     ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from autobatch.gpus.uncertainty import BASES
 from autobatch.records.footprint import Footprint
 from autobatch.report.document import Document, Facts, Section, Table, printable
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
 
-__all__ = ["account", "device_range", "footprint_summary", "share"]
+__all__ = ["account", "basis_of", "device_range", "footprint_summary", "share"]
 
 
 def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Document:
@@ -21,7 +22,7 @@ def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Docum
         )
     ]
     if footprint.low_device_bytes is not None:
-        pairs.append(("range", f"{device_range(footprint)} (errors of published measurements)"))
+        pairs.append(("range", f"{device_range(footprint)} ({basis_of(footprint)})"))
     if capacity_bytes is not None:
         free = capacity_bytes - device
         verdict = f"{format_bytes(free)} free" if free >= 0 else f"{format_bytes(-free)} too much"
@@ -65,6 +66,11 @@ def account(footprint: Footprint) -> Section:
         totals=frozenset(totals),
     )
     return Section(f"Memory at the peak ({footprint.evidence})", (table,))
+
+
+def basis_of(footprint: Footprint) -> str:
+    """Say which evidence stands behind a footprint's range."""
+    return BASES[footprint.kind or "convolutions"]
 
 
 def device_range(footprint: Footprint) -> str:

@@ -191,6 +191,7 @@ def _footprint(
         evidence or device.evidence,
         simulated=device.is_simulated,
         held_bytes=device.allocator().allocated_bytes,
+        world_size=probe.workload.world_size,
     )
 
 

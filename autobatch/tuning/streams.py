@@ -125,7 +125,7 @@ class Stream:
             reserved = max(min(reserved, budget_bytes), alone.peak_reserved_bytes)
         if alone.low_device_bytes is None:
             return replace(alone, peak_reserved_bytes=reserved)
-        low, high = peak_range(reserved, alone.context_bytes)
+        low, high = peak_range(reserved, alone.context_bytes, alone.kind or "convolutions")
         low = min(low, alone.low_device_bytes)  # another order of batches may reserve less
         return replace(
             alone, peak_reserved_bytes=reserved, low_device_bytes=low, high_device_bytes=high

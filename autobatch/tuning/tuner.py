@@ -252,7 +252,14 @@ def predict(
         progress=progress,
     )
     run = probe.run(micro_batch)
-    footprint = footprint_of(run.trace, run.replay, device.spec, device.evidence, simulated=True)
+    footprint = footprint_of(
+        run.trace,
+        run.replay,
+        device.spec,
+        device.evidence,
+        simulated=True,
+        world_size=workload.world_size,
+    )
     footprint = replace(footprint, accumulation_steps=accumulation_steps)
     stream = Stream.of(workload, device, footprint)
     return footprint if stream is None else stream.footprint(footprint)

@@ -12,10 +12,16 @@ The kind of the table is recognised by its columns, and gives the defaults:
   model, train_batch_size, train_img_size     max-batch   rtx-3090    sgd-momentum  the GPU's
   gpu, total_gpu_bytes, model, batch,         xmem        the row's   the row's     0
     optimizer, ground_nvml_bytes
+  set, source, model, config, measured_gib,   steps       the row's   the row's     none
+    meaning, ...
 
 Precision is fp32, for max-batch fp16 (autocast with a GradScaler). A predicted peak is what the
 simulated allocator reserves plus the context, the same for every row that shares a GPU. Columns of
 the table win over options; rows marked as not usable are left out.
+
+Steps are figures of PyTorch's own counters, so that nothing is added to them. Their modelling code
+is that of the release of transformers that a row names: `--pinned DIR` has a folder for each, such
+as DIR/4.46.3, made by `pip install --no-deps --target DIR/4.46.3 transformers==4.46.3 ...`.
 
 DIR gets rows.jsonl (the predictions; a run that was cut short goes on from there), errors.csv,
 summary.json, predicted-against-measured.{png,svg} and error-by-family.{png,svg}. `render` takes the
@@ -35,11 +41,13 @@ from pathlib import Path
 from autobatch.errors import AutobatchError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.units import parse_bytes
+from reports.accuracy.steps.configuration import is_table_of_steps
 from reports.accuracy.tables import (
     Kind,
     Row,
     Settings,
     TableError,
+    read_csv,
     read_records,
     rows_of,
     sample,
@@ -64,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(words)
     try:
+        columns, records = read_csv(options.table)
+        if is_table_of_steps(columns):
+            return _steps(records, options)
         kind, records = read_records(options.table)
         settings = _settings(kind, options)
         rows = sample(rows_of(kind, records, settings), options.rows)
@@ -91,6 +102,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from reports.accuracy.results import write_results  # pandas and matplotlib load after the work
 
     print(write_results(kind, rows, found, settings, out, words=_words(options)))
+    print(f"\n{out}")
+    return 0
+
+
+def _steps(records: Sequence[Record], options: argparse.Namespace) -> int:
+    """Predict a table of measured steps."""
+    from reports.accuracy.steps import command
+
+    out = output_folder(options.out or Path("accuracy") / options.table.stem)
+    try:
+        print(command.main(records, out, options, _words(options)))
+    except WorkersFailError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
+        return 130
     print(f"\n{out}")
     return 0
 
@@ -139,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: accuracy/TABLE")
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="default: 2")
     parser.add_argument("--rows", type=positive, metavar="N", help="draw N rows, always the same")
+    parser.add_argument(
+        "--pinned", type=Path, metavar="DIR", help="releases of transformers, a folder for each"
+    )
     parser.add_argument("--retry", action="store_true", help="try again what had no prediction")
     parser.add_argument("--fresh", action="store_true", help="predict everything anew")
     parser.add_argument(

@@ -16,9 +16,10 @@ from autobatch.report.charts.frame import FAINT, INK
 from autobatch.support.units import GIB
 from reports.accuracy.predict import LARGEST
 from reports.accuracy.score import CLOSE, Bracket, Peak, Verdict
-from reports.common.charts import INDIGO, ROSE, STYLE, TEAL
+from reports.common.charts import CYAN, INDIGO, ROSE, SAND, STYLE, TEAL
 
 OVER, UNDER, FINE = ROSE, INDIGO, TEAL
+_SETS = (INDIGO, TEAL, ROSE, CYAN, SAND, "#117733", "#882255", "#999933")
 _COLOURS: Mapping[Verdict, str] = {"inside": FINE, "below": UNDER, "above": OVER}
 _STYLE = {
     **STYLE,
@@ -59,6 +60,31 @@ def scatter(peaks: Sequence[Peak]) -> Figure:
         axes.set_xlabel("measured peak (GiB)")
         axes.set_ylabel("predicted peak (GiB)")
         axes.set_title("Predicted against measured peak")
+        axes.legend(loc="upper left")
+        return figure
+
+
+def steps_scatter(points: Sequence[tuple[int, int, str]]) -> Figure:
+    """Draw predicted against measured bytes of training steps; a colour for each set."""
+    sets = list(dict.fromkeys(name for _, _, name in points))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 6.6), layout="constrained")
+        axes = figure.subplots()
+        for place, name in enumerate(sets):
+            members = [(x / GIB, y / GIB) for x, y, found in points if found == name]
+            axes.scatter(
+                [x for x, _ in members],
+                [y for _, y in members],
+                s=16,
+                color=_SETS[place % len(_SETS)],
+                alpha=0.75,
+                linewidths=0,
+                label=f"{name}: {len(members)}",
+            )
+        _diagonal(axes, [value / GIB for x, y, _ in points for value in (x, y)])
+        axes.set_xlabel("measured peak (GiB)")
+        axes.set_ylabel("predicted peak (GiB)")
+        axes.set_title("Predicted against measured peak of training steps")
         axes.legend(loc="upper left")
         return figure
 

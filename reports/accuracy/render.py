@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autobatch.support.files import write_text
+from reports.accuracy.steps import text as steps
 from reports.accuracy.text import (
     budget,
     context_note,
@@ -27,6 +28,7 @@ _TITLES = {
     "timm-peaks": "Peaks of timm models",
     "max-batch": "Largest batches of timm models",
     "xmem": "Peaks of xMem's runs",
+    "steps": "Training steps of language models",
 }
 
 
@@ -49,7 +51,8 @@ def render(folders: Sequence[Path], folder: Path) -> None:
     for finished in folders:
         facts = json.loads((finished / "summary.json").read_text())
         known[facts["kind"]] = facts
-        shutil.copyfile(finished / "error-by-family.svg", folder / f"{facts['kind']}.svg")
+        chart = "predicted-against-measured" if facts["kind"] == "steps" else "error-by-family"
+        shutil.copyfile(finished / f"{chart}.svg", folder / f"{facts['kind']}.svg")
     ordered = {kind: known[kind] for kind in _TITLES if kind in known}
     write_text(folder / "results.json", json.dumps(ordered, indent=1) + "\n")
     sections = "".join(section(facts) for facts in ordered.values())
@@ -65,6 +68,8 @@ def _known(folder: Path) -> dict[str, Any]:
 def section(facts: Mapping[str, Any]) -> str:
     """Render one table's summary, error budget and chart."""
     kind = facts["kind"]
+    if kind == "steps":
+        return _steps(facts)
     versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items() if found)
     families = facts.get("by_family", {})
     if kind == "max-batch":
@@ -83,4 +88,20 @@ def section(facts: Mapping[str, Any]) -> str:
 {details}
 
 ![Error by family]({kind}.svg)
+"""
+
+
+def _steps(facts: Mapping[str, Any]) -> str:
+    """Render the table of measured steps."""
+    versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items() if found)
+    return f"""
+### {_TITLES["steps"]}
+
+`{facts["command"]}`, {facts["date"]}; {versions}.
+
+{steps.figures(facts)}
+
+{steps.section(facts)}
+
+![Predicted against measured](steps.svg)
 """

@@ -145,13 +145,23 @@ def read_records(path: Path) -> tuple[Kind, list[Record]]:
     Raises:
         TableError: it is no table of a known kind.
     """
+    columns, records = read_csv(path)
+    return recognise(columns), records
+
+
+def read_csv(path: Path) -> tuple[Sequence[str], list[Record]]:
+    """Read the columns and records of a CSV file.
+
+    Raises:
+        TableError: it cannot be read.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            records = list(reader)
+            records: list[Record] = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"cannot read {path}: {error}") from error
-    return recognise(reader.fieldnames or ()), records
+    return reader.fieldnames or (), records
 
 
 def rows_of(kind: Kind, records: Iterable[Mapping[str, str]], settings: Settings) -> list[Row]:

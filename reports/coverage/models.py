@@ -8,18 +8,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from autobatch.errors import SpecError
 from autobatch.workload.spec.library import on_meta
-from autobatch.workload.spec.transformers import auto_class, offline
-from reports.coverage.configs import STATED
-from reports.coverage.shrink import LEVELS, merged, shrink
+from autobatch.workload.spec.transformers import offline
+from reports.common.configs import STATED
+from reports.common.heads import heads_of
+from reports.common.shrink import LEVELS, merged, shrink
 from reports.coverage.subjects import Subject
 
 NO_HEAD = "no Auto class builds it"
@@ -123,7 +122,7 @@ def _built(transformers: Any, config: Any) -> tuple[str, nn.Module]:
     """Build the model of the first head that can be, and name its Auto class."""
     config.architectures = config.architectures or []  # looked through where heads are several
     first: Exception | None = None
-    for auto in _heads(transformers, config):
+    for auto in heads_of(transformers, config):
         found = _from_config(auto, config)
         if isinstance(found, nn.Module):
             return auto.__name__, found
@@ -137,18 +136,6 @@ def _from_config(auto: Any, config: Any) -> nn.Module | Exception:
             return on_meta(partial(auto.from_config, config))
     except Exception as error:
         return error
-
-
-def _heads(transformers: Any, config: Any) -> Iterator[Any]:
-    """Yield the Auto class of `hf:`, then any other that knows the config."""
-    with suppress(SpecError):
-        yield auto_class(transformers, config, None)
-    home = transformers.models.auto.modeling_auto
-    for name in sorted(vars(home)):
-        mapping = getattr(getattr(home, name), "_model_mapping", None)
-        # its truth value would import every config there is
-        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
-            yield getattr(home, name)
 
 
 def _one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from autobatch.records.progress import silent
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
-from reports.hardware.alignment import summary
+from reports.common.alignment import summary
 from reports.hardware.findings import Findings
 
 LIMIT = 2**16

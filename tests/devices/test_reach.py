@@ -226,3 +226,19 @@ def test_what_a_step_that_fails_leaves_behind_is_removed_too() -> None:
     with pytest.raises(WorkloadError, match=r"broken; .*dict kept tensors of the simulation"):
         run(opened("simulated"), workload)
     assert library.get() is cache == {"before": 1}
+
+
+_KEPT_OPS = (torch.ops.aten.mm.default, torch.ops.aten.mm)
+
+
+def test_ops_that_a_global_of_the_users_names_are_kept_as_they_are():
+    """A policy of selective checkpointing lists ops, and ops hold one another."""
+
+    def loss(model, batch):
+        assert _KEPT_OPS[0] is torch.ops.aten.mm.default
+        return model(batch).sum()
+
+    found = autobatch.predict(
+        torch.nn.Linear(4, 4), sample=torch.zeros(2, 4), loss=loss, micro_batch=2, gpu="t4"
+    )
+    assert found.peak_allocated_bytes > 0

@@ -13,6 +13,7 @@ from torch import nn
 import autobatch
 from autobatch.gpus.uncertainty import (
     CONFIDENCE,
+    CONTEXT_READINGS,
     NEEDED,
     SIMULATED_HEADROOM,
     likelihood_of,
@@ -22,20 +23,57 @@ from autobatch.support.units import GIB, MIB
 from tests.support import ROOT
 
 RESULTS = ROOT / "reports" / "accuracy" / "results.json"
+READINGS = ROOT / "reports" / "hardware" / "nvidia-h200-torch2.11.0-convolutions.json"
+KINDS = st.sampled_from(list(NEEDED))
 
 
-def test_the_errors_are_those_of_the_report():
-    published = json.loads(RESULTS.read_text())["timm-peaks"]["needed"]
-    assert {int(p): share for p, share in published.items()} == pytest.approx(NEEDED, abs=5e-4)
+@pytest.mark.parametrize(("kind", "table"), [("convolutions", "timm-peaks"), ("products", "steps")])
+def test_the_errors_are_those_of_the_report(kind, table):
+    published = json.loads(RESULTS.read_text())[table]["needed"]
+    found = {int(p): share for p, share in published.items()}
+    assert found == pytest.approx(NEEDED[kind], abs=5e-4)
 
 
-@given(st.integers(1, 10**12), st.integers(1, 10**12), st.integers(0, 10**12))
-def test_more_room_is_never_less_likely_to_be_enough(reserved, usable, more):
-    assert 0 < likelihood_of(reserved, usable) <= likelihood_of(reserved, usable + more) < 1
+def test_the_readings_of_contexts_are_those_of_the_report():
+    steps = json.loads(READINGS.read_text())["contexts"]
+    added = {step["step"]: step.get("delta_bytes") for step in steps}
+    attention = sum(size for name, size in added.items() if name.startswith("attention"))
+    assert CONTEXT_READINGS["context"] == added["context"]
+    assert CONTEXT_READINGS["cuBLAS"] == added["matmul fp32"]
+    assert CONTEXT_READINGS["attention"] == attention
+    assert CONTEXT_READINGS["NCCL, one rank"] == added["NCCL, one rank"]
+    assert sum(CONTEXT_READINGS.values()) == steps[-1]["outside_bytes"] - steps[0]["used_bytes"]
 
 
-def test_a_peak_that_is_the_median_run_short_fits_every_second_time():
-    assert likelihood_of(10**9, round(10**9 * (1 + NEEDED[50]))) == pytest.approx(0.5, abs=1e-6)
+def test_a_model_without_convolutions_has_the_errors_of_products():
+    def footprint(model, sample, **more):
+        return autobatch.predict(
+            model, micro_batch=4, sample=sample, loss=lambda m, x: m(x).mean(), gpu="t4", **more
+        )
+
+    linear = footprint(nn.Linear(64, 64), torch.zeros(2, 64))
+    convolution = footprint(nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 16, 16))
+    assert linear.kind == "products"
+    assert convolution.kind == "convolutions"
+    shared = footprint(nn.Linear(64, 64), torch.zeros(2, 64), world_size=2)
+    assert shared.high_device_bytes > linear.high_device_bytes + 400 * MIB  # NCCL
+
+
+@given(st.integers(1, 10**12), st.integers(1, 10**12), st.integers(0, 10**12), KINDS)
+def test_more_room_is_never_less_likely_to_be_enough(reserved, usable, more, kind):
+    less = likelihood_of(reserved, usable, kind)
+    assert 0 < less <= likelihood_of(reserved, usable + more, kind) < 1
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_a_peak_that_is_the_median_run_short_fits_every_second_time(kind):
+    usable = round(10**9 * (1 + NEEDED[kind][50]))
+    assert likelihood_of(10**9, usable, kind) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_percentiles_rise():
+    for needed in NEEDED.values():
+        assert list(needed.values()) == sorted(needed.values())
 
 
 def test_the_default_headroom_is_as_safe_as_it_says():
@@ -44,10 +82,10 @@ def test_the_default_headroom_is_as_safe_as_it_says():
     assert likelihood_of(round(usable * (1.02 - SIMULATED_HEADROOM)), usable) < CONFIDENCE
 
 
-@given(st.integers(1, 10**12), st.integers(0, 10**10))
-def test_a_range_holds_the_usual_run(reserved, context):
-    low, high = peak_range(reserved, context)
-    assert low <= reserved * (1 + NEEDED[50]) + context <= high + 1
+@given(st.integers(1, 10**12), st.integers(0, 10**10), KINDS)
+def test_a_range_holds_the_usual_run(reserved, context, kind):
+    low, high = peak_range(reserved, context, kind)
+    assert low <= reserved * (1 + NEEDED[kind][50]) + context <= high + 1
 
 
 def test_a_simulated_plan_says_how_sure_it_is(tmp_path):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from autobatch.support.units import GIB, MIB
 from reports.common.journal import append, read_journal
+from reports.common.shrink import LEVELS, Level, merged, shrink
 from reports.coverage import __main__ as command
 from reports.coverage import memory, models, render, results, summary, text
 from reports.coverage import worker as worker_process
-from reports.coverage.shrink import LEVELS, Level, merged, shrink
 from reports.coverage.subjects import Subject, selected, subjects_of, tasks_of
 from reports.coverage.trial import NO_INPUTS, attempt
 

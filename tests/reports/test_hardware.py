@@ -20,9 +20,9 @@ from autobatch import Workload, find_gpu
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.support.units import MIB
+from reports.common.alignment import align, summary
 from reports.hardware import __main__ as command
 from reports.hardware import child, rivals
-from reports.hardware.alignment import align, summary
 from reports.hardware.bench import Bench, PeakWatch
 from reports.hardware.findings import Findings
 from reports.hardware.jobs import run_jobs

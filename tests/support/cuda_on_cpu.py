@@ -74,6 +74,7 @@ class CudaOnCpu:
         self.events = []
         self.is_recording = False
         self.peaks = [0, 0]
+        self.requested_bytes = 0
         self.known = {}
         self.running = ""
         self.ops = None
@@ -94,6 +95,7 @@ class CudaOnCpu:
 
     def stats(self):
         return Stats(
+            requested_bytes=self.requested_bytes,
             allocated_bytes=self.allocator.allocated_bytes,
             reserved_bytes=self.allocator.reserved_bytes,
             peak_allocated_bytes=self.peaks[0],
@@ -143,6 +145,7 @@ class CudaOnCpu:
             ) from error
         self.peaks[0] = max(self.peaks[0], self.allocator.allocated_bytes)
         self.peaks[1] = max(self.peaks[1], self.allocator.reserved_bytes)
+        self.requested_bytes += size_bytes
         self._note("alloc", address, size_bytes)
         if self.ops is not None:
             self.ops.append(self.running)
@@ -150,6 +153,7 @@ class CudaOnCpu:
 
     def free(self, address, block, size_bytes):
         self.allocator.free(block)
+        self.requested_bytes -= size_bytes
         self._note("free_requested", address, size_bytes)
 
     def _note(self, action, address, size_bytes):

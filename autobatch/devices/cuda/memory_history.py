@@ -98,8 +98,8 @@ class HistoryRecorder:
             self._kept.append(self._count())
 
     def live_bytes(self) -> int:
-        """Return the bytes that are allocated now."""
-        return self._runtime.stats().allocated_bytes
+        """Return the bytes of what is alive now, whichever blocks of the cache it is in."""
+        return self._runtime.stats().requested_bytes
 
     def _count(self) -> int:
         return self._runtime.stats().events - self._first

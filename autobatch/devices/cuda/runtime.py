@@ -35,9 +35,11 @@ MAX_EVENTS = 1_000_000
 class Stats:
     """The allocator's counters; names as in `torch.cuda.memory_stats`, all pools together.
 
-    `events` counts allocations and requested frees since the process began.
+    `events` counts allocations and requested frees since the process began. `requested_bytes` is
+    what the owners of allocated blocks asked for: a block of the cache may be larger by 1 MiB.
     """
 
+    requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
     peak_allocated_bytes: int
@@ -112,6 +114,7 @@ class CudaRuntime:
         stats = torch.cuda.memory_stats_as_nested_dict(self.index)
         calls = stats["allocation"]["all"]
         return Stats(
+            requested_bytes=stats["requested_bytes"]["all"]["current"],
             allocated_bytes=stats["allocated_bytes"]["all"]["current"],
             reserved_bytes=stats["reserved_bytes"]["all"]["current"],
             peak_allocated_bytes=stats["allocated_bytes"]["all"]["peak"],

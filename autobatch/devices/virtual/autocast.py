@@ -98,11 +98,10 @@ class _Policy:
         )
 
     def lower_precision(self, op: Any, args: Any, kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype(self.device_type)
-        return op(*self._all(args, dtype), **self._all(kwargs, dtype))
+        return self._run(op, args, kwargs, torch.get_autocast_dtype(self.device_type))
 
     def fp32(self, op: Any, args: Any, kwargs: Any) -> Any:
-        return op(*self._all(args, torch.float32), **self._all(kwargs, torch.float32))
+        return self._run(op, args, kwargs, torch.float32)
 
     def fp32_by_dtype(self, op: Any, args: Any, kwargs: Any) -> Any:
         position = [argument.name for argument in op._schema.arguments].index("dtype")
@@ -116,10 +115,21 @@ class _Policy:
         leaves = tree_leaves((args, kwargs))
         if any(self._eligible(leaf) and leaf.dtype is torch.float32 for leaf in leaves):
             dtype = torch.float32
-        return op(*self._all(args, dtype), **self._all(kwargs, dtype))
+        return self._run(op, args, kwargs, dtype)
 
-    def _all(self, values: Any, dtype: torch.dtype) -> Any:
-        return tree_map(lambda value: self.cast(value, dtype), values)
+    def _run(self, op: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+        """Run an op on its arguments cast to a dtype, the last one cast first.
+
+        In PyTorch the casts are arguments of one C++ call, which GCC evaluates from right to left;
+        those of a list are made in its order (`cached_cast` in `ATen/autocast_mode.h`).
+        """
+
+        def cast(value: Any) -> Any:
+            return tree_map(lambda leaf: self.cast(leaf, dtype), value)
+
+        named = {name: cast(value) for name, value in reversed(kwargs.items())}
+        placed = [cast(value) for value in reversed(args)]
+        return op(*reversed(placed), **named)
 
 
 _policies: dict[str, _Policy] = {}

@@ -115,6 +115,10 @@ class _Hooks(PrivateUse1Hooks):
         return True
 
 
+class _NoTensor:
+    """Stands for the class of fake tensors where code outside of PyTorch looks for it."""
+
+
 def virtual_device() -> torch.device:
     """Return the device that simulated tensors live on, registering it on first use.
 
@@ -180,6 +184,8 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         # placeholders need not lie in the support of a distribution
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=_apply_to_fakes))
+        # libraries that ask leave out of a traced run what a real one does
+        patches.enter_context(patched(torch._subclasses, FakeTensor=_NoTensor))
         patches.enter_context(patched(torch.nested, **dict.fromkeys(_NESTED, _refuse_nested)))
         patches.enter_context(
             # FakeTensorMode would follow constants, as `known_values.py` does

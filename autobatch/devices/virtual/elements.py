@@ -48,7 +48,7 @@ __all__ = [
     "was_zero",
 ]
 
-KEPT_ELEMENTS = 1024
+KEPT_ELEMENTS = 2**14
 """Elements, per sample of the micro-batch, up to which a result is known.
 
 The limit grows with the micro-batch, so that what is known at one micro-batch is known at any: its

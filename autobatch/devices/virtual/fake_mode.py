@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.dtype_checks import check_dtypes
-from autobatch.devices.virtual.gradient_sums import adds_in_place, holders_of_a_sum
+from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
 from autobatch.devices.virtual.kernels.convolutions import relaid
+from autobatch.devices.virtual.kernels.orders import order_of
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
@@ -143,20 +144,31 @@ class VirtualMode(FakeTensorMode):
         if place is not None and place.type == "cuda" != self.virtual_device.type:
             # PyTorch's own Python functions ask a tensor where it is, and are told of CUDA
             kwargs = {**kwargs, "device": self.virtual_device}
-        if adds_in_place(func, args, self._sole_holders):
-            return args[0]
+        if func in MAY_WRITE_IN_PLACE and writes_in_place(
+            func, args, self._recorder.latest(args[0]), self._sole_holders
+        ):
+            return self._in_place(func, args, kwargs)
         if args and self._is_virtual(args[0]):
             check_dtypes(func, args, kwargs)
-        after = self._workspaces.before(func, args)
+        after = self._workspaces.before(func, args, kwargs)
         output = self._unknown.answer(self, func, args, kwargs)
         if output is NotImplemented:
             output = self._answer(func, args, kwargs)
         else:
-            self._created(output, func.name())
+            self._created(output, func, args)
         if after is not None:
             after()
         self._unknown.follow(func, args, kwargs, output)
         return output
+
+    def _in_place(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the first argument's memory as the result of an op."""
+        after = self._workspaces.before(func, args, kwargs)
+        if after is not None:
+            after()
+        if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled():
+            return args[0]  # the engine's sum
+        return self._wrap(_alias(args[0], *_layout(args[0])))
 
     def _answer(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer from the cache or as FakeTensorMode does, and record what came to life."""
@@ -171,10 +183,13 @@ class VirtualMode(FakeTensorMode):
             output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
         else:
             if recipe is not None:
-                return self._build(recipe, tensors, func)
+                output = self._build(recipe, tensors)
+                if recipe[0] in ("new", "list"):
+                    self._created(output, func, args)
+                return output
             output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
             self._remember(key, func, output, tensors)
-        self._created(output, func.name())
+        self._created(output, func, args)
         return output
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -207,13 +222,23 @@ class VirtualMode(FakeTensorMode):
     def run(self, func: OpOverload, *args: Any) -> Any:
         """Run an op from inside a rule; its results are recorded."""
         output = super().__torch_dispatch__(func, (), args, {})
-        self._created(output, func.name())
+        self._created(output, func, args)
         return output
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """Make a tensor on `like`'s device from inside a rule."""
         elem = torch.empty(shape, dtype=dtype, device="meta")
         return FakeTensor(self, elem, like.device)
+
+    def strided(self, tensor: Tensor, shape: Any, stride: Any) -> Tensor:
+        """Make a tensor of a dense layout from inside a rule, like another in all else."""
+        elem = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=_META)
+        return FakeTensor(self, elem, tensor.device)
+
+    def part(self, buffer: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
+        """Make a contiguous view of a buffer from inside a rule, from an element on."""
+        stride = torch.empty(shape, device=_META).stride()
+        return FakeTensor(self, _alias(buffer, shape, stride, offset, buffer.dtype), buffer.device)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Make a tensor of the same layout from inside a rule."""
@@ -301,20 +326,18 @@ class VirtualMode(FakeTensorMode):
             return ("value", output)
         raise _Uncacheable
 
-    def _build(self, recipe: _Recipe, tensors: list[Any], func: OpOverload) -> Any:
+    def _build(self, recipe: _Recipe, tensors: list[Any]) -> Any:
         kind = recipe[0]
         if kind == "new":
             _, shape, stride, dtype = recipe
-            output = self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
-            self._recorder.created(output, func.name())
-            return output
+            return self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
         if kind == "same":
             return tensors[recipe[1]]
         if kind == "view":
             _, index, *layout = recipe
             return self._wrap(_alias(tensors[index], *layout))
         if kind == "list":
-            return recipe[1](self._build(item, tensors, func) for item in recipe[2])
+            return recipe[1](self._build(item, tensors) for item in recipe[2])
         return recipe[1]
 
     def _wrap(self, elem: Tensor) -> FakeTensor:
@@ -331,12 +354,14 @@ class VirtualMode(FakeTensorMode):
         output.__dict__.update(self._attributes)
         return output
 
-    def _created(self, output: Any, op: str) -> None:
+    def _created(self, output: Any, func: OpOverload, args: Sequence[Any]) -> None:
+        """Record what an op made, in the order in which CUDA's kernel allocates it."""
         if self._is_virtual(output):
-            self._recorder.created(output, op)
+            self._recorder.created(output, func.name())
         elif isinstance(output, (list, tuple)):
-            for item in output:
-                self._created(item, op)
+            order = order_of(func, args)
+            for item in output if order is None else [output[place] for place in order]:
+                self._created(item, func, args)
 
 
 @functools.cache

@@ -78,6 +78,7 @@ class CudaCalls(TorchFunctionMode):
             Tensor.numpy: self._numpy,
             Tensor.__array__: self._array,
             Tensor.item: self._item,
+            Tensor.__setitem__: self._setitem,
             Tensor.__bool__: lambda tensor: bool(_first(tensor)),
             Tensor.__int__: lambda tensor: int(_first(tensor)),
             Tensor.__float__: lambda tensor: float(_first(tensor)),
@@ -132,6 +133,12 @@ class CudaCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self._depth -= 1
+
+    def _setitem(self, tensor: Tensor, key: Any, value: Any) -> None:
+        """Write a number from the CPU, as PyTorch does for CUDA's tensors alone."""
+        if type(value) in (int, float, bool) and tensor.device.type != "cpu":
+            value = torch.scalar_tensor(value, dtype=tensor.dtype, device="cpu")
+        tensor[key] = value
 
     def _item(self, tensor: Tensor) -> Any:
         value = _first(tensor).item()

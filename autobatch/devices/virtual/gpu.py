@@ -29,6 +29,7 @@ from autobatch.devices.virtual.function_mode import CudaCalls
 from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
+from autobatch.devices.virtual.kernels.rnn import flatten_weights
 from autobatch.devices.virtual.kernels.triton_launches import triton_skipped
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.known_values import KnownValues
@@ -240,6 +241,7 @@ class VirtualGpu:
         ):
 
             def wrapped(copied: nn.Module) -> nn.Module:
+                flatten_weights(copied, device)
                 if shard is not None:
                     tensors = [*original.parameters(), *original.buffers()]
                     if not all(tensor.is_meta for tensor in tensors):

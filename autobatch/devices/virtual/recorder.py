@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace, running_bytes
 from autobatch.support.tensor_parts import parts_of
 
@@ -47,7 +48,10 @@ class StorageRecorder:
 
     Attributes:
         phase: the phase that runs.
+        is_muted: whether what is made now has no memory on a real GPU.
     """
+
+    is_muted = False
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
@@ -56,7 +60,10 @@ class StorageRecorder:
         self._live: dict[int, _StorageRef] = {}
         self.phase: Phase = "setup"
         self._pending: Category | None = None
-        self._due: list[tuple[int, int, str]] = []
+        self._steps: list[Step] = []
+        self._taken: list[int | None] = []
+        self._op = ""
+        self._latest = 0
         self._results = 0
         self._claim: Category | None = None
         self._claimed: list[tuple[_StorageRef, Category]] = []
@@ -81,8 +88,17 @@ class StorageRecorder:
             category = "activations"  # recomputed by activation checkpointing
         self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
         self._events.append(ref.block)
-        if self._due:
-            self._take_due()
+        self._latest = key
+        if self._steps:
+            self._made()
+
+    def latest(self, tensor: Any) -> str | None:
+        """Return the op that made a tensor, if no tensor was allocated since."""
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return None
+        key = tensor.untyped_storage()._cdata
+        ref = self._live.get(key) if key == self._latest else None
+        return None if ref is None else self._blocks[ref.block].op.partition(".")[0]
 
     def _freed(self, ref: _StorageRef) -> None:
         # the address may have been reused by a storage that was seen before this callback ran
@@ -90,31 +106,44 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str) -> int:
+    def hidden(self, size_bytes: int, op: str, category: Category = "workspace") -> int:
         """Log an allocation that no tensor shows; return its number, to free it or not."""
         self._events.append(len(self._blocks))
-        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace"))
+        self._blocks.append(_Block(size_bytes, self.phase, op, category))
         return len(self._blocks) - 1
 
     def free(self, blocks: Iterable[int]) -> None:
         """Log that hidden allocations are given back."""
         self._events.extend(~block for block in blocks)
 
-    def expect(self, workspaces: Iterable[tuple[int, int]], op: str) -> None:
-        """Log workspaces of the next op, each taken and given back after some of its results.
+    def expect(self, steps: Steps, op: str) -> None:
+        """Log what the next op takes for itself, up to the allocation of its first result."""
+        self._steps, self._taken, self._op = [*steps], [], op
+        self._play()
 
-        Args:
-            workspaces: bytes of each, and how many of the op's new storages come before it.
-            op: what takes them.
-        """
-        self._due = [(after, size_bytes, op) for size_bytes, after in workspaces]
-        self._results = 0
+    def finished(self) -> None:
+        """Log that the op has run: its last steps, and that all is given back."""
+        self._play(to_the_end=True)
+        self.free(block for block in self._taken if block is not None)
+        self._taken = []
 
-    def _take_due(self) -> None:
-        self._results += 1
-        while self._due and self._due[0][0] == self._results:
-            _, size_bytes, op = self._due.pop(0)
-            self.free([self.hidden(size_bytes, op)])
+    def _play(self, *, to_the_end: bool = False) -> None:
+        """Log steps up to the allocation of the next result, or all of them."""
+        while self._steps and (to_the_end or self._steps[0] not in (RESULT, RESULTS)):
+            step = self._steps.pop(0)
+            if isinstance(step, str):
+                self._op = self._op if step in (RESULT, RESULTS) else step
+            elif step >= 0:
+                self._taken.append(self.hidden(step, self._op, "workspace") if step else None)
+            elif (block := self._taken[~step]) is not None:
+                self._taken[~step] = None
+                self.free([block])
+
+    def _made(self) -> None:
+        """Log the steps after the allocation of a result."""
+        if self._steps[0] == RESULT:
+            self._steps.pop(0)
+            self._play()
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""

@@ -431,6 +431,10 @@ def test_on_a_gpu_a_model_there_is_not_duplicated():
 @needs_gpu
 def test_on_a_gpu_an_oom_leaves_the_allocator_as_it_was():
     before = torch.cuda.memory_allocated()
-    result = run(CudaRuntime(), n=2**21)
+    torch.cuda.set_per_process_memory_fraction(GIB / torch.cuda.mem_get_info()[1])
+    try:
+        result = run(CudaRuntime(), n=2**15)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.shortage is not None
     assert torch.cuda.memory_allocated() == before

@@ -23,6 +23,10 @@ __all__ = ["attend"]
 aten = torch.ops.aten
 
 _HALVES = (torch.float16, torch.bfloat16)
+_GROUPS_SINCE = (2, 14)
+"""The first PyTorch whose memory-efficient attention takes fewer heads of keys than of queries, and
+whose fused kernels take a single one without being told (pull request 191085)."""
+
 _CUDNN_PREFERRED_ABOVE = 91500
 _ASSUMED_CUDNN = 91900  # of current wheels; a build without cuDNN cannot say which one
 
@@ -37,7 +41,8 @@ class _Call:
     mask: Tensor | None
     dropout: float
     is_causal: bool
-    is_grouped: bool
+    has_groups: bool
+    may_group: bool
     needs_grad: bool
     capability: tuple[int, int]
 
@@ -55,9 +60,15 @@ def attend(
     enable_gqa: bool = False,
 ) -> Any:
     """Run attention through the aten op of the kernel that CUDA would take."""
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    if attn_mask is not None:  # arguments are cast from right to left, as in `autocast.py`
+        attn_mask = _autocast(attn_mask)
+    value, key, query = (_autocast(tensor) for tensor in (value, key, query))
     if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+        attn_mask = torch.where(
+            attn_mask,
+            torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device),
+            torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device),
+        )
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     call = _Call(
         query=query,
@@ -66,7 +77,8 @@ def attend(
         mask=attn_mask,
         dropout=float(dropout_p),
         is_causal=is_causal,
-        is_grouped=enable_gqa and query.size(-3) != key.size(-3),
+        has_groups=query.dim() == 4 and query.size(-3) != key.size(-3),
+        may_group=enable_gqa or (key.size(-3) == 1 and _version() >= _GROUPS_SINCE),
         needs_grad=needs_grad,
         capability=capability,
     )
@@ -99,6 +111,10 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 def _cudnn_version() -> int:
     bindings = cudnn_bindings()
     return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
@@ -107,7 +123,7 @@ def _cudnn_version() -> int:
 def _kernel(call: _Call) -> Literal["cudnn", "flash", "efficient", "math"]:
     """Return the kernel that CUDA would take."""
     tensors = (call.query, call.key, call.value)
-    if any(tensor.dim() != 4 for tensor in tensors):
+    if any(tensor.dim() != 4 for tensor in tensors) or (call.has_groups and not call.may_group):
         return "math"
     if torch.backends.cuda.cudnn_sdp_enabled() and _cudnn_can(call):
         return "cudnn"
@@ -164,7 +180,7 @@ def _efficient_can(call: _Call) -> bool:
         (half or query.dtype is torch.float32)
         and (query.dtype is not torch.bfloat16 or call.capability >= (8, 0))
         and call.capability >= (5, 0)
-        and not call.is_grouped
+        and not (call.has_groups and _version() < _GROUPS_SINCE)
         and query.size(-1) == call.key.size(-1)
         and query.size(-1) % alignment == 0
         and call.value.size(-1) % alignment == 0
@@ -173,8 +189,8 @@ def _efficient_can(call: _Call) -> bool:
 
 
 def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Expand a mask to [B, H, S_q, S_k] over storage whose rows are multiples of 16 elements."""
+    """Expand a mask to [B, H, S_q, S_k] over storage whose rows are multiples of 8 elements."""
     length = mask.size(-1)
-    if length % 16:
-        mask = F.pad(mask, (0, -length % 16))[..., :length]
+    if length % 8:
+        mask = F.pad(mask, (0, -length % 8))[..., :length]
     return mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))

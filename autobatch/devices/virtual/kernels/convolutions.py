@@ -23,7 +23,7 @@ device alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
+from autobatch.devices.virtual.scratch import RESULT, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 
 __all__ = [
@@ -59,40 +60,37 @@ _MEASURED = (9, 0)
 """The compute capability whose cards have a measured rule."""
 
 
-def convolution_workspaces(
-    func: Any, args: Sequence[Any], gpu: GpuSpec
-) -> Iterator[tuple[int, int]]:
-    """Yield the workspaces that a convolution takes and gives back while it runs.
+def convolution_workspaces(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: int = 0) -> Steps:
+    """Return the workspaces that a convolution takes, each for the kernel that makes one result.
 
     Args:
         func: the op; others than convolutions have none.
         args: its arguments.
         gpu: the card; without figures of its speed, it is taken for one with fast tensor cores.
-
-    Yields:
-        The bytes of a workspace, and how many of the op's results are made before it is taken.
+        taken: pieces of scratch that the op has taken before.
     """
     if not torch.backends.cudnn.enabled or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
-        return
+        return ()
     if func is CONVOLUTION:
         data, weight, _, *how = args
-        directions: list[tuple[Direction, bool, int]] = [("forward", True, 1)]
+        directions: list[tuple[Direction, bool]] = [("forward", True)]
     else:
         _, data, weight, _, *how, wanted = args
-        directions = [
-            ("data_gradient", wanted[0], 1),
-            ("weight_gradient", wanted[1], 1 + wanted[0]),
-        ]
+        directions = [("data_gradient", wanted[0]), ("weight_gradient", wanted[1])]
     layer = _layer(data, weight, *how[:6])
     if layer is None:
-        return
+        return ()
     ask = workspace_bytes if gpu.compute_capability == _MEASURED else _least_bytes
     if ask is _least_bytes and not _converts(layer, data.dtype, gpu):
-        return
-    for direction, is_wanted, made in directions:
-        size_bytes = ask(direction, layer) if is_wanted else 0
-        if size_bytes:
-            yield size_bytes, made
+        return ()
+    steps: list[Step] = []
+    for direction, is_wanted in directions:
+        if is_wanted:
+            steps.append(RESULT)
+            if size_bytes := ask(direction, layer):
+                steps += [size_bytes, ~taken]
+                taken += 1
+    return steps
 
 
 def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:

@@ -87,6 +87,26 @@ def _ctc_loss(mode: Any, log_probs: Tensor, targets: Tensor, *lengths: Any) -> t
     )
 
 
+def _grouped_mm(mode: Any, first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+    """Multiply groups of rows by a matrix each, in any dtype, as experts of a model do.
+
+    PyTorch's rule for tensors without data refuses fp32, which the kernel takes
+    (`create_grouped_gemm_output_tensor` in `ATen/native/GroupedMMUtils.h`): rows of the result
+    begin at multiples of 16 bytes.
+    """
+    offsets = rest[0] if rest else None
+    rows, columns = first.shape[-2], second.shape[-1]
+    shape: tuple[int, ...] = (rows, columns)
+    if first.dim() == second.dim():
+        groups = first.shape[0] if first.dim() == 3 or offsets is None else offsets.shape[0]
+        shape = (groups, rows, columns)
+    aligned = 16 // first.element_size()
+    padded = -(-columns // aligned) * aligned
+    stride = (padded, 1) if len(shape) == 2 else (rows * padded, padded, 1)
+    made: Tensor = mode.strided(first, shape, stride)
+    return made
+
+
 RULES: dict[Any, Callable[..., Any]] = {
     aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
@@ -94,6 +114,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten._ctc_loss.default: _ctc_loss,
     aten._ctc_loss.Tensor: _ctc_loss,
+    aten._grouped_mm.default: _grouped_mm,
     aten._cudnn_rnn.default: rnn.forward_outputs,
     aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }

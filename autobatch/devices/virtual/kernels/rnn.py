@@ -1,5 +1,9 @@
 """Recurrent layers as cuDNN runs them: one op for all layers and steps, not a cell at a time.
 
+Weights and their gradients lie in one buffer each, steps come before samples, and under autocast
+weights are cast into a buffer of their own (`aten/src/ATen/native/cudnn/RNN.cpp`, `autocast_mode.h`
+beside `_cudnn_rnn_cast_reflatten`).
+
 cuDNN saves what the backward pass needs in one buffer, its reserve, whose size has no published
 formula. `forward_outputs` counts what a backward pass cannot do without: the activated gates of
 every step, the cell states of an LSTM, and the outputs of every layer but the last.
@@ -8,14 +12,28 @@ every step, the cell states of an LSTM, and the outputs of every layer but the l
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autobatch.devices.virtual.elements import set_placeholder
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Steps
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.support.torch_private import FakeTensor
 
-__all__ = ["LAYERS", "backward_outputs", "forward_outputs", "pack", "pad"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "LAYERS",
+    "backward_outputs",
+    "flatten_weights",
+    "forward_outputs",
+    "pack",
+    "pad",
+    "scratch",
+]
 
 aten = torch.ops.aten
 
@@ -36,6 +54,12 @@ def _run_layer(mode: int, *args: Any) -> Any:
         data, hidden, weights, biases, layers, dropout, train, both, batch_first = args
         sizes = []
     state, cell = hidden if mode == _LSTM else (hidden, None)
+    if torch.is_autocast_enabled(data.device.type):
+        dtype = torch.float16  # whatever dtype autocast has
+        if weights[0].dtype is not dtype:
+            weights = list(_CastIntoOne.apply(dtype, *weights))
+        cell = cell if cell is None else cell.to(dtype)
+        state, data = state.to(dtype), data.to(dtype)
     directions = 2 if both else 1
     stride = len(weights) // (layers * directions)
     projection = weights[-1].size(0) if stride in (3, 5) else 0
@@ -45,6 +69,51 @@ def _run_layer(mode: int, *args: Any) -> Any:
         batch_first, dropout, train, both, sizes, None,
     )  # fmt: skip
     return (output, last, last_cell) if mode == _LSTM else (output, last)
+
+
+class _CastIntoOne(torch.autograd.Function):
+    """Casts weights into one buffer, and their gradients back one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [weight.dtype for weight in weights]
+        whole = sum(weight.numel() for weight in weights)
+        buffer = torch.zeros(whole, dtype=dtype, device=weights[0].device)
+        return tuple(_parts(buffer, weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        pairs = reversed([*zip(gradients, ctx.dtypes, strict=True)])
+        cast = [None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs]
+        return (None, *reversed(cast))
+
+
+def _parts(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of a buffer, one after the other, each of the shape of a weight."""
+    sizes = [weight.numel() for weight in weights]
+    parts = buffer.split(sizes)
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+
+
+def flatten_weights(model: nn.Module, device: torch.device) -> None:
+    """Put the weights of every recurrent layer on a device into one buffer, as `cuda()` does."""
+    for layer in model.modules():
+        if not isinstance(layer, nn.RNNBase) or not torch.backends.cudnn.enabled:
+            continue
+        weights = [weight for weight in layer._flat_weights if isinstance(weight, Tensor)]
+        is_whole = len({id(weight) for weight in weights}) == len(layer._flat_weights)
+        if not is_whole or not all(_is_on(device, weight.data) for weight in weights):
+            continue  # tied weights stay where they are
+        if len({weight.dtype for weight in weights}) > 1:
+            continue
+        with torch.no_grad():
+            buffer = weights[0].new_zeros(sum(weight.numel() for weight in weights))
+            for weight, part in zip(weights, _parts(buffer, weights), strict=True):
+                weight.data = part
+
+
+def _is_on(device: torch.device, tensor: Any) -> bool:
+    return type(tensor) is FakeTensor and tensor.fake_device == device
 
 
 LAYERS = {name: functools.partial(_run_layer, mode) for name, mode in _MODES.items()}
@@ -79,8 +148,15 @@ def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:
     per_step = layers * directions * (_GATES[kind] * hidden_size + cells) + (layers - 1) * width
     reserve = steps * per_step * data.element_size() if train else 0
     empty = (0,)
+    shape = (*data.shape[:-1], width)
+    like = mode.empty(empty, data.dtype, data)
+    if batch_first:
+        samples, length = data.shape[:2]
+        output = mode.strided(like, shape, (width, samples * width, 1))
+    else:
+        output = mode.empty(shape, data.dtype, data)
     return (
-        mode.empty((*data.shape[:-1], width), data.dtype, data),
+        output,
         mode.empty((*state.shape[:-1], projection or hidden_size), state.dtype, data),
         mode.empty(tuple(cell.shape) if cell is not None else empty, state.dtype, data),
         mode.empty((reserve,), torch.uint8, data),
@@ -89,10 +165,59 @@ def forward_outputs(mode: Any, *args: Any) -> tuple[Tensor, ...]:
 
 
 def backward_outputs(mode: Any, *args: Any) -> tuple[Any, ...]:
-    """Make what `_cudnn_rnn_backward` returns: gradients of input, states and weights."""
+    """Make what `_cudnn_rnn_backward` returns: gradients of input, states and weights.
+
+    Those of the weights are parts of one buffer.
+    """
     data, weights, _, _, state, cell = args[:6]
-    gradients = [
+    batch_first = args[14]
+    gradient: Any = mode.empty(tuple(data.shape), data.dtype, data)
+    if batch_first:
+        samples, length, width = data.shape
+        gradient = mode.strided(gradient, tuple(data.shape), (width, samples * width, 1))
+    states = [
         None if like is None else mode.empty(tuple(like.shape), like.dtype, data)
-        for like in (data, state, cell)
+        for like in (state, cell)
     ]
-    return (*gradients, [mode.empty(tuple(w.shape), w.dtype, w) for w in weights])
+    buffer = mode.empty((sum(w.numel() for w in weights),), weights[0].dtype, weights[0])
+    offset, parts = 0, []
+    for weight in weights:
+        parts.append(mode.part(buffer, tuple(weight.shape), offset))
+        offset += weight.numel()
+    return (gradient, *states, parts)
+
+
+def scratch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
+    """Return what a recurrent layer takes beside its results.
+
+    Args:
+        func: `_cudnn_rnn` or its backward.
+        args: its arguments.
+        kwargs: its arguments by name.
+        gpu: the card; none of it depends on that.
+    """
+    data = args[0]
+    if func is FORWARD:
+        return _turned(data, args[10])
+    state, cell, gradient, *of_states = args[4], args[5], args[7], args[8], args[9]
+    batch_first = args[14]
+    missing = [
+        like.nbytes
+        for like, given in zip((state, cell), of_states, strict=True)
+        if like is not None and given is None
+    ]
+    turned = _turned(data, batch_first)
+    copies = [*turned, *(_turned(gradient, batch_first) if gradient is not None else [])]
+    first = len(missing)
+    results = [RESULT] * (2 + (cell is not None))
+    freed = [~(first + place) for place in range(len(copies))]
+    return [*missing, *copies, *results, *freed, *turned, RESULTS]
+
+
+def _turned(tensor: Tensor, batch_first: bool) -> list[int]:
+    """Return the copy of a tensor that has samples before steps."""
+    is_copied = not (tensor.transpose(0, 1) if batch_first else tensor).is_contiguous()
+    return [tensor.nbytes] * is_copied
+
+
+FORWARD, BACKWARD = aten._cudnn_rnn.default, aten._cudnn_rnn_backward.default

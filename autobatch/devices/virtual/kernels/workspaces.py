@@ -1,10 +1,8 @@
-"""Memory that CUDA libraries take and no tensor shows.
+"""Memory that kernels and libraries take and no tensor shows.
 
-cuBLAS takes a workspace per handle and stream from the caching allocator and keeps it; PyTorch
-has one handle per thread, so training holds two: the main thread's and the autograd thread's.
-Sizes: `aten/src/ATen/cuda/CublasHandlePool.cpp`; `CUBLAS_WORKSPACE_CONFIG` overrides them.
-
-cuDNN's workspaces are in `convolutions.py`.
+Matrix products keep a workspace of cuBLAS (`matrix_products.py`). Everything else here is scratch:
+a kernel takes it beside its results and gives it back. cuDNN's is in `convolutions.py`, that of
+sums in `reductions.py`.
 
 Several kernels copy inputs that are not contiguous before they read them (`contiguous()` in
 `aten/src/ATen/native/cudnn/ConvShared.cpp` and `BatchNorm.cpp`, and in `SoftMax.cu`,
@@ -14,89 +12,91 @@ Several kernels copy inputs that are not contiguous before they read them (`cont
 
 from __future__ import annotations
 
-import functools
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from autobatch.devices.virtual.kernels import rnn
+from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
     convolution_workspaces,
     is_channels_last,
 )
+from autobatch.devices.virtual.kernels.indexing import INDEXING, indexing_scratch
+from autobatch.devices.virtual.kernels.matrix_products import (
+    copied_operands,
+    cublas_bytes,
+    cublaslt_bytes,
+    is_product,
+    uses_cublaslt,
+)
+from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
+from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.scratch import RESULT, RESULTS, Step, Steps
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support.torch_private import FakeTensor
-from autobatch.support.units import KIB, MIB
 
 __all__ = ["Workspaces"]
 
+_Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], GpuSpec], Steps]
+
 
 class Workspaces:
-    """Logs the allocations of libraries beside those of tensors."""
+    """Logs the allocations of kernels and libraries beside those of tensors."""
 
     def __init__(self, recorder: StorageRecorder, spec: GpuSpec, device: torch.device):
         """Log in `recorder` what the GPU `spec` would take for ops on `device`."""
         self._recorder = recorder
         self._spec = spec
         self._device = device
-        self._have_handle: set[bool] = set()  # of the two threads: whether it runs backward
+        self._kept: set[tuple[str, bool]] = set()  # by library, and whether it runs backward
 
-    def before(self, func: Any, args: Sequence[Any]) -> Callable[[], None] | None:
-        """Log what an op takes beside its results; return what to call when it has run, if any."""
-        if not _takes_workspace(func) or not any(map(self._is_on_device, args)):
+    def before(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        """Log what an op takes before its results; return what to call when it has run, if any."""
+        if is_product(func):
+            if any(map(self._is_on_device, args)) and not self._recorder.is_muted:
+                return lambda: self._multiplied(func, args)
             return None
+        found = _RULES.get(func)
+        if found is None or not self._is_here(args) or self._recorder.is_muted:
+            return None
+        name, rule = found
+        steps = rule(func, args, kwargs, self._spec)
+        if not steps:
+            return None
+        self._recorder.expect(steps, name)
+        return self._recorder.finished
+
+    def _multiplied(self, func: Any, args: Sequence[Any]) -> None:
+        copies = copied_operands(func, args)
+        taken = [self._recorder.hidden(size_bytes, "contiguous") for size_bytes in copies]
+        self._keep_workspaces(uses_cublaslt(func, args))
+        self._recorder.free(taken)
+
+    def _keep_workspaces(self, takes_cublaslt: bool) -> None:
+        """Log the workspaces that this thread's first product takes, after its output."""
         in_backward = self._recorder.phase == "backward"
-        if _uses_cublas(func) and in_backward not in self._have_handle:
-            self._have_handle.add(in_backward)
-            size_bytes = _cublas_workspace_bytes(self._spec.compute_capability)
-            self._recorder.hidden(size_bytes, "cublas workspace")
-        workspaces = convolution_workspaces(func, args, self._spec)
-        self._recorder.expect(workspaces, "cudnn workspace")
-        copies = [self._recorder.hidden(n, "contiguous") for n in _contiguous_copies(func, args)]
-        return functools.partial(self._recorder.free, copies) if copies else None
+        own = cublas_bytes(self._spec.compute_capability)
+        for name, size_bytes in (
+            ("cublas", own),
+            ("cublaslt", cublaslt_bytes() if takes_cublaslt else 0),
+        ):
+            if size_bytes and (name, in_backward) not in self._kept:
+                self._kept.add((name, in_backward))
+                self._recorder.hidden(size_bytes, f"{name} workspace")
+
+    def _is_here(self, args: Sequence[Any]) -> bool:
+        tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        return any(map(self._is_on_device, tensors))
 
     def _is_on_device(self, value: Any) -> bool:
         return isinstance(value, FakeTensor) and value.fake_device == self._device
-
-
-_CUBLAS = frozenset(
-    f"aten::{name}"
-    for name in ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "addmv", "mv", "dot", "vdot")
-)
-
-
-@functools.cache
-def _uses_cublas(func: Any) -> bool:
-    """Whether an op is a matrix product that cuBLAS runs."""
-    return func._schema.name in _CUBLAS
-
-
-@functools.cache
-def _takes_workspace(func: Any) -> bool:
-    """Whether an op may take memory beside its result's."""
-    return func in _COPIED or _uses_cublas(func)  # convolutions are among the former
-
-
-_CONFIG = re.compile(r":(\d+):(\d+)")
-
-
-def _cublas_workspace_bytes(capability: tuple[int, int]) -> int:
-    """Return the bytes of one cuBLAS workspace on a card of this compute capability.
-
-    >>> _cublas_workspace_bytes((8, 0)), _cublas_workspace_bytes((9, 0))
-    (8519680, 33554432)
-    """
-    configured = _CONFIG.findall(os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
-    if configured:
-        return sum(int(size) * int(count) for size, count in configured) * KIB
-    if capability[0] in (9, 10, 12):
-        return 32 * MIB
-    return (4096 * 2 + 16 * 8) * KIB
 
 
 _COPIED = {
@@ -131,3 +131,71 @@ def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
     return [
         each.nbytes for each in tensors if not each.is_contiguous() and not is_channels_last(each)
     ]
+
+
+def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    return _copied(func, args)
+
+
+def _copied(func: Any, args: Sequence[Any]) -> list[Step]:
+    copies = _contiguous_copies(func, args)
+    return ["contiguous", *copies] if copies else []
+
+
+def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    copies = _copied(func, args)
+    taken = max(len(copies) - 1, 0)
+    workspaces = convolution_workspaces(func, args, gpu, taken)
+    if func is not CONVOLUTION_BACKWARD or not args[-1][2]:
+        return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
+    # the gradient of the bias is a sum, which PyTorch makes when cuDNN is done
+    gradient, sizes = args[0], [0, *range(2, args[0].dim())]
+    sums = reduction_scratch(torch.ops.aten.sum.dim_IntList, (gradient, sizes), {}, gpu)
+    made = [RESULT] * (args[-1][0] + args[-1][1])
+    return [
+        *copies,
+        "cudnn workspace",
+        *(workspaces or made),
+        *(~place for place in range(taken)),
+        "reduction scratch",
+        *sums,
+    ]
+
+
+def _norm(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    copies = _copied(func, args)
+    scratch = norm_scratch(func, args, gpu, max(len(copies) - 1, 0))
+    return [*copies, "norm scratch", *scratch] if scratch else copies
+
+
+def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return the product of gradient and output (`softmax_backward_cuda_out` in `SoftMax.cu`)."""
+    gradient, output = args[:2]
+    copies = _contiguous_copies(func, args)
+    element = torch.promote_types(gradient.dtype, output.dtype).itemsize
+    return [RESULTS, *copies, output.numel() * element]
+
+
+def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return what every dimension but the last is rolled into (`roll_cuda` in `TensorShape.cu`)."""
+    data, shifts = args[:2]
+    count = len(shifts) if isinstance(shifts, (list, tuple)) else 1
+    copied = [] if data.is_contiguous() else [data.nbytes]
+    steps: list[Step] = [*copied, *[data.nbytes] * (count - 1)]
+    for place in range(max(len(steps) - 2, 0)):  # each lives until the one after it is rolled
+        steps.insert(3 + 2 * place, ~place)
+    return steps
+
+
+_RULES: dict[Any, tuple[str, _Rule]] = {
+    **dict.fromkeys(_COPIED, ("contiguous", _copies)),
+    **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
+    **dict.fromkeys(NORMS, ("norm scratch", _norm)),
+    torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
+    torch.ops.aten.roll.default: ("roll scratch", _roll),
+    **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),
+    **dict.fromkeys(ATTENTION, ("attention scratch", attention_scratch)),
+    **dict.fromkeys(INDEXING, ("indexing scratch", indexing_scratch)),
+    **dict.fromkeys(REDUCTIONS, ("reduction scratch", reduction_scratch)),
+}
+"""By op: what its scratch is called, and what says it."""

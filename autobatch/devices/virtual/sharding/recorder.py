@@ -28,11 +28,11 @@ class RankRecorder(StorageRecorder):
         super().__init__()
         self._stream = stream
         self._emptied: set[int] = set()
-        self._is_muted = False
+        self.is_muted = False
         self._is_gathering = False
 
     def _seen(self, storage: torch.UntypedStorage, op: str) -> None:
-        if self._is_muted:
+        if self.is_muted:
             return
         index = len(self._blocks)
         super()._seen(storage, op)
@@ -43,7 +43,7 @@ class RankRecorder(StorageRecorder):
 
     def resized(self, storage: torch.UntypedStorage, resize: Callable[[], Any]) -> Any:
         """Resize a storage by `resize`: the allocator frees its old memory, then allocates anew."""
-        ref = None if self._is_muted else self._live.pop(storage._cdata, None)
+        ref = None if self.is_muted else self._live.pop(storage._cdata, None)
         if ref is None:
             return resize()
         old = self._blocks[ref.block]
@@ -58,7 +58,7 @@ class RankRecorder(StorageRecorder):
 
     def muted(self) -> AbstractContextManager[None]:
         """Take no notice of what is made inside: on a real rank it has no memory."""
-        return patched(self, _is_muted=True)
+        return patched(self, is_muted=True)
 
     def gathering(self) -> AbstractContextManager[None]:
         """Take what is made inside for buffers of a collective."""

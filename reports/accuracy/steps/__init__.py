@@ -1,0 +1,1 @@
+"""Training steps of language models that others measured: configurations, predictions, errors."""

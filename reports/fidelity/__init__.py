@@ -1,0 +1,1 @@
+"""Predictions beside PyTorch's CUDA code on a simulated runtime, allocation by allocation."""

@@ -1,0 +1,26 @@
+"""Several cards: each rank a process with a card of its own, over NCCL."""
+
+from __future__ import annotations
+
+import json
+
+from tests.bench.children import needs_bench, run
+
+pytestmark = needs_bench
+
+LAYER = 4 * (1024 * 1024 + 1024)
+RANKS = 2
+
+
+def test_ranks_meet_and_train_under_ddp_and_fsdp2() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS]
+    program = [*torchrun, "-m", "tests.bench.programs.ranks"]
+    found = json.loads(run(program, cards=RANKS, capacity="4GiB").splitlines()[-1])
+    assert found["devices"] == RANKS
+    assert found["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
+    assert found["sent"] == ["from 1"]
+    assert found["total"] == 3.0
+    # parameters, gradients (in DDP's buckets as well) and two states of each
+    assert 4 * 4 * LAYER < found["ddp"] < 9 * 4 * LAYER
+    shards = 4 * 4 * LAYER // RANKS
+    assert shards < found["fsdp2"] < shards + 4 * 2 * LAYER + found["ddp"]

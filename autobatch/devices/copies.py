@@ -25,7 +25,7 @@ from autobatch.workload.wrappers import unwrapped
 
 _WORTH_SAYING_BYTES = 2**20
 
-__all__ = ["Copier", "batch_of", "blank"]
+__all__ = ["Copier", "batch_of", "blank", "flatten_weights_as"]
 
 
 def blank(original: Tensor, device: torch.device) -> Tensor:
@@ -41,6 +41,20 @@ def batch_of(build: Callable[[int], Any], samples: int) -> Any:
     copied = copier.loader(build)
     with copier.stage():
         return copied(samples)
+
+
+def flatten_weights_as(original: nn.Module, copied: nn.Module) -> None:
+    """Put the weights of a copy's recurrent layers into one buffer, as those of the original are.
+
+    `Module.to` does so for a layer that it moves to the card. From weights that are scattered,
+    cuDNN makes such a buffer in every forward pass, which a training of the original does not have.
+    """
+    for one, other in zip(original.modules(), copied.modules(), strict=False):
+        if isinstance(one, nn.RNNBase) and isinstance(other, nn.RNNBase):
+            weights = list(one.parameters(recurse=False))
+            storages = {weight.untyped_storage()._cdata for weight in weights}
+            if len(storages) == 1 or not any(weight.is_cuda for weight in weights):
+                other.flatten_parameters()
 
 
 class Copier(Walk):

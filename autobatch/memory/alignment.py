@@ -6,13 +6,21 @@ Invariant: allocations are paired inside one phase of one micro-batch, in order,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 
 from autobatch.memory.trace import Allocation, Phase, Trace
 
-__all__ = ["Moment", "by_moment", "counterparts", "longest_common", "same_kind"]
+__all__ = [
+    "Moment",
+    "by_moment",
+    "counterparts",
+    "longest_common",
+    "same_kind",
+    "with_frees_in_order",
+]
 
 Moment = tuple[int, int, Phase]
 """A window, a micro-batch of it, and a phase."""
@@ -29,6 +37,24 @@ _kind = attrgetter("category", "phase", "op", "stream")
 def same_kind(first: Allocation, second: Allocation) -> bool:
     """Whether two allocations are for the same purpose, whatever their sizes."""
     return bool(_kind(first) == _kind(second))
+
+
+def with_frees_in_order(trace: Trace) -> Trace:
+    """Return a trace in which of blocks that are freed one after the other the last come first.
+
+    Autocast's cache of weights is a hash table by address, which frees its casts in an order that
+    differs from run to run. An allocator ends in the same state whatever the order of such frees.
+    """
+    events = list(trace.events)
+    begins = {mark.event for mark in trace.marks}
+    start = 0
+    for place in range(len(events) + 1):
+        ends = place == len(events) or events[place] >= 0 or place in begins
+        if ends:
+            events[start:place] = sorted(events[start:place])
+            start = place if place < len(events) and events[place] < 0 else place + 1
+    ordered = tuple(events)
+    return trace if ordered == trace.events else replace(trace, events=ordered)
 
 
 def by_moment(trace: Trace) -> dict[Moment, list[int]]:

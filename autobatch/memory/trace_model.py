@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autobatch.memory.alignment import counterparts, same_kind
+from autobatch.memory.alignment import counterparts, same_kind, with_frees_in_order
 from autobatch.memory.scratch import with_scratch
 from autobatch.memory.trace import Bare, Kernel, Trace, running_bytes
 
@@ -187,19 +187,20 @@ class TraceModel:
         That part does not depend on the accumulation steps, and every op runs in it.
         """
         trace = trace if trace.bare is None else trace.bare.trace
+        template, trace = with_frees_in_order(self.template), with_frees_in_order(trace)
         end = next(
-            (mark.event for mark in self.template.marks if mark.phase in ("inputs", "step")
+            (mark.event for mark in template.marks if mark.phase in ("inputs", "step")
              and (mark.window, mark.micro_batch) != (0, 0)),
-            len(self.template.events),
+            len(template.events),
         )  # fmt: skip
-        if self.template.events[:end] != trace.events[:end]:
+        if template.events[:end] != trace.events[:end]:
             return False
         sizes = self.sizes(trace.micro_batch)
-        started = sum(event >= 0 for event in self.template.events[:end])
+        started = sum(event >= 0 for event in template.events[:end])
         return all(
             (block.op, block.phase, size) == (other.op, other.phase, other.size_bytes)
             for block, size, other in zip(
-                self.template.blocks[:started], sizes, trace.blocks, strict=False
+                template.blocks[:started], sizes, trace.blocks, strict=False
             )
         )
 
@@ -340,6 +341,7 @@ def _misalignment(first: Trace, second: Trace) -> str | None:
             f"{where} in accumulation steps: {first.accumulation_steps} and "
             f"{second.accumulation_steps}"
         )
+    first, second = with_frees_in_order(first), with_frees_in_order(second)
     same = first.events == second.events and first.marks == second.marks
     if same and all(map(same_kind, first.blocks, second.blocks)):
         return None

@@ -41,6 +41,7 @@ __all__ = [
     "Fsdp2",
     "OpOverload",
     "PrivateUse1Hooks",
+    "ProfiledEvent",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "clear_cublas_workspaces",
@@ -49,6 +50,7 @@ __all__ = [
     "detect_fake_mode",
     "fake_tensor",
     "fsdp2",
+    "is_made_of_ops",
     "is_memory_history_on",
     "memory_snapshot",
     "no_dispatch",
@@ -99,6 +101,7 @@ with _known():
     from torch._C import _storage_Use_Count as storage_use_count
     from torch._C._acc import DeviceGuard, PrivateUse1Hooks
     from torch._C._autograd import DeviceType
+    from torch._C._profiler import _EventType as ProfiledEvent
     from torch._guards import detect_fake_mode
     from torch._ops import OpOverload
     from torch._subclasses import fake_tensor
@@ -157,6 +160,14 @@ def cudnn_bindings() -> Any:
 def clear_cublas_workspaces() -> None:
     """Free the workspaces that cuBLAS keeps; for CUDA builds."""
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def is_made_of_ops(op: OpOverload) -> bool:
+    """Whether an op is a composite one, which has no kernel of its own and calls other ops."""
+    try:
+        return op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    except RuntimeError:  # an overload of TorchScript's alone, which is not dispatched
+        return False
 
 
 def is_memory_history_on() -> bool:

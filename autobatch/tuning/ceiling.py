@@ -1,10 +1,12 @@
 """Find the largest micro-batch that fits with about three executions.
 
-Two small traces give a trace model; the allocator simulation over it gives a ceiling; an execution
-at that ceiling confirms the model, or corrects it. Where traces do not align, sizes are executed
-one by one. Invariant: a ceiling that is returned was executed and fits (or, on a simulated GPU, the
-window that will run was, where that needs no accumulation); the next size was executed, or
-predicted not to fit by a model that had just been confirmed.
+Two traces give a trace model; the allocator simulation over it gives a ceiling; an execution at
+that ceiling confirms the model, or corrects it. On a simulated GPU the two are of small sizes. On a
+real one kernels take other ways, and other scratch memory, at large sizes than at small ones, so
+that both are close to the ceiling which a simulation foresees. Where traces do not align, sizes
+are executed one by one. Invariant: a ceiling that is returned was executed and fits (or, on a
+simulated GPU, the window that will run was, where that needs no accumulation); the next size was
+executed, or predicted not to fit by a model that had just been confirmed.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ __all__ = ["Ceiling", "find_ceiling"]
 
 _SMALL = (2, 3)
 """The first two sizes: at 1 the order of events often differs (squeezed dimensions)."""
+
+_NEAR = 0.95
+"""The first execution on a real GPU is at this share of the ceiling that a simulation foresees."""
 
 _EXECUTIONS = 6
 """So often may an execution correct the model, before sizes are bisected."""
@@ -82,7 +87,7 @@ def find_ceiling(
     *,
     prove: bool = False,
     share: int | None = None,
-    guess: Callable[[], int | None] = lambda: None,
+    foresee: Callable[[], Ceiling | None] = lambda: None,
 ) -> Ceiling:
     """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
 
@@ -95,10 +100,12 @@ def find_ceiling(
         prove: execute the size above the ceiling too, which must not fit.
         share: samples of one update on one GPU, as far as sizes that have to be executed one by one
             are looked at without regard to time.
-        guess: a ceiling to try first where sizes have to be executed one by one.
+        foresee: gives the ceiling that a simulation of the same GPU finds, if it finds one. What
+            is executed is chosen by it, what is answered is not.
     """
+    foreseen = foresee()
     try:
-        return _find_ceiling(probe, limit, wanted, prove=prove, share=share, guess=guess)
+        return _find_ceiling(probe, limit, wanted, prove=prove, share=share, foreseen=foreseen)
     except HostMemoryError as error:
         largest = max((size for size in probe.runs if probe.fits(size)), default=0)
         if not largest:
@@ -115,27 +122,50 @@ def _find_ceiling(
     *,
     prove: bool,
     share: int | None,
-    guess: Callable[[], int | None] = lambda: None,
+    foreseen: Ceiling | None = None,
 ) -> Ceiling:
     first, second = (min(size, limit) for size in _SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
+    guess = foreseen.micro_batch if foreseen is not None else None
     try:
+        if foreseen is not None and (near := _near(probe, limit, foreseen)):
+            return _by_model(probe, limit, wanted, prove, near)
         for size in (first, second):
             if (shortage := probe.run(size).shortage) is not None:
                 raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
-        return _by_model(probe, limit, wanted, prove)
+        return _by_model(probe, limit, wanted, prove, (first, second))
     except Misaligned as error:
         return _by_execution(probe, limit, reason=str(error), share=share, guess=guess)
 
 
-def _by_model(probe: Probe, limit: int, wanted: int | None, prove: bool) -> Ceiling:
+def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
+    """Execute two sizes close to the ceiling, and return them; or none where that cannot be.
+
+    The first is a little below what is foreseen. What it took beyond the simulation is taken to
+    come on top at every size, which gives the second.
+    """
+    first = min(int(_NEAR * foreseen.micro_batch), limit)
+    if foreseen.model is None or first <= max(_SMALL) or probe.run(first).shortage is not None:
+        return ()
+    beyond = probe.runs[first].replay.peak_reserved_bytes
+    beyond -= probe.predict(foreseen.model, first).peak_reserved_bytes
+    search, _ = _search_model(foreseen.model, probe, limit, beyond)
+    second = search.ceiling if search.ceiling not in (0, first) else min(_SMALL)
+    while probe.run(second).shortage is not None:
+        second = int(_RETREAT * second) if int(_RETREAT * second) > first else min(_SMALL)
+    return first, second
+
+
+def _by_model(
+    probe: Probe, limit: int, wanted: int | None, prove: bool, sizes: Sequence[int]
+) -> Ceiling:
     """Follow the model to a ceiling that was executed, corrected by each execution on the way.
 
     Raises:
         Misaligned: the executions follow no quadratic in the micro-batch.
     """
-    model = _fit(probe, [n for n in probe.runs if n <= max(_SMALL)])
+    model = _fit(probe, sizes)
     search, predicted = _search_model(model, probe, limit)
     confirmed = False
     for _ in range(_EXECUTIONS):
@@ -204,13 +234,15 @@ def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
 
 
 def _search_model(
-    model: TraceModel, probe: Probe, limit: int
+    model: TraceModel, probe: Probe, limit: int, unforeseen: int | None = None
 ) -> tuple[CeilingSearch, dict[int, Replay]]:
+    """Search with what a model foretells, and what comes on top of it, known or not."""
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes, look_above=2)
     for size in probe.runs:
         search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
     predicted = {}
-    unforeseen = _unforeseen_bytes(model, probe)
+    if unforeseen is None:
+        unforeseen = _unforeseen_bytes(model, probe)
     while (asked := search.ask()) is not None:
         foretold = probe.predict(model, asked)
         peak = foretold.peak_reserved_bytes + unforeseen
@@ -255,7 +287,7 @@ def _by_execution(
     limit: int,
     reason: str,
     share: int | None = None,
-    guess: Callable[[], int | None] = lambda: None,
+    guess: int | None = None,
 ) -> Ceiling:
     """Bisect with executions, guided by the peaks that they show.
 
@@ -269,9 +301,8 @@ def _by_execution(
 
     for size in tuple(probe.runs):
         told(size)
-    first = guess()
-    if first is not None and search.ceiling < first <= limit and search.ask() is not None:
-        told(first)
+    if guess is not None and search.ceiling < guess <= limit and search.ask() is not None:
+        told(guess)
     started = time.monotonic()
     gave_up = False
     while (asked := search.ask()) is not None:

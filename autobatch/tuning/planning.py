@@ -69,7 +69,7 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         samples_per_rank if has_one_go else None,
         prove=prove,
         share=samples_per_rank,
-        guess=partial(_simulated_ceiling, probe, limit, samples_per_rank),
+        foresee=partial(_simulated_ceiling, probe, limit, samples_per_rank),
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
@@ -118,8 +118,8 @@ def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
 
 
-def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
-    """Return what a simulation takes for the ceiling of a card whose traces do not align."""
+def _simulated_ceiling(probe: Probe, limit: int, share: int) -> Ceiling | None:
+    """Return what a simulation takes for the ceiling of a card that is here."""
     if probe.device.is_simulated:
         return None
     device = probe.device.simulated()
@@ -131,8 +131,8 @@ def _simulated_ceiling(probe: Probe, limit: int, share: int) -> int | None:
         progress=silent,
     )
     try:
-        return find_ceiling(simulated, limit, share=share).micro_batch or None
-    except AutobatchError:  # it is a first guess only
+        return find_ceiling(simulated, limit, share=share)
+    except AutobatchError:  # it only says where to look first
         return None
 
 

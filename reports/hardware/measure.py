@@ -14,6 +14,7 @@ import torch
 
 from autobatch.devices.base import Run
 from autobatch.devices.cuda.gpu import CudaGpu
+from autobatch.errors import AutobatchError
 from autobatch.memory.accounting import footprint_of
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
@@ -69,6 +70,10 @@ def measure(
         if found is not None and found.micro_batch:
             with findings.stage("proof"):
                 _prove(probe, found, findings)
+            with findings.stage("small"):  # what these two alone would have foretold
+                for size in SMALL:
+                    if size <= found.micro_batch:
+                        probe.run(size)
             with findings.stage("middle"):
                 if found.micro_batch // 2 > max(SMALL):
                     probe.run(found.micro_batch // 2)
@@ -96,7 +101,7 @@ def measure(
 def _search(probe: Probe, findings: Findings) -> Ceiling:
     """Find the ceiling as `tune` does."""
     started = time.perf_counter()
-    found = find_ceiling(probe, LIMIT, guess=lambda: _guess(probe))
+    found = find_ceiling(probe, LIMIT, foresee=lambda: _foreseen(probe))
     findings["ceiling"] = {
         "micro_batch": found.micro_batch,
         "limit_reached": found.limit_reached,
@@ -113,9 +118,12 @@ def _search(probe: Probe, findings: Findings) -> Ceiling:
     return found
 
 
-def _guess(probe: Probe) -> int | None:
+def _foreseen(probe: Probe) -> Ceiling | None:
     spec = replace(probe.device.spec, context_bytes=0)
-    return ceiling_within(spec, probe.budget_bytes, probe.workload).micro_batch or None
+    try:
+        return ceiling_within(spec, probe.budget_bytes, probe.workload)
+    except AutobatchError:
+        return None
 
 
 def _prove(probe: Probe, found: Ceiling, findings: Findings) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autobatch.devices.copies import flatten_weights_as
 from autobatch.errors import WorkloadError
 from tests.support.simulated import (
     WIDTH,
@@ -119,3 +120,21 @@ def test_ids_of_parameters_are_those_of_their_copies():
 
     run(model, loss=loss)
     assert [names[id(p)] for p in model.parameters()] == [n for n, _ in model.named_parameters()]
+
+
+class Flattened(nn.LSTM):
+    """Counts how often its weights are put into one buffer."""
+
+    def __init__(self):
+        self.calls = 0
+        super().__init__(8, 8)
+
+    def flatten_parameters(self):
+        self.calls += 1
+
+
+def test_weights_of_a_recurrent_layer_are_put_into_one_buffer_as_moving_it_would():
+    original, copied = nn.Sequential(nn.LSTM(8, 8), mlp()), nn.Sequential(Flattened(), mlp())
+    before = copied[0].calls
+    flatten_weights_as(original, copied)
+    assert copied[0].calls == before + 1

@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.memory.alignment import by_moment, counterparts, longest_common
+from autobatch.memory.alignment import (
+    by_moment,
+    counterparts,
+    longest_common,
+    with_frees_in_order,
+)
 from autobatch.memory.trace import Allocation, Mark, Trace
 
 letters = st.lists(st.integers(0, 3), max_size=12)
@@ -81,3 +86,37 @@ def test_a_buffer_more_shifts_no_pair():
 def test_a_pair_has_sizes_that_the_micro_batches_explain(size, paired):
     small, large = trace(2, [2000], []), trace(6, [size, 1], [])
     assert (counterparts(small, large).get(1) == 1) is paired
+
+
+@given(st.data())
+def test_frees_in_a_row_get_one_order_and_stay_where_they_are(data):
+    blocks = data.draw(st.integers(1, 8))
+    events, live = [], []
+    for block in range(blocks):
+        events.append(block)
+        live.append(block)
+        freed = data.draw(st.sets(st.sampled_from(live))) if live else set()
+        events.extend(~one for one in data.draw(st.permutations(sorted(freed))))
+        live = [one for one in live if one not in freed]
+    place = data.draw(st.integers(0, len(events)))
+    given_trace = Trace(
+        micro_batch=2,
+        accumulation_steps=1,
+        blocks=(Allocation(1, "activations", "forward", ""),) * blocks,
+        events=tuple(events),
+        marks=(Mark(place, "backward", 0, 0),),
+    )
+    ordered = with_frees_in_order(given_trace)
+    assert with_frees_in_order(ordered) == ordered
+    assert ordered.marks == given_trace.marks and ordered.blocks == given_trace.blocks
+    assert [e if e >= 0 else None for e in ordered.events] == [
+        e if e >= 0 else None for e in events
+    ]
+    for end in [place, *(i for i, event in enumerate(events) if event >= 0), len(events)]:
+        assert sorted(ordered.events[:end]) == sorted(events[:end])
+    runs = pairwise(range(len(events)))
+    assert all(
+        ordered.events[i] < ordered.events[j]
+        for i, j in runs
+        if events[i] < 0 and events[j] < 0 and j != place
+    )

@@ -216,9 +216,17 @@ def test_traces_with_too_little_in_common_do_not_align(extra, larger):
 def test_caches_may_be_emptied_in_any_order():
     first = make_trace(2, [200, 20, 2], [0, 1, 2, ~0, ~1, ~2])
     second = make_trace(3, [300, 30, 3], [0, 1, 2, ~2, ~0, ~1])
+    for kernels_may_vary in (False, True):
+        model = TraceModel.fit([first, second], kernels_may_vary=kernels_may_vary)
+        assert model.sizes(10) == [1000, 100, 10]
+    assert model.difference(make_trace(4, [400, 40, 4], [0, 1, 2, ~1, ~2, ~0])) is None
+
+
+def test_what_is_freed_before_something_else_is_allocated_stays_so():
+    first = make_trace(2, [200, 20, 2], [0, 1, ~0, 2, ~1, ~2])
+    second = make_trace(3, [300, 30, 3], [0, 1, ~1, 2, ~0, ~2])
     with pytest.raises(Misaligned):
         TraceModel.fit([first, second])
-    assert TraceModel.fit([first, second], kernels_may_vary=True).sizes(10) == [1000, 100, 10]
 
 
 @given(polynomial_traces(degree=2), nodes)

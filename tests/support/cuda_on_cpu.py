@@ -77,6 +77,8 @@ class CudaOnCpu:
         self.peaks = [0, 0]
         self.requested_bytes = 0
         self.known = {}
+        self.running = ""
+        self.ops = None
 
     def selected(self):
         return contextlib.nullcontext()
@@ -130,6 +132,12 @@ class CudaOnCpu:
         finally:
             self.is_recording = False
 
+    @contextlib.contextmanager
+    def naming_ops(self):
+        self.ops = []
+        yield self.ops
+        self.ops = None
+
     def snapshot(self):
         return Snapshot(
             segments={0: ()}, traces={0: tuple(self.events)}, settings=AllocatorSettings()
@@ -148,6 +156,8 @@ class CudaOnCpu:
         self.peaks[1] = max(self.peaks[1], self.allocator.reserved_bytes)
         self.requested_bytes += size_bytes
         self._note("alloc", address, size_bytes)
+        if self.ops is not None:
+            self.ops.append(self.running)
         return block
 
     def free(self, address, block, size_bytes):
@@ -173,6 +183,7 @@ class _Ledger(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for leaf in inputs:
             self._see(leaf, is_new=False)
+        self.card.running = func._schema.name
         scratch = self.card.scratch(func._schema.name, [tuple(leaf.shape) for leaf in inputs])
         output = func(*args, **(kwargs or {}))
         borrows = func._schema.name == "aten::set_"  # the host copy of something
@@ -181,6 +192,7 @@ class _Ledger(TorchDispatchMode):
                 self._see(leaf, is_new=not borrows)
         if scratch:
             self.card.free(1, self.card.malloc(1, scratch), scratch)
+        self.card.running = ""
         return output
 
     def _see(self, tensor, *, is_new):

@@ -87,6 +87,58 @@ def test_affine_memory_takes_two_small_sizes_and_the_ceiling():
     assert found.model.degree == 1
 
 
+def search_a_real_one(trace_at, foreseen_at, budget_bytes, *, prove=True):
+    """Search a card whose kernels vary, with a simulation of it that is not quite right."""
+    sides = []
+    for at, is_real in ((foreseen_at, False), (trace_at, True)):
+        device = FakeDevice(at, budget_bytes, scratch_varies=is_real, must_run_the_plan=is_real)
+        sides.append(Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent))
+    simulated, probe = sides
+    found = find_ceiling(probe, 2**16, prove=prove, foresee=lambda: find_ceiling(simulated, 2**16))
+    return found, probe.device.executed
+
+
+def with_a_kernel_for_large_sizes(n):
+    """From 50 samples on, a kernel takes scratch memory."""
+    weights, activations = 64 * MIB, (100 + 10 * n) * MIB
+    if n < 50:
+        return trace_of(n, [weights, activations])
+    return trace_of(n, [weights, activations, 80 * MIB], events=[0, 1, 2, ~2])
+
+
+@pytest.mark.parametrize(
+    ("foreseen", "real", "executed"),
+    [
+        # 50 MiB, then 30 MiB more than foreseen at every size
+        (polynomial(100 * MIB, 10 * MIB), polynomial(150 * MIB, 10 * MIB), [95, 2, 96]),
+        (polynomial(100 * MIB, 10 * MIB), polynomial(130 * MIB, 10 * MIB), [95, 97, 98]),
+        # a tenth less, and a fifth more, for each sample
+        (polynomial(100 * MIB, 9 * MIB), polynomial(100 * MIB, 10 * MIB), [105, 99, 100, 101]),
+        (polynomial(100 * MIB, 12 * MIB), polynomial(100 * MIB, 10 * MIB), [78, 96, 100, 101]),
+        (polynomial(100 * MIB, 10 * MIB), with_a_kernel_for_large_sizes, [95, 92, 93]),
+        (polynomial(0, 10 * MIB), polynomial(0, 10 * MIB, MIB // 100), [104, 99, 100, 101]),
+    ],
+)
+def test_a_real_gpu_is_probed_close_to_the_ceiling_that_a_simulation_foresees(
+    foreseen, real, executed
+):
+    budget = 1164 * MIB
+    found, sizes = search_a_real_one(real, foreseen, budget)
+    assert reserved_bytes(real(found.micro_batch)) <= budget
+    assert reserved_bytes(real(found.micro_batch + 1)) > budget
+    assert sizes == executed
+    assert found.method == "trace model"
+
+
+def test_where_a_simulation_fails_a_real_gpu_is_probed_at_small_sizes():
+    device = FakeDevice(
+        polynomial(100 * MIB, 10 * MIB), 1164 * MIB, scratch_varies=True, must_run_the_plan=True
+    )
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    assert find_ceiling(probe, 2**16, foresee=lambda: None).micro_batch == 100
+    assert device.executed == [2, 3, 100]
+
+
 def test_quadratic_memory_is_found_where_the_line_misses_and_takes_one_size_more():
     trace_at = polynomial(100 * MIB, 10 * MIB, MIB // 8)
     found, executed = search(trace_at, 1164 * MIB)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from autobatch.devices.base import WINDOWS, Run
-from autobatch.devices.copies import Copier
+from autobatch.devices.copies import Copier, flatten_weights_as
 from autobatch.devices.cuda.memory_history import HistoryRecorder
 from autobatch.devices.cuda.offload import HostOffload
 from autobatch.devices.cuda.runtime import CudaRuntime, Stats
@@ -259,8 +259,8 @@ class CudaGpu:
     ) -> _Facts:
         copier = Copier(self._runtime.device, self._offload.copy_of)
         device, model = self._runtime.device, unwrapped(workload.model)
-        compiled = partial(_compiled_like, workload.model)
-        session = Session(workload, model, device, copier, recorder, compiled)
+        prepared = partial(_prepared_like, workload.model)
+        session = Session(workload, model, device, copier, recorder, prepared)
         session.train(micro_batch, accumulation_steps, windows=WINDOWS)
         recorder.stop()
         peak, notes, grown_bytes = self._runtime.stats(), session.notes, session.grown_bytes
@@ -310,8 +310,9 @@ class _Facts:
     grown_bytes: int = 0
 
 
-def _compiled_like(original: nn.Module, copied: nn.Module) -> nn.Module:
-    """Compile a copy as the original was compiled, if it was."""
+def _prepared_like(original: nn.Module, copied: nn.Module) -> nn.Module:
+    """Lay a copy's weights out as the original's are, and compile it if the original is."""
+    flatten_weights_as(unwrapped(original), copied)
     if not is_compiled(original):
         return copied
     inner: Any = original

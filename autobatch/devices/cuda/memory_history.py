@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,6 @@ from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
-from autobatch.support.torch_private import TorchDispatchMode
 
 __all__ = ["HistoryRecorder"]
 
@@ -34,7 +33,7 @@ class HistoryRecorder:
         self._first = 0
         self._marks: list[Mark] = []
         self._tags: list[tuple[int, int, Category]] = []
-        self._labels: list[tuple[int, str]] = []
+        self._ops: list[str] = []
         self._claims: list[tuple[int, Category | None]] = []
         self._kept: list[int] = []
         self._events: Sequence[TraceEvent] = ()
@@ -49,7 +48,7 @@ class HistoryRecorder:
             self._first = self._runtime.stats().events
             self._is_on = True
             if self._labelled:
-                self._switches.enter_context(_OpLabels(self._count, self._labels))
+                self._ops = self._switches.enter_context(self._runtime.naming_ops())
             try:
                 yield
             finally:
@@ -130,9 +129,9 @@ class HistoryRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Allocation(e.size_bytes, category, phase, self._op(begin), streams[e.stream])
-                for e, category, phase, (begin, _) in zip(
-                    starts, categories, phases, lives, strict=True
+                Allocation(e.size_bytes, category, phase, op, streams[e.stream])
+                for e, category, phase, op in zip(
+                    starts, categories, phases, self._named(len(starts)), strict=True
                 )
             ),
             events=tuple(events),
@@ -181,9 +180,20 @@ class HistoryRecorder:
         is_kept = keep < len(self._kept) and self._kept[keep] <= freed
         return category if is_kept else None
 
-    def _op(self, event: int) -> str:
-        place = bisect_right(self._labels, (event, "\uffff"))  # after all labels of this event
-        return self._labels[place - 1][1] if place else ""
+    def _named(self, blocks: int) -> Sequence[str]:
+        """Return the op of each block.
+
+        Raises:
+            AutobatchError: other allocations were seen by who names them.
+        """
+        if not self._labelled:
+            return [""] * blocks
+        if len(self._ops) != blocks:
+            raise AutobatchError(
+                f"PyTorch's profiler saw {len(self._ops):,} allocations where its memory history "
+                f"has {blocks:,}: measure without names of ops"
+            )
+        return self._ops
 
 
 def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end: int) -> Category:
@@ -198,21 +208,3 @@ def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end:
     if phase == "forward" and next_backward < len(backwards) and backwards[next_backward] < freed:
         return "activations"
     return "temporaries"
-
-
-class _OpLabels(TorchDispatchMode):
-    """Remembers from which event on which op runs."""
-
-    def __init__(self, count: Callable[[], int], labels: list[tuple[int, str]]):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._count = count
-        self._labels = labels
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        self._labels.append((self._count(), func._schema.name))
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self._labels.append((self._count(), ""))

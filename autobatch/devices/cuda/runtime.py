@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autobatch.devices.cuda.op_names import op_of_each_allocation
 from autobatch.errors import UsageError
 from autobatch.gpus import nvml
 from autobatch.gpus.budget import DeviceReading
@@ -189,6 +190,13 @@ class CudaRuntime:
             yield
         finally:
             record_memory_history(None, device=self.index)
+
+    def naming_ops(self) -> contextlib.AbstractContextManager[list[str]]:
+        """Return a block after which a list has the op of every allocation made in it, in order.
+
+        Ops run as they do without: PyTorch's profiler looks on.
+        """
+        return op_of_each_allocation(self.device)
 
     def snapshot(self) -> Snapshot:
         """Return the allocator's state, and its events since recording began."""

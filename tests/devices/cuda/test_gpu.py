@@ -17,6 +17,7 @@ from autobatch.memory.accounting import replay
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.support.units import GIB, MIB
+from autobatch.tuning import ceiling
 from autobatch.workload.sample import batch_builder
 from tests.support.cuda_on_cpu import CudaOnCpu, installed
 
@@ -194,8 +195,9 @@ def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
     card = CudaOnCpu(96 * MIB)
     plan = tune(card, prove=True)
     sizes = [trial.micro_batch for trial in plan.trials]
-    assert sizes[:4] == [2, 3, plan.ceiling, plan.ceiling + 1]
-    assert [trial.fits for trial in plan.trials[:4]] == [True, True, True, False]
+    proof = sizes.index(plan.ceiling + 1)
+    assert plan.ceiling in sizes[:proof] and proof <= 3
+    assert [trial.fits for trial in plan.trials[: proof + 1]] == [True] * proof + [False]
     assert plan.proven and plan.method == "trace model" and card.ooms == plan.ooms <= 1
     assert plan.ceiling_footprint.evidence == plan.footprint.evidence == "measured"
     assert plan.footprint.micro_batch == plan.micro_batch
@@ -252,7 +254,9 @@ def test_a_smaller_size_that_needs_more_is_reported_and_not_planned():
     assert any("memory is not monotone here: micro-batch 192" in w for w in plan.warnings)
 
 
-def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling():
+def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling(monkeypatch):
+    monkeypatch.setattr(ceiling, "SECONDS_BEYOND", 1e9)  # other programs may run beside this one
+
     class Shifty(nn.Module):
         def __init__(self):
             super().__init__()

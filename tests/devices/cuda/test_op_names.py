@@ -1,0 +1,25 @@
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autobatch.devices.cuda.op_names import op_of_each_allocation
+
+
+def test_an_allocation_has_the_name_of_the_op_whose_kernel_makes_it():
+    layer, inputs = nn.Linear(64, 64), torch.zeros(8, 64)
+    with op_of_each_allocation(torch.device("cpu")) as ops:
+        hidden = layer(inputs)
+        loss = F.layer_norm(hidden, (64,)).sum()
+        assert ops == []
+    assert ops[0] == "aten::addmm"  # not aten::linear, which is made of it
+    assert set(ops) >= {"aten::native_layer_norm", "aten::sum"}
+    assert not {"aten::linear", "aten::layer_norm", "aten::empty"} & set(ops)
+    with op_of_each_allocation(torch.device("cpu")) as ops:
+        loss.backward()
+    assert {"aten::native_layer_norm_backward", "aten::mm"} <= set(ops)
+
+
+def test_allocations_on_other_devices_are_not_named():
+    with op_of_each_allocation(torch.device("cuda", 0)) as ops:
+        torch.zeros(64)
+    assert ops == []

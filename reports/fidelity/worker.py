@@ -17,7 +17,9 @@ from typing import IO
 
 from autobatch.devices.base import Run
 from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.kernels import workspaces
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.support.patching import patched
 from reports.common.journal import Record
 from reports.common.results import one_line
 from reports.common.worker import answers_alone, say
@@ -119,11 +121,17 @@ def _predicted(row: Row) -> Run | str:
         what = workload(
             row.model, device="meta", checkpointing=row.checkpointing, autocast=row.autocast
         )
-        return VirtualGpu(find_gpu(row.gpu)).run(
-            what, micro_batch=row.micro_batch, accumulation_steps=row.accumulation_steps
-        )
+        with patched(workspaces, convolution_workspaces=_unknown):
+            return VirtualGpu(find_gpu(row.gpu)).run(
+                what, micro_batch=row.micro_batch, accumulation_steps=row.accumulation_steps
+            )
     except Exception as error:
         return one_line(error)
+
+
+def _unknown(*args: object) -> tuple[()]:
+    """Stand for the workspaces of cuDNN's convolutions, which the bench does not know."""
+    return ()
 
 
 def _reserve(run: Run) -> int:

@@ -60,7 +60,7 @@ def test_a_plan_reserves_what_batches_of_growing_length_do():
     work = autobatch.Workload(model=Tokens(), batch=autobatch.batch_builder(longest), window=rising)
     real = autobatch.predict(work, micro_batch=plan.micro_batch, gpu=A100)
     alone = tuned(longest)
-    assert real.peak_reserved_bytes > 1.5 * alone.footprint.peak_reserved_bytes
+    assert real.peak_reserved_bytes > 1.4 * alone.footprint.peak_reserved_bytes
     assert plan.footprint.peak_reserved_bytes >= real.peak_reserved_bytes
     assert plan.footprint.peak_allocated_bytes == alone.footprint.peak_allocated_bytes
     assert plan.ceiling_footprint.micro_batch == plan.ceiling_at_least
@@ -80,7 +80,7 @@ def test_predict_counts_the_stream_too():
     options = {"loss": loss, "gpu": A100, "micro_batch": 16}
     stream = autobatch.predict(Tokens(), sample=texts(64, 512, 64), **options)
     alone = autobatch.predict(Tokens(), sample=torch.zeros(2, 512, dtype=torch.long), **options)
-    assert stream.peak_reserved_bytes > 1.5 * alone.peak_reserved_bytes
+    assert stream.peak_reserved_bytes > 1.4 * alone.peak_reserved_bytes
 
 
 def test_nothing_is_said_of_items_of_one_shape():
@@ -89,7 +89,7 @@ def test_nothing_is_said_of_items_of_one_shape():
 
 
 def test_beyond_the_budget_the_cache_is_released_and_the_plan_says_so():
-    small = replace(A100, capacity_bytes=A100.context_bytes + 400 * 2**20)
+    small = replace(A100, capacity_bytes=A100.context_bytes + 380 * 2**20)
     plan = tuned(texts(64, 512, 64), gpu=small, target=64, headroom=0.0)
     assert plan.footprint.peak_reserved_bytes == plan.budget_bytes
     assert any("stalls the GPU" in warning for warning in plan.warnings)

@@ -1,22 +1,27 @@
 """What CUDA's normalizations allocate beside their results.
 
-Gradients of the weights of a layer norm over more than 65,536 rows are added up in two steps: rows
-are summed in groups of 32, at most 2**20 numbers in all, and then the groups. From
-`LayerNormBackwardKernelImplInternal` in `aten/src/ATen/native/cuda/layer_norm_kernel.cu`, whose
-limit on the numbers was seen in PyTorch's CUDA code on a simulated runtime.
+They copy inputs that are not contiguous, a group norm after its results and a layer norm before
+them, but for the gradient that comes in. From `layer_norm_kernel.cu` and `group_norm_kernel.cu` in
+`aten/src/ATen/native/cuda`, and `layer_norm.cpp` and `group_norm.cpp` in `aten/src/ATen/native`.
 
-A group norm keeps a scale and a shift for every channel of every sample
-(`aten/src/ATen/native/cuda/group_norm_kernel.cu`).
+Gradients of the weights of a layer norm over more than 65,536 rows are added up in two steps: rows
+are summed in groups of 32, at most 2**20 numbers in all, and then the groups
+(`LayerNormBackwardKernelImplInternal`; the limit on the numbers was seen in PyTorch's CUDA code on
+a simulated runtime).
+
+A group norm keeps a scale and a shift for every channel of every sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from autobatch.devices.virtual.kernels.convolutions import is_channels_last
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULTS, Step, Steps
@@ -29,35 +34,50 @@ _MANY_ROWS = 2**16
 _GROUP = 32
 _MOST_NUMBERS = 2**20
 _FLOAT = 4
+_NAME = "norm scratch"
 
 
-def norm_scratch(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: int = 0) -> Steps:
+def norm_scratch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     """Return what a normalization takes beside its results.
 
     Args:
         func: one of `NORMS`.
         args: its arguments.
+        kwargs: its arguments by name.
         gpu: the card, whose multiprocessors count.
-        taken: pieces of scratch that the op has taken before.
     """
-    if func is aten.native_layer_norm_backward.default:
-        _, data, shape, _, _, weight, bias, wanted = args
-        parts = [part for part, wants in ((weight, wanted[1]), (bias, wanted[2])) if wants]
-    elif func is _RMS_BACKWARD:
-        _, data, shape, _, weight, wanted = args
-        parts = [weight] if wanted[1] else []
-    else:
-        data, samples, channels = args[0], args[3], args[4]
-        return [RESULTS, *[samples * channels * _FLOAT] * 2]
+    return _RULES[func](args, gpu)
+
+
+def _forward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    return _named(_copied(args[0]))
+
+
+def _layer_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    gradient, data, shape, _, _, weight, bias, wanted = args
+    parts = [part for part, wants in ((weight, wanted[1]), (bias, wanted[2])) if wants]
+    return _backward(gradient, data, shape, parts, gpu)
+
+
+def _rms_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    gradient, data, shape, _, weight, wanted = args
+    return _backward(gradient, data, shape, [weight] if wanted[1] else [], gpu)
+
+
+def _backward(
+    gradient: Tensor, data: Tensor, shape: Sequence[int], parts: Sequence[Any], gpu: GpuSpec
+) -> Steps:
     parts = [part for part in parts if part is not None]
+    before, after = _copied(data), _copied(gradient)
+    steps: list[Step] = [*_named(before), RESULTS, *_named(after)]
     width = math.prod(shape)
     rows = data.numel() // max(width, 1)
     if rows <= _MANY_ROWS or width // _GROUP >= gpu.multiprocessors // 2 or not parts:
-        return ()
+        return steps
     groups = min(-(-rows // _GROUP), _MOST_NUMBERS // width)
     element = parts[0].element_size()
-    steps: list[Step] = [RESULTS, *[groups * width * element] * len(parts)]
-    taken += len(parts)
+    steps += [_NAME, *[groups * width * element] * len(parts)]
+    taken = len(before) + len(after) + len(parts)
     for part in parts:
         sums = [width * element, *sum_over_rows(groups, width, part.dtype, gpu)]
         steps += [*sums, *(~(taken + place) for place in reversed(range(len(sums))))]
@@ -65,15 +85,44 @@ def norm_scratch(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: int = 0) -
     return steps
 
 
-_RMS_BACKWARD = getattr(getattr(aten, "_fused_rms_norm_backward", None), "default", None)
+def _group(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    data, samples, channels = args[0], args[3], args[4]
+    return [RESULTS, *_named(_copied(data)), _NAME, *[samples * channels * _FLOAT] * 2]
 
-NORMS = tuple(
-    op
-    for op in (
-        aten.native_layer_norm_backward.default,
-        _RMS_BACKWARD,
-        aten.native_group_norm.default,
+
+def _group_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    gradient, data, _, _, _, samples, channels, _, groups = args[:9]
+    by_channel, by_group = samples * channels * _FLOAT, samples * groups * _FLOAT
+    sums = [by_channel, by_channel, by_group, by_group, by_channel]
+    return [*_named([*_copied(gradient), *_copied(data)]), RESULTS, _NAME, *sums]
+
+
+def _named(copies: Sequence[int]) -> list[Step]:
+    return ["contiguous", *copies] if copies else []
+
+
+def _copied(tensor: Tensor) -> list[int]:
+    is_dense = tensor.is_contiguous() or is_channels_last(tensor)
+    return [] if is_dense else [tensor.nbytes]
+
+
+def _known(name: str) -> Any:
+    """Return an op that not every version has."""
+    return getattr(getattr(aten, name, None), "default", None)
+
+
+_RULES = {
+    op: rule
+    for op, rule in (
+        (aten.native_layer_norm.default, _forward),
+        (aten.native_layer_norm_backward.default, _layer_backward),
+        (_known("_fused_rms_norm"), _forward),
+        (_known("_fused_rms_norm_backward"), _rms_backward),
+        (aten.native_group_norm.default, _group),
+        (aten.native_group_norm_backward.default, _group_backward),
     )
     if op is not None
-)
+}
+
+NORMS = tuple(_RULES)
 """The ops that may take scratch."""

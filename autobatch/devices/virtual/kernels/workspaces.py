@@ -103,12 +103,12 @@ _COPIED = {
     op: positions
     for positions, names in {
         (0,): """
-            convolution native_batch_norm native_layer_norm native_group_norm _softmax _log_softmax
-            avg_pool2d avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward
+            convolution native_batch_norm _softmax _log_softmax avg_pool2d avg_pool2d_backward
+            max_pool2d_with_indices max_pool2d_with_indices_backward
         """,
         (0, 1): """
-            convolution_backward native_batch_norm_backward native_layer_norm_backward
-            native_group_norm_backward _softmax_backward_data _log_softmax_backward_data
+            convolution_backward native_batch_norm_backward
+            _softmax_backward_data _log_softmax_backward_data
         """,
     }.items()
     for name in names.split()
@@ -162,10 +162,8 @@ def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     ]
 
 
-def _norm(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    copies = _copied(func, args)
-    scratch = norm_scratch(func, args, gpu, max(len(copies) - 1, 0))
-    return [*copies, "norm scratch", *scratch] if scratch else copies
+def _softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    return [RESULTS, *_copied(func, args)]
 
 
 def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -190,7 +188,9 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
 _RULES: dict[Any, tuple[str, Rule]] = {
     **dict.fromkeys(_COPIED, ("contiguous", _copies)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
-    **dict.fromkeys(NORMS, ("norm scratch", _norm)),
+    **dict.fromkeys(NORMS, ("norm scratch", norm_scratch)),
+    torch.ops.aten._softmax.default: ("contiguous", _softmax),
+    torch.ops.aten._log_softmax.default: ("contiguous", _softmax),
     torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),

@@ -17,7 +17,7 @@ def sizes(rows, width, dtype=torch.float32):
         torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, width), (width,))
     )
     args = (data, data, [width], None, None, weight, weight, [True] * 3)
-    steps = norm_scratch(BACKWARD, args, GPU)
+    steps = norm_scratch(BACKWARD, args, {}, GPU)
     return [step for step in steps if isinstance(step, int) and step >= 0]
 
 
@@ -34,3 +34,24 @@ def sizes(rows, width, dtype=torch.float32):
 )
 def test_gradients_over_many_rows_are_added_up_in_two_steps(rows, width, dtype, taken):
     assert sizes(rows, width, dtype) == taken
+
+
+def test_a_layer_norm_copies_the_input_first_and_the_gradient_last():
+    rows, columns = (torch.empty(shape, device="meta") for shape in ((64, 512), (512, 64)))
+    weight = torch.empty(512, device="meta")
+    for gradient, data, steps in (
+        (rows, columns.t(), ["contiguous", 131072, "results"]),
+        (columns.t(), rows, ["results", "contiguous", 131072]),
+    ):
+        args = (gradient, data, [512], None, None, weight, weight, [True] * 3)
+        assert norm_scratch(BACKWARD, args, {}, GPU) == steps
+
+
+def test_a_group_norm_keeps_a_scale_and_a_shift_for_every_channel_of_every_sample():
+    data = torch.empty(8, 16, 32, 16, device="meta").transpose(1, 2)
+    forward = torch.ops.aten.native_group_norm.default
+    args = (data, None, None, 8, 32, 256, 8, 1e-5)
+    assert norm_scratch(forward, args, {}, GPU) == [
+        *("results", "contiguous", 262144),
+        *("norm scratch", 1024, 1024),
+    ]

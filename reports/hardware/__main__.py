@@ -2,10 +2,13 @@
 
     python -m reports.hardware [--seconds 480] [--only NAME ...] [--folder FOLDER] [--traces ZIP]
     python -m reports.hardware render [--folder FOLDER]
+    python -m reports.hardware simulate [--folder FOLDER] [--traces ZIP]
 
 Each workload runs in a process of its own. The file is written anew after each of them, as
 FOLDER/<gpu>-torch<version>.json; `render` makes the tables and charts of FOLDER/README.md from all
-such files. With --traces, every recorded trace is kept as well. Exit code 0: everything ran; 1: a
+such files. With --traces, every recorded trace is kept as well. `simulate` predicts every file's
+workloads anew on the CPU, with the code of today; --traces then names the recorded ones, for the
+alignments. Exit code 0: everything ran; 1: a
 job failed, or time did not allow it; 2: there is no CUDA device.
 """
 
@@ -31,6 +34,7 @@ from reports.common.results import versions
 from reports.hardware.bench import file_stem
 from reports.hardware.child import traces_folder
 from reports.hardware.jobs import Jobs, run_jobs
+from reports.hardware.simulate import simulate_again
 from reports.hardware.workloads import CASES, Case
 
 FOLDER = Path(__file__).parent
@@ -42,18 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m reports.hardware", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("action", nargs="?", choices=("measure", "render"), default="measure")
+    parser.add_argument(
+        "action", nargs="?", choices=("measure", "render", "simulate"), default="measure"
+    )
     parser.add_argument("--seconds", type=float, default=480, metavar="S", help="for everything")
     known = [case.name for case in CASES]
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help=", ".join(known))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files are")
-    parser.add_argument("--traces", type=Path, metavar="ZIP", help="also keep every trace")
+    parser.add_argument("--traces", type=Path, metavar="ZIP", help="every recorded trace")
     options = parser.parse_args(arguments)
     if options.action == "render":
         from reports.hardware.render import render  # needs matplotlib
 
         render(options.folder)
         return 0
+    if options.action == "simulate":
+        return 1 if simulate_again(options.folder, options.traces, say=print) else 0
     if not torch.cuda.is_available():
         print("there is no CUDA device here, and nothing else can be measured", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch import Workload, find_gpu
+from autobatch.devices.cuda.gpu import describe
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.memory.trace import Allocation, Mark, Trace
 from autobatch.support.units import MIB
@@ -28,6 +30,7 @@ from reports.hardware.findings import Findings
 from reports.hardware.jobs import run_jobs
 from reports.hardware.measure import PlainTraining, measure, run_plain
 from reports.hardware.render import NOTHING, load, render, section
+from reports.hardware.simulate import simulate_again
 from reports.hardware.virtual import simulate_all
 from reports.hardware.workloads import CASES, Case, classify, find_case, momentum
 from tests.support import ROOT
@@ -256,6 +259,36 @@ def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, me
         assert aligned["matched"] > 30 and aligned["micro_batch"] == trace.micro_batch
         only_virtual = {op["op"] for op in aligned["only_virtual_ops"]}
         assert "cublas workspace" in only_virtual  # a CPU takes none
+
+
+def test_files_are_simulated_again_without_a_card(measured, tmp_path):
+    traces, folder = tmp_path / "traces.zip", tmp_path / "files"
+    folder.mkdir()
+    facts = measured("mlp")
+    stale = {"ceiling": {"micro_batch": -1}, "alignments": [{"micro_batch": 2}], "errors": []}
+    row = {"name": "mlp", "measure": facts, "virtual": stale}
+    file = folder / "card.json"
+    file.write_text(json.dumps({"date": "2026-01-02", "workloads": [row]}))
+    case = tiny("mlp", tiny_mlp)
+    assert simulate_again(folder, None, say=str, find=lambda name: case) == 0
+    (again,) = json.loads(file.read_text())["workloads"]
+    assert again["measure"] == json.loads(json.dumps(facts))
+    assert again["virtual"]["ceiling"]["micro_batch"] > 1
+    assert again["virtual"]["torch"] == torch.__version__
+    assert again["virtual"]["alignments"] == [{"date": "2026-01-02", "micro_batch": 2}]
+    card = facts["card"]
+    gpu = describe(card["name"], card["capacity_bytes"], tuple(card["compute_capability"]))
+    run = VirtualGpu(gpu).run(case.make(), micro_batch=2, accumulation_steps=2)
+    with zipfile.ZipFile(traces, "w") as archive:
+        blocks = [[b.size_bytes, b.category, b.phase, b.op, b.stream] for b in run.trace.blocks]
+        marks = [[m.event, m.phase, m.window, m.micro_batch] for m in run.trace.marks]
+        content = {"micro_batch": 2, "accumulation_steps": 2, "blocks": blocks}
+        content |= {"events": run.trace.events, "marks": marks}
+        archive.writestr("mlp/labelled-2.json", json.dumps(content))
+    assert simulate_again(folder, traces, say=str, find=lambda name: case) == 0
+    (aligned,) = json.loads(file.read_text())["workloads"][0]["virtual"]["alignments"]
+    assert aligned["matched"] == sum(b.size_bytes > 0 for b in run.trace.blocks)
+    assert "date" not in aligned
 
 
 def test_a_ceiling_that_the_model_cannot_foretell_is_found_and_named(measured):

@@ -44,3 +44,38 @@ class Packed(nn.Module):
 
 def test_packed_sequences_count_as_full_length():
     assert "aten::_cudnn_rnn" in ops(run(Packed(), sample=torch.zeros(2, 20, WIDTH)))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+WEIGHTS = (3 * 32 * WIDTH + 3 * 32 * 32 + 2 * 3 * 32) * 4
+
+
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+def test_weights_and_their_gradients_lie_in_one_buffer_each(autocast):
+    trace = run(
+        Tagger(),
+        sample=torch.zeros(2, 20, WIDTH),
+        loss=lambda model, batch: model(batch).square().mean(),
+        autocast=autocast,
+    )
+    flat = [b for b in trace.blocks if b.size_bytes == WEIGHTS and b.category == "parameters"]
+    assert len(flat) == 1
+    made = [b for b in trace.blocks if b.op == "aten::_cudnn_rnn_backward"]
+    gradients = {b.size_bytes for b in made if b.size_bytes >= WEIGHTS // 2}
+    assert (WEIGHTS if autocast is None else WEIGHTS // 2) in gradients  # cast to fp16, always
+
+
+def test_samples_before_steps_are_turned_and_copied():
+    trace = run(Tagger(), sample=torch.zeros(2, 20, WIDTH), n=8)
+    copies = [
+        b.size_bytes for b in trace.blocks if b.op == "cudnn scratch" and b.phase == "forward"
+    ]
+    assert copies == [8 * 20 * WIDTH * 4] * 2  # one in each window

@@ -66,3 +66,58 @@ class Custom(nn.Module):
 
 def test_sums_in_a_users_own_backward_take_memory():
     assert made_by(Custom(), "aten::add.Tensor") == [NARROW_BYTES, NARROW_BYTES]
+
+
+class LaterBias(nn.Module):
+    """Linear layers whose input is not contiguous, so that the bias is added to the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.weight = (
+            nn.Linear(NARROW, NARROW),
+            nn.Parameter(torch.zeros(NARROW, NARROW)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.unsqueeze(0).expand(2, -1, -1).transpose(0, 1)
+        first = self.layer(turned)
+        return (first.transpose(0, 1) @ self.weight) + self.layer.bias  # this one is the user's
+
+
+def test_a_linear_layer_adds_its_bias_in_place_and_a_sum_of_the_users_does_not():
+    assert made_by(LaterBias(), "aten::add.Tensor", "forward") == [2 * NARROW_BYTES]
+
+
+class Indexed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(8, NARROW))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table[torch.zeros(len(x), dtype=torch.long, device=x.device)]
+        return (
+            x
+            * rows
+            * self.table.gather(0, torch.zeros(1, NARROW, dtype=torch.long, device=x.device))
+        )
+
+
+def test_gradients_of_indexed_tensors_are_put_into_zeros():
+    assert made_by(Indexed(), "aten::index_put") == []
+    assert made_by(Indexed(), "aten::scatter_add") == []
+    assert made_by(Indexed(), "zeros") == [8 * NARROW * 4] * 2
+
+
+def test_a_masked_score_is_the_score():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(NARROW, NARROW)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)[None, None]
+            mask = torch.zeros(x.shape[2], x.shape[2], device=x.device)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    assert made_by(Attention(), "aten::add.Tensor", "forward") == []

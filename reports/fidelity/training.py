@@ -69,7 +69,8 @@ def train(row: Row, *, labelled: bool = True) -> Truth:
                         AUTOCAST_DTYPES.get(row.autocast or "", torch.bfloat16),
                         enabled=row.autocast is not None,
                     ):
-                        loss = loss_of(model, batch) / row.accumulation_steps
+                        loss = loss_of(model, batch)
+                    loss = loss / row.accumulation_steps
                     recorder.begin("backward", window, step)
                     loss.backward()
                 recorder.begin("step", window, row.accumulation_steps - 1)

@@ -102,6 +102,7 @@ def test_shapes_and_what_runs_are_read_from_the_words_of_a_course_row():
     [
         (COURSE, {"compile": "inductor"}, "compiled"),
         (COURSE, {"set": "elsewhere"}, "no known kind"),
+        (COURSE, {"set": "litgpt"}, "not written anew"),
         (COURSE, {"model": "own TransformerLM"}, "own model"),
         (COURSE, {"notes": "rounded"}, "rounded"),
         (COURSE, {"notes": "read off memory_viz, unit unclear"}, "chart"),

@@ -316,3 +316,13 @@ def test_the_command_predicts_a_table_and_goes_on_where_it_stopped(tmp_path, cap
     assert (out / "predicted-against-measured.svg").exists()
     assert "median error" in capsys.readouterr().out
     assert Path(out / "errors.csv").read_text().count("\n") == 4
+
+
+def test_a_students_own_softmax_keeps_its_powers_twice():
+    own = "NiuHuangxiaozi/assignment2-systems"
+    plain, students = (
+        run_step(step_of(row(COURSE, source=source, config=FORWARD, seq_or_image="512")))
+        for source in ("yyin-dev/cs336-a2", own)
+    )
+    scores = 2 * 4 * 512**2 * 4
+    assert students["allocated_bytes"] - plain["allocated_bytes"] > 1.5 * scores

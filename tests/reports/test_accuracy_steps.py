@@ -319,10 +319,14 @@ def test_the_command_predicts_a_table_and_goes_on_where_it_stopped(tmp_path, cap
 
 
 def test_a_students_own_softmax_keeps_its_powers_twice():
-    own = "NiuHuangxiaozi/assignment2-systems"
+    def taken(source: str, layers: int) -> int:
+        config = FORWARD.replace("2 layers", f"{layers} layers")
+        found = run_step(step_of(row(COURSE, source=source, config=config, seq_or_image="512")))
+        return int(found["allocated_bytes"])
+
     plain, students = (
-        run_step(step_of(row(COURSE, source=source, config=FORWARD, seq_or_image="512")))
-        for source in ("yyin-dev/cs336-a2", own)
+        taken(source, 4) - taken(source, 2)
+        for source in ("yyin-dev/cs336-a2", "NiuHuangxiaozi/assignment2-systems")
     )
-    scores = 2 * 4 * 512**2 * 4
-    assert students["allocated_bytes"] - plain["allocated_bytes"] > 1.5 * scores
+    scores = 2 * 4 * 512**2 * 4  # samples, heads, pairs, bytes
+    assert students - plain == pytest.approx(2 * scores, rel=0.05)

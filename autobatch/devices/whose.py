@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from autobatch.support.torch_private import OpOverload, OpOverloadPacket
+
 __all__ = ["holds_tensors", "is_kept", "is_own_class", "is_own_function", "is_own_module"]
 
 _LIBRARIES = (
@@ -43,6 +45,8 @@ _KEPT: tuple[type, ...] = (
     GeneratorType,
     torch.cuda.Stream,
     torch.cuda.Event,
+    OpOverload,  # lists and policies name ops, and ops hold one another
+    OpOverloadPacket,
     *(
         (torch.distributed.ProcessGroup, torch.distributed.distributed_c10d.Store)
         if torch.distributed.is_available()
@@ -56,10 +60,8 @@ def is_kept(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, (nn.Module, Tensor)):
         return False
-    module = kind.__module__ or ""
-    if module == "torch._ops":  # an op, which lists and policies name; it holds other ops
-        return True
-    return isinstance(value, _KEPT) or module.partition(".")[0] in _KEPT_ROOTS
+    root = (kind.__module__ or "").partition(".")[0]
+    return isinstance(value, _KEPT) or root in _KEPT_ROOTS
 
 
 def is_own_function(function: FunctionType) -> bool:

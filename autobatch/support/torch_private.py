@@ -40,6 +40,7 @@ __all__ = [
     "FakeTensorMode",
     "Fsdp2",
     "OpOverload",
+    "OpOverloadPacket",
     "PrivateUse1Hooks",
     "ProfiledEvent",
     "TorchDispatchMode",
@@ -103,7 +104,7 @@ with _known():
     from torch._C._autograd import DeviceType
     from torch._C._profiler import _EventType as ProfiledEvent
     from torch._guards import detect_fake_mode
-    from torch._ops import OpOverload
+    from torch._ops import OpOverload, OpOverloadPacket
     from torch._subclasses import fake_tensor
     from torch._subclasses.fake_impls import op_implementations_checks
     from torch._subclasses.fake_tensor import (

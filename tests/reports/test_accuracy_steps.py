@@ -102,6 +102,7 @@ def test_shapes_and_what_runs_are_read_from_the_words_of_a_course_row():
     [
         (COURSE, {"compile": "inductor"}, "compiled"),
         (COURSE, {"set": "elsewhere"}, "no known kind"),
+        (COURSE, {"set": "litgpt"}, "not written anew"),
         (COURSE, {"model": "own TransformerLM"}, "own model"),
         (COURSE, {"notes": "rounded"}, "rounded"),
         (COURSE, {"notes": "read off memory_viz, unit unclear"}, "chart"),
@@ -315,3 +316,17 @@ def test_the_command_predicts_a_table_and_goes_on_where_it_stopped(tmp_path, cap
     assert (out / "predicted-against-measured.svg").exists()
     assert "median error" in capsys.readouterr().out
     assert Path(out / "errors.csv").read_text().count("\n") == 4
+
+
+def test_a_students_own_softmax_keeps_its_powers_twice():
+    def taken(source: str, layers: int) -> int:
+        config = FORWARD.replace("2 layers", f"{layers} layers")
+        found = run_step(step_of(row(COURSE, source=source, config=config, seq_or_image="512")))
+        return int(found["allocated_bytes"])
+
+    plain, students = (
+        taken(source, 4) - taken(source, 2)
+        for source in ("yyin-dev/cs336-a2", "NiuHuangxiaozi/assignment2-systems")
+    )
+    scores = 2 * 4 * 512**2 * 4  # samples, heads, pairs, bytes
+    assert students - plain == pytest.approx(2 * scores, rel=0.05)

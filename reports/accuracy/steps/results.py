@@ -86,11 +86,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """Summarise the errors by set, sharding, precision, optimizer and metric."""
     ran_out = [case for case in cases if case.row.ran_out and _predicted(case, found) is not None]
-    foretold = sum(
-        (_predicted(case, found) or 0) > find_gpu(case.step.gpu).capacity_bytes
-        for case in ran_out
-        if case.step is not None
-    )
+    foretold = sum(_is_too_much(case, found) for case in ran_out)
     facts: dict[str, Any] = {"table_rows": len(cases)}
     facts |= _figures(scored)
     facts["needed"] = needed_of(scored)
@@ -100,6 +96,16 @@ def summary_of(
     facts["causes"] = _causes(cases, found)
     facts["assumptions"] = _assumptions(cases, found)
     return facts
+
+
+def _is_too_much(case: Case, found: Mapping[str, Record]) -> bool:
+    """Whether what is reserved, and a context, exceed the card of a row."""
+    assert case.step is not None
+    card = find_gpu(case.step.gpu)
+    stated = re.search(r"(\d+)gb$", case.row["gpu"].lower())  # a card that another stands for
+    capacity = int(stated[1]) * GIB if stated else card.capacity_bytes
+    reserved: int = found[case.step.key]["reserved_bytes"]
+    return reserved + card.context_bytes > min(capacity, card.capacity_bytes)
 
 
 def needed_of(scored: Sequence[Scored]) -> dict[str, float]:

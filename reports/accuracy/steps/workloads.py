@@ -14,6 +14,7 @@ from torch import nn
 from autobatch.workload.workload import AUTOCAST_DTYPES, WindowFunction, Workload
 from reports.accuracy.steps import course
 from reports.accuracy.steps.configuration import Step
+from reports.accuracy.steps.course_own import OwnTransformer
 from reports.accuracy.steps.titan_runs import titan_workload
 from reports.accuracy.steps.transformers_workloads import docs_workload, tuning_workload
 
@@ -25,7 +26,8 @@ def course_workload(step: Step) -> Workload:
     told = step.options
     shapes = {name: told[name] for name in ("vocabulary", "width", "layers", "heads", "inner")}
     with torch.device("meta"):
-        model = course.CourseTransformer(
+        kind = OwnTransformer if told["model"] == "own" else course.CourseTransformer
+        model = kind(
             length=told.get("context") or told["length"], segment=told["segment"], **shapes
         )
 

@@ -44,8 +44,8 @@ def test_a_stub_hands_out_handles_sizes_and_texts(text: str) -> None:
     assert "double p1, void *p2" in body("fooScale", text)
 
 
-def test_what_no_header_declares_succeeds_without_writing(text: str) -> None:
-    assert body("fooUnknown", text) == "long fooUnknown(void) { NOTE(fooUnknown) return 0; }"
+def test_what_no_public_header_declares_has_no_answer(text: str) -> None:
+    assert body("fooUnknown", text) == 'void fooUnknown(void) { card_not_public("fooUnknown"); }'
 
 
 def test_what_the_runtime_does_not_simulate_is_not_supported() -> None:

@@ -85,9 +85,15 @@ def _code_version(spec: GpuSpec, architectures: str) -> int:
 
 
 def _shared_file() -> str:
-    """Make the file in which processes tell each other what they hold of the cards."""
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    number, path = tempfile.mkstemp(prefix="simulated-card-", dir=folder)
+    """Make the file in which processes tell each other what they hold of the cards.
+
+    Files of makers that ended without removing theirs, as workers of tests do, are removed.
+    """
+    folder = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+    for path in folder.glob("simulated-card-*-*"):
+        if not Path(f"/proc/{path.name.split('-')[2]}").exists():
+            path.unlink(missing_ok=True)
+    number, path_made = tempfile.mkstemp(prefix=f"simulated-card-{os.getpid()}-", dir=folder)
     os.close(number)
-    atexit.register(Path(path).unlink, missing_ok=True)
-    return path
+    atexit.register(Path(path_made).unlink, missing_ok=True)
+    return path_made

@@ -1,3 +1,3 @@
-"""Programs run on the bench and are not collected: some need libraries that may be missing."""
+"""Programs run on the bench and are not collected here: some need libraries of their own."""
 
 collect_ignore_glob = ["programs/*.py"]

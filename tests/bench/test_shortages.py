@@ -16,3 +16,11 @@ def test_a_shortage_at_any_allocation_changes_nothing(setting: str) -> None:
     assert not runs[-1]["short"]
     for run in runs:
         assert run["same"] and run["left"] == 0
+
+
+def test_a_model_that_cannot_return_waits_for_the_next_probe() -> None:
+    found = answer("no_way_back", capacity="2GiB")
+    assert "wait in host memory and cannot return to the GPU" in found["said"]
+    assert "free memory there and probe again" in found["said"]
+    assert found["empty"] == [False, False, True, True]
+    assert found["same"]

@@ -22,7 +22,7 @@ from torch import nn
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier, flatten_weights_as
 from autobatch.devices.cuda.memory_history import HistoryRecorder
-from autobatch.devices.cuda.offload import HostOffload
+from autobatch.devices.cuda.offload import HostOffload, put_back_what_waits
 from autobatch.devices.cuda.runtime import CudaRuntime, Stats
 from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
@@ -164,6 +164,8 @@ class CudaGpu:
         Raises:
             UsageError: PyTorch's memory history is being recorded already.
             WorkloadError: the host has no room for it.
+            AutobatchError: it could not return to the card, or that of an earlier probe still
+                cannot; the next call puts it back first.
         """
         if self._runtime.is_recording:
             raise UsageError(
@@ -171,6 +173,7 @@ class CudaGpu:
                 f"with torch.cuda.memory._record_memory_history(None), or {_own_process()}"
             )
         gc.collect()  # cyclic garbage from before may hold memory of the card
+        put_back_what_waits()
         with process_state_preserved(), self._runtime.selected():
             before = self._runtime.stats()
             try:

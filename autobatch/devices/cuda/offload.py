@@ -14,7 +14,20 @@ from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.units import format_bytes
 
-__all__ = ["HostOffload"]
+__all__ = ["HostOffload", "put_back_what_waits"]
+
+_waiting: list[HostOffload] = []
+"""What could not go back: its bytes are nowhere else, so that it is kept until it can."""
+
+
+def put_back_what_waits() -> None:
+    """Put back what earlier probes had to leave in host memory.
+
+    Raises:
+        AutobatchError: the GPU still has no room for it.
+    """
+    for offload in _waiting:
+        offload.restore()
 
 
 class HostOffload:
@@ -93,16 +106,19 @@ class HostOffload:
 
         Raises:
             AutobatchError: the GPU no longer has room. What could not go back stays on the host;
-                another call goes on from there.
+                another call, or `put_back_what_waits`, goes on from there.
         """
+        if self in _waiting:
+            _waiting.remove(self)
         for key, (storage, host) in list(self._kept.items()):
             try:
                 storage.resize_(host.nbytes)
             except torch.OutOfMemoryError as error:
+                _waiting.append(self)
                 raise AutobatchError(
-                    f"{format_bytes(self.bytes_held)} of the model's own state cannot return to "
-                    f"the GPU, because something else has taken its place ({error}); free memory "
-                    "there, or load the model again"
+                    f"{format_bytes(self.bytes_held)} of the model's own state wait in host memory "
+                    f"and cannot return to the GPU, because something else has taken their place "
+                    f"({error}); free memory there and probe again, which puts them back first"
                 ) from None
             self._bytes(storage).copy_(host)
             del self._kept[key]

@@ -61,18 +61,19 @@ def planned(rank: int) -> dict[str, object]:
 def main() -> None:
     local = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(local)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+    # over NCCL alone, objects are cut: their sizes are compared by a kernel
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
     rank, world = dist.get_rank(), dist.get_world_size()
-    objects: list[object] = [None] * world
-    dist.all_gather_object(objects, {"rank": rank, "text": "x" * rank})
-    sent = [f"from {rank}"]
-    dist.broadcast_object_list(sent, src=world - 1)
     total = torch.tensor([rank + 1.0], device="cuda")
     dist.all_reduce(total)
+    gathered = [torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(world)]
+    dist.all_gather(gathered, torch.tensor([10 + rank], device="cuda"))
+    sent = torch.tensor([20 + rank], device="cuda")
+    dist.broadcast(sent, src=world - 1)
     dist.barrier()
     found = {
-        "objects": objects,
-        "sent": sent,
+        "gathered": [each.item() for each in gathered],
+        "sent": sent.item(),
         "total": total.item(),
         "ddp": trained(nn.parallel.DistributedDataParallel(layers().cuda())),
         "fsdp2": trained(sharded()),

@@ -21,6 +21,7 @@ extern int card_log_level;
 void card_log_init(void);
 void card_log(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void card_stub(const char *name, int *seen);
+void card_not_public(const char *name) __attribute__((noreturn));
 #define WARN(...) do { if (card_log_level >= 1) card_log(__VA_ARGS__); } while (0)
 #define TRACE(...) do { if (card_log_level >= 2) card_log(__VA_ARGS__); } while (0)
 

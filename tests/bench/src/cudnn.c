@@ -13,7 +13,9 @@
 
 size_t cudnnGetVersion(void) { return CUDNN_VERSION; }
 size_t cudnnGetCudartVersion(void) { return CUDA_VERSION; }
-const char *cudnnGetErrorString(cudnnStatus_t status) { return status ? "CUDNN_STATUS_NOT_SUPPORTED" : "CUDNN_STATUS_SUCCESS"; }
+const char *cudnnGetErrorString(cudnnStatus_t status) {
+    return status ? "CUDNN_STATUS_NOT_SUPPORTED" : "CUDNN_STATUS_SUCCESS";
+}
 void cudnnGetLastErrorString(char *message, size_t size) {
     if (size) *message = 0;
 }
@@ -289,7 +291,8 @@ static void *weight(cudnnRNNDescriptor_t rnn, int layer, int linear, bool bias, 
     int rows, columns;
     size_t at = place_of(rnn, layer, linear, bias, &rows, &columns);
     if (!rows) return NULL;
-    cudnnSetTensorNdDescriptor(descriptor, rnn->type, 3, (int[]){1, rows, columns}, (int[]){rows * columns, columns, 1});
+    int sizes[] = {1, rows, columns}, strides[] = {rows * columns, columns, 1};
+    cudnnSetTensorNdDescriptor(descriptor, rnn->type, 3, sizes, strides);
     return (char *)(uintptr_t)space + at * element_bytes(rnn->type);
 }
 cudnnStatus_t cudnnGetRNNWeightParams(cudnnHandle_t handle, cudnnRNNDescriptor_t rnn, int32_t layer, size_t size,

@@ -102,7 +102,8 @@ EXPORT void CUDARTAPI __cudaRegisterVar(void **handle, char *host, char *device,
     symbols[symbol_count++] = (Symbol){host, size, NULL};
     pthread_mutex_unlock(&lock);
 }
-EXPORT unsigned CUDARTAPI __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
+EXPORT unsigned CUDARTAPI __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
+                                                      struct CUstream_st *stream) {
     if (depth == 8) return 1;
     configurations[depth].grid = grid, configurations[depth].block = block;
     configurations[depth].shared = shared, configurations[depth].stream = stream;

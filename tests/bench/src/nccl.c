@@ -66,7 +66,8 @@ static Mailbox *open_mailbox(unsigned long long id, int ranks) {
     size_t size = sizeof(Mailbox) + (size_t)ranks * SMALL;
     int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (file < 0) return NULL;
-    void *map = ftruncate(file, (off_t)size) ? MAP_FAILED : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    void *map = MAP_FAILED;
+    if (!ftruncate(file, (off_t)size)) map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (map == MAP_FAILED) return NULL;
     Mailbox *mailbox = map;
@@ -135,7 +136,7 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *made
     comm->splits++;
     *made = NULL;
     if (result || color == NCCL_SPLIT_NOCOLOR) return result;
-    unsigned long long id = comm->id ^ ((unsigned long long)comm->splits << 40) ^ ((unsigned long long)color * 2654435761u);
+    unsigned long long id = comm->id ^ (unsigned long long)comm->splits << 40 ^ (unsigned long long)color * 2654435761u;
     return make(made, rank, ranks, id, !comm->mailbox);
 }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
@@ -186,11 +187,14 @@ static size_t width_of(ncclDataType_t type) {
     }
 }
 
-#define COMBINE(type)                                                                   \
-    for (size_t i = 0; i < count; i++) {                                                \
-        type a = ((type *)to)[i], b = ((const type *)from)[i];                          \
-        ((type *)to)[i] = op == ncclMax ? (a > b ? a : b) : op == ncclMin ? (a < b ? a : b) : op == ncclProd ? a * b : a + b; \
-    }                                                                                   \
+#define COMBINE(type)                                          \
+    for (size_t i = 0; i < count; i++) {                       \
+        type *a = (type *)to + i, b = ((const type *)from)[i]; \
+        if (op == ncclMax) *a = *a > b ? *a : b;               \
+        else if (op == ncclMin) *a = *a < b ? *a : b;          \
+        else if (op == ncclProd) *a *= b;                      \
+        else *a += b;                                          \
+    }                                                          \
     break
 static void combine(void *to, const void *from, size_t count, ncclDataType_t type, ncclRedOp_t op) {
     switch (type) {

@@ -61,7 +61,10 @@ API nvmlDeviceGetHandleByPciBusId_v2(const char *address, Device *device) {
 API nvmlDeviceGetHandleByPciBusId(const char *address, Device *device) {
     return nvmlDeviceGetHandleByPciBusId_v2(address, device);
 }
-API nvmlDeviceGetName(Device device, char *to, unsigned length) { (void)device; return text(to, length, card_gpu()->name); }
+API nvmlDeviceGetName(Device device, char *to, unsigned length) {
+    (void)device;
+    return text(to, length, card_gpu()->name);
+}
 API nvmlDeviceGetUUID(Device device, char *to, unsigned length) {
     char known[UUID_TEXT];
     card_uuid_text(card_of(device), known);

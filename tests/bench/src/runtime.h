@@ -23,7 +23,8 @@ HIDDEN cudaError_t result_of(cudaError_t error);
 HIDDEN cudaError_t error_of(MemoryResult result);
 /* Open the context of this thread's device. */
 HIDDEN cudaError_t open_context(void);
-/* The stream that a handle means; the default stream of this thread's device for 0, cudaStreamLegacy and cudaStreamPerThread. */
+/* The stream that a handle means; the default stream of this thread's device for 0, cudaStreamLegacy and
+ * cudaStreamPerThread. */
 HIDDEN struct CUstream_st *stream_of(cudaStream_t stream);
 
 /* Of a kernel that fills a contiguous tensor: the bytes of an element; 0 of any other kernel. */

@@ -6,8 +6,8 @@
 
 Every ceiling n is compared with direct execution on the virtual GPU: n fits, n + 1 does not. Exit
 code 1 if a ceiling is wrong, or if it took more than 3 executions (4 where memory is quadratic in
-the micro-batch, or cuDNN cuts a weight gradient into another number of slices) or an
-out-of-memory error.
+the micro-batch, or where kernels take scratch memory at large sizes that they do not take at small
+ones) or an out-of-memory error.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def with_toma(what: Subject, tried: Tried) -> tuple[int | None, int]:
         steps.clear()
         run(0, TARGET)
         loop.step()
-    return max(steps), sum(steps)
+    return min(steps), sum(steps)  # what it came down to
 
 
 def with_batch_finder(what: Subject, tried: Tried) -> tuple[int | None, int]:

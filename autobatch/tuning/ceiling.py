@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from autobatch.devices.base import Run
 from autobatch.errors import HostMemoryError, WorkloadError
@@ -128,15 +129,20 @@ def _find_ceiling(
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
     guess = foreseen.micro_batch if foreseen is not None else None
-    try:
-        if foreseen is not None and (near := _near(probe, limit, foreseen)):
-            return _by_model(probe, limit, wanted, prove, near)
-        for size in (first, second):
-            if (shortage := probe.run(size).shortage) is not None:
-                raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
-        return _by_model(probe, limit, wanted, prove, (first, second))
-    except Misaligned as error:
-        return _by_execution(probe, limit, reason=str(error), share=share, guess=guess)
+    reason = ""
+    # a simulation's kernels vary where they take scratch memory at large sizes only
+    for kernels_may_vary in (True,) if probe.device.scratch_varies else (False, True):
+        follow = partial(_by_model, probe, limit, wanted, prove, kernels_may_vary)
+        try:
+            if foreseen is not None and (near := _near(probe, limit, foreseen)):
+                return follow(near)
+            for size in (first, second):
+                if (shortage := probe.run(size).shortage) is not None:
+                    raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
+            return follow((first, second))
+        except Misaligned as error:
+            reason = reason or str(error)
+    return _by_execution(probe, limit, reason=reason, share=share, guess=guess)
 
 
 def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
@@ -152,20 +158,25 @@ def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
     beyond -= probe.predict(foreseen.model, first).peak_reserved_bytes
     search, _ = _search_model(foreseen.model, probe, limit, beyond)
     second = search.ceiling if search.ceiling not in (0, first) else min(_SMALL)
-    while probe.run(second).shortage is not None:
+    while probe.run(second).shortage is not None:  # what was not foreseen is seen below it
         second = int(_RETREAT * second) if int(_RETREAT * second) > first else min(_SMALL)
     return first, second
 
 
 def _by_model(
-    probe: Probe, limit: int, wanted: int | None, prove: bool, sizes: Sequence[int]
+    probe: Probe,
+    limit: int,
+    wanted: int | None,
+    prove: bool,
+    kernels_may_vary: bool,
+    sizes: Sequence[int],
 ) -> Ceiling:
     """Follow the model to a ceiling that was executed, corrected by each execution on the way.
 
     Raises:
         Misaligned: the executions follow no quadratic in the micro-batch.
     """
-    model = _fit(probe, sizes)
+    model = _fit_nearest(probe) if kernels_may_vary else _fit(probe, sizes)
     search, predicted = _search_model(model, probe, limit)
     confirmed = False
     for _ in range(_EXECUTIONS):
@@ -175,7 +186,7 @@ def _by_model(
             wanted = None
             if model.predicts_start_of(whole.trace) and probe.trials[-1].fits:
                 return _modelled(search, model, predicted, whole)
-        size = _next_check(ceiling, limit, probe, confirmed)
+        size = _next_check(ceiling, limit, probe, confirmed, kernels_may_vary)
         if size == 1:  # one sample may be allocated in an order of its own
             return _small_ceiling(probe, model)
         if size is None and prove and ceiling < limit and ceiling + 1 not in probe.runs:
@@ -188,7 +199,7 @@ def _by_model(
             size = int(_RETREAT * size)  # a size that runs through tells what was not foreseen
             if size <= max(_SMALL):
                 raise Misaligned(f"micro-batch {size + 1} ran out of memory ({shortage})")
-        corrected = _corrected(model, probe, size)
+        corrected = _fit_nearest(probe) if kernels_may_vary else _corrected(model, probe, size)
         confirmed = corrected is model
         if not confirmed:
             model = corrected
@@ -212,8 +223,19 @@ def _modelled(
 
 
 def _fit(probe: Probe, sizes: Sequence[int]) -> TraceModel:
-    traces = [probe.run(size).trace for size in sizes]
-    return TraceModel.fit(traces, kernels_may_vary=probe.device.scratch_varies)
+    return TraceModel.fit([probe.run(size).trace for size in sizes])
+
+
+def _fit_nearest(probe: Probe) -> TraceModel:
+    """Fit what may vary from size to size by the largest sizes, which are nearest to the ceiling.
+
+    Raises:
+        Misaligned: traces have too little in common.
+    """
+    complete = sorted(n for n, run in probe.runs.items() if run.shortage is None)
+    chosen = sorted({complete[0], *complete[-2:]})
+    traces = [probe.runs[size].trace for size in chosen]
+    return TraceModel.fit(traces, kernels_may_vary=True)
 
 
 def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
@@ -222,9 +244,6 @@ def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
     Raises:
         Misaligned: there is none.
     """
-    if probe.device.scratch_varies:
-        complete = sorted(n for n, run in probe.runs.items() if run.shortage is None)
-        return _fit(probe, [complete[0], *complete[-2:]])  # nearest to where it is asked
     difference = model.difference(probe.run(size).trace)
     if difference is None:
         return model
@@ -262,10 +281,12 @@ def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
     return measured - probe.predict(model, largest).peak_reserved_bytes
 
 
-def _next_check(ceiling: int, limit: int, probe: Probe, confirmed: bool) -> int | None:
+def _next_check(
+    ceiling: int, limit: int, probe: Probe, confirmed: bool, kernels_may_vary: bool
+) -> int | None:
     """Return the size to execute next, or None where the ceiling stands."""
     size = max(ceiling, 1)
-    if probe.device.must_run_the_plan:
+    if kernels_may_vary:
         return None if size in probe.runs else size
     if confirmed:
         return None

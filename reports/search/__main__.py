@@ -2,11 +2,12 @@
 
     python -m reports.search [--json FILE] [names ...]
     python -m reports.search --random N --seed S [--json FILE]
+    python -m reports.search bench [--table ceilings|finders] [--match GLOB] [--render]
 
 Every ceiling n is compared with direct execution on the virtual GPU: n fits, n + 1 does not. Exit
 code 1 if a ceiling is wrong, or if it took more than 3 executions (4 where memory is quadratic in
-the micro-batch, or cuDNN cuts a weight gradient into another number of slices) or an
-out-of-memory error.
+the micro-batch, or where kernels take scratch memory at large sizes that they do not take at small
+ones) or an out-of-memory error.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ def _random_card(chance: random.Random) -> GpuSpec:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["bench"]:
+        from reports.search.bench import main as bench  # the other commands need no bench
+
+        return bench(words[1:])
     parser = argparse.ArgumentParser(prog="python -m reports.search", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     known = [case.name for case in CASES]
@@ -118,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="draw them with this seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if unknown := set(options.names) - set(known):
         parser.error(f"no model {', '.join(sorted(unknown))} here: use {', '.join(known)}")
     drawn = options.random is not None

@@ -24,6 +24,7 @@ from autobatch.integrations.lightning import AutobatchCallback  # noqa: E402
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # trainers here are on the CPU
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]

@@ -10,14 +10,21 @@ import importlib
 import json
 import os
 import pickle
+import signal
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from autobatch.support.units import GIB
+from reports.common.memory import resident_bytes
 from reports.common.results import one_line
 from reports.common.worker import answers_alone, say
 from reports.fidelity.rows import Row
+
+MEMORY_LIMIT_BYTES = 6 * GIB
+_POLL_S = 0.05
 
 
 def main() -> int:
@@ -34,9 +41,20 @@ def main() -> int:
             os.environ["CARD_CUDNN_RNN_RESERVE"] = str(task["reserve_bytes"])
             _run(Row.of(task), Path(task["file"]))
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        say(answers, status=status)
+        say(answers, status=_waited(child))
     return 0
+
+
+def _waited(child: int) -> int:
+    """Wait for a child to end, and end it where it fills the memory of the machine."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        with suppress(OSError):
+            if resident_bytes(child) > MEMORY_LIMIT_BYTES:  # fills are real on the bench
+                os.kill(child, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 def _run(row: Row, file: Path) -> None:

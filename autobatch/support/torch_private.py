@@ -63,6 +63,8 @@ __all__ = [
     "register_private_use_1",
     "run_backward",
     "storage_use_count",
+    "subclasses",
+    "torch_version",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
@@ -93,6 +95,7 @@ def _require(owner: Any, *names: str) -> None:
 
 
 with _known():
+    import torch._subclasses as subclasses
     from torch import _VF as VF
     from torch._C import DisableTorchFunction, DispatchKeySet
     from torch._C import _current_graph_task_id as current_graph_task_id
@@ -148,6 +151,11 @@ def preload_fake_tensors() -> None:
         import torch._functorch.config
         import torch.fx.experimental.symbolic_shapes
         import torch.nested._internal.nested_tensor  # noqa: F401
+
+
+def torch_version() -> tuple[int, ...]:
+    """Return the major and the minor number of PyTorch's version."""
+    return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def cudnn_bindings() -> Any:

@@ -37,6 +37,7 @@ from autobatch.support.torch_private import (
     fake_tensor,
     private_use_1_name,
     register_private_use_1,
+    subclasses,
 )
 
 __all__ = ["Inert", "built_for", "emulated_cuda", "virtual_device"]
@@ -185,7 +186,7 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))
         patches.enter_context(patched(nn.Module, _apply=_apply_to_fakes))
         # libraries that ask leave out of a traced run what a real one does
-        patches.enter_context(patched(torch._subclasses, FakeTensor=_NoTensor))
+        patches.enter_context(patched(subclasses, FakeTensor=_NoTensor))
         patches.enter_context(patched(torch.nested, **dict.fromkeys(_NESTED, _refuse_nested)))
         patches.enter_context(
             # FakeTensorMode would follow constants, as `known_values.py` does

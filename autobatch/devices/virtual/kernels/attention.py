@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autobatch.support.torch_private import cudnn_bindings
+from autobatch.support.torch_private import cudnn_bindings, torch_version
 
 __all__ = ["attend"]
 
@@ -78,7 +78,7 @@ def attend(
         dropout=float(dropout_p),
         is_causal=is_causal,
         has_groups=query.dim() == 4 and query.size(-3) != key.size(-3),
-        may_group=enable_gqa or (key.size(-3) == 1 and _version() >= _GROUPS_SINCE),
+        may_group=enable_gqa or (key.size(-3) == 1 and torch_version() >= _GROUPS_SINCE),
         needs_grad=needs_grad,
         capability=capability,
     )
@@ -109,10 +109,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and tensor.is_floating_point():
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def _cudnn_version() -> int:
@@ -180,7 +176,7 @@ def _efficient_can(call: _Call) -> bool:
         (half or query.dtype is torch.float32)
         and (query.dtype is not torch.bfloat16 or call.capability >= (8, 0))
         and call.capability >= (5, 0)
-        and not (call.has_groups and _version() < _GROUPS_SINCE)
+        and not (call.has_groups and torch_version() < _GROUPS_SINCE)
         and query.size(-1) == call.key.size(-1)
         and query.size(-1) % alignment == 0
         and call.value.size(-1) % alignment == 0

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.support.torch_private import torch_version
 from autobatch.support.units import KIB, MIB
 
 __all__ = ["copied_operands", "cublas_bytes", "cublaslt_bytes", "is_product", "uses_cublaslt"]
@@ -92,11 +93,7 @@ def cublaslt_bytes() -> int:
     `TORCH_CUBLASLT_UNIFIED_WORKSPACE` and `CUBLASLT_WORKSPACE_SIZE`, in KiB, override them.
     """
     shares = os.environ.get("TORCH_CUBLASLT_UNIFIED_WORKSPACE")
-    if shares == "1" or (shares != "0" and _version() >= _SHARED_SINCE):
+    if shares == "1" or (shares != "0" and torch_version() >= _SHARED_SINCE):
         return 0
     size = os.environ.get("CUBLASLT_WORKSPACE_SIZE", "")
     return int(size) * KIB if size.isdigit() else MIB
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split(".")[:2]))

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from autobatch.support.torch_private import torch_version
+
 __all__ = ["order_of"]
 
 aten = torch.ops.aten
@@ -18,11 +20,7 @@ def _of_efficient_attention(args: Sequence[Any]) -> Sequence[int]:
     PyTorch 2.12 and older versions have none without dropout.
     """
     has_seeds = len(args) > 5 and args[5]
-    return (0, 1) if has_seeds or _version() < _UNUSED_SEEDS_SINCE else (2, 3, 0, 1)
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split(".")[:2]))
+    return (0, 1) if has_seeds or torch_version() < _UNUSED_SEEDS_SINCE else (2, 3, 0, 1)
 
 
 _UNUSED_SEEDS_SINCE = (2, 13)

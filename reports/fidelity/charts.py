@@ -55,5 +55,5 @@ def scatter(compared: Sequence[Record]) -> Figure:
         )
         axes.set_xlabel("reserved at the peak on the simulated runtime, GiB")
         axes.set_title("Larger error of allocated and reserved peaks, every row", fontsize=10.5)
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=4)
         return figure

@@ -26,7 +26,7 @@ from autobatch.support.torch_private import (
     tree_map,
 )
 
-__all__ = ["follows_cuda", "register"]
+__all__ = ["follows_cuda", "inside_an_op", "register"]
 
 _LOWER_PRECISION = """
     _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc conv_transpose1d
@@ -154,6 +154,12 @@ def register(device_type: str) -> None:
             if overload is not None:
                 kernels.impl(name, _kernel(overload, rule))
     kernels.impl("binary_cross_entropy", _refuse_binary_cross_entropy)
+
+
+def inside_an_op() -> contextlib.AbstractContextManager[Any]:
+    """Return a block in which nothing is cast, as inside of an op that autocast has cast for."""
+    keys: Any = [parse_dispatch_key(key) for key in ("AutocastPrivateUse1", "AutocastCUDA")]
+    return ExcludeDispatchKeyGuard(DispatchKeySet(keys[0]) | DispatchKeySet(keys[1]))
 
 
 def _overload(name: str) -> Any:

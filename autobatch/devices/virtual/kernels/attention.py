@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autobatch.devices.virtual.autocast import inside_an_op
 from autobatch.support.torch_private import cudnn_bindings, torch_version
 
 __all__ = ["attend"]
@@ -63,6 +64,23 @@ def attend(
     if attn_mask is not None:  # arguments are cast from right to left, as in `autocast.py`
         attn_mask = _autocast(attn_mask)
     value, key, query = (_autocast(tensor) for tensor in (value, key, query))
+    with inside_an_op():
+        return _attended(
+            capability, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+
+
+def _attended(
+    capability: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.where(
             attn_mask,

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.convolutions import is_channels_last
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULTS, Step, Steps
@@ -102,8 +101,7 @@ def _named(copies: Sequence[int]) -> list[Step]:
 
 
 def _copied(tensor: Tensor) -> list[int]:
-    is_dense = tensor.is_contiguous() or is_channels_last(tensor)
-    return [] if is_dense else [tensor.nbytes]
+    return [] if tensor.is_contiguous() else [tensor.nbytes]
 
 
 def _known(name: str) -> Any:

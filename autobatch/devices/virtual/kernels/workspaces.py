@@ -103,12 +103,11 @@ _COPIED = {
     op: positions
     for positions, names in {
         (0,): """
-            convolution native_batch_norm _softmax _log_softmax avg_pool2d avg_pool2d_backward
+            convolution native_batch_norm avg_pool2d avg_pool2d_backward
             max_pool2d_with_indices max_pool2d_with_indices_backward
         """,
         (0, 1): """
             convolution_backward native_batch_norm_backward
-            _softmax_backward_data _log_softmax_backward_data
         """,
     }.items()
     for name in names.split()
@@ -162,16 +161,35 @@ def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     ]
 
 
+def _dense(tensors: Sequence[Any]) -> list[int]:
+    """Return the copies of tensors that are not contiguous, in NHWC or otherwise."""
+    return [tensor.nbytes for tensor in tensors if not tensor.is_contiguous()]
+
+
+def _log_softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    return [RESULTS, *_dense(args[:2])]
+
+
 def _softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return [RESULTS, *_copied(func, args)]
+    return [RESULTS, *_dense(args[:1])]
 
 
 def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     """Return the product of gradient and output (`softmax_backward_cuda_out` in `SoftMax.cu`)."""
     gradient, output = args[:2]
-    copies = _contiguous_copies(func, args)
+    copies = _dense(args[:2])
     element = torch.promote_types(gradient.dtype, output.dtype).itemsize
     return [RESULTS, *copies, output.numel() * element]
+
+
+def _safe_softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return which scores are masked, and which rows are as a whole, whose result is zero.
+
+    From `_safe_softmax` in `aten/src/ATen/native/transformers/attention.cpp`.
+    """
+    data, dim = args[:2]
+    rows = data.numel() // max(data.shape[dim], 1)
+    return [RESULTS, *_dense(args[:1]), data.numel(), rows, 4]
 
 
 def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -191,6 +209,8 @@ _RULES: dict[Any, tuple[str, Rule]] = {
     **dict.fromkeys(NORMS, ("norm scratch", norm_scratch)),
     torch.ops.aten._softmax.default: ("contiguous", _softmax),
     torch.ops.aten._log_softmax.default: ("contiguous", _softmax),
+    torch.ops.aten._log_softmax_backward_data.default: ("contiguous", _log_softmax_backward),
+    torch.ops.aten._safe_softmax.default: ("softmax scratch", _safe_softmax),
     torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),

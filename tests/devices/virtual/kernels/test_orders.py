@@ -63,3 +63,25 @@ def test_experts_run_in_fp32_although_pytorchs_rule_for_shapes_refuses_them():
         b.size_bytes for b in trace.blocks if b.op == "aten::_grouped_mm" and b.phase == "forward"
     ]
     assert made[0] == 8 * 48 * 4
+
+
+class InMath(nn.Module):
+    """Attention by its formula, which adds up in fp32 whatever autocast says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)[None, None]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_nothing_is_cast_inside_of_attention():
+    trace = run(InMath(), autocast="bf16", n=8)
+    scores = [b for b in trace.blocks if b.op == "aten::bmm" and b.phase == "forward"]
+    assert scores[0].size_bytes == 8 * 8 * 4
+    softmax = next(i for i, b in enumerate(trace.blocks) if b.op == "aten::_safe_softmax")
+    taken = [b.size_bytes for b in trace.blocks[softmax + 1 : softmax + 4]]
+    assert taken == [8 * 8, 8, 4]  # masked scores, masked rows, zero

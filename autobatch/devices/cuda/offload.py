@@ -26,7 +26,7 @@ def put_back_what_waits() -> None:
     Raises:
         AutobatchError: the GPU still has no room for it.
     """
-    for offload in _waiting:
+    for offload in _waiting:  # each leaves the list as it goes
         offload.restore()
 
 

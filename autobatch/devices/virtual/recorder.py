@@ -87,7 +87,6 @@ class StorageRecorder:
         self._kernels: list[Kernel] = []
         self._running: _Running | None = None
         self._latest = 0
-        self._results = 0
         self._claim: Category | None = None
         self._claimed: list[tuple[_StorageRef, Category]] = []
         self._fresh = 0
@@ -129,10 +128,10 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str, category: Category = "workspace") -> int:
+    def hidden(self, size_bytes: int, op: str) -> int:
         """Log an allocation that no tensor shows; return its number, to free it or not."""
         self._events.append(len(self._blocks))
-        self._blocks.append(_Block(size_bytes, self.phase, op, category))
+        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace"))
         return len(self._blocks) - 1
 
     def free(self, blocks: Iterable[int]) -> None:

@@ -41,6 +41,7 @@ from autobatch.memory.scratch import RESULT, Step, Steps
 __all__ = [
     "CONVOLUTION",
     "CONVOLUTION_BACKWARD",
+    "convolution_settings",
     "convolution_workspaces",
     "is_channels_last",
     "relaid",
@@ -60,7 +61,19 @@ _MEASURED = (9, 0)
 """The compute capability whose cards have a measured rule."""
 
 
-def convolution_workspaces(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: int = 0) -> Steps:
+def convolution_settings() -> tuple[bool, bool]:
+    """Return what of PyTorch's settings counts: whether cuDNN is on, and TF32 allowed."""
+    settings: Any = torch.backends.cudnn  # the older `allow_tf32` sets this one too
+    return bool(settings.enabled), settings.conv.fp32_precision == "tf32"
+
+
+def convolution_workspaces(
+    func: Any,
+    args: Sequence[Any],
+    gpu: GpuSpec,
+    taken: int = 0,
+    settings: Sequence[bool] | None = None,
+) -> Steps:
     """Return the workspaces that a convolution takes, each for the kernel that makes one result.
 
     Args:
@@ -68,8 +81,10 @@ def convolution_workspaces(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: 
         args: its arguments.
         gpu: the card; without figures of its speed, it is taken for one with fast tensor cores.
         taken: pieces of scratch that the op has taken before.
+        settings: as `convolution_settings` returns them; None for those of now.
     """
-    if not torch.backends.cudnn.enabled or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
+    is_on, allows_tf32 = convolution_settings() if settings is None else settings
+    if not is_on or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
         return ()
     if func is CONVOLUTION:
         data, weight, _, *how = args
@@ -77,7 +92,7 @@ def convolution_workspaces(func: Any, args: Sequence[Any], gpu: GpuSpec, taken: 
     else:
         _, data, weight, _, *how, wanted = args
         directions = [("data_gradient", wanted[0]), ("weight_gradient", wanted[1])]
-    layer = _layer(data, weight, *how[:6])
+    layer = _layer(allows_tf32, data, weight, *how[:6])
     if layer is None:
         return ()
     ask = workspace_bytes if gpu.compute_capability == _MEASURED else _least_bytes
@@ -115,6 +130,7 @@ def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
 
 
 def _layer(
+    allows_tf32: bool,
     data: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -125,7 +141,7 @@ def _layer(
     groups: int,
 ) -> Convolution | None:
     """Return the shapes of a convolution; None if cuDNN has no kernel for its dtype."""
-    precision = _precision(data.dtype)
+    precision = _precision(data.dtype, allows_tf32)
     if precision is None or data.dim() != weight.dim():
         return None
     spatial = range(data.dim() - 2)
@@ -155,9 +171,9 @@ def _layer(
     )
 
 
-def _precision(dtype: torch.dtype) -> Precision | None:
+def _precision(dtype: torch.dtype, allows_tf32: bool) -> Precision | None:
     if dtype is torch.float32:
-        return "tf32" if _allows_tf32() else "fp32"
+        return "tf32" if allows_tf32 else "fp32"
     return "half" if dtype in (torch.bfloat16, torch.float16) else None
 
 
@@ -177,11 +193,6 @@ def _converts(layer: Convolution, dtype: torch.dtype, gpu: GpuSpec) -> bool:
     precision, since = _PRECISIONS[dtype]
     ordinary, on_tensor_cores = gpu.flops.get("fp32", 0), gpu.flops.get(precision, math.inf)
     return gpu.compute_capability >= since and on_tensor_cores > 2 * ordinary
-
-
-def _allows_tf32() -> bool:
-    settings: Any = torch.backends.cudnn  # the older `allow_tf32` sets this one too
-    return settings.conv.fp32_precision == "tf32"  # type: ignore[no-any-return]
 
 
 def is_channels_last(tensor: Tensor) -> bool:

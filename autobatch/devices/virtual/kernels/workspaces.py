@@ -24,6 +24,7 @@ from autobatch.devices.virtual.kernels.calls import Hashed, Rule, described, ste
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
+    convolution_settings,
     convolution_workspaces,
     is_channels_last,
 )
@@ -68,6 +69,8 @@ class Workspaces:
         if found is None or not self._is_here(args) or self._recorder.is_muted:
             return None
         name, rule = found
+        if rule is _convolution:  # the rule may be asked again when they are others
+            kwargs = {**kwargs, "settings": convolution_settings()}
         shape, numbers = described(args, kwargs)
         takes = functools.partial(steps_of, rule, func, shape, self._key)
         self._recorder.runs((func, shape), name, numbers, takes)
@@ -144,7 +147,7 @@ def _copied(func: Any, args: Sequence[Any]) -> list[Step]:
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     copies = _copied(func, args)
     taken = max(len(copies) - 1, 0)
-    workspaces = convolution_workspaces(func, args, gpu, taken)
+    workspaces = convolution_workspaces(func, args, gpu, taken, kwargs["settings"])
     if func is not CONVOLUTION_BACKWARD or not args[-1][2]:
         return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
     # the gradient of the bias is a sum, which PyTorch makes when cuDNN is done
@@ -196,11 +199,10 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     """Return what every dimension but the last is rolled into (`roll_cuda` in `TensorShape.cu`)."""
     data, shifts = args[:2]
     count = len(shifts) if isinstance(shifts, (list, tuple)) else 1
-    copied = [] if data.is_contiguous() else [data.nbytes]
-    steps: list[Step] = [*copied, *[data.nbytes] * (count - 1)]
-    for place in range(max(len(steps) - 2, 0)):  # each lives until the one after it is rolled
-        steps.insert(3 + 2 * place, ~place)
-    return steps
+    rolled = [data.nbytes] * (count - 1)
+    if data.is_contiguous():
+        return rolled
+    return [data.nbytes, *rolled[:1], *[~0] * (count > 1), *rolled[1:]]
 
 
 _RULES: dict[Any, tuple[str, Rule]] = {

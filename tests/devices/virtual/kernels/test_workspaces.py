@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.kernels.workspaces import _roll
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
@@ -84,8 +85,34 @@ def without_tf32():
     settings.fp32_precision = "tf32"
 
 
+def rolled(*dims: int, transposed: bool) -> list[int | str]:
+    data = torch.empty(2, 8, 8, 16, device="meta")
+    data = data.transpose(1, 2) if transposed else data
+    return list(_roll(None, (data, [1] * len(dims), list(dims)), {}, find_gpu("t4")))
+
+
+def test_every_dimension_but_the_last_is_rolled_into_memory_of_its_own():
+    assert rolled(1, transposed=False) == []
+    assert rolled(1, 2, 3, transposed=False) == [8192, 8192]
+    assert rolled(1, transposed=True) == [8192]
+    assert rolled(1, 2, transposed=True) == [8192, 8192, ~0]  # the copy, until the first is rolled
+
+
 def test_users_who_switch_tf32_off_get_no_tensor_cores(without_tf32):
     assert workspaces(nn.Conv2d(8, 16, 3)) == []
+
+
+def test_settings_count_although_the_same_layer_was_asked_before_them():
+    layer, settings = nn.Conv2d(8, 16, 3, padding=1), torch.backends.cudnn.conv
+    with_tf32 = workspaces(layer)
+    settings.fp32_precision = "ieee"
+    try:
+        assert with_tf32 and workspaces(layer) == []
+    finally:
+        settings.fp32_precision = "tf32"
+    assert workspaces(layer) == with_tf32
+    with torch.backends.cudnn.flags(enabled=False):
+        assert workspaces(layer) == []
 
 
 class Transposed(nn.Module):

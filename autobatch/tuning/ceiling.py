@@ -159,6 +159,8 @@ def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
     search, _ = _search_model(foreseen.model, probe, limit, beyond)
     second = search.ceiling if search.ceiling not in (0, first) else min(_SMALL)
     while probe.run(second).shortage is not None:  # what was not foreseen is seen below it
+        if second == min(_SMALL):
+            return ()
         second = int(_RETREAT * second) if int(_RETREAT * second) > first else min(_SMALL)
     return first, second
 

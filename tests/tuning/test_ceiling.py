@@ -130,6 +130,27 @@ def test_a_real_gpu_is_probed_close_to_the_ceiling_that_a_simulation_foresees(
     assert found.method == "trace model"
 
 
+class SharedDevice(FakeDevice):
+    """A card of which others take so much that only the first execution runs through."""
+
+    def run(self, workload, *, micro_batch, accumulation_steps):
+        run = FakeDevice.run(
+            self, workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps
+        )
+        return run if len(self.executed) == 1 else replace(run, shortage="others came")
+
+
+def test_a_search_ends_where_others_take_the_card_after_its_first_execution():
+    foreseen = polynomial(100 * MIB, 10 * MIB)
+    sides = (FakeDevice(foreseen, 1164 * MIB), SharedDevice(foreseen, 1164 * MIB))
+    simulated, probe = (
+        Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+        for device in sides
+    )
+    assert find_ceiling(probe, 2**16, foresee=lambda: find_ceiling(simulated, 2**16)).model is None
+    assert probe.device.executed[0] == 95
+
+
 def test_where_a_simulation_fails_a_real_gpu_is_probed_at_small_sizes():
     device = FakeDevice(
         polynomial(100 * MIB, 10 * MIB), 1164 * MIB, scratch_varies=True, must_run_the_plan=True

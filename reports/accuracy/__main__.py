@@ -53,9 +53,9 @@ from reports.accuracy.tables import (
     sample,
     tasks_of,
 )
-from reports.common.command_line import output_folder, positive, progress_bar
+from reports.common.command_line import exit_code_of, output_folder, positive, progress_bar
 from reports.common.journal import Record, append, read_journal
-from reports.common.pool import TIME_LIMIT_S, WorkersFailError, run_tasks
+from reports.common.pool import TIME_LIMIT_S, run_tasks
 
 WORKER = (sys.executable, "-m", "reports.accuracy.worker")
 OPTIMIZERS = ("sgd", "sgd-momentum", "adam", "adamw", "rmsprop", "adagrad", "adafactor")
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = output_folder(options.out or Path("accuracy") / options.table.stem)
     if options.fresh:
         (out / JOURNAL).unlink(missing_ok=True)
-    try:
+
+    def work() -> str:
         found = predict_rows(
             rows,
             out,
@@ -93,17 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time_limit_s=options.time_limit,
             retry=options.retry,
         )
-    except WorkersFailError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
-        return 130
-    from reports.accuracy.results import write_results  # pandas and matplotlib load after the work
+        # pandas and matplotlib load after the work
+        from reports.accuracy.results import write_results
 
-    print(write_results(kind, rows, found, settings, out, words=_words(options)))
-    print(f"\n{out}")
-    return 0
+        return write_results(kind, rows, found, settings, out, words=_words(options))
+
+    return exit_code_of(work, out, out / JOURNAL)
 
 
 def _steps(records: Sequence[Record], options: argparse.Namespace) -> int:
@@ -111,16 +107,9 @@ def _steps(records: Sequence[Record], options: argparse.Namespace) -> int:
     from reports.accuracy.steps import command
 
     out = output_folder(options.out or Path("accuracy") / options.table.stem)
-    try:
-        print(command.main(records, out, options, _words(options)))
-    except WorkersFailError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
-        return 130
-    print(f"\n{out}")
-    return 0
+    return exit_code_of(
+        lambda: command.main(records, out, options, _words(options)), out, out / JOURNAL
+    )
 
 
 def predict_rows(

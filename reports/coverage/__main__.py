@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autobatch.support.units import GIB
-from reports.common.command_line import output_folder, positive
+from reports.common.command_line import exit_code_of, output_folder, positive
 from reports.common.journal import Record
-from reports.common.pool import WorkersFailError
 from reports.common.resumable import run_resumable
 from reports.coverage.subjects import LIBRARIES, Subject, selected, subjects_of, tasks_of
 from reports.coverage.summary import FAILED, PREDICTED, ended
@@ -47,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing is called {options.match}", file=sys.stderr)
         return 2
     out = output_folder(options.out)
-    try:
+
+    def work() -> str:
         records = try_subjects(
             chosen,
             out / JOURNAL,
@@ -56,17 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             retry=options.retry,
             fresh=options.fresh,
         )
-    except WorkersFailError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
-        return 130
-    from reports.coverage.results import write_results  # matplotlib loads after the work
+        from reports.coverage.results import write_results  # matplotlib loads after the work
 
-    print(write_results(known, records, out))
-    print(f"\n{out}")
-    return 0
+        return write_results(known, records, out)
+
+    return exit_code_of(work, out, out / JOURNAL)
 
 
 def try_subjects(

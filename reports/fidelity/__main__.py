@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autobatch.support.units import GIB
-from reports.common.command_line import output_folder, positive
+from reports.common.command_line import exit_code_of, output_folder, positive
 from reports.common.journal import Record
-from reports.common.pool import WorkersFailError
 from reports.common.resumable import run_resumable
 from reports.fidelity.results import is_near
 from reports.fidelity.rows import Row, rows
@@ -59,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.models is not None:  # spread over all of them
         chosen = chosen[:: max(len(chosen) // options.models, 1)][: options.models]
     out = output_folder(options.out)
-    try:
+
+    def work() -> str:
         records = compare_rows(
             list(rows(chosen, options.rows)),
             out / JOURNAL,
@@ -67,15 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time_limit_s=options.time_limit,
             retry=options.retry,
         )
-    except WorkersFailError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
-        return 130
-    print(write_results(records.values(), out))
-    print(f"\n{out}")
-    return 0
+        return write_results(records.values(), out)
+
+    return exit_code_of(work, out, out / JOURNAL)
 
 
 def compare_rows(

@@ -12,7 +12,7 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from reports.fidelity.differences import sequence
 from reports.fidelity.rows import Row
-from reports.fidelity.subjects import workload
+from reports.fidelity.subjects import NotBuiltError, workload
 from reports.fidelity.worker import Bench
 
 _KEY = re.compile(
@@ -35,9 +35,13 @@ def main(arguments: Sequence[str]) -> int:
         checkpointing=found["checkpointed"] is not None,
         accumulation_steps=int(found["steps"]),
     )
-    what = workload(
-        row.model, device="meta", checkpointing=row.checkpointing, autocast=row.autocast
-    )
+    try:
+        what = workload(
+            row.model, device="meta", checkpointing=row.checkpointing, autocast=row.autocast
+        )
+    except NotBuiltError as error:
+        print(f"{row.model}: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "truth")
         bench = Bench(row.gpu)

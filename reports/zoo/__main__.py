@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autobatch.support.units import GIB
-from reports.common.command_line import output_folder, positive
+from reports.common.command_line import exit_code_of, output_folder, positive
 from reports.common.journal import Record
-from reports.common.pool import WorkersFailError
 from reports.common.resumable import run_resumable
 from reports.zoo.entries import Entry, entries, selected
 from reports.zoo.results import is_right, write_results
@@ -50,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{entry.area}: {entry.name}: {entry.what}; {', '.join(entry.packages) or '-'}")
         return 0
     out = output_folder(options.out)
-    try:
+
+    def work() -> str:
         records = try_workloads(
             chosen,
             out / JOURNAL,
@@ -59,15 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             retry=options.retry,
             fresh=options.fresh,
         )
-    except WorkersFailError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {out / JOURNAL}", file=sys.stderr)
-        return 130
-    print(write_results(known, records, out))
-    print(f"\n{out}")
-    return 0
+        return write_results(known, records, out)
+
+    return exit_code_of(work, out, out / JOURNAL)
 
 
 def try_workloads(

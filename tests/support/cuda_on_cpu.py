@@ -109,6 +109,9 @@ class CudaOnCpu:
         self.peaks = [self.allocator.allocated_bytes, self.allocator.reserved_bytes]
 
     def empty_cache(self):
+        # a card's own thread of autograd drops the nodes that an error left in its queue; on the
+        # CPU they wait there, with their tensors, for the next backward
+        torch.zeros((), requires_grad=True).clone().backward()
         self.allocator.empty_cache()
 
     def raise_peaks(self, *, allocated_bytes, reserved_bytes):

@@ -25,6 +25,8 @@ _SWITCHES = (
     (torch.backends.cudnn.rnn, ("fp32_precision",)),
 )
 
+_PYTHONS_OWN_FROZEN = 1000
+"""Python 3.12 starts with a few hundred frozen objects of its own: as many are not the user's."""
 
 _turn = threading.RLock()
 
@@ -53,7 +55,7 @@ def _kept() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     collecting = gc.isenabled()
-    frozen_by_user = gc.get_freeze_count()
+    frozen_before = gc.get_freeze_count() > _PYTHONS_OWN_FROZEN
     try:
         with uninterrupted():
             gc.disable()
@@ -63,7 +65,7 @@ def _kept() -> Iterator[None]:
             yield
     finally:
         with uninterrupted():
-            if not frozen_by_user:
+            if not frozen_before:
                 gc.unfreeze()
             if collecting:
                 gc.enable()

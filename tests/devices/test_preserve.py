@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
 from autobatch.devices.cuda.runtime import CudaRuntime
+from autobatch.devices.preserve import process_state_preserved
 from autobatch.support.units import MIB
 from tests.bench.inside import is_on_the_bench
 from tests.support.busy import lm_loss, state_of, trained
@@ -93,3 +95,20 @@ def test_nothing_of_the_users_changes_after(kind, outcome):
     optimizer.step()
     if not (kind == "gpu" and is_on_the_bench()):  # where kernels compute
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("own", [0, 375])
+def test_what_was_there_before_can_be_collected_afterwards(own, monkeypatch):
+    """Python 3.12 starts with objects of its own that are frozen, which is not the user's doing."""
+
+    class Circular:
+        pass
+
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: own)
+    circle = Circular()
+    circle.itself, is_alive = circle, weakref.ref(circle)
+    with process_state_preserved():
+        pass
+    del circle
+    gc.collect()
+    assert is_alive() is None

@@ -159,6 +159,7 @@ def _cudnn_can(call: _Call) -> bool:
         version > _CUDNN_PREFERRED_ABOVE
         and call.capability[0] in (9, 10)
         and query.dtype in _HALVES
+        and not (call.mask is not None and call.mask.requires_grad)
         and (call.dropout * 16).is_integer()
         and widest <= (256 if version > 92200 else 128)
         and (widest <= 128 or (head, value_head) in ((192, 128), (256, 256)))

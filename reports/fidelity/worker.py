@@ -17,7 +17,7 @@ from typing import IO
 
 from autobatch.devices.base import Run
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.devices.virtual.kernels import workspaces
+from autobatch.devices.virtual.kernels import convolutions
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.patching import patched
 from reports.common.journal import Record
@@ -121,17 +121,12 @@ def _predicted(row: Row) -> Run | str:
         what = workload(
             row.model, device="meta", checkpointing=row.checkpointing, autocast=row.autocast
         )
-        with patched(workspaces, convolution_workspaces=_unknown):
+        with patched(convolutions, cudnn_bytes=lambda *_: 0):  # the bench does not know them
             return VirtualGpu(find_gpu(row.gpu)).run(
                 what, micro_batch=row.micro_batch, accumulation_steps=row.accumulation_steps
             )
     except Exception as error:
         return one_line(error)
-
-
-def _unknown(*args: object) -> tuple[()]:
-    """Stand for the workspaces of cuDNN's convolutions, which the bench does not know."""
-    return ()
 
 
 def _reserve(run: Run) -> int:

@@ -1,4 +1,9 @@
-"""Memory that cuDNN takes for convolutions while they run.
+"""Memory that convolutions take while they run: copies in another layout, and cuDNN's workspaces.
+
+cuDNN wants all tensors in one layout, NHWC where the input or the weight is in it
+(`cudnn_conv_suggest_memory_format` in `aten/src/ATen/native/ConvUtils.h`), and its results are. A
+forward pass copies what is in another layout; a backward pass copies data and gradient first, and
+keeps both to its end (`aten/src/ATen/native/cudnn/ConvShared.cpp`, and `Convolution.cpp` there).
 
 cuDNN chooses a workspace by shape. On compute capability 9.0 a GPU was measured, and
 `cudnn_sm90.py` has the rule. That rule is not taken for other cards: on an A100, published peaks of
@@ -14,16 +19,13 @@ grouped convolutions, 1 x 1 ones (a matrix product in either layout), and all of
 whose tensor cores are at most twice as fast as their other cores (most GeForce cards), where a
 conversion does not pay. Tables of measured peaks tell the same two kinds of cards apart, see
 `reports/accuracy`.
-
-Results are in NHWC where the input or the weight is (`cudnn_conv_suggest_memory_format` in
-`aten/src/ATen/native/ConvUtils.h`); PyTorch's own rule for tensors without data says so for CUDA's
-device alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +37,19 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
+from autobatch.devices.virtual.kernels.reductions import reduction_scratch
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, Step, Steps
 
 __all__ = [
     "CONVOLUTION",
     "CONVOLUTION_BACKWARD",
+    "convolution_scratch",
     "convolution_settings",
-    "convolution_workspaces",
-    "is_channels_last",
+    "cudnn_bytes",
+    "layout_of",
     "relaid",
+    "runs_without_cudnn",
 ]
 
 _PRECISIONS = {
@@ -67,45 +72,127 @@ def convolution_settings() -> tuple[bool, bool]:
     return bool(settings.enabled), settings.conv.fp32_precision == "tf32"
 
 
-def convolution_workspaces(
-    func: Any,
-    args: Sequence[Any],
-    gpu: GpuSpec,
-    taken: int = 0,
-    settings: Sequence[bool] | None = None,
+def convolution_scratch(
+    func: Any, args: Sequence[Any], gpu: GpuSpec, settings: Sequence[bool] | None = None
 ) -> Steps:
-    """Return the workspaces that a convolution takes, each for the kernel that makes one result.
+    """Return the copies that a convolution makes, its workspaces, and the sum of its bias.
 
     Args:
-        func: the op; others than convolutions have none.
+        func: `CONVOLUTION` or `CONVOLUTION_BACKWARD`.
         args: its arguments.
         gpu: the card; without figures of its speed, it is taken for one with fast tensor cores.
-        taken: pieces of scratch that the op has taken before.
         settings: as `convolution_settings` returns them; None for those of now.
     """
     is_on, allows_tf32 = convolution_settings() if settings is None else settings
-    if not is_on or func not in (CONVOLUTION, CONVOLUTION_BACKWARD):
-        return ()
-    if func is CONVOLUTION:
-        data, weight, _, *how = args
-        directions: list[tuple[Direction, bool]] = [("forward", True)]
+    is_forward = func is CONVOLUTION
+    data, weight = args[:2] if is_forward else args[1:3]
+    how = args[3:9] if is_forward else args[4:10]
+    kernel = _Kernel()
+    if data.dim() == 3:  # it is copied, and one that looks like NHWC is not taken for it
+        data = kernel.relaid(data, torch.contiguous_format)
+    layout = layout_of(data, weight)
+
+    def works(direction: Direction) -> None:
+        layer = _layer(allows_tf32, data, weight, *how) if is_on else None
+        size_bytes = 0 if layer is None else cudnn_bytes(direction, layer, data.dtype, gpu)
+        kernel.take("cudnn workspace", size_bytes)
+
+    if is_forward:
+        data = kernel.relaid(data, layout)
+        kernel.steps.append(RESULT)
+        kernel.relaid(weight, layout)
+        works("forward")
+        return kernel.steps
+    gradient, wanted = args[0], args[10]
+    if runs_without_cudnn(data, weight, *how):
+        kernel.relaid(gradient, layout)
+        kernel.relaid(data, layout)
+        kernel.steps += [RESULT] * (wanted[0] + wanted[1])
+        kernel.give_back()
     else:
-        _, data, weight, _, *how, wanted = args
-        directions = [("data_gradient", wanted[0]), ("weight_gradient", wanted[1])]
-    layer = _layer(allows_tf32, data, weight, *how[:6])
-    if layer is None:
-        return ()
-    ask = workspace_bytes if gpu.compute_capability == _MEASURED else _least_bytes
-    if ask is _least_bytes and not _converts(layer, data.dtype, gpu):
-        return ()
-    steps: list[Step] = []
-    for direction, is_wanted in directions:
-        if is_wanted:
-            steps.append(RESULT)
-            if size_bytes := ask(direction, layer):
-                steps += [size_bytes, ~taken]
-                taken += 1
-    return steps
+        if wanted[1]:
+            data = kernel.relaid(data, layout)
+        gradient = kernel.relaid(gradient, layout_of(data))
+        if wanted[0]:
+            with kernel.giving_back():
+                kernel.steps.append(RESULT)
+                kernel.relaid(weight, layout)
+                works("data_gradient")
+        if wanted[1]:
+            kernel.steps.append(RESULT)
+            works("weight_gradient")
+        kernel.give_back()
+    if wanted[2]:  # of the gradient as it was: PyTorch sums it up when cuDNN is done
+        over = [0, *range(2, args[0].dim())]
+        sums = reduction_scratch(torch.ops.aten.sum.dim_IntList, (args[0], over), {}, gpu)
+        kernel.steps += ["reduction scratch", *sums]
+    return kernel.steps
+
+
+class _Kernel:
+    """Collects the steps of a call."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._taken = 0
+        self._alive: list[int] = []
+
+    def take(self, name: str, size_bytes: int) -> None:
+        """Take a piece, if it has any bytes."""
+        if size_bytes:
+            self.steps += [name, size_bytes]
+            self._alive.append(self._taken)
+            self._taken += 1
+
+    def relaid(self, tensor: Tensor, layout: torch.memory_format) -> Tensor:
+        """Take a copy in a layout, unless the tensor has it; return what has it."""
+        if tensor.is_contiguous(memory_format=layout):
+            return tensor
+        self.take("contiguous", tensor.nbytes)
+        return tensor.contiguous(memory_format=layout)
+
+    @contextlib.contextmanager
+    def giving_back(self) -> Iterator[None]:
+        """Give back at the end of the block what it took."""
+        before = len(self._alive)
+        yield
+        self.give_back(before)
+
+    def give_back(self, since: int = 0) -> None:
+        """Give back what is alive, but for the first pieces."""
+        self.steps += [~piece for piece in self._alive[since:]]
+        del self._alive[since:]
+
+
+def cudnn_bytes(direction: Direction, layer: Convolution, dtype: torch.dtype, gpu: GpuSpec) -> int:
+    """Return the bytes of cuDNN's workspace for one result of a convolution."""
+    if gpu.compute_capability == _MEASURED:
+        return workspace_bytes(direction, layer)
+    return _least_bytes(direction, layer) if _converts(layer, dtype, gpu) else 0
+
+
+def runs_without_cudnn(
+    data: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    extra: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether PyTorch runs its own kernel: for most depthwise convolutions in NCHW.
+
+    cuDNN gets those in NHWC, and some in fp16 (`use_cudnn_depthwise` in
+    `aten/src/ATen/native/Convolution.cpp`; of the sizes that it asks for, only the channels are).
+    """
+    channels = data.shape[1]
+    return (
+        channels == groups > 1
+        and not transposed
+        and layout_of(data, weight) is torch.contiguous_format
+        and not (data.dtype is torch.float16 and channels >= 32 and stride[-1] == 1)
+    )
 
 
 def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
@@ -117,9 +204,9 @@ def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
     (256, 1, 64, 16)
     """
     first = {CONVOLUTION: 0, CONVOLUTION_BACKWARD: 1}.get(func)
-    if first is None or not any(map(is_channels_last, args[first : first + 2])):
+    layout = torch.contiguous_format if first is None else layout_of(*args[first : first + 2])
+    if layout is torch.contiguous_format:
         return output
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}[args[first].dim()]
     if isinstance(output, Tensor):
         return output.contiguous(memory_format=layout)
     *large, bias = output
@@ -127,6 +214,32 @@ def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
         *(each if each is None else each.contiguous(memory_format=layout) for each in large),
         bias,
     )
+
+
+def layout_of(*tensors: Tensor) -> torch.memory_format:
+    """Return NHWC or NDHWC where the strides of one of the tensors tell of it.
+
+    From `suggest_memory_format` in `c10/core/TensorImpl.h` and what it calls: slices of a tensor in
+    NHWC are in NHWC, and where dimensions of size 1 leave it open, a tensor is not.
+
+    >>> layout_of(torch.empty(2, 4, 5, 3).permute(0, 3, 1, 2)[..., 1:])
+    torch.channels_last
+    """
+    if any(map(_is_channels_last, tensors)):
+        return {4: torch.channels_last, 5: torch.channels_last_3d}[tensors[0].dim()]
+    return torch.contiguous_format
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() not in (4, 5) or not tensor.stride(1):
+        return False
+    least = 0
+    for place in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        size, stride = tensor.shape[place], tensor.stride(place)
+        if not size or stride < least or (place == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * size
+    return True
 
 
 def _layer(
@@ -163,7 +276,7 @@ def _layer(
         weight=tuple(weight.shape),
         output=(data.shape[0], channels, *written),
         precision=precision,
-        channels_last=any(map(is_channels_last, (data, weight))),
+        channels_last=layout_of(data, weight) is not torch.contiguous_format,
         stride=strides,
         dilation=gaps,
         groups=groups,
@@ -193,13 +306,3 @@ def _converts(layer: Convolution, dtype: torch.dtype, gpu: GpuSpec) -> bool:
     precision, since = _PRECISIONS[dtype]
     ordinary, on_tensor_cores = gpu.flops.get("fp32", 0), gpu.flops.get(precision, math.inf)
     return gpu.compute_capability >= since and on_tensor_cores > 2 * ordinary
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor is in NHWC or NDHWC, and not in NCHW at the same time."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return (
-        layout is not None
-        and tensor.is_contiguous(memory_format=layout)
-        and not tensor.is_contiguous()
-    )

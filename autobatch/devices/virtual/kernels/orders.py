@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from autobatch.devices.virtual.kernels.convolutions import (
+    CONVOLUTION_BACKWARD,
+    runs_without_cudnn,
+)
 from autobatch.support.torch_private import torch_version
 
 __all__ = ["order_of"]
@@ -26,7 +30,16 @@ def _of_efficient_attention(args: Sequence[Any]) -> Sequence[int]:
 _UNUSED_SEEDS_SINCE = (2, 13)
 
 
-_ORDERS: Mapping[Any, Sequence[int] | Callable[[Sequence[Any]], Sequence[int]]] = {
+def _of_convolution_backward(args: Sequence[Any]) -> Sequence[int] | None:
+    """Make the weight's gradient first where PyTorch's own kernel does.
+
+    From `conv_depthwise2d_backward_cuda_out` in `ATen/native/cuda/DepthwiseConv2d.cu`.
+    """
+    return (1, 0, 2) if runs_without_cudnn(*args[1:3], *args[4:10]) else None
+
+
+_ORDERS: Mapping[Any, Sequence[int] | Callable[[Sequence[Any]], Sequence[int] | None]] = {
+    CONVOLUTION_BACKWARD: _of_convolution_backward,
     aten.native_dropout.default: (1, 0),  # `dropout_cuda` in `ATen/native/cuda/Dropout.cu`
     aten._scaled_dot_product_cudnn_attention.default: (6, 7, 0, 1),
     aten._scaled_dot_product_flash_attention.default: (0, 1, 6, 7),

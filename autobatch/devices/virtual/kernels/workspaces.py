@@ -1,12 +1,12 @@
 """Memory that kernels and libraries take and no tensor shows.
 
 Matrix products keep a workspace of cuBLAS (`matrix_products.py`). Everything else here is scratch:
-a kernel takes it beside its results and gives it back. cuDNN's is in `convolutions.py`, that of
-sums in `reductions.py`.
+a kernel takes it beside its results and gives it back. That of convolutions is in
+`convolutions.py`, that of sums in `reductions.py`.
 
 Several kernels copy inputs that are not contiguous before they read them (`contiguous()` in
-`aten/src/ATen/native/cudnn/ConvShared.cpp` and `BatchNorm.cpp`, and in `SoftMax.cu`,
-`layer_norm_kernel.cu`, `group_norm_kernel.cu`, `AveragePool2d.cu` and `DilatedMaxPool2d.cu` of
+`aten/src/ATen/native/cudnn/BatchNorm.cpp`, and in `SoftMax.cu`, `layer_norm_kernel.cu`,
+`group_norm_kernel.cu`, `AveragePool2d.cu` and `DilatedMaxPool2d.cu` of
 `aten/src/ATen/native/cuda`).
 """
 
@@ -24,9 +24,9 @@ from autobatch.devices.virtual.kernels.calls import Hashed, Rule, described, ste
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
+    convolution_scratch,
     convolution_settings,
-    convolution_workspaces,
-    is_channels_last,
+    layout_of,
 )
 from autobatch.devices.virtual.kernels.indexing import INDEXING, indexing_scratch
 from autobatch.devices.virtual.kernels.matrix_products import (
@@ -40,7 +40,7 @@ from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.memory.scratch import RESULT, RESULTS, Step, Steps
+from autobatch.memory.scratch import RESULTS, Steps
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Workspaces"]
@@ -103,65 +103,27 @@ class Workspaces:
 
 
 _COPIED = {
-    op: positions
+    getattr(torch.ops.aten, name).default: positions
     for positions, names in {
         (0,): """
-            convolution native_batch_norm avg_pool2d avg_pool2d_backward
+            native_batch_norm avg_pool2d avg_pool2d_backward
             max_pool2d_with_indices max_pool2d_with_indices_backward
         """,
-        (0, 1): """
-            convolution_backward native_batch_norm_backward
-        """,
+        (0, 1): "native_batch_norm_backward",
     }.items()
     for name in names.split()
-    for op in [getattr(torch.ops.aten, name).default]
 }
 
 
-def _contiguous_copies(func: Any, args: Sequence[Any]) -> list[int]:
-    """Return the bytes of each copy that a kernel makes of its inputs, and drops at its end.
-
-    An input in NHWC or NDHWC is not copied either. cuDNN wants all tensors of a convolution in the
-    same layout, so a weight in NCHW is copied where the data is in NHWC.
-    """
-    tensors = [args[position] for position in _COPIED.get(func, ())]
-    first = {CONVOLUTION: 0, CONVOLUTION_BACKWARD: 1}.get(func)
-    if first is not None and any(map(is_channels_last, args[first : first + 2])):
-        layout = {4: torch.channels_last, 5: torch.channels_last_3d}[args[first].dim()]
-        tensors = list(args[: first + 2])
-        return [each.nbytes for each in tensors if not each.is_contiguous(memory_format=layout)]
-    return [
-        each.nbytes for each in tensors if not each.is_contiguous() and not is_channels_last(each)
-    ]
-
-
 def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return _copied(func, args)
-
-
-def _copied(func: Any, args: Sequence[Any]) -> list[Step]:
-    copies = _contiguous_copies(func, args)
+    """Return the copies of inputs that are neither contiguous nor dense in NHWC."""
+    tensors = [args[position] for position in _COPIED[func]]
+    copies = [t.nbytes for t in tensors if not t.is_contiguous(memory_format=layout_of(t))]
     return ["contiguous", *copies] if copies else []
 
 
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    copies = _copied(func, args)
-    taken = max(len(copies) - 1, 0)
-    workspaces = convolution_workspaces(func, args, gpu, taken, kwargs["settings"])
-    if func is not CONVOLUTION_BACKWARD or not args[-1][2]:
-        return [*copies, "cudnn workspace", *workspaces] if workspaces else copies
-    # the gradient of the bias is a sum, which PyTorch makes when cuDNN is done
-    gradient, sizes = args[0], [0, *range(2, args[0].dim())]
-    sums = reduction_scratch(torch.ops.aten.sum.dim_IntList, (gradient, sizes), {}, gpu)
-    made = [RESULT] * (args[-1][0] + args[-1][1])
-    return [
-        *copies,
-        "cudnn workspace",
-        *(workspaces or made),
-        *(~place for place in range(taken)),
-        "reduction scratch",
-        *sums,
-    ]
+    return convolution_scratch(func, args, gpu, kwargs["settings"])
 
 
 def _dense(tensors: Sequence[Any]) -> list[int]:

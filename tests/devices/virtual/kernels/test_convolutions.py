@@ -12,7 +12,8 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
-    convolution_workspaces,
+    convolution_scratch,
+    layout_of,
     relaid,
 )
 from autobatch.gpus.catalogue import find_gpu
@@ -28,32 +29,74 @@ def tensor(*shape: int, layout: torch.memory_format = torch.contiguous_format) -
 
 
 def taken(capability: tuple[int, int], wanted: list[bool] | None = None) -> list[int | str]:
-    """Return the workspaces of a 3 x 3 layer on an A100 of another compute capability."""
+    """Return the steps of a 3 x 3 layer on an A100 of another compute capability."""
     data, weight = tensor(32, 128, 28, 28), tensor(128, 128, 3, 3)
     gpu = replace(find_gpu("a100-40gb"), compute_capability=capability)
     if wanted is None:
-        return list(convolution_workspaces(CONVOLUTION, [data, weight, None, *HOW], gpu))
+        return list(convolution_scratch(CONVOLUTION, [data, weight, None, *HOW], gpu))
     args = [data, data, weight, None, *HOW, wanted]
-    return list(convolution_workspaces(CONVOLUTION_BACKWARD, args, gpu))
+    return list(convolution_scratch(CONVOLUTION_BACKWARD, args, gpu))
 
 
 ALL_BYTES = 26279936
+WORKSPACE = "cudnn workspace"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_cards_that_were_not_measured_keep_the_least_that_is_known(capability):
     assert taken(capability) == [RESULT]  # and no workspace
     assert taken(capability, [True, True, False]) == [
-        *(RESULT, ALL_BYTES, ~0),
-        *(RESULT, ALL_BYTES, ~1),
+        *(RESULT, WORKSPACE, ALL_BYTES, ~0),
+        *(RESULT, WORKSPACE, ALL_BYTES, ~1),
     ]
 
 
 def test_the_measured_rule_converts_forward_passes_and_sums_slices():
-    assert taken((9, 0)) == [RESULT, ALL_BYTES, ~0]
+    assert taken((9, 0)) == [RESULT, WORKSPACE, ALL_BYTES]
     weight = ALL_BYTES + 126 * 128 * 128 * 4
-    assert taken((9, 0), [True, True, False]) == [RESULT, ALL_BYTES, ~0, RESULT, weight, ~1]
-    assert taken((9, 0), [False, True, False]) == [RESULT, weight, ~0]
+    assert taken((9, 0), [True, True, False]) == [
+        *(RESULT, WORKSPACE, ALL_BYTES, ~0),
+        *(RESULT, WORKSPACE, weight, ~1),
+    ]
+    assert taken((9, 0), [False, True, False]) == [RESULT, WORKSPACE, weight, ~0]
+
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+LARGE, SMALL = 4 * 2 * 16 * 8 * 8, 4 * 16 * 16 * 9
+
+
+@pytest.mark.parametrize(
+    ("data", "weight", "gradient", "forward", "backward"),
+    [
+        (NCHW, NCHW, NCHW, [], []),
+        (NHWC, NHWC, NHWC, [], []),
+        # the gradient of patches that are rows of a matrix: seen on the bench in every vision model
+        (NCHW, NCHW, NHWC, [], [LARGE]),
+        (NHWC, NCHW, NHWC, [SMALL], [SMALL]),
+        (NCHW, NHWC, NHWC, [LARGE], [LARGE]),
+        (NHWC, NCHW, NCHW, [SMALL], [LARGE, SMALL]),
+    ],
+)
+def test_what_is_in_another_layout_is_copied(data, weight, gradient, forward, backward):
+    data, gradient = (tensor(2, 16, 8, 8, layout=layout) for layout in (data, gradient))
+    weight = tensor(16, 16, 3, 3, layout=weight)
+    gpu = find_gpu("a100-40gb")
+
+    def copies(op, args):
+        steps = convolution_scratch(op, args, gpu, (False, False))
+        return [step for step in steps if isinstance(step, int) and step >= 0]
+
+    assert copies(CONVOLUTION, [data, weight, None, *HOW]) == forward
+    wanted = [True, True, False]
+    given = [gradient, data, weight, None, *HOW, wanted]
+    assert copies(CONVOLUTION_BACKWARD, given) == backward
+
+
+def test_slices_of_a_tensor_in_nhwc_are_in_nhwc():
+    whole = tensor(2, 8, 4, 5, layout=NHWC)
+    assert layout_of(whole[..., 1:]) is NHWC
+    assert layout_of(tensor(2, 8, 4, 5)[..., 1:]) is NCHW
+    assert layout_of(tensor(2, 8, 1, 1)) is NCHW
 
 
 @pytest.mark.parametrize("nhwc", ["data", "weight"])

@@ -47,6 +47,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "clear_cublas_workspaces",
     "cudnn_bindings",
+    "current_autograd_node",
     "current_graph_task_id",
     "detect_fake_mode",
     "fake_tensor",
@@ -98,6 +99,7 @@ with _known():
     import torch._subclasses as subclasses
     from torch import _VF as VF
     from torch._C import DisableTorchFunction, DispatchKeySet
+    from torch._C import _current_autograd_node as current_autograd_node
     from torch._C import _current_graph_task_id as current_graph_task_id
     from torch._C import _ExcludeDispatchKeyGuard as ExcludeDispatchKeyGuard
     from torch._C import _get_privateuse1_backend_name as private_use_1_name

@@ -9,7 +9,8 @@ fake tensors (`isTensorSubclassLike` in `ATen/TensorSubclassLikeUtils.h`, and th
   its mask to the scores (`_scaled_dot_product_attention_math` in
   `ATen/native/transformers/attention.cpp`);
 - the gradient of an indexed tensor is put into zeros (`index_backward` in
-  `torch/csrc/autograd/FunctionsManual.cpp` and its like).
+  `torch/csrc/autograd/FunctionsManual.cpp` and its like);
+- some formulas of gradients go on writing into what they have made (`_FORMULAS`).
 
 Whether nobody else holds a tensor shows in its reference counts. Which counts mean that differs
 between versions of PyTorch and Python, so they are counted once, in a sum made for that.
@@ -28,8 +29,10 @@ from torch import Tensor
 from autobatch.support.torch_private import (
     FakeTensor,
     FakeTensorMode,
+    current_autograd_node,
     current_graph_task_id,
     storage_use_count,
+    torch_version,
 )
 
 __all__ = ["MAY_WRITE_IN_PLACE", "holders_of_a_sum", "writes_in_place"]
@@ -40,10 +43,30 @@ _ADD = aten.add.Tensor
 _PRODUCTS = ("aten::mm", "aten::bmm")
 _ZEROS = ("aten::zeros", "aten::new_zeros", "aten::zeros_like")
 _INTO_ZEROS = frozenset(
-    (aten.index_put.default, aten.scatter_add.default, aten.index_add.default, aten.scatter.src)
+    (
+        aten.index_put.default,
+        aten.scatter_add.default,
+        aten.index_add.default,
+        aten.scatter.src,
+        aten.put.default,
+        aten.masked_scatter.default,
+    )
 )
+_OLDER_CLAMP = ("Clamp",) if torch_version() <= (2, 12) else ()
+"""From PyTorch 2.14 on, and perhaps before, its masks are new ones."""
 
-MAY_WRITE_IN_PLACE = _INTO_ZEROS | {_ADD}
+_FORMULAS = {
+    aten.masked_fill.Scalar: ("Maximum", "Minimum", "Clamp", "ClampMin", "ClampMax"),
+    aten.index_fill.int_Tensor: ("Trace",),
+    aten.logical_and.default: ("Max", "Min", "Median", "Nanmedian", *_OLDER_CLAMP),
+    aten.logical_or.default: _OLDER_CLAMP,
+    aten.sub.Tensor: ("BinaryCrossEntropyWithLogits",),
+    aten.mul.Tensor: ("BinaryCrossEntropyWithLogits", "BinaryCrossEntropy"),
+}
+"""By op: in whose formulas it writes into a tensor that the formula has made, if alone it holds it
+(`tools/autograd/derivatives.yaml` and `torch/csrc/autograd/FunctionsManual.cpp`)."""
+
+MAY_WRITE_IN_PLACE = _INTO_ZEROS | _FORMULAS.keys() | {_ADD}
 """The ops to ask about."""
 
 _Holders = tuple[int, int, int]
@@ -61,6 +84,13 @@ def writes_in_place(func: Any, args: Sequence[Any], latest: str | None, sole: _H
     """
     if func in _INTO_ZEROS:
         return latest in _ZEROS and _is_in_engine()
+    if func in _FORMULAS:
+        return (
+            _is_in_engine()
+            and _formula() in _FORMULAS[func]
+            and _holders(args)[0] <= sole[0] + 1  # what came to the formula is held by more
+            and _has_room(args)
+        )
     if func is not _ADD or not all(isinstance(term, FakeTensor) for term in args):
         return False
     if args[0].shape == args[1].shape and args[0].dtype is args[1].dtype:
@@ -72,6 +102,23 @@ def writes_in_place(func: Any, args: Sequence[Any], latest: str | None, sole: _H
 
 def _is_in_engine() -> bool:
     return current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+
+
+def _formula() -> str:
+    """Name the op whose gradient the engine works out; "" where a user's function does."""
+    node = current_autograd_node()
+    name, found, _ = "" if node is None else node.name().partition("Backward")
+    return name if found else ""
+
+
+def _has_room(args: Sequence[Any]) -> bool:
+    """Whether the result of an op of two tensors, or of one and a number, is as large as the first.
+
+    >>> _has_room((torch.empty(3), torch.empty(2, 3)))
+    False
+    """
+    shapes = [arg.shape for arg in args[:2] if isinstance(arg, Tensor)]
+    return bool(torch.broadcast_shapes(*shapes) == shapes[0])
 
 
 def _is_dense(tensor: Tensor) -> bool:

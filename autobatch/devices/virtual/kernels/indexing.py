@@ -34,6 +34,9 @@ _WARP = 32
 _INDEX = 8
 _FLOAT = 4
 _SORTED_IN_A_BLOCK = 1024
+_TILES = (((9, 0), (5376, 4608)), ((8, 0), (3072, 3840)), ((0, 0), (2816, 2816)))
+"""Elements in a tile of a sort from a compute capability on: of keys of 4 bytes, and of 8."""
+
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
@@ -46,17 +49,17 @@ def indexing_scratch(
         func: one of `INDEXING`.
         args: its arguments.
         kwargs: its arguments by name.
-        gpu: the card; none of these depends on it.
+        gpu: the card, whose compute capability decides how a sort is tiled.
     """
-    return _RULES[func](args, kwargs)
+    return _RULES[func](args, kwargs, gpu)
 
 
-def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     indices: Tensor = args[1]
     return _copied(indices) if indices.dim() != 1 else []
 
 
-def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     gradient, indices, weights = args[:3]
     copies = [*_copied(indices), *_copied(gradient)]
     count, width = indices.numel(), gradient.shape[-1]
@@ -69,7 +72,7 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps
     return [
         *copies,
         *[count * each] * 3,
-        _radix_sort_bytes(count, each, each, weights.bit_length()),
+        _radix_sort_bytes(gpu, count, each, each, weights.bit_length()),
         ~(first + 3),
         ~(first + 2),
         RESULT,
@@ -84,14 +87,14 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps
     ]
 
 
-def _index(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _index(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     indices = _expanded([index for index in args[1] if index is not None])
     if len({index.stride() for index in indices}) < 2:
         return []
     return [each for index in indices for each in _copied(index)]
 
 
-def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     accumulates = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
     indices = _expanded([index for index in args[1] if index is not None])
     if not accumulates or not indices or indices[0].dtype is torch.bool:
@@ -100,12 +103,12 @@ def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     places = indices[0].numel() * _INDEX
     is_moved = args[1][0] is None or not values.is_contiguous()
     bits = max(args[0].numel().bit_length(), 1)
-    sort = _radix_sort_bytes(indices[0].numel(), _INDEX, _INDEX, bits)
+    sort = _radix_sort_bytes(gpu, indices[0].numel(), _INDEX, _INDEX, bits)
     moved = [values.nbytes] * is_moved
     return [RESULTS, places, places, ~1, *moved, *[places] * 3, sort]
 
 
-def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _sort(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     data: Tensor = args[0]
     is_stable = isinstance(args[1] if len(args) > 1 else None, bool)
     dim = args[2 if is_stable else 1] if len(args) > 1 + is_stable else kwargs.get("dim", -1)
@@ -114,17 +117,23 @@ def _sort(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
     length, count, width = data.shape[dim], data.numel(), data.element_size()
     if length <= _SORTED_IN_A_BLOCK:
         return [RESULTS, length * _INDEX]
-    sort = _radix_sort_bytes(count, width, _INDEX, 8 * width)
+    sort = _radix_sort_bytes(gpu, count, width, _INDEX, 8 * width)
     if count == length:
         return [RESULTS, count * _INDEX, sort]
     return [RESULTS, count * _INDEX, count * _INDEX, count * width, sort]
 
 
-def _scan(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Steps:
+def _scan(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     """Return the input as the result's type, to which whole numbers are converted first."""
     data: Tensor = args[0]
     result = kwargs.get("dtype") or (torch.int64 if data.dtype in _WHOLE else data.dtype)
     return () if result is data.dtype else [RESULTS, data.numel() * result.itemsize]
+
+
+def _unfold_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
+    """Return the places along the dimension (`unfold_backward` in `UnfoldBackward.cpp`)."""
+    sizes, dim = args[1:3]
+    return [RESULT, sizes[dim] * _INDEX] if sizes else ()
 
 
 def _copied(tensor: Tensor) -> list[int]:
@@ -145,15 +154,16 @@ def _layout(tensor: Tensor) -> Tensor:
     )
 
 
-def _radix_sort_bytes(count: int, key: int, value: int, bits: int) -> int:
+def _radix_sort_bytes(gpu: GpuSpec, count: int, key: int, value: int, bits: int) -> int:
     """Return the temporary bytes of CUB's radix sort of pairs.
 
-    >>> _radix_sort_bytes(65536, 8, 8, 16), _radix_sort_bytes(10**6, 4, 8, 32)
-    (1071615, 12342527)
+    >>> from autobatch.gpus.catalogue import find_gpu
+    >>> [_radix_sort_bytes(find_gpu(name), 65536, 8, 8, 16) for name in ("t4", "l4", "h200")]
+    [1077759, 1071615, 1068543]
     """
     if count <= _UNSORTED_INDICES:
         return 1
-    tile = 3840 if key == _INDEX else 3072
+    tile = next(tiles for since, tiles in _TILES if gpu.compute_capability >= since)[key == _INDEX]
     passes = -(-bits // 8)
     buffers = _up(count * key, 256) + _up(count * value, 256)
     return buffers + 2048 * passes + 512 + 1024 * math.ceil(count / tile) - 1
@@ -174,6 +184,7 @@ _RULES = {
     aten.sort.stable: _sort,
     aten.cumsum.default: _scan,
     aten.cumprod.default: _scan,
+    aten.unfold_backward.default: _unfold_backward,
 }
 
 INDEXING = tuple(_RULES)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels import rnn
+from autobatch.devices.virtual.kernels import losses, rnn
 
 __all__ = ["FUSED", "RULES", "register"]
 
@@ -108,6 +108,7 @@ def _grouped_mm(mode: Any, first: Tensor, second: Tensor, *rest: Any) -> Tensor:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    **losses.OUTPUTS,
     aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.native_batch_norm.default: _batch_norm,
@@ -118,4 +119,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten._cudnn_rnn.default: rnn.forward_outputs,
     aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }
-"""By op, what makes its results from the mode and the op's arguments."""
+"""By op, what makes its results from the mode and the op's arguments, or NotImplemented."""

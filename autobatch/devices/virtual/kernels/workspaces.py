@@ -13,6 +13,7 @@ Several kernels copy inputs that are not contiguous before they read them (`cont
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from autobatch.devices.virtual.kernels.convolutions import (
     layout_of,
 )
 from autobatch.devices.virtual.kernels.indexing import INDEXING, indexing_scratch
+from autobatch.devices.virtual.kernels.losses import LOSSES, loss_scratch
 from autobatch.devices.virtual.kernels.matrix_products import (
     copied_operands,
     cublas_bytes,
@@ -40,7 +42,7 @@ from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.memory.scratch import RESULTS, Steps
+from autobatch.memory.scratch import RESULT, RESULTS, Steps
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Workspaces"]
@@ -157,6 +159,30 @@ def _safe_softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     return [RESULTS, *_dense(args[:1]), data.numel(), rows, 4]
 
 
+def _logsumexp(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return the largest elements, and the exponentials (`logsumexp_out_impl` in `ReduceOps.cpp`).
+
+    The magnitudes of the former, and whether they are infinite, are gone before the latter.
+    """
+    data, dims = args[:2]
+    if not data.is_floating_point() or not data.numel():
+        return ()
+    over = {dim % data.dim() for dim in dims} if dims and data.dim() else range(data.dim())
+    kept = math.prod(size for place, size in enumerate(data.shape) if place not in over)
+    largest = kept * data.element_size()
+    return [largest, largest, kept, ~2, ~1, data.nbytes, RESULT]
+
+
+def _euclidean_distances(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return norms and what is concatenated (`_euclidean_dist` in `Distance.cpp`)."""
+    norms = [each.nbytes // max(each.shape[-1], 1) for each in args[:2]]
+    (one, other), (first, second) = norms, [each.nbytes for each in args[:2]]
+    return [
+        *(first, one, ~0, one, second, other, ~3, other, first),
+        *(first + 2 * one, ~2, ~1, ~6, second + 2 * other, ~4, ~5, RESULT),
+    ]
+
+
 def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     """Return what every dimension but the last is rolled into (`roll_cuda` in `TensorShape.cu`)."""
     data, shifts = args[:2]
@@ -176,7 +202,10 @@ _RULES: dict[Any, tuple[str, Rule]] = {
     torch.ops.aten._log_softmax_backward_data.default: ("contiguous", _log_softmax_backward),
     torch.ops.aten._safe_softmax.default: ("softmax scratch", _safe_softmax),
     torch.ops.aten._softmax_backward_data.default: ("softmax scratch", _softmax_backward),
+    torch.ops.aten.logsumexp.default: ("reduction scratch", _logsumexp),
+    torch.ops.aten._euclidean_dist.default: ("distance scratch", _euclidean_distances),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
+    **dict.fromkeys(LOSSES, ("loss scratch", loss_scratch)),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),
     **dict.fromkeys(ATTENTION, ("attention scratch", attention_scratch)),
     **dict.fromkeys(INDEXING, ("indexing scratch", indexing_scratch)),

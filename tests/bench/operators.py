@@ -1,0 +1,182 @@
+"""Ops whose allocations are not plain, each as a small model that trains.
+
+What follows from PyTorch's source is checked by it: the same steps run on the bench and on a
+simulated GPU (`test_operators.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CASES", "Case", "loss_of"]
+
+ROWS, WIDTH = 64, 96
+CHANNELS, SIDE = 16, 24
+NHWC = torch.channels_last
+
+
+class Elements(nn.Module):
+    """Applies an op to `y`, which needs a gradient, and `x`, which does not."""
+
+    def __init__(self, op: Callable[[Elements, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.op = op
+        self.scale, self.one = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.ones(1))
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(self, x * self.scale, x)
+
+
+class Convolved(nn.Module):
+    """A convolution of images, or of a slice of them, whose output may become rows."""
+
+    def __init__(self, conv: nn.Module, *, prepare: Callable[[Tensor], Tensor], rows: bool) -> None:
+        super().__init__()
+        self.conv, self.prepare, self.rows = conv, prepare, rows
+        self.scale, self.head = nn.Parameter(torch.ones(1)), nn.Linear(2 * CHANNELS, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.prepare(x * self.scale))
+        found: Tensor = self.head(y.flatten(2).transpose(1, 2) if self.rows else y.mean((2, 3)))
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of one of its samples."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).float().square().mean()
+
+
+def _classes(x: Tensor) -> Tensor:
+    return torch.zeros(len(x) * ROWS, dtype=torch.long, device=x.device)
+
+
+def _places(x: Tensor, count: int) -> Tensor:
+    return torch.arange(count, device=x.device)
+
+
+def _no_places(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.long)
+
+
+def _weights(x: Tensor) -> Tensor:
+    return torch.ones(WIDTH, device=x.device)
+
+
+with_logits = F.binary_cross_entropy_with_logits
+
+_OPS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "maximum": lambda m, y, x: torch.maximum(y, x),
+    "minimum of two": lambda m, y, x: torch.minimum(y, m.one * x),
+    "clamp by numbers": lambda m, y, x: y.clamp(0, 1),
+    "clamp by tensors": lambda m, y, x: torch.clamp(y, m.low, m.high),
+    "clamp from below": lambda m, y, x: torch.clamp_min(y, m.low),
+    "bce": lambda m, y, x: F.binary_cross_entropy(y.sigmoid(), x.sigmoid()),
+    "bce, target": lambda m, y, x: F.binary_cross_entropy(y.sigmoid(), (2 * y).sigmoid()),
+    "logits": lambda m, y, x: with_logits(y, x.sigmoid()),
+    "logits, positive": lambda m, y, x: with_logits(y, x.sigmoid(), pos_weight=_weights(x)),
+    "logits, weights": lambda m, y, x: with_logits(y, x.sigmoid(), weight=_weights(x)),
+    "logits, each": lambda m, y, x: with_logits(y, x.sigmoid(), reduction="none"),
+    "logits, sum": lambda m, y, x: with_logits(y, x.sigmoid(), reduction="sum"),
+    "mse": lambda m, y, x: F.mse_loss(y, x),
+    "mse, each": lambda m, y, x: F.mse_loss(y, x, reduction="none"),
+    "smooth l1": lambda m, y, x: F.smooth_l1_loss(y, x),
+    "huber": lambda m, y, x: F.huber_loss(y, x),
+    "l1": lambda m, y, x: F.l1_loss(y, x),
+    "divergence": lambda m, y, x: F.kl_div(y.log_softmax(-1), x.softmax(-1), reduction="sum"),
+    "smoothed": lambda m, y, x: F.cross_entropy(y.flatten(0, 1), _classes(x), label_smoothing=0.1),
+    "probabilities": lambda m, y, x: F.cross_entropy(y.flatten(0, 1), x.flatten(0, 1).softmax(-1)),
+    "max": lambda m, y, x: y.max(),
+    "max of rows": lambda m, y, x: y.max(-1)[0],
+    "amax": lambda m, y, x: y.amax(-1),
+    "median": lambda m, y, x: y.median(-1)[0],
+    "cummax": lambda m, y, x: y.cummax(-1)[0],
+    "cumsum": lambda m, y, x: y.cumsum(-1),
+    "logsumexp": lambda m, y, x: y.logsumexp(-1),
+    "norm": lambda m, y, x: y.norm(dim=-1),
+    "deviation": lambda m, y, x: y.std(-1),
+    "normalize": lambda m, y, x: F.normalize(y, dim=-1),
+    "take": lambda m, y, x: y.take(_places(x, 90)),
+    "gather": lambda m, y, x: y.gather(-1, _no_places(x)),
+    "index_select": lambda m, y, x: y.index_select(-1, _places(x, 64)),
+    "index_add": lambda m, y, x: torch.zeros_like(y).index_add(-1, _places(x, WIDTH), y),
+    "scatter_reduce": lambda m, y, x: torch.zeros_like(y).scatter_reduce(
+        -1, _no_places(x), y, "amax"
+    ),
+    "topk": lambda m, y, x: y.topk(5, -1)[0],
+    "sort": lambda m, y, x: y.sort(-1)[0],
+    "masked": lambda m, y, x: y.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0),
+    "where": lambda m, y, x: torch.where(x > 0, y, m.one),
+    "unfold": lambda m, y, x: y.unfold(-1, 4, 2),
+    "roll": lambda m, y, x: y.roll(1, -1),
+    "reflected": lambda m, y, x: F.pad(y, (1, 2), mode="reflect"),
+    "interpolated": lambda m, y, x: F.interpolate(y, scale_factor=2, mode="linear"),
+    "einsum": lambda m, y, x: torch.einsum("bij,bkj->bik", y, y),
+    "transposed softplus": lambda m, y, x: F.softplus(y.transpose(-1, -2)).sum(0),
+    "glu": lambda m, y, x: F.glu(y),
+    "mish": lambda m, y, x: F.mish(y),
+}
+
+
+def _conv(weight: torch.memory_format = torch.contiguous_format, **options: Any) -> nn.Module:
+    layer = nn.Conv2d(CHANNELS, 2 * CHANNELS, options.pop("kernel", 3), padding=1, **options)
+    return layer.to(memory_format=weight)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=NHWC)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    return x[..., 1:]
+
+
+def _sliced_nhwc(x: Tensor) -> Tensor:
+    return _sliced(_nhwc(x))
+
+
+def _convolutions() -> dict[str, Callable[[], nn.Module]]:
+    found: dict[str, Callable[[], nn.Module]] = {}
+    for prepare in (_as_it_is, _nhwc, _sliced, _sliced_nhwc):
+        for rows in (False, True):
+            for name, layer in {
+                "conv": _conv,
+                "conv in nhwc": lambda: _conv(NHWC),
+                "without bias": lambda: _conv(bias=False),
+                "of one pixel": lambda: _conv(kernel=1),
+                "in groups": lambda: _conv(groups=2),
+                "depthwise": lambda: _conv(groups=CHANNELS),
+                "transposed": lambda: nn.ConvTranspose2d(CHANNELS, 2 * CHANNELS, 2, stride=2),
+            }.items():
+                key = f"{name}, {prepare.__name__.strip('_')}{', rows' * rows}"
+                found[key] = lambda layer=layer, prepare=prepare, rows=rows: Convolved(
+                    layer(), prepare=prepare, rows=rows
+                )
+    return found
+
+
+CASES = {
+    **{
+        name: Case(lambda op=op: Elements(op), (ROWS, WIDTH))  # type: ignore[misc]
+        for name, op in _OPS.items()
+    },
+    **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _convolutions().items()},
+}

@@ -4,16 +4,17 @@ Invariant: nothing of autobatch runs here but the inputs and the loss that it in
 reads PyTorch's memory history.
 
 Kernels do nothing on the bench, so code that branches on a value reads garbage. Where models of
-transformers ask whether positions are those of one sequence, they are told that they are, as on a
-card.
+transformers ask whether positions are those of one sequence, and whether a mask of ones that they
+made leaves nothing out, they are told that it is so, as on a card.
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,18 +86,26 @@ def train(row: Row, *, labelled: bool = True) -> Truth:
     return Truth(allocated, reserved, trace)
 
 
+_ASKS_OF_MASKS = (
+    "find_packed_sequence_indices",
+    "_ignore_causal_mask_sdpa",
+    "_ignore_bidirectional_mask_sdpa",
+)
+"""What models of transformers ask: whether sequences are packed, and whether tokens are masked."""
+
+
 def _tell_true_values() -> None:
-    """Let models of transformers find that no sequences are packed into one."""
+    """Let models of transformers find what a card would: whole sequences, and none masked."""
     masking = sys.modules.get("transformers.masking_utils")
-    find = getattr(masking, "find_packed_sequence_indices", None)
-    if masking is None or find is None:
-        return
+    for name in _ASKS_OF_MASKS:
+        if (ask := getattr(masking, name, None)) is not None:
+            setattr(masking, name, partial(_told, ask))
 
-    def told(position_ids: torch.Tensor) -> Any:
-        with _AllTrue():
-            return find(position_ids)
 
-    masking.find_packed_sequence_indices = told  # type: ignore[attr-defined]
+def _told(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _AllTrue():
+        found = ask(*args, **kwargs)
+        return bool(found) if isinstance(found, torch.Tensor) and not found.dim() else found
 
 
 class _AllTrue(TorchFunctionMode):

@@ -32,6 +32,7 @@ __all__ = [
     "mark_upper_bound",
     "mixed_share",
     "most_of",
+    "note_write",
     "origin_of",
     "placeholder_of",
     "set_bounds",
@@ -101,13 +102,26 @@ def forget_placeholder(tensor: Tensor, *, keeps_bounds: bool = False) -> None:
 
 
 def set_certain(tensor: Tensor) -> None:
-    """Remember that what a tensor reads as is what a healthy run gives: no NaN was found, say."""
-    vars(tensor)["certain"] = True
+    """Remember that what a tensor reads as is what a healthy run gives: no NaN was found, say.
+
+    That is so until the tensor, or another that shares its memory, is written to.
+    """
+    vars(tensor)["certain"] = _writes(tensor)
 
 
 def is_certain(value: Any) -> bool:
     """Whether a tensor reads as what a healthy run gives."""
-    return isinstance(value, Tensor) and "certain" in vars(value)
+    return isinstance(value, Tensor) and vars(value).get("certain") == _writes(value)
+
+
+def note_write(tensor: Tensor) -> None:
+    """Remember that the memory of a tensor was written to."""
+    vars(tensor.untyped_storage())["writes"] = _writes(tensor) + 1
+
+
+def _writes(tensor: Tensor) -> int:
+    count: int = vars(tensor.untyped_storage()).get("writes", 0)
+    return count
 
 
 def set_unbounded(tensor: Tensor) -> None:

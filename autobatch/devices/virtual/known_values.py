@@ -23,6 +23,7 @@ from autobatch.devices.virtual.elements import (
     WHOLE,
     forget_values,
     has_values,
+    note_write,
     placeholder_of,
     set_bounds,
     set_mixed,
@@ -142,6 +143,8 @@ class KnownValues:
             target = kwargs.get(key) if isinstance(key, str) else args[key]
             targets += target if isinstance(target, (list, tuple)) else (target,)
         targets = [target for target in targets if type(target) is FakeTensor]
+        for target in targets:
+            note_write(target)
         known = [has_values(target) for target in targets]
         if not any(known) or (all(known) and self.result(func, args, kwargs) is not NotImplemented):
             return

@@ -68,6 +68,9 @@ _FILLED = frozenset(
     zeros zeros_like new_zeros zero_ ones ones_like new_ones full_like fill_ new_full
     """.split()
 )
+_CONSTANTS = _FILLED - {"zero_", "fill_"} | {"full"}
+"""Ops that make a tensor all of whose elements are one number, until it is written to."""
+
 _KEEPING = frozenset(
     """
     _to_copy clone detach alias mean sum amax amin max min select slice view _unsafe_view reshape
@@ -112,12 +115,15 @@ def follow_placeholders(
         value = _whole(name, args, output.dtype)
     if value is not None:
         set_placeholder(output, value)
-    if name in _HEALTH or (name in _KEEPING_CERTAINTY and _is_certain(name, args)):
+    is_constant = name in _CONSTANTS and not isinstance(_ANY_DTYPE[name](*args), Tensor)
+    if is_constant or name in _HEALTH or (name in _KEEPING_CERTAINTY and _is_certain(name, args)):
         set_certain(output)
-    elif name in _COUNTS and not output.dim() and args and args[0].dtype is torch.bool:
+    if name in _COUNTS and not output.dim() and args and args[0].dtype is torch.bool:
         set_most(output, args[0].numel())
         if placeholder_of(args[0]):  # each of them is true
             set_placeholder(output, args[0].numel())
+    elif is_certain(output):
+        return
     elif name in _COMPARISONS and not output.dim() and any(map(_is_anything, args[:2])):
         set_unbounded(output)
 
@@ -171,7 +177,12 @@ def _whole(name: str, args: Sequence[Any], dtype: torch.dtype) -> Any:
     rule = rule or _ANY_DTYPE.get(name)
     if rule is not None:
         return rule(*map(placeholder_of, args))
-    if not args or not isinstance(args[0], Tensor) or args[0].dtype.is_floating_point:
+    if not args or not isinstance(args[0], Tensor):
         return None
-    value = placeholder_of(args[0])  # a view, a copy or a reduction of equal elements
+    if args[0].dtype.is_floating_point:
+        value = explicit_placeholder(args[0]) if name == "_to_copy" else None
+        if value is None or not math.isfinite(value):
+            return None
+    else:
+        value = placeholder_of(args[0])  # a view, a copy or a reduction of equal elements
     return bool(value) if dtype is torch.bool else int(value)

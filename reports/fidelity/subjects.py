@@ -85,6 +85,9 @@ def workload(
     with torch.device(device), _Undrawn():
         asked = build(model_name)
     _require_comparable(asked.model)
+    for module in asked.model.modules():
+        if getattr(module, "layerdrop", 0):  # layers that are skipped are drawn on the card
+            module.layerdrop = 0.0
     if checkpointing:
         _checkpoint(asked.model)
     try:

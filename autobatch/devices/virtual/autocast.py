@@ -22,6 +22,7 @@ from autobatch.support.torch_private import (
     DispatchKeySet,
     ExcludeDispatchKeyGuard,
     parse_dispatch_key,
+    torch_version,
     tree_leaves,
     tree_map,
 )
@@ -59,6 +60,8 @@ _PROMOTE = """
 """.split()
 
 _HALVES = (torch.float16, torch.bfloat16)
+_CAST_HAS_A_GRADIENT = torch_version() >= (2, 11)
+"""Whether a weight that is cast under `no_grad` and kept can be trained all the same."""
 
 
 class _Policy:
@@ -85,7 +88,8 @@ class _Policy:
         if not cacheable:
             return value.to(dtype)
         if id(value) not in self.cache:
-            self.cache[id(value)] = (value, value.to(dtype))
+            with torch.set_grad_enabled(torch.is_grad_enabled() or _CAST_HAS_A_GRADIENT):
+                self.cache[id(value)] = (value, value.to(dtype))
         return self.cache[id(value)][1]
 
     def _eligible(self, value: Any) -> bool:

@@ -49,6 +49,24 @@ class Convolved(nn.Module):
         return found
 
 
+class Transposed(nn.Module):
+    """An op between linear layers that gets data, or a gradient, which is transposed in memory."""
+
+    def __init__(self, op: Callable[[Tensor], Tensor], *, data: bool, gradient: bool) -> None:
+        super().__init__()
+        self.op, self.data, self.gradient = op, data, gradient
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(ROWS if gradient else WIDTH, 8)
+        self.norm = nn.BatchNorm1d(ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.data:
+            y = y.transpose(1, 2).contiguous().transpose(1, 2)
+        y = self.norm(y) if self.op is _normalized else self.op(y)
+        found: Tensor = self.last(y.transpose(1, 2) if self.gradient else y)
+        return found
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and the shape of one of its samples."""
@@ -132,6 +150,42 @@ _OPS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
+def _normalized(x: Tensor) -> Tensor:
+    raise AssertionError("the model has a layer for it")
+
+
+_LAID_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm": _normalized,
+    "layer norm": lambda x: F.layer_norm(x, (WIDTH,)),
+    "rms norm": lambda x: F.rms_norm(x, (WIDTH,)),
+    "group norm": lambda x: F.group_norm(x, 4),
+    "softmax": lambda x: x.softmax(-1),
+    "log softmax": lambda x: x.log_softmax(-1),
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "dropout": F.dropout,
+    "running sum": lambda x: x.cumsum(-1),
+    "largest": lambda x: x.topk(WIDTH, -1)[0],
+    "sorted": lambda x: x.sort(-1)[0],
+    "gathered": lambda x: x.gather(-1, _no_places(x)),
+}
+
+
+def _transposed() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        f"{name}, transposed {what}": lambda op=op, what=what: Transposed(  # type: ignore[misc]
+            op, data="data" in what, gradient="gradient" in what
+        )
+        for name, op in _LAID_OUT.items()
+        for what in ("data", "gradient", "data and gradient")
+    }
+
+
 def _conv(weight: torch.memory_format = torch.contiguous_format, **options: Any) -> nn.Module:
     layer = nn.Conv2d(CHANNELS, 2 * CHANNELS, options.pop("kernel", 3), padding=1, **options)
     return layer.to(memory_format=weight)
@@ -178,5 +232,6 @@ CASES = {
         name: Case(lambda op=op: Elements(op), (ROWS, WIDTH))  # type: ignore[misc]
         for name, op in _OPS.items()
     },
+    **{name: Case(build, (ROWS, WIDTH)) for name, build in _transposed().items()},
     **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _convolutions().items()},
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autobatch.devices.virtual.dtype_checks import check_dtypes
 from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
-from autobatch.devices.virtual.kernels.convolutions import relaid
+from autobatch.devices.virtual.kernels.layouts import relaid
 from autobatch.devices.virtual.kernels.orders import order_of
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.recorder import StorageRecorder
@@ -284,7 +284,7 @@ class VirtualMode(FakeTensorMode):
         plain = _with_metas(args, metas)
         named = dict(zip(kwargs, _with_metas(kwargs.values(), metas), strict=True))
         try:
-            output = func(*plain, **named)
+            output = relaid(func, plain, func(*plain, **named))
         except NotImplementedError:  # no meta kernel: FakeTensorMode knows what to do instead
             raise _Uncacheable from None
         return self._describe(output, metas)

@@ -48,7 +48,6 @@ __all__ = [
     "convolution_settings",
     "cudnn_bytes",
     "layout_of",
-    "relaid",
     "runs_without_cudnn",
 ]
 
@@ -192,27 +191,6 @@ def runs_without_cudnn(
         and not transposed
         and layout_of(data, weight) is torch.contiguous_format
         and not (data.dtype is torch.float16 and channels >= 32 and stride[-1] == 1)
-    )
-
-
-def relaid(func: Any, args: Sequence[Any], output: Any) -> Any:
-    """Return the results of an op, those of a convolution in the layout that cuDNN gives them.
-
-    >>> data = torch.empty(2, 8, 4, 4, device="meta").to(memory_format=torch.channels_last)
-    >>> args = (data, torch.empty(16, 8, 1, 1, device="meta"), None, [1], [0], [1], False, [0], 1)
-    >>> relaid(CONVOLUTION, args, torch.empty(2, 16, 4, 4, device="meta")).stride()
-    (256, 1, 64, 16)
-    """
-    first = {CONVOLUTION: 0, CONVOLUTION_BACKWARD: 1}.get(func)
-    layout = torch.contiguous_format if first is None else layout_of(*args[first : first + 2])
-    if layout is torch.contiguous_format:
-        return output
-    if isinstance(output, Tensor):
-        return output.contiguous(memory_format=layout)
-    *large, bias = output
-    return (
-        *(each if each is None else each.contiguous(memory_format=layout) for each in large),
-        bias,
     )
 
 

@@ -124,10 +124,21 @@ def _sort(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps
 
 
 def _scan(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
-    """Return the input as the result's type, to which whole numbers are converted first."""
+    """Return the input as the result's type, to which whole numbers are converted first, and dense.
+
+    The result is dense, as is that of `topk`.
+    """
     data: Tensor = args[0]
     result = kwargs.get("dtype") or (torch.int64 if data.dtype in _WHOLE else data.dtype)
-    return () if result is data.dtype else [RESULTS, data.numel() * result.itemsize]
+    copies = _copied(data)
+    if result is not data.dtype:
+        copies = [data.numel() * result.itemsize] * (1 + len(copies))
+    return [RESULTS, *copies] if copies else ()
+
+
+def _topk(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
+    copies = _copied(args[0])
+    return [RESULTS, *copies] if copies else ()
 
 
 def _unfold_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
@@ -184,6 +195,7 @@ _RULES = {
     aten.sort.stable: _sort,
     aten.cumsum.default: _scan,
     aten.cumprod.default: _scan,
+    aten.topk.default: _topk,
     aten.unfold_backward.default: _unfold_backward,
 }
 

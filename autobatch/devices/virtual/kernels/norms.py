@@ -3,13 +3,15 @@
 They copy inputs that are not contiguous, a group norm after its results and a layer norm before
 them, but for the gradient that comes in. From `layer_norm_kernel.cu` and `group_norm_kernel.cu` in
 `aten/src/ATen/native/cuda`, and `layer_norm.cpp` and `group_norm.cpp` in `aten/src/ATen/native`.
+cuDNN's batch norm copies the data of a forward pass and the gradient of a backward pass to the
+layout of the data (`cudnn/BatchNorm.cpp` there).
 
 Gradients of the weights of a layer norm over more than 65,536 rows are added up in two steps: rows
 are summed in groups of 32, at most 2**20 numbers in all, and then the groups
 (`LayerNormBackwardKernelImplInternal`; the limit on the numbers was seen in PyTorch's CUDA code on
 a simulated runtime).
 
-A group norm keeps a scale and a shift for every channel of every sample.
+A group norm with weights keeps a scale and a shift for every channel of every sample.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.convolutions import layout_of
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULTS, Step, Steps
 
-__all__ = ["NORMS", "norm_scratch"]
+__all__ = ["NORMS", "norm_scratch", "runs_on_cudnn"]
 
 aten = torch.ops.aten
 
@@ -85,15 +88,38 @@ def _backward(
 
 
 def _group(args: Sequence[Any], gpu: GpuSpec) -> Steps:
-    data, samples, channels = args[0], args[3], args[4]
-    return [RESULTS, *_named(_copied(data)), _NAME, *[samples * channels * _FLOAT] * 2]
+    data, weight, bias, samples, channels = args[:5]
+    copies = _named(_copied(data))
+    if weight is None and bias is None:
+        return [RESULTS, *copies] if copies else ()
+    return [RESULTS, *copies, _NAME, *[samples * channels * _FLOAT] * 2]
 
 
 def _group_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
-    gradient, data, _, _, _, samples, channels, _, groups = args[:9]
+    gradient, data, _, _, weight, samples, channels, _, groups = args[:9]
     by_channel, by_group = samples * channels * _FLOAT, samples * groups * _FLOAT
-    sums = [by_channel, by_channel, by_group, by_group, by_channel]
+    sums = [by_channel, by_channel, by_group, by_group, *[by_channel] * (weight is not None)]
     return [*_named([*_copied(gradient), *_copied(data)]), RESULTS, _NAME, *sums]
+
+
+def runs_on_cudnn(data: Tensor, weight: Tensor | None) -> bool:
+    """Whether a batch norm runs on cuDNN (`_select_batch_norm_backend` in `Normalization.cpp`)."""
+    return weight is not None and data.dim() > 2 and data.dtype is not torch.bfloat16
+
+
+def _batch(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    """Return cuDNN's copy of the data; PyTorch's own kernel reads any layout."""
+    data, weight = args[:2]
+    return _named(_relaid(data, data)) if runs_on_cudnn(data, weight) else ()
+
+
+def _batch_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    gradient, data, weight = args[:3]
+    return _named(_relaid(gradient, data)) if runs_on_cudnn(data, weight) else ()
+
+
+def _relaid(tensor: Tensor, like: Tensor) -> list[int]:
+    return [] if tensor.is_contiguous(memory_format=layout_of(like)) else [tensor.nbytes]
 
 
 def _named(copies: Sequence[int]) -> list[Step]:
@@ -116,6 +142,8 @@ _RULES = {
         (aten.native_layer_norm_backward.default, _layer_backward),
         (_known("_fused_rms_norm"), _forward),
         (_known("_fused_rms_norm_backward"), _rms_backward),
+        (aten.native_batch_norm.default, _batch),
+        (aten.native_batch_norm_backward.default, _batch_backward),
         (aten.native_group_norm.default, _group),
         (aten.native_group_norm_backward.default, _group_backward),
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.kernels import losses, rnn
+from autobatch.devices.virtual.kernels.convolutions import layout_of
+from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 
 __all__ = ["FUSED", "RULES", "register"]
 
@@ -47,10 +49,21 @@ def _log_sigmoid(mode: Any, data: Tensor) -> tuple[Any, Any]:
 
 def _batch_norm(mode: Any, *args: Any) -> tuple[Any, Any, Any]:
     """Make the output, the saved mean and the saved inverse deviation."""
-    data, _, _, _, _, training, _, _ = args
+    data, weight, _, _, _, training, _, _ = args
     half = data.dtype in (torch.float16, torch.bfloat16)
     statistics = (data.shape[1] if training else 0,), torch.float32 if half else data.dtype, data
-    return mode.empty_like(data), mode.empty(*statistics), mode.empty(*statistics)
+    return _normalized(mode, data, weight), mode.empty(*statistics), mode.empty(*statistics)
+
+
+def _normalized(mode: Any, data: Tensor, weight: Tensor | None) -> Any:
+    """Make a tensor like `data`, and without gaps if cuDNN makes it."""
+    return _dense(mode, data) if runs_on_cudnn(data, weight) else mode.empty_like(data)
+
+
+def _dense(mode: Any, data: Tensor) -> Any:
+    """Make a tensor without gaps, in NHWC or NDHWC if `data` is."""
+    layout = torch.empty(data.shape, device="meta", memory_format=layout_of(data))
+    return mode.strided(data, tuple(data.shape), layout.stride())
 
 
 def _batch_norm_backward(
@@ -60,7 +73,7 @@ def _batch_norm_backward(
     channels, wants = (data.shape[1],), rest[-1]
     dtype = data.dtype if weight is None else weight.dtype
     return (
-        mode.empty_like(data) if wants[0] else None,
+        _dense(mode, data) if wants[0] else None,
         mode.empty(channels, dtype, data) if wants[1] else None,
         mode.empty(channels, dtype, data) if wants[2] else None,
     )

@@ -5,9 +5,7 @@ a kernel takes it beside its results and gives it back. That of convolutions is 
 `convolutions.py`, that of sums in `reductions.py`.
 
 Several kernels copy inputs that are not contiguous before they read them (`contiguous()` in
-`aten/src/ATen/native/cudnn/BatchNorm.cpp`, and in `SoftMax.cu`, `layer_norm_kernel.cu`,
-`group_norm_kernel.cu`, `AveragePool2d.cu` and `DilatedMaxPool2d.cu` of
-`aten/src/ATen/native/cuda`).
+`SoftMax.cu`, `AveragePool2d.cu` and `DilatedMaxPool2d.cu` of `aten/src/ATen/native/cuda`).
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
@@ -104,24 +103,19 @@ class Workspaces:
         return isinstance(value, FakeTensor) and value.fake_device == self._device
 
 
-_COPIED = {
-    getattr(torch.ops.aten, name).default: positions
-    for positions, names in {
-        (0,): """
-            native_batch_norm avg_pool2d avg_pool2d_backward
-            max_pool2d_with_indices max_pool2d_with_indices_backward
-        """,
-        (0, 1): "native_batch_norm_backward",
-    }.items()
-    for name in names.split()
-}
+_POOLS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in """
+        avg_pool2d avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward
+    """.split()
+)
 
 
-def _copies(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    """Return the copies of inputs that are neither contiguous nor dense in NHWC."""
-    tensors = [args[position] for position in _COPIED[func]]
-    copies = [t.nbytes for t in tensors if not t.is_contiguous(memory_format=layout_of(t))]
-    return ["contiguous", *copies] if copies else []
+def _pool(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return the copy of an input that is neither contiguous nor dense in NHWC."""
+    data: Tensor = args[0]
+    is_dense = data.is_contiguous(memory_format=layout_of(data))
+    return () if is_dense else ["contiguous", data.nbytes]
 
 
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -194,7 +188,7 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
 
 
 _RULES: dict[Any, tuple[str, Rule]] = {
-    **dict.fromkeys(_COPIED, ("contiguous", _copies)),
+    **dict.fromkeys(_POOLS, ("contiguous", _pool)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
     **dict.fromkeys(NORMS, ("norm scratch", norm_scratch)),
     torch.ops.aten._softmax.default: ("contiguous", _softmax),

@@ -14,8 +14,8 @@ from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION_BACKWARD,
     convolution_scratch,
     layout_of,
-    relaid,
 )
+from autobatch.devices.virtual.kernels.layouts import relaid
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.scratch import RESULT
 from autobatch.workload.sample import batch_builder

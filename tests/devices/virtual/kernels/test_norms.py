@@ -50,8 +50,8 @@ def test_a_layer_norm_copies_the_input_first_and_the_gradient_last():
 def test_a_group_norm_keeps_a_scale_and_a_shift_for_every_channel_of_every_sample():
     data = torch.empty(8, 16, 32, 16, device="meta").transpose(1, 2)
     forward = torch.ops.aten.native_group_norm.default
-    args = (data, None, None, 8, 32, 256, 8, 1e-5)
-    assert norm_scratch(forward, args, {}, GPU) == [
-        *("results", "contiguous", 262144),
-        *("norm scratch", 1024, 1024),
-    ]
+    copied, sizes = ["results", "contiguous", 262144], (8, 32, 256, 8, 1e-5)
+    assert norm_scratch(forward, (data, None, None, *sizes), {}, GPU) == copied
+    weight = torch.empty(32, device="meta")
+    args = (data, weight, weight, *sizes)
+    assert norm_scratch(forward, args, {}, GPU) == [*copied, "norm scratch", 1024, 1024]

@@ -139,6 +139,12 @@ _OPS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "sort": lambda m, y, x: y.sort(-1)[0],
     "masked": lambda m, y, x: y.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0),
     "where": lambda m, y, x: torch.where(x > 0, y, m.one),
+    "var": lambda m, y, x: y.var(0),
+    "any": lambda m, y, x: (y > 0).any(1) * y.mean(),
+    "all": lambda m, y, x: (y > 0).all() * y.mean(),
+    "argmax": lambda m, y, x: y.argmax() * y.mean(),
+    "count": lambda m, y, x: torch.count_nonzero(y, 1) * y.mean(),
+    "one hot": lambda m, y, x: y.unsqueeze(-1) * F.one_hot(_no_places(x), 7),
     "unfold": lambda m, y, x: y.unfold(-1, 4, 2),
     "roll": lambda m, y, x: y.roll(1, -1),
     "reflected": lambda m, y, x: F.pad(y, (1, 2), mode="reflect"),
@@ -207,6 +213,39 @@ def _sliced_nhwc(x: Tensor) -> Tensor:
     return _sliced(_nhwc(x))
 
 
+_IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max pool": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "mean pool": lambda x: F.avg_pool2d(x, 2),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "bilinear": lambda x: F.interpolate(x, (30, 20), mode="bilinear"),
+    "bicubic": lambda x: F.interpolate(x, (30, 20), mode="bicubic"),
+    "columns": lambda x: F.unfold(x, 3),
+    "patches": lambda x: F.fold(F.unfold(x, 2, stride=2), (SIDE, SIDE), 2, stride=2),
+}
+
+
+class Image(nn.Module):
+    """An op on images, in NCHW or in NHWC."""
+
+    def __init__(self, op: Callable[[Tensor], Tensor], *, nhwc: bool) -> None:
+        super().__init__()
+        self.op, self.nhwc, self.scale = op, nhwc, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return 2 * self.op(_nhwc(x) if self.nhwc else x)
+
+
+def _images() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        f"{name}{' in nhwc' * nhwc}": lambda op=op, nhwc=nhwc: Image(  # type: ignore[misc]
+            op, nhwc=nhwc
+        )
+        for name, op in _IMAGES.items()
+        for nhwc in (False, True)
+    }
+
+
 def _convolutions() -> dict[str, Callable[[], nn.Module]]:
     found: dict[str, Callable[[], nn.Module]] = {}
     for prepare in (_as_it_is, _nhwc, _sliced, _sliced_nhwc):
@@ -233,5 +272,6 @@ CASES = {
         for name, op in _OPS.items()
     },
     **{name: Case(build, (ROWS, WIDTH)) for name, build in _transposed().items()},
+    **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _images().items()},
     **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _convolutions().items()},
 }

@@ -25,7 +25,7 @@ __all__ = ["cuda_kernels"]
 
 @contextlib.contextmanager
 def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
-    """Run attention, recurrent layers, packing and CTC on `device` as CUDA does."""
+    """Run attention, recurrent layers, packing, CTC and one-hot on `device` as CUDA does."""
 
     def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
@@ -42,12 +42,21 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
         "_pad_packed_sequence": on_device(VF._pad_packed_sequence, rnn.pad),
     }
     attention = on_device(F.scaled_dot_product_attention, partial(attend, capability))
+    one_hot = on_device(F.one_hot, partial(_one_hot, F.one_hot))
     with (
-        patched(F, scaled_dot_product_attention=attention),
+        patched(F, scaled_dot_product_attention=attention, one_hot=one_hot),
         patched(torch, ctc_loss=on_device(torch.ctc_loss, _ctc_loss)),
         patched(VF, **layers, **packing),
     ):
         yield
+
+
+def _one_hot(original: Callable[..., Tensor], tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """Write ones into zeros; tensors without data are compared with every class instead."""
+    if num_classes < 1:
+        return original(tensor, num_classes)
+    zeros = torch.zeros(*tensor.shape, num_classes, dtype=tensor.dtype, device=tensor.device)
+    return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
 def _ctc_loss(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels import losses, rnn
+from autobatch.devices.virtual.kernels import columns, losses, rnn
 from autobatch.devices.virtual.kernels.convolutions import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 
@@ -121,6 +121,7 @@ def _grouped_mm(mode: Any, first: Tensor, second: Tensor, *rest: Any) -> Tensor:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    **columns.OUTPUTS,
     **losses.OUTPUTS,
     aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.native_layer_norm_backward.default: _layer_norm_backward,

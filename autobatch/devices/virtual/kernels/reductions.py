@@ -39,11 +39,32 @@ _DIMS_AT: dict[Any, int | None] = {
     aten.amax.default: 1,
     aten.amin.default: 1,
     aten.linalg_vector_norm.default: 2,
+    aten.count_nonzero.default: 1,
+    aten.count_nonzero.dim_IntList: 1,
+    **dict.fromkeys((aten.any.default, aten.all.default), None),
+    **dict.fromkeys((aten.any.dim, aten.any.dims, aten.all.dim, aten.all.dims), 1),
+    **dict.fromkeys((aten.argmax.default, aten.argmin.default), 1),
+    **dict.fromkeys((aten.var.correction, aten.std.correction, aten.var_mean.correction), 1),
 }
 """By op: which argument says the dimensions; None where all are reduced."""
 
-_KEEP_TYPE = frozenset((aten.max.default, aten.min.default, aten.amax.default, aten.amin.default))
-"""Ops that compare elements as they are; the others add halves up in fp32."""
+_PARTIAL_BYTES = {
+    **dict.fromkeys((op for op in _DIMS_AT if op._schema.name in ("aten::any", "aten::all")), 1),
+    **dict.fromkeys((op for op in _DIMS_AT if op._schema.name.startswith("aten::arg")), 16),
+    **dict.fromkeys(
+        (op for op in _DIMS_AT if op._schema.name[:9] in ("aten::var", "aten::std")), 16
+    ),
+}
+"""By op: what a block hands on, where that is no number of the result's type: a truth value, a
+number and its place, or a mean with the squares around it."""
+
+_KEEP_TYPE = frozenset(
+    (aten.max.default, aten.min.default, aten.amax.default, aten.amin.default, *_PARTIAL_BYTES)
+)
+"""Ops that take elements as they are; the others add halves up in fp32."""
+
+_COUNTS = (aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+"""Sums of what is not zero, which is told first."""
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MAX_THREADS = 512
@@ -85,6 +106,12 @@ def reduction_scratch(
     if not args[0].numel():
         return ()
     data: Tensor = args[0]
+    if func in _COUNTS:
+        data = torch.empty(data.shape, dtype=torch.bool, device="meta")
+        steps = reduction_scratch(
+            aten.sum.dim_IntList, (data, sorted(_reduced(func, args))), {}, gpu
+        )
+        return [data.nbytes, *steps]
     is_counted = func not in _KEEP_TYPE and not (data.is_floating_point() or data.is_complex())
     result = kwargs.get("dtype") or (torch.int64 if is_counted else data.dtype)
     found: list[int] = []
@@ -93,7 +120,7 @@ def reduction_scratch(
         element = result.itemsize
         found.append(data.numel() * element)
     adds_halves = func not in _KEEP_TYPE and result in _HALVES
-    partial = 4 if adds_halves else result.itemsize
+    partial = _PARTIAL_BYTES.get(func, 4 if adds_halves else result.itemsize)
     dims = _dims(data, _reduced(func, args), element)
     if adds_halves and not _fits_32_bits(dims):  # partial sums do not fit into the result
         found.append(partial * math.prod(dim.size for dim in dims if not dim.is_reduced))

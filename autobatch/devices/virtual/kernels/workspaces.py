@@ -21,6 +21,7 @@ from torch import Tensor
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
 from autobatch.devices.virtual.kernels.calls import Hashed, Rule, described, steps_of
+from autobatch.devices.virtual.kernels.columns import COLUMNS, column_scratch
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
@@ -109,13 +110,29 @@ _POOLS = tuple(
         avg_pool2d avg_pool2d_backward max_pool2d_with_indices max_pool2d_with_indices_backward
     """.split()
 )
+_UPSAMPLED = tuple(
+    getattr(torch.ops.aten, f"{name}_backward").default
+    for name in """
+        upsample_nearest1d upsample_linear1d upsample_nearest2d upsample_bilinear2d
+        upsample_bicubic2d upsample_nearest3d upsample_trilinear3d
+    """.split()
+)
 
 
 def _pool(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    """Return the copy of an input that is neither contiguous nor dense in NHWC."""
-    data: Tensor = args[0]
-    is_dense = data.is_contiguous(memory_format=layout_of(data))
-    return () if is_dense else ["contiguous", data.nbytes]
+    """Return copies of what is not dense in the layout of the input, the gradient's before that."""
+    is_backward = func._schema.name.endswith("_backward")
+    tensors = args[:2] if is_backward else args[:1]
+    layout = layout_of(tensors[-1])
+    copies = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=layout)]
+    return [RESULTS, *copies] if copies else ()
+
+
+def _upsampled(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
+    """Return the copy of a gradient that is dense neither in NCHW nor in NHWC."""
+    gradient: Tensor = args[0]
+    is_dense = gradient.is_contiguous(memory_format=layout_of(gradient))
+    return () if is_dense or gradient.is_contiguous() else [RESULTS, gradient.nbytes]
 
 
 def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -189,6 +206,7 @@ def _roll(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
 
 _RULES: dict[Any, tuple[str, Rule]] = {
     **dict.fromkeys(_POOLS, ("contiguous", _pool)),
+    **dict.fromkeys(_UPSAMPLED, ("contiguous", _upsampled)),
     **dict.fromkeys((CONVOLUTION, CONVOLUTION_BACKWARD), ("cudnn workspace", _convolution)),
     **dict.fromkeys(NORMS, ("norm scratch", norm_scratch)),
     torch.ops.aten._softmax.default: ("contiguous", _softmax),
@@ -199,6 +217,7 @@ _RULES: dict[Any, tuple[str, Rule]] = {
     torch.ops.aten.logsumexp.default: ("reduction scratch", _logsumexp),
     torch.ops.aten._euclidean_dist.default: ("distance scratch", _euclidean_distances),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
+    **dict.fromkeys(COLUMNS, ("column scratch", column_scratch)),
     **dict.fromkeys(LOSSES, ("loss scratch", loss_scratch)),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),
     **dict.fromkeys(ATTENTION, ("attention scratch", attention_scratch)),

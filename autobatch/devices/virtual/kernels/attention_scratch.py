@@ -135,7 +135,7 @@ def _flash_width(width: int) -> int:
 def _efficient(query: Tensor, value: Tensor) -> Steps:
     """Return the output in fp32, which kernels of wide heads add up outside of registers."""
     wide = value.shape[-1]
-    if query.element_size() == _FLOAT or wide <= 128:
+    if query.element_size() == _FLOAT or max(query.shape[-1], wide) <= 128:
         return ()
     return [RESULTS, math.prod(query.shape[:-1]) * wide * _FLOAT]
 

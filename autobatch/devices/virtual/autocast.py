@@ -50,6 +50,11 @@ _FP32 = """
     _upsample_bicubic2d_aa norm.Scalar norm.ScalarOpt_dim
 """.split()
 
+_TRANSFORMS = """
+    fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_rfft2 fft_rfftn fft_ihfft
+""".split()
+"""CUDA runs these on bfloat16 in fp32 from PyTorch 2.14 on, perhaps before; older ones fail."""
+
 _FP32_BY_DTYPE = """
     prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm
     linalg_matrix_norm linalg_matrix_norm.str_ord sum sum.dim_IntList
@@ -149,7 +154,7 @@ def register(device_type: str) -> None:
     _libraries.extend((fallthrough, kernels))
     for names, rule in (
         (_LOWER_PRECISION, policy.lower_precision),
-        (_FP32, policy.fp32),
+        (_FP32 + _TRANSFORMS * (torch_version() > (2, 12)), policy.fp32),
         (_FP32_BY_DTYPE, policy.fp32_by_dtype),
         (_PROMOTE, policy.promote),
     ):

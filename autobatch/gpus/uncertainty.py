@@ -45,7 +45,7 @@ NEEDED: Mapping[Kind, Mapping[int, float]] = MappingProxyType(
             50: 0.0235,
             75: 0.0463,
             90: 0.0731,
-            95: 0.0871,
+            95: 0.0888,
             99: 0.1129,
         },
         "products": {

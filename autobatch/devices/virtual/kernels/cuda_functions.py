@@ -17,6 +17,8 @@ from torch import Tensor
 
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention import attend
+from autobatch.devices.virtual.kernels.convolutions import layout_of
+from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import VF, FakeTensor
 
@@ -25,7 +27,7 @@ __all__ = ["cuda_kernels"]
 
 @contextlib.contextmanager
 def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
-    """Run attention, recurrent layers, packing, CTC and one-hot on `device` as CUDA does."""
+    """Run attention, recurrent layers, packing, norms, CTC and one-hot on `device` as CUDA does."""
 
     def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
@@ -45,10 +47,26 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
     one_hot = on_device(F.one_hot, partial(_one_hot, F.one_hot))
     with (
         patched(F, scaled_dot_product_attention=attention, one_hot=one_hot),
-        patched(torch, ctc_loss=on_device(torch.ctc_loss, _ctc_loss)),
+        patched(
+            torch,
+            batch_norm=on_device(torch.batch_norm, partial(_batch_norm, torch.batch_norm)),
+            ctc_loss=on_device(torch.ctc_loss, _ctc_loss),
+        ),
         patched(VF, **layers, **packing),
     ):
         yield
+
+
+def _batch_norm(
+    original: Callable[..., Tensor], tensor: Tensor, weight: Tensor | None, *how: Any
+) -> Tensor:
+    """Make the data dense for cuDNN, which keeps that for the backward pass.
+
+    From `_batch_norm_impl_index` in `ATen/native/Normalization.cpp`.
+    """
+    if runs_on_cudnn(tensor, weight):
+        tensor = tensor.contiguous(memory_format=layout_of(tensor))
+    return original(tensor, weight, *how)
 
 
 def _one_hot(original: Callable[..., Tensor], tensor: Tensor, num_classes: int = -1) -> Tensor:

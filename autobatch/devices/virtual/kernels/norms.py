@@ -3,8 +3,7 @@
 They copy inputs that are not contiguous, a group norm after its results and a layer norm before
 them, but for the gradient that comes in. From `layer_norm_kernel.cu` and `group_norm_kernel.cu` in
 `aten/src/ATen/native/cuda`, and `layer_norm.cpp` and `group_norm.cpp` in `aten/src/ATen/native`.
-cuDNN's batch norm copies the data of a forward pass and the gradient of a backward pass to the
-layout of the data (`cudnn/BatchNorm.cpp` there).
+cuDNN's batch norm copies the gradient to the layout of the data (`cudnn/BatchNorm.cpp` there).
 
 Gradients of the weights of a layer norm over more than 65,536 rows are added up in two steps: rows
 are summed in groups of 32, at most 2**20 numbers in all, and then the groups
@@ -107,19 +106,11 @@ def runs_on_cudnn(data: Tensor, weight: Tensor | None) -> bool:
     return weight is not None and data.dim() > 2 and data.dtype is not torch.bfloat16
 
 
-def _batch(args: Sequence[Any], gpu: GpuSpec) -> Steps:
-    """Return cuDNN's copy of the data; PyTorch's own kernel reads any layout."""
-    data, weight = args[:2]
-    return _named(_relaid(data, data)) if runs_on_cudnn(data, weight) else ()
-
-
 def _batch_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
+    """Return cuDNN's copy of the gradient; PyTorch's own kernel reads any layout."""
     gradient, data, weight = args[:3]
-    return _named(_relaid(gradient, data)) if runs_on_cudnn(data, weight) else ()
-
-
-def _relaid(tensor: Tensor, like: Tensor) -> list[int]:
-    return [] if tensor.is_contiguous(memory_format=layout_of(like)) else [tensor.nbytes]
+    is_dense = gradient.is_contiguous(memory_format=layout_of(data))
+    return () if is_dense or not runs_on_cudnn(data, weight) else _named([gradient.nbytes])
 
 
 def _named(copies: Sequence[int]) -> list[Step]:
@@ -142,7 +133,6 @@ _RULES = {
         (aten.native_layer_norm_backward.default, _layer_backward),
         (_known("_fused_rms_norm"), _forward),
         (_known("_fused_rms_norm_backward"), _rms_backward),
-        (aten.native_batch_norm.default, _batch),
         (aten.native_batch_norm_backward.default, _batch_backward),
         (aten.native_group_norm.default, _group),
         (aten.native_group_norm_backward.default, _group_backward),

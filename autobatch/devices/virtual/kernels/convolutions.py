@@ -37,6 +37,7 @@ from autobatch.devices.virtual.kernels.cudnn_sm90 import (
     Precision,
     workspace_bytes,
 )
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.reductions import reduction_scratch
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, Step, Steps
@@ -47,7 +48,6 @@ __all__ = [
     "convolution_scratch",
     "convolution_settings",
     "cudnn_bytes",
-    "layout_of",
     "runs_without_cudnn",
 ]
 
@@ -192,32 +192,6 @@ def runs_without_cudnn(
         and layout_of(data, weight) is torch.contiguous_format
         and not (data.dtype is torch.float16 and channels >= 32 and stride[-1] == 1)
     )
-
-
-def layout_of(*tensors: Tensor) -> torch.memory_format:
-    """Return NHWC or NDHWC where the strides of one of the tensors tell of it.
-
-    From `suggest_memory_format` in `c10/core/TensorImpl.h` and what it calls: slices of a tensor in
-    NHWC are in NHWC, and where dimensions of size 1 leave it open, a tensor is not.
-
-    >>> layout_of(torch.empty(2, 4, 5, 3).permute(0, 3, 1, 2)[..., 1:])
-    torch.channels_last
-    """
-    if any(map(_is_channels_last, tensors)):
-        return {4: torch.channels_last, 5: torch.channels_last_3d}[tensors[0].dim()]
-    return torch.contiguous_format
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    if tensor.dim() not in (4, 5) or not tensor.stride(1):
-        return False
-    least = 0
-    for place in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        size, stride = tensor.shape[place], tensor.stride(place)
-        if not size or stride < least or (place == 0 and least == tensor.stride(1)):
-            return False
-        least = stride * size
-    return True
 
 
 def _layer(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention import attend
-from autobatch.devices.virtual.kernels.convolutions import layout_of
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import VF, FakeTensor

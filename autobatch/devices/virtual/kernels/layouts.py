@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels.convolutions import (
-    CONVOLUTION,
-    CONVOLUTION_BACKWARD,
-    layout_of,
-)
+from autobatch.devices.virtual.kernels.convolutions import CONVOLUTION, CONVOLUTION_BACKWARD
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 
 __all__ = ["relaid"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.kernels import columns, losses, rnn
-from autobatch.devices.virtual.kernels.convolutions import layout_of
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 
 __all__ = ["FUSED", "RULES", "register"]

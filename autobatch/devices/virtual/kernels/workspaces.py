@@ -27,7 +27,6 @@ from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION_BACKWARD,
     convolution_scratch,
     convolution_settings,
-    layout_of,
 )
 from autobatch.devices.virtual.kernels.indexing import INDEXING, indexing_scratch
 from autobatch.devices.virtual.kernels.losses import LOSSES, loss_scratch
@@ -38,6 +37,7 @@ from autobatch.devices.virtual.kernels.matrix_products import (
     is_product,
     uses_cublaslt,
 )
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
 from autobatch.devices.virtual.recorder import StorageRecorder

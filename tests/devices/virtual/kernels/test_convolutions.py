@@ -13,9 +13,9 @@ from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
     convolution_scratch,
-    layout_of,
 )
 from autobatch.devices.virtual.kernels.layouts import relaid
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.scratch import RESULT
 from autobatch.workload.sample import batch_builder

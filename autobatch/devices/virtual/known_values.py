@@ -31,7 +31,7 @@ from autobatch.devices.virtual.elements import (
     set_values,
     values_of,
 )
-from autobatch.support.torch_private import FakeTensor, no_dispatch
+from autobatch.support.torch_private import FakeTensor, no_dispatch, tree_leaves
 
 __all__ = ["KnownValues"]
 
@@ -107,6 +107,10 @@ class KnownValues:
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Remember what an op that has just run made known, or made unknown."""
+        if func.namespace == "c10d":  # collectives write, and do not say so
+            for leaf in tree_leaves(args):
+                if type(leaf) is FakeTensor:
+                    note_write(leaf)
         if written := _written(func):
             self._write(func, args, kwargs, written)
         elif isinstance(output, (list, tuple)):

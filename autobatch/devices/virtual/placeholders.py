@@ -118,12 +118,14 @@ def follow_placeholders(
     is_constant = name in _CONSTANTS and not isinstance(_ANY_DTYPE[name](*args), Tensor)
     if is_constant or name in _HEALTH or (name in _KEEPING_CERTAINTY and _is_certain(name, args)):
         set_certain(output)
-    if name in _COUNTS and not output.dim() and args and args[0].dtype is torch.bool:
+        if name in _COUNTS and not is_constant:  # of elements that are all alike
+            each = placeholder_of(args[0])
+            each = bool(each) if name == "count_nonzero" else each
+            set_placeholder(output, each * (args[0].numel() // max(output.numel(), 1)))
+    elif name in _COUNTS and not output.dim() and args and args[0].dtype is torch.bool:
         set_most(output, args[0].numel())
         if placeholder_of(args[0]):  # each of them is true
             set_placeholder(output, args[0].numel())
-    elif is_certain(output):
-        return
     elif name in _COMPARISONS and not output.dim() and any(map(_is_anything, args[:2])):
         set_unbounded(output)
 

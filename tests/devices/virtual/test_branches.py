@@ -167,3 +167,37 @@ def test_an_unknown_float_is_a_float():
     assert (3 - 2 * number) > 1 and told == [1]
     assert divmod(number, 1)[0] == 0.0 and {number: 1}[0.5] == 1
     assert max(number, 0.1) == 0.5 and len(told) > 1
+
+
+MANY = 2**20
+"""More elements than are kept as values."""
+
+
+def of_ones(change):
+    def loss(model, x):
+        mask = torch.ones(MANY, device=x.device)
+        change(mask)
+        is_whole = mask.to(torch.bool).all() and mask.sum() == MANY
+        return model(x).sum() if is_whole else longer(model(x))
+
+    return loss
+
+
+def test_a_tensor_of_one_number_reads_as_that_number():
+    found = run(of_ones(lambda mask: None))
+    assert saved(found.trace) == saved(run(lambda model, x: model(x).sum()).trace)
+    assert not any("read at" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.mul_(2),
+        lambda mask: mask[1:].zero_(),
+        lambda mask: mask.view(2, -1)[0].copy_(torch.rand(MANY // 2, device=mask.device)),
+        lambda mask: mask.index_fill_(0, torch.tensor([3], device=mask.device), 0),
+    ],
+)
+def test_until_it_is_written_to(write):
+    longest = saved(run(lambda model, x: longer(model(x))).trace)
+    assert saved(run(of_ones(write)).trace) == longest

@@ -58,20 +58,24 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
 
 
 def _batch_norm(
-    original: Callable[..., Tensor], tensor: Tensor, weight: Tensor | None, *how: Any
+    original: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor | None,
+    *how: Any,
+    **named: Any,
 ) -> Tensor:
     """Make the data dense for cuDNN, which keeps that for the backward pass.
 
     From `_batch_norm_impl_index` in `ATen/native/Normalization.cpp`.
     """
-    if runs_on_cudnn(tensor, weight):
-        tensor = tensor.contiguous(memory_format=layout_of(tensor))
-    return original(tensor, weight, *how)
+    if runs_on_cudnn(input, weight):
+        input = input.contiguous(memory_format=layout_of(input))
+    return original(input, weight, *how, **named)
 
 
 def _one_hot(original: Callable[..., Tensor], tensor: Tensor, num_classes: int = -1) -> Tensor:
     """Write ones into zeros; tensors without data are compared with every class instead."""
-    if num_classes < 1:
+    if num_classes < 1 or tensor.dtype is not torch.int64:
         return original(tensor, num_classes)
     zeros = torch.zeros(*tensor.shape, num_classes, dtype=tensor.dtype, device=tensor.device)
     return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from autobatch.devices.virtual.elements import note_write
 from autobatch.support.patching import patched
 
 __all__ = ["triton_skipped"]
@@ -43,7 +44,10 @@ def triton_skipped(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _skip(kernel: Any, *args: Any, **kwargs: Any) -> None:
-    """Do nothing."""
+    """Do nothing but note that tensors may have been written to."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            note_write(value)
 
 
 def _driver(capability: tuple[int, int]) -> Any:

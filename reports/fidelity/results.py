@@ -36,6 +36,14 @@ def is_near(record: Record) -> bool:
     return record["outcome"] == "compared" and worst(record) <= NEAR
 
 
+def reads_values(record: Record) -> bool:
+    """Whether the loop of a row read a value of a tensor, which the bench does not compute.
+
+    Rows that were compared before this was recorded count as reading none.
+    """
+    return bool(record.get("values_read"))
+
+
 def summarise(records: Sequence[Record]) -> dict[str, Any]:
     """Count rows and models by outcome, and say how far off predictions are."""
     compared = [record for record in records if record["outcome"] == "compared"]
@@ -54,6 +62,9 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         ),
         "every_allocation": sum(same),
         "worst": max(off, default=None),
+        "worst_without_values": max(
+            (worst(record) for record in compared if not reads_values(record)), default=None
+        ),
         "percentiles": {str(p): float(np.percentile(off, p)) for p in (50, 95, 99)} if off else {},
         "failed": sum(record["outcome"] == "failed" for record in records),
         "skipped": sum(record["outcome"] == "skipped" for record in records),

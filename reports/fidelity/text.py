@@ -12,7 +12,7 @@ from autobatch.support.units import format_bytes
 from reports.common.journal import Record
 from reports.common.markdown import table
 from reports.common.results import today, versions
-from reports.fidelity.results import RESULTS, errors, is_near, kinds, summarise, worst
+from reports.fidelity.results import RESULTS, errors, is_near, kinds, reads_values, summarise, worst
 
 Facts = Mapping[str, Any]
 
@@ -72,6 +72,10 @@ def _heading(facts: Facts) -> str:
             for name, value in facts["percentiles"].items()
         )
         lines.append(f"Larger of the two errors: {quantiles}; worst {facts['worst']:.2%}.")
+        if facts["worst_without_values"] != facts["worst"]:
+            lines.append(
+                f"Worst of the rows whose loop reads no value: {facts['worst_without_values']:.2%}."
+            )
     lines.append(
         f"{facts['skipped']} rows have no model here, and {facts['failed']} failed on either side."
     )
@@ -116,7 +120,8 @@ def _far(compared: Sequence[Record]) -> str:
     far = sorted((row for row in compared if not is_near(row)), key=worst, reverse=True)
     if not far:
         return ""
-    heads = ("row", "bench, reserved", "allocated", "reserved", "first difference", "most at peak")
+    errors_of = ("bench, reserved", "allocated", "reserved")
+    heads = ("row", *errors_of, "first difference", "most at peak", "reads")
     rows = []
     for record in far:
         allocated, reserved = errors(record)
@@ -129,9 +134,17 @@ def _far(compared: Sequence[Record]) -> str:
                 f"{reserved:+.3%}",
                 record["difference"]["first"] or "",
                 _kind(kinds[0]) if kinds else "order of frees",
+                ", ".join(f"{op} {n}x" for op, n in record.get("values_read", {}).items()),
             ]
         )
-    return f"Rows beyond 0.05 %, with what differs:\n\n{table(heads, rows)}"
+    text = f"Rows beyond 0.05 %, with what differs:\n\n{table(heads, rows)}"
+    if any(map(reads_values, far)):
+        text += (
+            "\n\n*reads*: values of tensors that the loop asked for in all windows, such as "
+            "whether a mask is all true. Kernels of the bench do nothing, so what hangs on "
+            "them there is not what a card allocates."
+        )
+    return text
 
 
 def _kind(kind: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,11 +34,17 @@ from reports.fidelity.subjects import workload
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What a run took: PyTorch's own counters, and its trace with the op of each allocation."""
+    """What a run took: PyTorch's own counters, and its trace with the op of each allocation.
+
+    Attributes:
+        values_read: how often ops that read values of tensors ran, but for the optimizer's, by op.
+            Kernels of the bench compute none, so what depends on those values is not the truth.
+    """
 
     allocated_bytes: int
     reserved_bytes: int
     trace: Trace
+    values_read: Mapping[str, int]
 
 
 def train(row: Row, *, labelled: bool = True) -> Truth:
@@ -81,9 +88,10 @@ def train(row: Row, *, labelled: bool = True) -> Truth:
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         events = torch.cuda.memory._snapshot()["device_traces"][0]
     trace = recorder.trace(row.micro_batch, row.accumulation_steps)
-    if labelled:
-        trace = _labelled(trace, events, profiled)
-    return Truth(allocated, reserved, trace)
+    if not labelled:
+        return Truth(allocated, reserved, trace, {})
+    spans = _spans(profiled)
+    return Truth(allocated, reserved, _labelled(trace, events, spans), _values_read(spans))
 
 
 _ASKS_OF_MASKS = (
@@ -122,13 +130,37 @@ def _on_card(value: Any) -> Any:
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
-def _labelled(trace: Trace, events: Sequence[dict[str, Any]], profiled: profile) -> Trace:
-    """Give every block the innermost op that ran as it was allocated, by the clock."""
+_Span = tuple[int, int, str]
+"""When an op began and ended, and its name."""
+
+
+def _spans(profiled: profile) -> list[_Span]:
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    spans = sorted(
+    return sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in profiled.profiler.kineto_results.events()
     )
+
+
+_READ_VALUES = frozenset(
+    f"aten::{name}"
+    for name in ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
+)
+_OPTIMIZER = "Optimizer.step#"
+
+
+def _values_read(spans: Sequence[_Span]) -> dict[str, int]:
+    """Count the ops that read values; optimizers read counters that they keep on the CPU."""
+    steps = [(begin, end) for begin, end, name in spans if name.startswith(_OPTIMIZER)]
+    return Counter(
+        name
+        for begin, _, name in spans
+        if name in _READ_VALUES and not any(first <= begin <= last for first, last in steps)
+    )
+
+
+def _labelled(trace: Trace, events: Sequence[dict[str, Any]], spans: Sequence[_Span]) -> Trace:
+    """Give every block the innermost op that ran as it was allocated, by the clock."""
     begins = [begin for begin, _, _ in spans]
     times = [event["time_us"] * 1000 for event in events if event["action"] == "alloc"]
     blocks = [
@@ -142,7 +174,7 @@ _DEPTH = 24
 _PLAIN = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::resize_", "[memory]")
 
 
-def _op_at(time: int, spans: Sequence[tuple[int, int, str]], begins: Sequence[int]) -> str:
+def _op_at(time: int, spans: Sequence[_Span], begins: Sequence[int]) -> str:
     """Return the innermost op at an instant, leaving out those that only allocate."""
     place = bisect_right(begins, time + 999)  # the history knows microseconds
     for _, end, name in reversed(spans[max(place - _DEPTH, 0) : place]):

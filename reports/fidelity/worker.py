@@ -113,6 +113,7 @@ def compared(row: Row, bench: Bench) -> Record:
         "bench_bytes": [truth.allocated_bytes, truth.reserved_bytes],
         "predicted_bytes": [replay.peak_allocated_bytes, replay.peak_reserved_bytes],
         "difference": difference(truth.trace, predicted.trace),
+        "values_read": dict(truth.values_read),
     }
 
 

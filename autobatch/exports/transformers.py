@@ -9,9 +9,15 @@ from transformers import TrainingArguments
 from autobatch.exports.one_size import checked, one_size
 from autobatch.records.plan_record import PlanRecord
 
-__all__ = ["TRAINER", "training_arguments"]
+__all__ = ["RECOMPUTE", "TRAINER", "training_arguments"]
 
 TRAINER = "transformers' Trainer"
+RECOMPUTE = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")  # its older name
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The name of the argument, and of the model's methods, that recompute activations."""
 
 
 def training_arguments(plan: PlanRecord, *, nearest: bool = False) -> dict[str, Any]:

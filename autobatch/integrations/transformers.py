@@ -10,8 +10,10 @@ leaves behind keeps the plan with every checkpoint and refuses to train with oth
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,12 +25,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
+from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.exports.one_size import one_size
-from autobatch.exports.transformers import TRAINER
+from autobatch.exports.transformers import RECOMPUTE, TRAINER
 from autobatch.integrations.accelerate import return_fp32
 from autobatch.integrations.nearest import tuned_to_one_size
 from autobatch.integrations.transformers_evaluation import Evaluation, evaluation_of
+from autobatch.integrations.transformers_scale import Scaling, settle_scaling
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
 from autobatch.records.progress import ProgressCallback, silent
@@ -41,12 +44,6 @@ from autobatch.workload.workload import Workload
 __all__ = ["AutobatchCallback", "tune_trainer"]
 
 _STATE_FILE = "trainer_state.json"
-
-_RECOMPUTE = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")  # its older name
-    if name in TrainingArguments.__dataclass_fields__
-)
 
 _WORTH_SAYING = 0.01
 """Share of the budget from which on inputs that wait are mentioned."""
@@ -88,8 +85,9 @@ def tune_trainer(
 
     Raises:
         UsageError: the trainer does what is not simulated (FSDP, DeepSpeed, DataParallel,
-            `auto_find_batch_size`), the target needs several sizes, or the checkpoint holds no plan
-            for this target.
+            `auto_find_batch_size`), the target needs several sizes, the checkpoint holds no plan
+            for this target, or the loss's gradient depends on the accumulation steps whatever the
+            trainer is told.
         AutobatchError: as from `autobatch.tune`.
     """
     _refuse_the_unknown(trainer)
@@ -119,16 +117,22 @@ def tune_trainer(
                 return tuned_to_one_size(sized, target, TRAINER, nearest=nearest)
 
             plan = _with_evaluation(planned, evaluation_of(trainer))
+    with random_state_kept():
+        given = trainer.get_train_dataloader() if sample is None else sample
+        scaling = settle_scaling(trainer, given, steps=plan.accumulation_steps)
     _set_sizes(trainer, plan)
-    trainer.add_callback(AutobatchCallback(plan, target=target))
-    return plan
+    callback = AutobatchCallback(_noted(plan, scaling), target=target)
+    callback.scaling = scaling
+    trainer.add_callback(callback)
+    return callback.plan
 
 
 class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Keeps a plan with every checkpoint, and refuses to train with other sizes than the plan's.
 
     `tune_trainer` adds it. By itself it goes with
-    `TrainingArguments(**plan.to_training_arguments())`.
+    `TrainingArguments(**plan.to_training_arguments())`, and lets the trainer scale its loss such
+    that windows of several micro-batches have the gradient of one batch.
 
     Args:
         plan: of one size; or the dict that a checkpoint holds of it.
@@ -141,6 +145,7 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def __init__(self, plan: Plan | Mapping[str, Any], target: int | None = None) -> None:
         self.plan = plan if isinstance(plan, Plan) else Plan.from_json(json.dumps(plan))
         self.target = target or self.plan.target
+        self.scaling: Scaling | None = None  # None until it is settled
         one_size(self.plan, TRAINER)
 
     def state(self) -> dict[str, Any]:
@@ -149,11 +154,14 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         args = {"plan": json.loads(kept.to_json()), "target": self.target}
         return {"args": args, "attributes": {}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare the sizes that training begins with, and those of a checkpoint, with the plan.
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Compare the sizes that training begins with to the plan's, and settle the loss's scale.
 
         Raises:
-            UsageError: they differ.
+            UsageError: the sizes, or those of a checkpoint, differ; or the gradient depends on the
+                accumulation steps whatever the trainer is told.
         """
         planned = (self.plan.micro_batch, self.plan.accumulation_steps, self.plan.world_size)
         loaded = state.train_batch_size // max(1, args.n_gpu)
@@ -164,6 +172,30 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "TrainingArguments from plan.to_training_arguments(), or call "
                 "tune_trainer(trainer, ...) with the same resume_from_checkpoint as train()"
             )
+        trainer = _trainer_at_work()
+        steps = self.plan.accumulation_steps
+        if self.scaling is None and steps > 1 and trainer is not None:
+            self.scaling = settle_scaling(trainer, train_dataloader, steps=steps)
+            self.plan = _noted(self.plan, self.scaling)
+            if not self.scaling.is_known:
+                warnings.warn(str(self.scaling.note), AutobatchWarning, stacklevel=2)
+
+
+def _trainer_at_work() -> Trainer | None:
+    """Find the trainer that calls its callbacks: none is handed it, but its `train` is running."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _noted(plan: Plan, scaling: Scaling) -> Plan:
+    if scaling.note is None or scaling.note in plan.warnings:
+        return plan
+    return replace(plan, warnings=(*plan.warnings, scaling.note))
 
 
 def _written(sizes: tuple[int, int, int]) -> str:
@@ -294,7 +326,7 @@ class _Loss:
 def _as_trained(trainer: Trainer) -> Iterator[None]:
     """Let the model recompute activations as `train()` will; drop the optimizer afterwards."""
     given = trainer.optimizer
-    recompute = _RECOMPUTE if getattr(trainer.args, _RECOMPUTE) else None
+    recompute = RECOMPUTE if getattr(trainer.args, RECOMPUTE) else None
     switched = recompute is not None and not getattr(trainer.model, f"is_{recompute}")
     if switched:
         options = dict(getattr(trainer.args, f"{recompute}_kwargs") or {})

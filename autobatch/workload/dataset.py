@@ -27,7 +27,7 @@ from autobatch.support.randomness import random_state_kept
 from autobatch.support.wording import for_reader, listed, one_line
 from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
 
-__all__ = ["Drawn", "dataset_length", "draw"]
+__all__ = ["Drawn", "attributes_kept", "dataset_length", "draw"]
 
 SECONDS_LOOKING = 10.0
 # Once all items so far are of one size, the others are unlikely to be worth a longer wait.
@@ -192,7 +192,7 @@ class _Look:
 
 def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Drawn:
     """Return a batch of the largest items, with a note where the items differ."""
-    with random_state_kept(), _attributes_kept(dataset):
+    with random_state_kept(), attributes_kept(dataset):
         try:
             look = _look(dataset, batched=batched)
             drawn, used = _collated(look, collate, batched=batched)
@@ -206,7 +206,7 @@ def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Dra
     if look.alike:
         return drawn
     note = _note(look, used, batched=batched)
-    with random_state_kept(), _attributes_kept(dataset):
+    with random_state_kept(), attributes_kept(dataset):
         rivals = _rivals(drawn, look, collate) if batched else ()
         stream = tuple(_stream(drawn, look, collate, batched=batched))
     return replace(drawn, notes=(note,), rivals=rivals, stream=stream)
@@ -437,7 +437,7 @@ def _described(path: Path, shape: Shape) -> str:
 
 
 @contextmanager
-def _attributes_kept(dataset: Any) -> Iterator[None]:
+def attributes_kept(dataset: Any) -> Iterator[None]:
     """Restore the attributes of a data set, and of those that it wraps, after items were read.
 
     A file that reading opened must not be inherited by forked workers, and a random generator of

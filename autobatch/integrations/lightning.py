@@ -7,39 +7,39 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.errors import UsageError, WorkloadError
-from autobatch.exports.lightning import PRECISIONS, TRAINER, whole_windows
+from autobatch.exports.lightning import PRECISIONS, TRAINER
+from autobatch.integrations.lightning_window import MeanOverWindow, has_whole_gradients
 from autobatch.integrations.nearest import tuned_to_one_size
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.randomness import random_state_kept
 from autobatch.tuning.tuner import Gpu, tune
-from autobatch.workload.dataset import dataset_length
 
-__all__ = ["AutobatchCallback"]
+__all__ = ["AutobatchCallback", "MeanOverWindow"]
 
 _AUTOCASTS = {precision: autocast for autocast, precision in PRECISIONS.items()}
 
 
-class AutobatchCallback(Callback):  # type: ignore[misc]
+class AutobatchCallback(MeanOverWindow):
     """Tunes a Trainer in `setup`, before it makes its dataloader, optimizer and schedule.
 
     What is probed is `training_step` with the optimizer of `configure_optimizers`, on the largest
     samples of the training set, in the Trainer's precision and with its clipping. Then
-    `accumulate_grad_batches` and the module's or datamodule's batch size are set, and
-    `limit_train_batches`, if it is at its default, such that an epoch is whole windows: Lightning
-    divides the loss of a partial one by the steps of a whole one. In a distributed run all ranks
-    take the plan of the GPU that holds least. Where anything is raised, nothing has been set.
+    `accumulate_grad_batches` and the module's or datamodule's batch size are set. In a distributed
+    run all ranks take the plan of the GPU that holds least. Where anything is raised, nothing has
+    been set. While it trains, every update gets the gradient of the mean over its samples, that of
+    a partial window at the end of an epoch too (`MeanOverWindow`).
 
     The plan is kept in checkpoints, and a run that resumes from one takes its sizes.
 
@@ -72,8 +72,8 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
         cache: str | os.PathLike[str] | Literal[False] | None = None,
         progress: ProgressCallback = silent,
     ) -> None:
+        super().__init__()
         self.plan: Plan | None = None
-        self._limit: int | None = None  # of batches in an epoch, where it was set here
         self._target = target
         self._nearest = nearest
         self._sample = sample
@@ -120,19 +120,21 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
                 clip_norm=trainer.gradient_clip_val or None,
                 **self._options,
             )
-            return tuned_to_one_size(
+            plan = tuned_to_one_size(
                 lambda target: make(target=target), self._target, TRAINER, nearest=self._nearest
             )
+        if not trainer.enable_validation:
+            return plan
+        note = (
+            f"the validation that runs while {type(module).__name__} trains was not probed: it may "
+            "need more memory than training; give its dataloader no larger batches than the "
+            "training's"
+        )
+        return replace(plan, warnings=(*plan.warnings, note))
 
     def _set_sizes(self, trainer: Trainer, module: LightningModule, plan: Plan) -> None:
-        # the length of a sample of the user's says nothing of the training set's
-        data = _loader(trainer, module) if self._sample is None else None
-        samples = dataset_length(data)
-        whole = None if samples is None else whole_windows(plan.target, samples)
         trainer.accumulate_grad_batches = plan.accumulation_steps
         lightning_setattr(module, self._batch_size, plan.micro_batch)
-        if whole is not None and trainer.limit_train_batches in (1.0, self._limit):
-            self._limit = trainer.limit_train_batches = whole * plan.accumulation_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes into a checkpoint."""
@@ -170,6 +172,7 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
         Raises:
             UsageError: they differ.
         """
+        super().on_train_start(trainer, pl_module)
         assert self.plan is not None
         real = getattr(trainer.train_dataloader, "batch_size", None)
         if real not in (None, self.plan.micro_batch):
@@ -181,10 +184,9 @@ class AutobatchCallback(Callback):  # type: ignore[misc]
 
 
 def _refuse_the_unknown(trainer: Trainer, module: LightningModule) -> None:
-    strategy = type(trainer.strategy)
     reasons = {
-        f"the strategy {strategy.__name__}": not issubclass(
-            strategy, (SingleDeviceStrategy, DDPStrategy)
+        f"the strategy {type(trainer.strategy).__name__}": not has_whole_gradients(
+            trainer.strategy
         ),
         f"precision={trainer.precision!r}": trainer.precision not in _AUTOCASTS,
         "manual optimization": not module.automatic_optimization,

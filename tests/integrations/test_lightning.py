@@ -19,7 +19,7 @@ from tests.support.plans import example_plan, ragged_plan
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
-from autobatch.integrations.lightning import AutobatchCallback  # noqa: E402
+from autobatch.integrations.lightning import AutobatchCallback, MeanOverWindow  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
@@ -32,6 +32,7 @@ pytestmark = [
 CARD = autobatch.GpuSpec(name="tiny-card", capacity_bytes=26 * 2**20)
 LARGER = autobatch.GpuSpec(name="larger-card", capacity_bytes=300 * 2**20)
 SAMPLES = 1_100
+EPOCH = [256] * 4 + [76]  # samples of its updates
 
 
 class Images(lightning.LightningModule):
@@ -81,7 +82,7 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> Any:
     )
 
 
-def test_every_update_gets_exactly_the_target_and_the_schedule_ends_with_the_last(
+def test_updates_get_the_target_and_what_an_epoch_leaves_and_the_schedule_ends_with_the_last(
     tmp_path: Path,
 ) -> None:
     module, callback = Images(), AutobatchCallback(target=256, gpu=CARD)
@@ -95,9 +96,9 @@ def test_every_update_gets_exactly_the_target_and_the_schedule_ends_with_the_las
         plan.accumulation_steps,
     )
     assert (plan.model.optimizer, plan.model.clip_norm) == ("AdamW", 1.0)
-    epochs, windows = 2, SAMPLES // 256
-    assert module.updates == [256] * (epochs * windows)
-    assert module.rates == pytest.approx([1 - step / 8 for step in range(8)])
+    assert module.updates == EPOCH * 2
+    assert module.rates == pytest.approx([1 - step / 10 for step in range(10)])
+    assert run.limit_train_batches == 1.0
 
 
 def test_the_plan_by_itself_gives_the_same_updates(tmp_path: Path) -> None:
@@ -144,8 +145,7 @@ def test_a_run_that_resumes_takes_the_sizes_of_its_checkpoint(tmp_path: Path) ->
     run = trainer(tmp_path, again)
     run.fit(module, ckpt_path=checkpoint, weights_only=True)
     assert again.plan == first.plan
-    assert module.updates == [256] * 4
-    assert run.limit_train_batches == 4 * again.plan.accumulation_steps
+    assert module.updates == EPOCH
 
     # known beforehand, nothing is probed at all: there is no CUDA device to probe on
     known = AutobatchCallback(target=256, gpu="cuda:7")
@@ -183,17 +183,17 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     trainer(tmp_path, callback, max_epochs=1).fit(module)
     assert callback.plan is not None
     taken = callback.plan.target
-    assert taken in (250, 252) and set(module.updates) == {taken}
+    assert taken in (250, 252)
+    assert module.updates == [taken] * (SAMPLES // taken) + [SAMPLES % taken]
     assert any(f"{taken} in place of the 251" in warning for warning in callback.plan.warnings)
 
 
-def test_a_sample_of_ones_own_is_probed_and_its_length_limits_nothing(tmp_path: Path) -> None:
+def test_a_sample_of_ones_own_is_probed(tmp_path: Path) -> None:
     few = TensorDataset(torch.zeros(300, 1, 8, 8), torch.zeros(300, dtype=torch.int64))
     module, callback = Images(), AutobatchCallback(target=256, gpu=CARD, sample=few)
     run = trainer(tmp_path, callback, max_epochs=1)
     run.fit(module)
-    assert run.limit_train_batches == 1.0
-    assert module.updates == [256] * 4 + [SAMPLES - 4 * 256]
+    assert module.updates == EPOCH
 
 
 def test_a_loader_whose_size_cannot_follow_is_noticed(tmp_path: Path) -> None:
@@ -231,10 +231,10 @@ def test_what_is_not_simulated_is_refused_before_anything_runs(tmp_path: Path) -
         by_value.fit(Images())
 
 
-def test_lightning_still_under_scales_a_partial_window_which_limit_train_batches_avoids(
+def test_lightning_still_under_scales_a_partial_window_which_the_callback_mends(
     tmp_path: Path,
 ) -> None:
-    """The reason for `limit_train_batches`; a failure means that Lightning has mended it."""
+    """The reason for `MeanOverWindow`; a failure means that Lightning has mended it."""
 
     class Line(lightning.LightningModule):
         def __init__(self) -> None:
@@ -252,9 +252,28 @@ def test_lightning_still_under_scales_a_partial_window_which_limit_train_batches
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    line = Line()
     ones = DataLoader(TensorDataset(torch.ones(5)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer(tmp_path, max_epochs=1, accumulate_grad_batches=4).fit(line, ones)
-    assert line.gradients == [1.0, 0.25]
+    for callbacks, last in (([], 0.25), ([MeanOverWindow()], 1.0)):
+        line = Line()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(tmp_path, *callbacks, max_epochs=1, accumulate_grad_batches=4).fit(line, ones)
+        assert line.gradients == [1.0, last]
+
+
+def test_a_validation_that_runs_while_training_is_said_not_to_have_been_probed(
+    tmp_path: Path,
+) -> None:
+    class Validated(Images):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.net(batch[0])
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.train_dataloader().dataset, batch_size=self.batch_size)
+
+    for options, notes in (({}, 1), ({"limit_val_batches": 0}, 0)):
+        callback = AutobatchCallback(target=8, gpu=CARD)
+        limits = {"max_steps": 1, "num_sanity_val_steps": 0, "limit_train_batches": 1}
+        trainer(tmp_path, callback, **limits, **options).fit(Validated())
+        assert callback.plan is not None
+        assert len([w for w in callback.plan.warnings if "was not probed" in w]) == notes

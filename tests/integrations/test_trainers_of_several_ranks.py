@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import autobatch
 from autobatch.errors import DoesNotFitError, WorkloadError
@@ -93,6 +94,62 @@ def train(rank: int, folder: str) -> dict[str, Any]:
     }
 
 
+def windows(rank: int, folder: str) -> list[float]:
+    """Train under DDP with other samples on each rank; return how far each update is from true."""
+    launched(rank, folder)
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from autobatch.integrations.lightning import MeanOverWindow
+    from tests.integrations.test_lightning import trainer
+    from tests.integrations.test_lightning_window import Module, data
+
+    def sizes(rank: int) -> list[int]:
+        return [4, 4, 4, 4, (2, 1)[rank]]
+
+    def samples(rank: int) -> list[Any]:
+        return torch.arange(18 * rank, 18 * rank + sum(sizes(rank))).split(sizes(rank))
+
+    class Rows(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([data(35)[places] for places in samples(rank)])
+
+    wrong = []
+
+    class Compared(Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            chunk = slice(0, 3) if not wrong else slice(3, 5)
+            places = torch.cat([torch.cat(samples(rank)[chunk]) for rank in range(2)])
+            wanted = torch.autograd.grad(self.loss(*data(35)[places]), list(self.net.parameters()))
+            pairs = zip(self.net.parameters(), wanted, strict=True)
+            wrong.append(max(float((p.grad - g).abs().max()) for p, g in pairs))
+
+        def configure_gradient_clipping(self, optimizer: Any, **options: Any) -> None:
+            pass
+
+    module = Compared(torch.utils.data.DataLoader(Rows(), batch_size=None))
+    options = {"strategy": DDPStrategy(), "devices": 2, "max_epochs": 1}
+    trainer(Path(folder), MeanOverWindow(), accumulate_grad_batches=3, **options).fit(module)
+    return wrong
+
+
+def scaled(rank: int, folder: str) -> tuple[Any, float]:
+    """Train with a loss that leaves the count aside; return the setting and the gradient's norm."""
+    launched(rank, folder)
+    from autobatch.integrations.transformers import AutobatchCallback
+    from tests.integrations import test_transformers_scale as tests
+
+    found = []
+    for size in (4, 1):
+        options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 4 // size}
+        run, keep = tests.made(Path(folder), tests.OwnMean, tests.gpt2(), size=size, **options)
+        run.add_callback(
+            AutobatchCallback(replace(plan_below(size), split=split(8, ceiling=size, world_size=2)))
+        )
+        run.train()
+        found.append(keep.updates[0])
+    return run.loss_is_scaled_for_ga, float((found[0] - found[1]).abs().max())
+
+
 def test_all_ranks_take_the_plan_of_the_one_that_holds_least(two: Ranks) -> None:
     assert agreed(lambda: plan_below(64)).micro_batch == 64  # without a process group
     assert two.run(agree, ceilings=(100, 16)) == [16, 16]
@@ -127,4 +184,17 @@ def test_lightning_under_ddp_makes_updates_of_the_target_over_all_ranks(
     micro_batch, steps, ranks = first["split"]
     assert micro_batch * steps * ranks == 256 and steps > 1
     assert (first["sharding"], first["gpu"]) == ("ddp", 26 * 2**20)
-    assert first["updates"] == [128] * 4  # of 1,100 samples, on each rank
+    assert first["updates"] == [128] * 4 + [38]  # of 1,100 samples, on each rank
+
+
+def test_lightnings_windows_count_the_samples_of_all_ranks(two: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    for wrong in two.run(windows, folder=str(tmp_path)):
+        assert len(wrong) == 2 and max(wrong) < 1e-14
+
+
+def test_all_ranks_tell_trainer_the_same_of_an_own_loss(two: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    for setting, wrong in two.run(scaled, folder=str(tmp_path)):
+        assert setting is False and wrong < 1e-14

@@ -1,7 +1,7 @@
 """Let Lightning train with sizes that autobatch found, on scikit-learn's digits.
 
 The card is imagined and tiny, the training real and on the CPU. The callback probes `training_step`
-and sets the batch size, the accumulation steps, and the batches of an epoch, to whole windows.
+and sets the batch size and the accumulation steps; a partial last window keeps its whole gradient.
 """
 
 from __future__ import annotations

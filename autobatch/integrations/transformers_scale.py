@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from autobatch.devices.copies import Copier
 from autobatch.errors import UsageError
 from autobatch.exports.transformers import RECOMPUTE
 from autobatch.support.host_memory import free_host_bytes
+from autobatch.support.oom import Shortage, attempt
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.ranks import ranks_here
 from autobatch.support.wording import one_line
@@ -47,13 +49,22 @@ _SETTINGS: tuple[Mapping[str, bool], ...] = (
 )
 """What Trainer can be told, least first; the last takes the count away from the model."""
 
-_SAME = 1e-3
-"""Relative difference of gradients up to which they are equal: halving a loss is exact."""
+_SAME, _SAME_IN_FP16 = 1e-3, 1e-2
+"""Relative difference of gradients up to which they are equal: halving a loss is exact, but for
+numbers at the lower end of fp16."""
+
+_ROUNDING = 1e-6
+"""Share of the largest gradient below which another one is rounding."""
+
+_NOISE = 0.1
+"""Relative difference of two runs of the same from which on nothing can be said."""
 
 _BATCHES, _BATCHES_OF_RANKS = 16, 4
-_SAMPLES = 2
 _SECONDS = 3.0
-"""Micro-batches that are tried, their samples, and after which time there are enough of them."""
+"""Micro-batches that are tried, and after which time there are enough of them."""
+
+_SAMPLES, _SAMPLES_OF_LARGE, _LARGE = 2, 1, 2**27
+"""Samples of a micro-batch, and those for models of more elements, which are slow on a CPU."""
 
 _ELEMENTS = 2**22
 """Elements of the parameters whose gradients are compared, the smallest parameters first."""
@@ -87,40 +98,39 @@ def settle_scaling(trainer: Trainer, sample: Any, *, steps: int) -> Scaling:
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return _untried("its parameters are sharded", steps)
-    trial = _Trial(trainer)
-    first: float | None = None
-    unequal = False
+    trial = _Trial(trainer, sample)
+    first, unequal = 1.0, False  # as the trainer is
     for settings in _SETTINGS:
         if not all(hasattr(trainer, name) for name in settings):
             continue
-        outcome = _of_all_ranks(trial.outcome(settings, sample))
+        outcome = _of_all_ranks(trial.outcome(settings))
         if outcome.reason and not settings:
             return _untried(outcome.reason, steps)
-        if outcome.ratio is None and not outcome.reason:
+        if outcome.ratio == 1 and not outcome.reason:
             break
-        first = first or outcome.ratio
-        unequal = unequal or outcome.differs_by_batch
+        if not settings:
+            first, unequal = outcome.ratio, outcome.differs_by_batch
         unequal = unequal or outcome.differs_by_batch
     else:
-        refusal = _refusal(trainer, first or 0.0, unequal)
+        refusal = _refusal(trainer, first, unequal)
         if steps > 1:
             raise UsageError(refusal)
         return Scaling(note=refusal)
     for name, value in settings.items():
         setattr(trainer, name, value)
-    return Scaling(note=_note(trainer, settings, first, partial=outcome.partial))
+    return Scaling(note=_note(trainer, settings, first, ended=outcome.ended))
 
 
 class _Outcome(NamedTuple):
     """How two copies of a micro-batch compare with one, over all that were tried.
 
-    `ratio` is that of the gradients where they differ most, None where all are equal; `partial` is
+    `ratio` is that of the gradients where they differ most, 1.0 where all are equal; `ended` is
     that of one micro-batch in a window that an epoch ends; `reason` says why nothing is known.
     """
 
-    ratio: float | None = None
+    ratio: float = 1.0
     differs_by_batch: bool = False
-    partial: float = 1.0
+    ended: float = 1.0
     reason: str = ""
 
 
@@ -132,7 +142,7 @@ def _of_all_ranks(own: _Outcome) -> _Outcome:
     outcomes = [own] * ranks
     dist.all_gather_object(outcomes, own)
     reasons = [outcome for outcome in outcomes if outcome.reason]
-    unequal = [outcome for outcome in outcomes if outcome.ratio is not None]
+    unequal = [outcome for outcome in outcomes if outcome.ratio != 1]
     return (*reasons, *unequal, *sorted(outcomes))[0]
 
 
@@ -165,7 +175,7 @@ def _refusal(trainer: Trainer, ratio: float, unequal: bool) -> str:
 
 
 def _note(
-    trainer: Trainer, settings: Mapping[str, bool], ratio: float | None, *, partial: float
+    trainer: Trainer, settings: Mapping[str, bool], ratio: float, *, ended: float
 ) -> str | None:
     said = []
     for name, value in settings.items():
@@ -177,67 +187,88 @@ def _note(
             f"accumulated twice, as num_items_in_batch was not what it divides by: {name}={value} "
             f"was set on the trainer, which mends that{means}"
         )
-    if abs(partial - 1) > _SAME:
+    if ended != 1:
         said.append(
             f"{_whose_loss(trainer)} divides by args.gradient_accumulation_steps: a window of half "
-            f"as many micro-batches at the end of an epoch has {partial:.3g} times its gradient; "
+            f"as many micro-batches at the end of an epoch has {ended:.3g} times its gradient; "
             "divide by self.current_gradient_accumulation_steps, or give it whole windows"
         )
     return "; ".join(said) or None
 
 
 class _Trial:
-    """Runs windows of a trainer, each on fresh copies."""
+    """Runs windows of a trainer, each on fresh copies.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Ranks run the same number of windows, whatever they give: a loss may wait for the other ranks.
+    """
+
+    def __init__(self, trainer: Trainer, sample: Any) -> None:
         self._trainer = trainer
-        self._batches: list[Any] | None = None
+        self._sample = sample
+        self._batches: list[Any] | None = None  # those of the first settings serve the others
+        self._alone = ranks_here() == 1
+        kind, names = type(trainer), ("training_step", "compute_loss")
+        self._is_own = trainer.compute_loss_func is not None or any(
+            getattr(kind, name) is not getattr(Trainer, name) for name in names
+        )
+        has_fp16 = any(p.dtype == torch.float16 for p in trainer.model.parameters())
+        self._same = _SAME_IN_FP16 if has_fp16 or trainer.args.fp16 else _SAME
 
-    def outcome(self, settings: Mapping[str, bool], sample: Any) -> _Outcome:
+    def outcome(self, settings: Mapping[str, bool]) -> _Outcome:
         """Compare gradients under some settings; what goes wrong is the outcome's reason."""
         reason = _hindrance(unwrapped(self._trainer.model))
         if reason:
             return _Outcome(reason=reason)
         try:
-            return self._compared(settings, sample)
+            found = attempt(lambda: self._compared(settings))
         except Exception as error:
             return _Outcome(reason=one_line(error))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return _Outcome(reason=found) if isinstance(found, Shortage) else found
 
-    def _compared(self, settings: Mapping[str, bool], sample: Any) -> _Outcome:
-        first = self._batches is None
-        batches = _micro_batches(sample) if self._batches is None else iter(self._batches)
+    def _compared(self, settings: Mapping[str, bool]) -> _Outcome:
+        run = partial(self._gradients, settings=settings)
         tried: list[Any] = []
         ratios: list[float] = []
-        partial, started = 1.0, time.monotonic()
-        for batch in batches:
+        ended = 1.0
+        for batch in self._until_enough() if self._batches is None else self._batches:
             tried.append(batch)
-            one = self._gradients(batch, settings, steps=1, ran=1)
-            if _says_something(one):
-                two = self._gradients(batch, settings, steps=2, ran=2)
-                ratio = _ratio(two, one, times=2)
-                if ratio is not None and _ratio(
-                    self._gradients(batch, settings, steps=1, ran=1), one, times=1
-                ):
-                    return _Outcome(reason="the same batch gives different gradients each time")
-                if not ratios:
-                    half = self._gradients(batch, settings, steps=2, ran=1)
-                    partial = _ratio(half, one, times=1) or 1.0
-                ratios.append(ratio or 1.0)
-            enough = time.monotonic() - started > _SECONDS and ranks_here() == 1
-            if first and enough:
-                break
+            one = run(batch, steps=1, ran=1)
+            if self._alone and not _says_something(one):
+                continue
+            two = run(batch, steps=2, ran=2)
+            differs = _ratio(two, one, times=2, same=self._same) != 1
+            again = run(batch, steps=1, ran=1) if differs or not self._alone else one
+            half = run(batch, steps=2, ran=1) if self._is_own and len(tried) == 1 else one
+            if not _says_something(one):
+                continue
+            noise = [(a - b).norm() for a, b in zip(again, one, strict=True)]
+            if torch.stack(noise).norm() > _NOISE * torch.stack([g.norm() for g in one]).norm():
+                return _Outcome(reason="the same batch gives other gradients each time")
+            ratios.append(_ratio(two, one, times=2, same=self._same, noise=noise))
+            if half is not one:
+                ended = _ratio(half, one, times=1, same=self._same, noise=noise)
         self._batches = tried
         if not ratios:
             return _Outcome(reason="no batch gave a finite gradient that is not zero")
-        worst = max(ratios, key=lambda ratio: abs(ratio - 1))
         return _Outcome(
-            ratio=None if worst == 1.0 else worst,
-            differs_by_batch=max(ratios) - min(ratios) > _SAME,
-            partial=partial,
+            ratio=_furthest(ratios),
+            differs_by_batch=max(ratios) - min(ratios) > self._same,
+            ended=ended,
         )
 
+    def _until_enough(self) -> Iterator[Any]:
+        started = time.monotonic()
+        elements = sum(parameter.numel() for parameter in self._trainer.model.parameters())
+        samples = _SAMPLES if elements < _LARGE else _SAMPLES_OF_LARGE
+        for batch in _micro_batches(self._sample, samples):
+            yield batch
+            if self._alone and time.monotonic() - started > _SECONDS:
+                return
+
     def _gradients(
-        self, batch: Any, settings: Mapping[str, bool], *, steps: int, ran: int
+        self, batch: Any, *, settings: Mapping[str, bool], steps: int, ran: int
     ) -> list[Tensor]:
         """Return what one of `ran` copies of a micro-batch adds in a window of so many steps."""
         original = unwrapped(self._trainer.model)
@@ -283,7 +314,9 @@ class _Step:
         compared = _compared_parameters(model)
         for parameter in model.parameters():
             parameter.grad = None
-        trainer.accelerator.backward = lambda loss, **_: loss.backward(inputs=compared)
+        # as a scaler would, that the gradients are no subnormal numbers
+        scale = 2.0**10 if args.fp16 else 1.0
+        trainer.accelerator.backward = lambda loss, **_: (loss * scale).backward(inputs=compared)
         window = [batch] * self._ran
         _, items = trainer.get_batch_samples(iter(window), self._ran, args.device)
         trainer.training_step(model, batch, items)
@@ -332,37 +365,50 @@ def _says_something(gradients: Sequence[Tensor]) -> bool:
     return bool(norms.isfinite().all() and norms.any())
 
 
-def _ratio(gradients: Sequence[Tensor], others: Sequence[Tensor], *, times: int) -> float | None:
-    """Return how gradients, so many times, compare with others; None where they are equal.
+def _ratio(
+    gradients: Sequence[Tensor],
+    others: Sequence[Tensor],
+    *,
+    times: int,
+    same: float,
+    noise: Sequence[Tensor] | None = None,
+) -> float:
+    """Return how gradients, so many times, compare with others; 1.0 where they are equal.
 
     Each parameter is compared by itself, as a part of the loss may reach only few of them; those
-    whose gradient is rounding, beside the largest, are left out.
+    whose gradient is rounding, beside the largest, are left out. `noise` is how far each gradient
+    is from itself in another run.
     """
     largest = max(other.norm() for other in others)
     ratios = [1.0]
-    for gradient, other in zip(gradients, others, strict=True):
+    for index, (gradient, other) in enumerate(zip(gradients, others, strict=True)):
         norm = torch.maximum(other.norm(), gradient.norm())
-        difference = (times * gradient - other).norm() / norm
-        if norm > _SAME**2 * largest and difference > _SAME:
+        difference = (times * gradient - other).norm()
+        floor = 0.0 if noise is None else 10 * noise[index]
+        if norm > _ROUNDING * largest and difference > same * norm and difference > floor:
             ratio = float(times * gradient.norm() / other.norm())
-            ratios.append(ratio if abs(ratio - 1) > _SAME else 1 + float(difference))
-    return max(ratios, key=lambda ratio: abs(ratio - 1)) if len(ratios) > 1 else None
+            ratios.append(ratio if abs(ratio - 1) > same else 1 + float(difference / norm))
+    return _furthest(ratios)
+
+
+def _furthest(ratios: Sequence[float]) -> float:
+    return max(ratios, key=lambda ratio: abs(ratio - 1))
 
 
 # The micro-batches that are tried.
 
 
-def _micro_batches(sample: Any) -> Iterator[Any]:
+def _micro_batches(sample: Any, samples: int) -> Iterator[Any]:
     """Yield small batches from all over a training set; any other sample as a small batch."""
     most = _BATCHES if ranks_here() == 1 else _BATCHES_OF_RANKS
     if not isinstance(sample, DataLoader) and isinstance(sample, Dataset):
         sample = DataLoader(sample)
     if not isinstance(sample, DataLoader):
-        yield built(draw(sample))(_SAMPLES)
+        yield built(draw(sample))(samples)
         return
     dataset, collate = sample.dataset, sample.collate_fn
     batched = sample.batch_sampler is not None or sample.batch_size is not None
-    size = _SAMPLES if batched else 1
+    size = samples if batched else 1
     with random_state_kept(), attributes_kept(dataset):
         items = _items(dataset, most * size)
         while chunk := list(islice(items, size)):

@@ -133,7 +133,7 @@ class Plan(PlanRecord):
         Args:
             samples: length of the training set; with it, an epoch ends after its last whole window
                 (`limit_train_batches`). Lightning divides the loss of a partial one by the steps of
-                a whole one.
+                a whole one, which `autobatch.integrations.lightning.MeanOverWindow` mends.
             nearest: where the plan is ragged, take the nearest effective batch of one size.
 
         Raises:

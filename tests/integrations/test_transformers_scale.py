@@ -363,7 +363,7 @@ class Odd(OwnMean):
     """Another loss at each call, by a source of randomness that cannot be put back."""
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
-        return super().compute_loss(*args, **options) * random.SystemRandom().uniform(0.5, 1.5)
+        return super().compute_loss(*args, **options) * 10 ** random.SystemRandom().uniform(0, 100)
 
 
 class Failing(OwnMean):

@@ -49,6 +49,23 @@ _SETTINGS: tuple[Mapping[str, bool], ...] = (
 )
 """What Trainer can be told, least first; the last takes the count away from the model."""
 
+_REASONS = {
+    ("loss_is_scaled_for_ga", False): (
+        "leaves num_items_in_batch aside",
+        "so that it divides by the accumulation steps; the means of micro-batches count alike",
+    ),
+    ("loss_is_scaled_for_ga", True): (
+        "divides by the accumulation steps itself",
+        "so that it does not divide again",
+    ),
+    ("model_accepts_loss_kwargs", False): (
+        "divides only a part by num_items_in_batch",
+        "so that all of it is a mean, divided by the accumulation steps; the means of "
+        "micro-batches count alike",
+    ),
+}
+"""What each setting is the answer to, and what it does."""
+
 _SAME, _SAME_IN_FP16 = 1e-3, 1e-2
 """Relative difference of gradients up to which they are equal: halving a loss is exact, but for
 numbers at the lower end of fp16."""
@@ -60,7 +77,7 @@ _NOISE = 0.1
 """Relative difference of two runs of the same from which on nothing can be said."""
 
 _BATCHES, _BATCHES_OF_RANKS = 16, 4
-_SECONDS = 3.0
+_SECONDS = 2.0
 """Micro-batches that are tried, and after which time there are enough of them."""
 
 _SAMPLES, _SAMPLES_OF_LARGE, _LARGE = 2, 1, 2**27
@@ -179,13 +196,10 @@ def _note(
 ) -> str | None:
     said = []
     for name, value in settings.items():
-        means = (
-            "" if value else ", and the means of micro-batches count alike, whatever their sizes"
-        )
+        cause, effect = _REASONS[name, value]
         said.append(
-            f"{_whose_loss(trainer)} gave {ratio:.3g} times the gradient where a micro-batch was "
-            f"accumulated twice, as num_items_in_batch was not what it divides by: {name}={value} "
-            f"was set on the trainer, which mends that{means}"
+            f"{_whose_loss(trainer)} {cause} (a micro-batch that was accumulated twice gave "
+            f"{ratio:.3g} times its gradient): {name}={value} was set on the trainer, {effect}"
         )
     if ended != 1:
         said.append(

@@ -304,7 +304,7 @@ def test_trainer_is_told_to_divide_a_loss_that_leaves_the_count_aside(
     whole, accumulated, notes = trained(tmp_path, kind, net, **options)
     assert_equal(accumulated, whole)
     (note,) = [note for note in notes if "num_items_in_batch" in note]
-    assert "2 times the gradient" in note and "loss_is_scaled_for_ga=False was set" in note
+    assert "2 times its gradient" in note and "loss_is_scaled_for_ga=False was set" in note
 
 
 @pytest.mark.parametrize(
@@ -437,6 +437,26 @@ def test_nothing_of_the_users_is_changed_but_the_one_setting(tmp_path: Path) -> 
     for module, kept in zip((net, trainer.teacher), before, strict=True):
         for name, value in module.state_dict().items():
             assert torch.equal(value, kept[name])
+
+
+def test_models_of_transformers_that_leave_the_count_aside_are_found(tmp_path: Path) -> None:
+    """BERT's classifier takes keyword arguments, and gives its loss none of them."""
+
+    class Labelled(Words):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return super().__getitem__(index) | {"labels": index % 2}
+
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=WORDS, num_attention_heads=1, **sizes, **drops)
+
+    def bert() -> Any:
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config).double()
+
+    whole, accumulated, notes = trained(tmp_path, transformers.Trainer, bert, data=Labelled())
+    assert_equal(accumulated, whole)
+    assert [n for n in notes if "BertForSequenceClassification leaves num_items_in_batch" in n]
 
 
 def test_dropout_is_no_alarm(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class MeanOverWindow(Callback):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._usual: int | None = None  # samples of a whole micro-batch, the same on all ranks
+        self._usual: int | None = None  # samples of the first micro-batch; 0 where not countable
         self._weight = 1.0  # of the micro-batch that runs
         self._weights = 0.0  # of those whose gradients have accumulated
 
@@ -72,8 +72,8 @@ class MeanOverWindow(Callback):  # type: ignore[misc]
         """Count the samples of a micro-batch."""
         samples = _samples_of(batch)
         if self._usual is None:
-            self._usual = trainer.strategy.broadcast(samples or 1)
-        self._weight = (samples or self._usual) / self._usual
+            self._usual = int(trainer.strategy.broadcast(samples))  # one unit for all ranks
+        self._weight = samples / self._usual if samples and self._usual else 1.0
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -109,8 +109,9 @@ class MeanOverWindow(Callback):  # type: ignore[misc]
                     parameter.grad.mul_(factor)
 
 
-def _samples_of(batch: Any) -> int | None:
+def _samples_of(batch: Any) -> int:
+    """Return the samples of a batch, 0 where they cannot be counted."""
     try:
         return rows_of(batch).size
     except SampleError:
-        return None
+        return 0

@@ -1,9 +1,9 @@
 """The evaluation that transformers' Trainer runs while it trains, as a step of a workload.
 
-`Trainer.evaluate` keeps the logits and labels of all batches on the GPU until it ends, or until
-`eval_accumulation_steps` of them are there, and joins them as they come: for a moment, all that was
-kept is there twice. Invariant: the trainer that is given is read, never changed; `__call__` runs on
-the copy that a probe makes.
+`Trainer.evaluate` keeps the logits and labels of all batches (and the inputs, for metrics that ask
+for them) on the GPU until it ends, or until `eval_accumulation_steps` of them are there, and joins
+them as they come: for a moment, all that was kept is there twice. Invariant: the trainer that is
+given is read, never changed; `__call__` runs on the copy that a probe makes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Evaluation:
         self._trainer = trainer
         self._batch = batch
         self._loss_only = loss_only
-        self.kept = 1 if loss_only else kept
+        self.kept = 1 if loss_only and not _keeps_inputs(trainer) else kept
 
     def __call__(self, model: nn.Module, _: Any) -> None:
         """Run the step, and join its outputs with those that were kept."""
@@ -47,14 +47,16 @@ class Evaluation:
             _loss, logits, labels = trainer.prediction_step(model, inputs, self._loss_only)
         if logits is not None and trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
+        decoded = inputs[_main_input(trainer)] if _keeps_inputs(trainer) else None
+        parts = (logits, labels, decoded)
         before = [
             [self._kept_of(tensor, self.kept - 1) for tensor in tensors(part) if tensor.dim()]
-            for part in (logits, labels)
+            for part in parts
         ]
         if not trainer.args.eval_do_concat_batches:
             return
         whole = []
-        for part, old in zip((logits, labels), before, strict=True):
+        for part, old in zip(parts, before, strict=True):
             new = [self._gathered(tensor) for tensor in tensors(part) if tensor.dim()]
             whole.append([torch.cat(pair) for pair in zip(old, new, strict=True)])
             old.clear()
@@ -67,6 +69,14 @@ class Evaluation:
         """Return memory for an output of some batches, which all ranks gather."""
         rows = len(tensor) * batches * int(self._trainer.args.world_size)
         return tensor.new_empty((rows, *tensor.shape[1:]))
+
+
+def _keeps_inputs(trainer: Trainer) -> bool:
+    return "inputs" in (getattr(trainer.args, "include_for_metrics", None) or ())
+
+
+def _main_input(trainer: Trainer) -> str:
+    return str(getattr(trainer.model, "main_input_name", "input_ids"))
 
 
 def _as_they_are(inputs: Any) -> Any:
@@ -88,6 +98,8 @@ def evaluation_of(trainer: Trainer) -> Evaluation | str | None:
         return "it generates"
     if type(trainer).evaluation_loop is not Trainer.evaluation_loop:
         return f"{type(trainer).__name__} has an evaluation loop of its own"
+    if not type(trainer).evaluate.__module__.startswith("transformers."):
+        return f"{type(trainer).__name__} has an evaluate of its own"
     if not hasattr(data, "__len__"):
         return "its data set does not tell its length"
     try:

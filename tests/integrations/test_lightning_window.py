@@ -202,6 +202,18 @@ def test_batches_that_cannot_be_counted_count_as_whole_ones(tmp_path: Path) -> N
     assert fit(tmp_path, Reading(loader)) == [12, 8]
 
 
+def test_a_count_that_not_all_batches_have_is_no_weight(tmp_path: Path) -> None:
+    """The first batches cannot be read as samples, the last, of another shape, can."""
+
+    class Mixed(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(data()[batch_idx * SIZE : (batch_idx + 1) * SIZE], 0)
+
+    unknown = [{"index": index} for index in range(4)]
+    loader = DataLoader([*unknown, {"index": torch.zeros(9)}], batch_size=None)
+    assert fit(tmp_path, Mixed(loader)) == [12, 8]
+
+
 def test_gradients_that_the_scaler_of_fp16_handed_over_are_whole(tmp_path: Path) -> None:
     """On a CPU there is no scaler of Lightning's; one is put in, as `16-mixed` has it on a GPU."""
     from lightning.pytorch.plugins.precision import MixedPrecision

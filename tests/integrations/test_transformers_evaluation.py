@@ -71,6 +71,14 @@ def test_what_bounds_the_logits_bounds_the_peak(tmp_path: Path) -> None:
     assert peak(tune(tmp_path, eval_do_concat_batches=False)) < 0.6 * whole
 
 
+def test_inputs_that_metrics_ask_for_are_kept_too(tmp_path: Path) -> None:
+    bounded = {"eval_do_concat_batches": False}
+    plain = peak(tune(tmp_path, **bounded))
+    kept = peak(tune(tmp_path, include_for_metrics=["inputs"], **bounded))
+    before = EVALUATED - BATCH
+    assert 0.9 * 8 * LENGTH * before < kept - plain < 1.1 * 8 * LENGTH * before + 2**12
+
+
 def test_the_largest_of_several_sets_is_evaluated(tmp_path: Path) -> None:
     both = tune(tmp_path, evaluated={"few": Texts(64), "many": Texts(EVALUATED)})
     assert peak(both) == peak(tune(tmp_path))
@@ -92,7 +100,11 @@ def test_what_cannot_be_probed_is_said(tmp_path: Path) -> None:
         def prediction_step(self, *args: Any, **options: Any) -> Any:
             raise KeyError("labels")
 
-    for kind, reason in ((Own, "a loop of"), (Failing, "KeyError")):
+    class Twice(transformers.Trainer):
+        def evaluate(self, *args: Any, **options: Any) -> Any:
+            return super().evaluate(*args, **options)
+
+    for kind, reason in ((Own, "a loop of"), (Twice, "evaluate of its own"), (Failing, "KeyError")):
         (note,) = [w for w in tune(tmp_path, kind).warnings if "was not probed" in w]
         assert reason.replace("a loop of", "an evaluation loop of its own") in note
 

@@ -6,7 +6,9 @@ Invariant: the user's model, its modes, the loss and the random state are as bef
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,22 +17,30 @@ from torch import nn
 from autobatch.devices.preserve import one_at_a_time, process_state_preserved
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.compared_windows import choose_windows
+from autobatch.equivalence.experiment import Ablation, Experiment
 from autobatch.equivalence.gradients import Weigh
 from autobatch.equivalence.investigation import TOLERANCES, Investigation
+from autobatch.equivalence.own_window import OwnWindow
 from autobatch.equivalence.result import Equivalence
-from autobatch.equivalence.subject import Subject, one_batch
+from autobatch.equivalence.subject import Subject, has_batch_norm, one_batch
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.exits import exits_reported
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.interrupts import arriving, held
 from autobatch.support.units import format_bytes
-from autobatch.support.wording import argument, for_reader, passing
+from autobatch.support.wording import argument, for_reader
 from autobatch.workload.complete import Asked
 from autobatch.workload.sample import BatchDims
-from autobatch.workload.workload import Loss, Workload
+from autobatch.workload.workload import Loss, WindowFunction, Workload
 
 __all__ = ["check_equivalence"]
+
+_LARGE_DIFFERENCE = 1e-2
+"""More than float32 rounds, in any model that can be trained in it."""
+
+_GRADIENTS = 7
+"""Parameters, the gradients of the batch and of two windows of two parts, and their difference."""
 
 
 @arriving()
@@ -44,32 +54,41 @@ def check_equivalence(
     batch_dims: BatchDims = None,
     loss: Loss | None = None,
     weight: Weigh | None = None,
+    window: WindowFunction | None = None,
     autocast: str | None = None,
     dtype: torch.dtype | None = None,
     samples: int = 16,
 ) -> Equivalence:
     """Compare the gradient of a window of micro-batches with that of the same samples at once.
 
-    Runs on copies on the CPU. Where the gradients differ, one possible cause after the other is
-    removed and the gradients are compared again, until only rounding is left. A window of unequal
-    micro-batches is always compared as well, because equal ones may hide a wrong weight. Parameters
-    that are all zero get small values instead, because zeros hide the layers before them until the
-    first update.
+    Runs on copies on the CPU. Each micro-batch gets its rows of the random numbers that the batch
+    drew. Where the gradients differ, one possible cause after the other is removed and the
+    gradients are compared again, until only rounding is left. A window of unequal micro-batches is
+    always compared as well, because equal ones may hide a wrong weight; and the loss is tried on
+    batches in which one sample has fewer labels, masked entries or boxes than the others.
+    Parameters that are all zero get small values instead, because zeros hide the layers before them
+    until the first update.
 
     Args:
         model: the module to train, on any device (`meta` gets random weights), or a Workload.
         sample: one batch, a Dataset or a DataLoader, as in `tune`; inferred if None. Give one as
             in training: if your sequences are padded, with padding.
         plan: its window is compared; a smaller one where it has more than `samples` samples.
-        micro_batch: samples of each micro-batch, instead of a plan's; 4 if None.
+        micro_batch: samples of each micro-batch, instead of a plan's; 4 if None. Of models with
+            more than a million parameters five samples are compared, in micro-batches of 3 and 2.
         accumulation_steps: micro-batches of a window, instead of a plan's; 2 if None.
         batch_dims: which dimension of the sample is the batch; as in `tune`.
-        loss: `loss(model, batch)` gives a scalar; as in `tune`.
+        loss: `loss(model, batch)` gives a scalar; as in `tune`. Parameters that it has are compared
+            too.
         weight: `weight(micro_batch)` is the weight of its loss in the window, such as its number of
             tokens; the number of samples if None.
-        autocast: "bf16" or "fp16" shows the rounding of mixed precision; None compares exactly.
+        window: `window(model, optimizer, batches)` is a loop of your own that runs one window and
+            steps once, as in `Workload`; the gradient at its step is compared with that of `loss`
+            on the whole batch or, where no loss is given, of the window given the whole batch.
+        autocast: "bf16" or "fp16" also shows the rounding of mixed precision; the verdict is that
+            of exact arithmetic.
         dtype: of parameters, inputs and arithmetic; float64 if None, or float32 where the model
-            cannot run in float64.
+            cannot run in float64, or where a large difference in float32 says enough.
         samples: the most samples of a plan's window to compare.
 
     Raises:
@@ -87,40 +106,108 @@ def check_equivalence(
         raise UsageError(f"give {for_reader('a plan', '--plan')}, or {sizes}, not both")
     if dtype is not None and dtype not in TOLERANCES:
         raise UsageError(f"dtype is {dtype}: use torch.float64, torch.float32 or None")
-    if isinstance(model, Workload) and loss is not None:
+    if isinstance(model, Workload):
+        window = window or (model.window if loss is None else None)
         model = replace(model, window=None)
-    window = _asked_window(plan, micro_batch, accumulation_steps)
-    sample = one_batch(sample, samples if plan is not None else sum(window))
-    asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss)
+    if window is not None and weight is not None:
+        raise UsageError("a window function weights its micro-batches itself: give it or a weight")
+    sizes_asked = _asked_window(plan, micro_batch, accumulation_steps)
+    sample = one_batch(sample, samples if plan is not None else sum(sizes_asked))
+    asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss, autocast=autocast)
     with one_at_a_time(), exits_reported("the model"):
         workload = asked.workload()
-    if workload.window is not None:
-        raise UsageError(
-            "a Workload with a window function computes its own gradients: to check the loss by "
-            f"itself, {passing('loss', 'lambda model, batch: …')}{for_reader('', ' and no window')}"
-        )
-    workload = replace(workload, autocast=autocast)
-    precise = torch.float64 if autocast is None else torch.float32
-    types = (dtype,) if dtype else tuple(dict.fromkeys((precise, torch.float32)))
-    notes: list[str] = []
+    check = _Check(
+        workload=workload,
+        window=sizes_asked,
+        limit=samples if plan is not None else None,
+        weight=weight,
+        own=window,
+    )
     with process_state_preserved(), held(), torch.compiler.set_stance("force_eager"):
-        for each in types:
-            is_last = each is types[-1]
-            try:
-                _require_memory(workload, each, len(window) if plan is None else 4)
-                torch.set_default_dtype(each)
-                subject = Subject(workload=workload, dtype=each)
-                limit = samples if plan is not None else None
-                with user_errors(workload, max(window)):
-                    compared = choose_windows(subject, window, limit)
-                    result = Investigation(subject=subject, weight=weight).result(compared)
-            except WorkloadError as error:
-                if is_last:
-                    raise
-                notes.append(f"float64 was not possible ({error}): compared in float32")
-            else:
-                break
-    return replace(result, notes=(*notes, *result.notes), seconds=time.perf_counter() - started)
+        result = check.result(dtype)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Check:
+    """What was asked for.
+
+    Attributes:
+        workload: the model, its batches and its loss.
+        window: sizes of the micro-batches.
+        limit: the most samples to compare; all if None.
+        weight: of a micro-batch; its number of samples if None.
+        own: a loop of the user's own in place of the usual one.
+    """
+
+    workload: Workload
+    window: tuple[int, ...]
+    limit: int | None
+    weight: Weigh | None
+    own: WindowFunction | None
+
+    def result(self, dtype: torch.dtype | None) -> Equivalence:
+        """Compare in the type that was asked for, or in those that the model can run in."""
+        if dtype is not None:
+            return self._with_rounding(self._compared(dtype))
+        if self.own is None and has_batch_norm(self.workload.model):
+            quick = self._quickly()
+            if quick is not None:
+                return self._with_rounding(quick)
+        try:
+            return self._with_rounding(self._compared(torch.float64))
+        except WorkloadError as error:
+            result = self._compared(torch.float32)
+            note = f"float64 was not possible ({error}): compared in float32"
+            return self._with_rounding(replace(result, notes=(note, *result.notes)))
+
+    def _quickly(self) -> Equivalence | None:
+        """Compare a large model in float32, where a difference that is large says enough.
+
+        Returns:
+            None if the model is small, or the difference is, or float32 fails in any way.
+        """
+        try:
+            with self._subject(torch.float32) as subject:
+                compared = choose_windows(subject, self.window, self.limit)
+                if not compared.is_large:
+                    return None
+                investigation = Investigation(subject=subject, weight=self.weight)
+                return investigation.result(compared, only_above=_LARGE_DIFFERENCE)
+        except WorkloadError:
+            return None
+
+    def _compared(self, dtype: torch.dtype) -> Equivalence:
+        with self._subject(dtype) as subject:
+            compared = choose_windows(subject, self.window, self.limit)
+            if self.own is not None:
+                own = OwnWindow(subject=subject, function=self.own, tolerance=TOLERANCES[dtype])
+                return own.result(compared)
+            is_dear = compared.is_large and dtype == torch.float64
+            light = replace(subject, dtype=torch.float32) if is_dear else None
+            investigation = Investigation(subject=subject, weight=self.weight, light=light)
+            result = investigation.result(compared)
+            assert result is not None
+            return result
+
+    def _with_rounding(self, result: Equivalence) -> Equivalence:
+        """Add how far the window is off in mixed precision, where that was asked for."""
+        autocast = self.workload.autocast
+        if autocast is None or self.own is not None:
+            return result
+        with self._subject(torch.float32, autocast) as subject:
+            window, rows = choose_windows(subject, self.window, self.limit).windows[-1]
+            mixed = Experiment(subject=subject, rows=rows, window=window, weight=self.weight)
+            apart = mixed.measured(Ablation()).apart(mixed.shares())
+        return replace(result, rounding=apart)
+
+    @contextmanager
+    def _subject(self, dtype: torch.dtype, autocast: str | None = None) -> Iterator[Subject]:
+        """Yield the model in a type, inside of which the user's errors are put into one line."""
+        _require_memory(self.workload, dtype)
+        torch.set_default_dtype(dtype)
+        with user_errors(self.workload, max(self.window)):
+            yield Subject(workload=self.workload, dtype=dtype, autocast=autocast)
 
 
 def _asked_window(
@@ -136,14 +223,14 @@ def _asked_window(
     return (size,) * steps
 
 
-def _require_memory(workload: Workload, dtype: torch.dtype, steps: int) -> None:
-    """Check that the parameters and the gradients of batch and micro-batches fit into host memory.
+def _require_memory(workload: Workload, dtype: torch.dtype) -> None:
+    """Check that the parameters, and the gradients of the batch and its parts, fit into memory.
 
     Raises:
         WorkloadError: they do not.
     """
     elements = sum(parameter.numel() for parameter in workload.model.parameters())
-    needed = elements * dtype.itemsize * (4 + steps)
+    needed = elements * dtype.itemsize * _GRADIENTS
     free = free_host_bytes()
     if free is not None and needed > free:
         raise WorkloadError(

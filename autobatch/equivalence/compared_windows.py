@@ -22,6 +22,9 @@ __all__ = ["ComparedWindows", "changed_rows", "choose_windows"]
 _STEPS = 4
 """The most micro-batches of a plan to compare: from the second on, all run alike."""
 
+_LARGE = 1_000_000
+"""Parameters, or values in 16 samples, from which on five samples are compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class ComparedWindows:
@@ -29,6 +32,7 @@ class ComparedWindows:
 
     windows: tuple[tuple[tuple[int, ...], Rows], ...]
     notes: tuple[str, ...]
+    is_large: bool
 
 
 def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) -> ComparedWindows:
@@ -54,6 +58,13 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
             f"{window[0]} were compared, which no answer depends on but the size of a difference"
         )
     windows = [window] if len(set(window)) > 1 else [window, _unequal(window[0])]
+    is_large = _is_large(subject)
+    if is_large and sum(window) > sum(_unequal(min(max(window), 3))):
+        windows = [_unequal(min(max(window), 3))]
+        notes.append(
+            f"the model is large: {' + '.join(map(str, windows[0]))} samples were compared in "
+            f"place of {' + '.join(map(str, window))}, and nothing is found by equal sizes alone"
+        )
     rows = subject.batch(max(map(sum, windows)))
     different = _different(rows)
     if different < rows.size:
@@ -62,7 +73,16 @@ def choose_windows(subject: Subject, asked: tuple[int, ...], limit: int | None) 
             f"the sample has {count(different, 'different row')}, and {rows.size} were compared: "
             "where rows repeat, numbers that are not integers were varied"
         )
-    return ComparedWindows(tuple((each, rows.first(sum(each))) for each in windows), tuple(notes))
+    return ComparedWindows(
+        tuple((each, rows.first(sum(each))) for each in windows), tuple(notes), is_large
+    )
+
+
+def _is_large(subject: Subject) -> bool:
+    """Say whether all samples of a window would take more time than the answer is worth."""
+    entries = sum(t.numel() for t in named_tensors(subject.batch(2).batch).values()) // 2
+    parameters = sum(p.numel() for p in subject.workload.model.parameters())
+    return parameters > _LARGE or 16 * entries > _LARGE
 
 
 def _unequal(size: int) -> tuple[int, int]:

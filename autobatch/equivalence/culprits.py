@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from autobatch.equivalence.result import Culprit, Kind
 
@@ -17,7 +17,19 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
         "random",
         "two runs of one batch differ by their random numbers, as with dropout",
         "nothing: a window draws other numbers of the same distribution than the batch would; all "
-        "else was compared with each draw replaced by its mean",
+        "else was compared with the same numbers for each sample",
+    ),
+    "hook": (
+        "hook",
+        "a hook changes gradients in the backward pass, and not in proportion: without hooks the "
+        "difference is another",
+        "change the gradient once per window, after the last micro-batch and before the step",
+    ),
+    "step": (
+        "hook",
+        "a hook steps an optimizer in the backward pass, so that the parameters change with every "
+        "micro-batch; what was compared is the whole change",
+        "step once per window, after the last micro-batch",
     ),
     "batchnorm": (
         "batchnorm",
@@ -56,6 +68,45 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
         "gives these weights",
         "pass weight=lambda batch: … with what your loss is a mean over",
     ),
+    "hidden weight": (
+        "weight",
+        "equivalent for samples of equal counts alone: {part} {what}, the gradients differ, and "
+        "weighted by {where} they agree",
+        "pass weight=lambda batch: {where}",
+    ),
+    "hidden unnamed": (
+        "weight",
+        "equivalent for samples of equal counts alone: {part} {what}, the gradients differ, and "
+        "weighted by {weights} they agree",
+        "pass weight=lambda batch: … with what your loss is a mean over, such as the class weights "
+        "of its labels",
+    ),
+    "hidden loss": (
+        "loss",
+        "equivalent for samples of equal counts alone: {part} {what}, the gradients differ, and "
+        "no weight of the micro-batches makes them agree",
+        "let every term of the loss be a mean over samples, or divide it by a constant",
+    ),
+    "undecided": (
+        "undecided",
+        "the gradients differ, but random numbers were drawn whose share for each sample is "
+        "unknown, and no experiment shows another cause",
+        "check once more without them, such as with a probability of 0, or draw them from PyTorch "
+        "with one row for each sample",
+    ),
+    "own weight": (
+        "weight",
+        "micro-batches of equal size agree with their batch, and unequal ones do not: each counts "
+        "as much as any other",
+        "weight each micro-batch's loss by its share of the window's samples or tokens",
+    ),
+    "own window": (
+        "unexplained",
+        "the gradient with which the window function steps is not that of its batch",
+        "check the loss by itself, without the window function: that finds whether the model, the "
+        "loss or the loop is the cause; in the loop, look for a divisor, for zero_grad and for "
+        "gradients from before the window",
+    ),
     "loss": (
         "loss",
         "what a sample adds to the loss depends on the values of other samples ({share:.1%} of "
@@ -79,6 +130,7 @@ def culprit(
     difference: float,
     *,
     weights: Sequence[float] = (),
+    words: Mapping[str, str] | None = None,
     **more: float,
 ) -> Culprit:
     """Return the culprit for a cause.
@@ -88,14 +140,16 @@ def culprit(
         where: names of the modules, or the expression or part concerned.
         difference: between the gradients while all other causes are removed.
         weights: of the micro-batches, with which the gradients agree.
-        more: the other numbers in the words: `steps` of a window, `share` of an interaction.
+        words: more words: the `part` of a batch, and `what` it held.
+        more: numbers in the words: `steps` of a window, `share` of an interaction.
     """
     kind, finding, advice = _WORDS[cause]
-    words = {"where": ", ".join(where), "weights": ", ".join(f"{w:.4g}" for w in weights), **more}
+    numbers = ", ".join(f"{weight:.4g}" for weight in weights)
+    named = {"where": ", ".join(where), "weights": numbers, **(words or {}), **more}
     return Culprit(
         kind=kind,
         where=tuple(where),
         difference=difference,
-        finding=finding.format_map(words),
-        advice=advice.format_map(words),
+        finding=finding.format_map(named),
+        advice=advice.format_map(named),
     )

@@ -1,29 +1,19 @@
-"""Experiments: the gradient of one batch at once and in micro-batches, with causes removed or not.
+"""Gradients of whole batches and of micro-batches, and how far apart they are.
 
-Invariant: every measurement starts from a fresh replica, so that none depends on another.
+Invariant: a verdict is computed over all entries, one tensor after the other. Experiments look at
+some entries of each tensor, always the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autobatch.equivalence.module_calls import RecordedRun, run_in_micro_batches
-from autobatch.equivalence.numerics import Numerics
-from autobatch.equivalence.subject import Replica, Subject
-from autobatch.errors import WorkloadError
-from autobatch.support.interrupts import let_through
-from autobatch.workload.sample import Rows
-from autobatch.workload.workload import AUTOCAST_DTYPES
-
-__all__ = ["Ablation", "Experiment", "Gradients", "Weigh", "combined", "differences"]
+__all__ = ["Gradients", "Measured", "Weigh", "apart", "differences", "largest_of", "some", "total"]
 
 Gradients = Mapping[str, Tensor]
 Weigh = Callable[[Any], float]
@@ -33,121 +23,105 @@ _SMALL = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ablation:
-    """Which possible causes are removed from a run, to see whether a difference goes with them.
+class Measured:
+    """The gradient of a whole batch, and those of its micro-batches.
 
     Attributes:
-        draws: every random draw is replaced by its mean.
-        state: every micro-batch starts from the same state of the model.
-        layers: modules that see one micro-batch at a time in the whole batch as well.
+        whole: of the batch, by name.
+        parts: of each micro-batch, not weighted; a name that a part lacks is zero there.
+        small: the share of the largest gradient below which one is compared with that share.
     """
 
-    draws: bool = False
-    state: bool = False
-    layers: frozenset[str] = frozenset()
+    whole: Gradients
+    parts: Sequence[Gradients]
+    small: float = _SMALL
+    _known: dict[tuple[float, ...], dict[str, float]] = field(default_factory=dict)
 
+    def apart(self, weights: Sequence[float]) -> float:
+        """Return the largest difference between the batch and the weighted micro-batches."""
+        return max(self.differences(weights).values(), default=0.0)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
-    """A batch, and the sizes of the micro-batches that it is cut into.
+    def differences(self, weights: Sequence[float]) -> dict[str, float]:
+        """Return the difference of each tensor's gradient, as `Comparison` defines it."""
+        key = tuple(weights)
+        if key not in self._known:
+            self._known[key] = differences(self.whole, self.parts, weights, self.small)
+        return self._known[key]
 
-    Attributes:
-        recorded: the modules' calls on the whole batch; needed where layers are removed.
-    """
+    def fitted(self) -> list[float]:
+        """Return the weights that bring the micro-batches closest to the batch, by least squares.
 
-    subject: Subject
-    rows: Rows
-    window: tuple[int, ...]
-    recorded: RecordedRun | None = None
-
-    def pieces(self) -> list[Any]:
-        """Return the micro-batches."""
-        starts = [sum(self.window[:step]) for step in range(len(self.window))]
-        return [self.rows.cut(a, a + size) for a, size in zip(starts, self.window, strict=True)]
-
-    def whole(self, ablation: Ablation, seed: int = 1) -> Gradients:
-        """Return the gradient of all samples at once, with random numbers from a seed.
-
-        Raises:
-            WorkloadError: its largest entry is zero, or one is not finite.
+        Zeros where a micro-batch has fewer than two entries to fit its weight to, because one
+        always fits.
         """
-        replica = self.subject.replica()
-        if ablation.layers:
-            assert self.recorded is not None
-            for name in ablation.layers:
-                run_in_micro_batches(replica.model, name, self.recorded, self.window)
-        gradients = self._gradients(replica, self.rows.cut(0, self.rows.size), ablation, seed)
-        _check(gradients)
-        return gradients
+        entries = torch.stack([_column(self.whole, part) for part in self.parts], dim=1)
+        if int((entries != 0).sum(0).min()) < 2 or len(entries) < 2 * len(self.parts):
+            return [0.0] * len(self.parts)
+        target = _column(self.whole, self.whole)[:, None]
+        return [float(w) for w in torch.linalg.lstsq(entries, target).solution[:, 0]]
 
-    def parts(self, ablation: Ablation) -> list[Gradients]:
-        """Return the gradient of each micro-batch, run one after the other as in a window."""
-        replica = self.subject.replica()
-        gradients = []
-        for step, piece in enumerate(self.pieces()):
-            if ablation.state and step:
-                replica = self.subject.replica()
-            gradients.append(self._gradients(replica, piece, ablation, 2 + step))
-        return gradients
-
-    def _gradients(self, replica: Replica, batch: Any, ablation: Ablation, seed: int) -> Gradients:
-        replica.model.zero_grad()
-        with replica.stage, self.running(hold=ablation.draws, seed=seed):
-            let_through()
-            replica.value(batch).backward()
-            let_through()
-        return {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in replica.model.named_parameters()
-            if parameter.requires_grad
-        }
-
-    @contextlib.contextmanager
-    def running(self, *, hold: bool, seed: int = 0) -> Iterator[Numerics]:
-        """Set the seed and the numerics in which the user's code runs inside the context."""
-        seed = 0 if hold else seed
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(seed)
-        autocast = AUTOCAST_DTYPES.get(self.subject.workload.autocast or "")
-        exact = self.subject.dtype == torch.float64
-        with (
-            Numerics(exact=exact, hold=hold) as numerics,
-            torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext(),
-        ):
-            yield numerics
+    def sampled(self) -> Measured:
+        """Return the same with some of the entries."""
+        parts = [some(part) for part in self.parts]
+        return Measured(whole=some(self.whole), parts=parts, small=self.small)
 
 
-def _check(gradients: Gradients) -> None:
-    largest = max(map(_largest, gradients.values()), default=0.0)
-    if not 0 < largest < float("inf"):
-        raise WorkloadError(
-            f"the largest gradient of the whole batch is {largest}: there is nothing to compare; "
-            "pass a sample and a loss as in training"
-        )
+def differences(
+    whole: Gradients, parts: Sequence[Gradients], weights: Sequence[float], small: float = _SMALL
+) -> dict[str, float]:
+    """Return the relative difference of each tensor between a gradient and a weighted sum.
+
+    >>> one = {"weight": torch.ones(2)}
+    >>> differences(one, [one, one], [0.25, 0.25])
+    {'weight': 0.5}
+    """
+    names = list(dict.fromkeys([*whole, *(name for part in parts for name in part)]))
+    sizes = {name: largest_of(whole[name]) if name in whole else 0.0 for name in names}
+    floor = max(small * max(sizes.values(), default=0.0), torch.finfo(torch.float64).tiny)
+    found = {}
+    for name in names:
+        known = [(part[name], w) for part, w in zip(parts, weights, strict=True) if name in part]
+        rest = whole[name].clone() if name in whole else torch.zeros_like(known[0][0])
+        for gradient, weight in known:
+            rest.sub_(gradient, alpha=weight)
+        apart = largest_of(rest)
+        found[name] = apart / max(sizes[name], floor) if apart == apart else float("inf")
+    return found
 
 
-def combined(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
-    """Return the weighted sum of gradients."""
-    return {
-        name: sum(
-            (part[name] * weight for part, weight in zip(parts, weights, strict=True)),
-            start=torch.zeros_like(parts[0][name]),
-        )
-        for name in parts[0]
-    }
+_ENTRIES = 4096
+"""Entries of a tensor that experiments look at."""
 
 
-def differences(whole: Gradients, window: Gradients) -> dict[str, float]:
-    """Return the relative difference of each parameter's gradient, as `Comparison` defines it."""
-    largest = {name: _largest(gradient) for name, gradient in whole.items()}
-    floor = _SMALL * max(largest.values())
-    return {
-        name: _largest(window[name] - gradient) / max(largest[name], floor)
-        for name, gradient in whole.items()
-    }
+def some(gradients: Gradients) -> Gradients:
+    """Return some entries of each tensor: all of small ones, evenly spaced ones of others."""
+    return {name: g.reshape(-1)[:: -(-g.numel() // _ENTRIES) or 1] for name, g in gradients.items()}
 
 
-def _largest(gradient: Tensor) -> float:
-    return float(gradient.abs().max()) if gradient.numel() else 0.0
+def total(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
+    """Return a weighted sum of gradients."""
+    sums: dict[str, Tensor] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        for name, gradient in part.items():
+            sums[name] = sums[name] + gradient * weight if name in sums else gradient * weight
+    return sums
+
+
+def apart(one: Gradients, other: Gradients) -> float:
+    """Return the largest relative difference of two gradients, of some of their entries."""
+    return max(differences(some(one), [some(other)], [1.0]).values(), default=0.0)
+
+
+def largest_of(gradient: Tensor) -> float:
+    """Return the largest absolute entry."""
+    if not gradient.numel():
+        return 0.0
+    low, high = torch.aminmax(gradient.detach())
+    return max(-float(low), float(high)) if low == low else float("nan")
+
+
+def _column(whole: Gradients, part: Gradients) -> Tensor:
+    """Return some entries of a gradient in one row, at the places of those of the whole batch's."""
+    zeros = {name: torch.zeros((), dtype=g.dtype).expand(g.shape) for name, g in whole.items()}
+    placed = some({name: part.get(name, zero) for name, zero in zeros.items()})
+    return torch.cat([gradient.flatten() for gradient in placed.values()]).double()

@@ -1,7 +1,8 @@
 """Compares windows with their batches in one dtype, and finds the culprits where they differ.
 
-One possible cause after the other is removed and the gradients are compared again, until only
-rounding is left. What a removal changes is the difference that this cause makes.
+The loss is looked at first, at the outputs of the model, because that needs no pass through the
+model. Then one possible cause after the other is removed and the gradients are compared again,
+until only rounding is left. What a removal changes is the difference that this cause makes.
 """
 
 from __future__ import annotations
@@ -13,52 +14,46 @@ import torch
 
 from autobatch.equivalence.compared_windows import ComparedWindows
 from autobatch.equivalence.culprits import culprit
-from autobatch.equivalence.gradients import (
-    Ablation,
-    Experiment,
-    Gradients,
-    Weigh,
-    combined,
-    differences,
-)
-from autobatch.equivalence.module_calls import LOSS, RecordedRun
+from autobatch.equivalence.experiment import Ablation, Experiment
+from autobatch.equivalence.gradients import Gradients, Measured, Weigh, some, total
+from autobatch.equivalence.gradients import apart as apart_of
+from autobatch.equivalence.module_calls import LOSS
+from autobatch.equivalence.replay import AtOutputs, Reads, Replay
 from autobatch.equivalence.result import Comparison, Culprit, Equivalence
+from autobatch.equivalence.seeds import seeds_of_other_code
 from autobatch.equivalence.subject import Subject
 from autobatch.equivalence.suspects import (
     changed_buffers,
-    drawing_modules,
-    interaction,
     mixing_modules,
     recorded_run,
     stateful_modules,
-    with_ignored_labels,
 )
-from autobatch.equivalence.weights import SUM, fitted_weights, shares, tried_weights
-from autobatch.errors import UsageError
+from autobatch.equivalence.variations import Variation, variations
+from autobatch.equivalence.weights import SUM, tried_weights
+from autobatch.errors import WorkloadError
 from autobatch.support.torch_private import BatchNorm
 from autobatch.support.wording import count
 
 __all__ = ["TOLERANCES", "Investigation"]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-_AUTOCAST_TOLERANCE = 5e-2
-_INTERACTIONS = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""What rounding explains; in float32 it is measured, and this is the most that is believed."""
 
-_SEEDS = (9, 10, 11, 12)
+_ROUNDINGS = 10.0
+"""How many times the rounding that was measured once is allowed."""
+
+_LEAST_ROUNDING = 1e-6
+_NOISE = 4 * torch.finfo(torch.float32).eps
+_INTERACTION = 1e-6
+_OF_THE_LOSS = ("weight", "loss", "unexplained")
+"""Kinds of culprits with which a loss differs in every variation of the batch."""
+
+_FREE_SEEDS = (100, 200, 300, 400)
 """Seeds tried in turn: with few draws in a batch, two seeds may draw the same numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """The gradients of an experiment, and the differences between window and batch."""
-
-    whole: Gradients
-    parts: Sequence[Gradients]
-    differences: dict[str, float]
-
-    @property
-    def worst(self) -> float:
-        return max(self.differences.values())
+_Named = tuple[str | None, list[float]]
+"""Weights of micro-batches, and the expression that counts them; None where none was found."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,117 +63,183 @@ class Investigation:
     Attributes:
         subject: the model and loss under test.
         weight: the weight of a micro-batch; its number of samples if None.
+        light: the same in float32, for what needs no exact number; None for small models.
+        tolerance: the largest difference that rounding explains.
         culprits, notes: what has been found so far.
     """
 
     subject: Subject
     weight: Weigh | None
+    light: Subject | None = None
+    tolerance: float = 0.0
     culprits: list[Culprit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _replay: Replay | None = None
+    _reads: Reads = field(default_factory=Reads)
 
-    @property
-    def tolerance(self) -> float:
-        """The largest difference that rounding explains."""
-        if self.subject.workload.autocast is not None:
-            return _AUTOCAST_TOLERANCE
-        return TOLERANCES[self.subject.dtype]
-
-    def result(self, compared: ComparedWindows) -> Equivalence:
+    def result(
+        self, compared: ComparedWindows, *, only_above: float | None = None
+    ) -> Equivalence | None:
         """Compare the windows with their batches, and find the culprits where they differ.
+
+        Args:
+            compared: the windows.
+            only_above: return None unless the gradients differ by more than this.
 
         Raises:
             UsageError: the weights are negative or all zero.
             WorkloadError: there is no gradient to compare.
         """
         experiments = [
-            Experiment(subject=self.subject, rows=rows, window=window)
+            Experiment(subject=self.subject, rows=rows, window=window, weight=self.weight)
             for window, rows in compared.windows
         ]
-        free = held = [self._measured(each, Ablation()) for each in experiments]
-        drawing: list[str] = []
-        if max(each.worst for each in free) > self.tolerance:
-            drawing = drawing_modules(experiments[0])
-            if drawing:
-                held = [self._measured(each, Ablation(draws=True)) for each in experiments]
-            worst = max(range(len(held)), key=lambda index: held[index].worst)
-            self._investigate(experiments[worst], held[worst].worst, drawing)
-        equivalent = max(each.worst for each in held) <= self.tolerance
-        if equivalent:
-            self._try_ignored_labels(experiments[-1])
+        base = Ablation()
+        held = [(self._held(each, base), each, base) for each in experiments]
+        if only_above is not None and max(apart for apart, _, _ in held) <= only_above:
+            return None
+        self.tolerance = self._rounding(experiments[-1], only_above)
+        smallest = min(experiments, key=lambda each: each.rows.size)
+        for seed in seeds_of_other_code(smallest):
+            ablation = Ablation(seed=seed)
+            held.append((self._held(smallest, ablation), smallest, ablation))
+        worst, experiment, ablation = max(held, key=lambda one: one[0])
+        free = {id(each): self._free(each, base, worst) for each in experiments}
+        differs = max(apart for apart, _, _ in held) > self.tolerance
+        if differs and not self._investigate(experiment, ablation):
+            differs = False
+        if not any(each.kind in _OF_THE_LOSS for each in self.culprits):
+            self._vary(experiments[-1])
+        kinds = {each.kind for each in self.culprits} - {"random"}
+        if differs and not kinds:
+            self.culprits.append(culprit("unexplained", [], worst))
+        equivalent = None if kinds == {"undecided"} else not (kinds or differs)
         return Equivalence(
             equivalent=equivalent,
             model=type(self.subject.workload.model).__name__,
-            loss=self._loss_kind(experiments[0]),
+            loss=experiments[0].ran.loss_kind,
             weight="its number of samples" if self.weight is None else "the weight given",
-            dtype=self._dtype(),
+            dtype=str(self.subject.dtype).removeprefix("torch."),
             tolerance=self.tolerance,
             comparisons=tuple(
                 Comparison(
-                    window=experiment.window,
-                    difference=as_run.worst,
-                    held_difference=still.worst,
+                    window=each.window,
+                    difference=max(free[id(each)].values()),
+                    held_difference=max(apart for apart, one, _ in held if one is each),
                 )
-                for experiment, as_run, still in zip(experiments, free, held, strict=True)
+                for each in experiments
             ),
-            parameters=max(free, key=lambda each: each.worst).differences,
+            parameters=max(free.values(), key=lambda each: max(each.values())),
             culprits=tuple(self.culprits),
             notes=(*compared.notes, *self.notes),
             seconds=0.0,
         )
 
-    def _dtype(self) -> str:
-        autocast = self.subject.workload.autocast
-        name = str(self.subject.dtype).removeprefix("torch.")
-        return name if autocast is None else f"{name} with {autocast} autocast"
+    def _held(self, experiment: Experiment, ablation: Ablation) -> float:
+        """Return the difference where micro-batches have their rows of the batch's draws."""
+        apart = experiment.measured(ablation).apart(experiment.shares())
+        return max(apart, experiment.ran.apart)
 
-    def _loss_kind(self, experiment: Experiment) -> str:
-        replica = self.subject.replica()
-        with torch.no_grad(), experiment.running(hold=True):
-            replica.loss(replica.model, experiment.pieces()[0])
-        return replica.loss_kind
+    def _rounding(self, experiment: Experiment, only_above: float | None) -> float:
+        """Return what rounding explains; in float32, from parameters that are changed by theirs."""
+        most = TOLERANCES[self.subject.dtype]
+        if self.subject.dtype == torch.float64 or only_above is not None:
+            return most
+        moved = experiment.whole(Ablation(noise=_NOISE))
+        apart = apart_of(experiment.whole(Ablation()), moved)
+        return min(max(_ROUNDINGS * apart, _LEAST_ROUNDING), most)
 
-    def _shares(self, experiment: Experiment) -> list[float]:
-        if self.weight is None:
-            return shares(experiment.window)
-        weights = [float(self.weight(piece)) for piece in experiment.pieces()]
-        if not (min(weights) >= 0 < sum(weights) < float("inf")):
-            raise UsageError(
-                f"weight(micro_batch) gives {weights}: use numbers of at least 0, not all of them 0"
-            )
-        return shares(weights)
+    def _free(self, experiment: Experiment, base: Ablation, worst: float) -> dict[str, float]:
+        """Return the differences with draws as in training, and blame the draws where they differ.
 
-    def _measured(self, experiment: Experiment, ablation: Ablation) -> _Measured:
-        whole, parts = experiment.whole(ablation), experiment.parts(ablation)
-        window = combined(parts, self._shares(experiment))
-        return _Measured(whole, parts, differences(whole, window))
+        Where nothing draws, these are the differences that were measured already.
+        """
+        shares, held = experiment.shares(), experiment.measured(base)
+        drawing = experiment.ran.drawing
+        found = held.differences(shares)
+        tried = experiment if self.light is None else experiment.cast(self.light)
+        for seed in _FREE_SEEDS if drawing else ():
+            parts = tried.parts(replace(base, other_draws=seed))
+            apart = self._window_apart(held.parts, parts, shares)
+            if apart > max(self.tolerance, TOLERANCES[tried.subject.dtype]):
+                found = Measured(whole=held.whole, parts=parts).differences(shares)
+                if not any(each.kind == "random" for each in self.culprits):
+                    self.culprits.append(culprit("random", drawing, apart))
+                break
+        return found
 
-    def _investigate(self, experiment: Experiment, held: float, drawing: Sequence[str]) -> None:
-        """Find the culprits of a window that differs by `held` with every draw at its mean."""
-        ablation = Ablation(draws=True, state=True)
-        if held <= self.tolerance:
-            self._blame_draws(experiment, ablation, drawing)
-            return
-        recorded = recorded_run(experiment)
-        experiment = replace(experiment, recorded=recorded)
-        layers = [name for name in mixing_modules(experiment, recorded) if name != LOSS]
-        ablation = replace(ablation, layers=frozenset(layers))
-        if drawing:
-            self._blame_draws(experiment, ablation, drawing)
-        ablated = self._measured(experiment, ablation)
-        self._blame_layers(experiment, ablation, layers, ablated.whole)
-        self._blame_state(experiment, ablation, ablated.parts, recorded)
-        if ablated.worst > self.tolerance:
-            self.culprits.append(self._of_the_loss(experiment, ablation, ablated, recorded))
+    def _window_apart(
+        self, one: Sequence[Gradients], other: Sequence[Gradients], weights: Sequence[float]
+    ) -> float:
+        """Return how far two windows are apart, by some of their entries."""
+        return apart_of(
+            total(list(map(some, one)), weights), total(list(map(some, other)), weights)
+        )
 
-    def _blame_draws(
-        self, experiment: Experiment, ablation: Ablation, drawing: Sequence[str]
+    def _investigate(self, experiment: Experiment, base: Ablation) -> bool:
+        """Find the culprits of a window that differs with the draws of the whole batch.
+
+        Returns:
+            Whether it does differ: with Python's or NumPy's draws going on from one micro-batch to
+            the next it may not.
+        """
+        if experiment.ran.unmatched and self._continued(experiment):
+            return False
+        tolerance = self.tolerance
+        if experiment.ran.hooked:
+            base = self._blame_hooks(experiment, base)
+        shares = experiment.shares()
+        measured = experiment.measured(base)
+        worst = measured.apart(shares)
+        if worst <= tolerance:
+            return True
+        loss = self._loss_alone(experiment)
+        named = None if loss is None else self._weights_of(loss, experiment)
+        if named is not None and named[0] is None and self._interaction() > _INTERACTION:
+            named = None  # whatever scales a whole micro-batch can be fitted, such as a root
+        if named is not None and measured.apart(named[1]) <= tolerance:
+            self.culprits.append(self._weight(named, worst))
+            return True
+        self._investigate_model(experiment, base, loss, named)
+        return True
+
+    def _blame_hooks(self, experiment: Experiment, base: Ablation) -> Ablation:
+        """Blame hooks of gradients if the difference changes without them; go on without them."""
+        bare, shares = replace(base, hooks=True), experiment.shares()
+        apart = experiment.measured(base).apart(shares)
+        ran = experiment.ran
+        if abs(apart - experiment.measured(bare).apart(shares)) > self.tolerance:
+            cause = "step" if ran.steps else "hook"
+            self.culprits.append(culprit(cause, ran.hooked, apart))
+        return bare
+
+    def _investigate_model(
+        self,
+        experiment: Experiment,
+        base: Ablation,
+        loss: AtOutputs | None,
+        named: _Named | None,
     ) -> None:
-        drawn = replace(ablation, draws=False)
-        one = experiment.whole(drawn)
-        others = (_apart(one, experiment.whole(drawn, seed)) for seed in _SEEDS)
-        apart = next((apart for apart in others if apart > self.tolerance), 0.0)
-        if apart > self.tolerance:
-            self.culprits.append(culprit("random", drawing, apart))
+        """Remove layers, then state; what is left is the loss, or not explained."""
+        tolerance, shares = self.tolerance, experiment.shares()
+        recorded = experiment.calls = recorded_run(experiment, base.seed)
+        layers = [name for name in mixing_modules(experiment, recorded, base.seed) if name != LOSS]
+        ablation = replace(base, layers=frozenset(layers))
+        whole, parts = experiment.whole(ablation), experiment.parts(base)
+        self._blame_layers(experiment, ablation, layers, whole)
+        weights = shares if named is None else named[1]
+        ablated = Measured(whole=whole, parts=parts).sampled()
+        if min(ablated.apart(shares), ablated.apart(weights)) > tolerance:
+            still = experiment.parts(replace(base, state=True))
+            apart = self._window_apart(still, parts, shares)
+            if apart > tolerance:
+                names = stateful_modules(experiment, recorded, base.seed)
+                self.culprits.append(culprit("state", names, apart, steps=len(shares)))
+            ablated = Measured(whole=whole, parts=still).sampled()
+        self._note_buffers(experiment)
+        rest = ablated.apart(shares)
+        if rest > tolerance:
+            self._blame_loss(experiment, ablated, loss, named, rest)
 
     def _blame_layers(
         self, experiment: Experiment, ablation: Ablation, layers: Sequence[str], ablated: Gradients
@@ -188,66 +249,156 @@ class Investigation:
         others = [name for name in layers if name not in norms]
         for names, cause in ((norms, "batchnorm"), (others, "layer")):
             kept = replace(ablation, layers=ablation.layers.difference(names))
-            apart = _apart(ablated, experiment.whole(kept)) if names else 0.0
+            apart = apart_of(ablated, experiment.whole(kept)) if names else 0.0
             if apart > self.tolerance:
                 self.culprits.append(culprit(cause, names, apart))
 
-    def _blame_state(
-        self,
-        experiment: Experiment,
-        ablation: Ablation,
-        ablated: Sequence[Gradients],
-        recorded: RecordedRun,
-    ) -> None:
-        weights = self._shares(experiment)
-        carried = experiment.parts(replace(ablation, state=False))
-        apart = _apart(combined(ablated, weights), combined(carried, weights))
-        buffers = changed_buffers(experiment)
-        if apart > self.tolerance:
-            names = stateful_modules(experiment, recorded)
-            self.culprits.append(culprit("state", names, apart, steps=len(weights)))
-        elif buffers:
+    def _note_buffers(self, experiment: Experiment) -> None:
+        if any(each.kind == "state" for each in self.culprits):
+            return
+        if buffers := changed_buffers(experiment):
             self.notes.append(
                 f"every forward pass changes {count(len(buffers), 'buffer')} ({buffers[0]}), so "
                 "once per micro-batch, not once per update; the gradient does not depend on that"
             )
 
-    def _of_the_loss(
-        self, experiment: Experiment, ablation: Ablation, ablated: _Measured, recorded: RecordedRun
-    ) -> Culprit:
-        """Return the culprit in the loss: a wrong weight, samples that interact, or unexplained."""
-        worst = ablated.worst
-        for expression, weights in tried_weights(experiment.pieces()):
-            if _apart(ablated.whole, combined(ablated.parts, weights)) <= self.tolerance:
-                if expression == SUM:
-                    return culprit("sum", [LOSS], worst)
-                return culprit("weight", [expression], worst, weights=weights)
-        share = interaction(experiment, ablation, recorded)
-        if share > _INTERACTIONS[self.subject.dtype]:
-            return culprit("loss", [LOSS], worst, share=share)
-        fitted = fitted_weights(ablated.whole, ablated.parts)
-        if _apart(ablated.whole, combined(ablated.parts, fitted)) <= self.tolerance:
-            return culprit("unnamed weight", [LOSS], worst, weights=fitted)
-        return culprit("unexplained", [], worst)
+    def _blame_loss(
+        self,
+        experiment: Experiment,
+        ablated: Measured,
+        loss: AtOutputs | None,
+        named: _Named | None,
+        rest: float,
+    ) -> None:
+        """Name what is left once layers and state are removed."""
+        if loss is None or (named is None and loss.apart(experiment.shares()) <= self.tolerance):
+            named = self._weights_of(ablated, experiment)
+        if named is not None:
+            self.culprits.append(self._weight(named, rest))
+            if ablated.apart(named[1]) <= self.tolerance:
+                return
+        share = self._interaction()
+        differs = loss is not None and loss.apart(experiment.shares()) > self.tolerance
+        if named is None and differs and share > _INTERACTION:
+            self.culprits.append(culprit("loss", [LOSS], rest, share=share))
+        elif experiment.ran.unmatched and not differs:
+            self.culprits.append(culprit("undecided", experiment.ran.drawing, rest))
+        else:
+            self.culprits.append(culprit("unexplained", [], rest))
 
-    def _try_ignored_labels(self, experiment: Experiment) -> None:
-        """Note the weight that ignored labels (-100) would need, though the sample has none."""
-        for ignoring in with_ignored_labels(experiment):
+    def _continued(self, experiment: Experiment) -> bool:
+        """Say whether the window agrees if Python's and NumPy's draws go on from part to part."""
+        measured = experiment.measured(Ablation(continued=True))
+        return measured.apart(experiment.shares()) <= self.tolerance
+
+    # The loss by itself
+
+    def _loss_alone(self, experiment: Experiment) -> AtOutputs | None:
+        """Return the gradients of the loss at the model's outputs; None if it cannot run so."""
+        try:
+            self._replay = Replay(experiment)
+            found = self._replay.gradients(experiment.rows, self._reads)
+        except Exception:  # a loss may look into the model in ways that no record answers
+            self._replay = None
+            return None
+        return found if found.outputs.whole else None
+
+    def _interaction(self) -> float:
+        try:
+            return 0.0 if self._replay is None else self._replay.interaction()
+        except Exception:  # changed outputs may be none that the loss takes
+            return 0.0
+
+    def _weights_of(self, loss: AtOutputs | Measured, experiment: Experiment) -> _Named | None:
+        """Return the weights of the micro-batches with which a loss agrees, and their name.
+
+        None if there are no such weights, or if it agrees as it is.
+        """
+        if loss.apart(experiment.shares()) <= self.tolerance:
+            return None
+        layout = experiment.rows.layout
+        for name, weights in tried_weights(experiment.pieces(), layout, self._reads.constants):
+            if loss.apart(weights) <= self.tolerance:
+                return name, weights
+        fitted = loss.fitted()
+        return (None, fitted) if loss.apart(fitted) <= self.tolerance else None
+
+    def _weight(self, named: _Named, apart: float) -> Culprit:
+        name, weights = named
+        if name == SUM:
+            return culprit("sum", [LOSS], apart)
+        if name is None:
+            return culprit("unnamed weight", [LOSS], apart, weights=weights)
+        return culprit("weight", [name], apart, weights=weights)
+
+    # What the sample leaves open
+
+    def _vary(self, experiment: Experiment) -> None:
+        """Blame a loss that agrees only because all samples have the same count of something."""
+        if self._replay is None or self._replay.experiment is not experiment:
+            self._reads = Reads()
             try:
-                measured = self._measured(ignoring, Ablation(draws=True))
-            except Exception:  # most integer tensors are no labels, and -100 is out of their range
+                self._replay = Replay(experiment)
+                self._replay.read(self._reads)
+            except Exception:  # a loss may look into the model in ways that no record answers
+                self._replay = None
+        reads = None if self._replay is None else self._reads
+        blamed: set[str] = set()
+        unusual: dict[str, str] = {}
+        for variation in variations(experiment.rows, reads):
+            if variation.where in blamed or (variation.where in unusual and not variation.is_usual):
                 continue
-            if measured.worst <= self.tolerance:
-                continue
-            for expression, weights in tried_weights(ignoring.pieces()):
-                if _apart(measured.whole, combined(measured.parts, weights)) <= self.tolerance:
-                    self.notes.append(
-                        "if your batches hold ignored labels (-100), as with padding, pass "
-                        f"weight=lambda batch: {expression}; with half of one sample's ignored, "
-                        f"the gradients differ by {measured.worst:.2g} without it"
-                    )
-                    break
+            found = self._of_variation(experiment, variation)
+            if isinstance(found, Culprit):
+                self.culprits.append(found)
+                blamed.add(variation.where)
+            elif found is not None:
+                unusual[variation.where] = found
+        self.notes += [note for where, note in unusual.items() if where not in blamed]
+
+    def _gradients_of(self, varied: Experiment) -> AtOutputs | Measured:
+        """Return the gradients of a varied batch, at the outputs of the model if possible."""
+        if self._replay is not None:
+            try:
+                return self._replay.gradients(varied.rows)
+            except Exception:  # the model's outputs may have other shapes for such values
+                if self.light is not None:
+                    raise
+        if any(each.kind != "random" for each in self.culprits):
+            raise WorkloadError("what was found before would be found in every variation again")
+        return varied.measured(Ablation())
+
+    def _of_variation(self, experiment: Experiment, variation: Variation) -> Culprit | str | None:
+        """Return a culprit if a variation shows one, or a note if such batches are unusual."""
+        varied = _varied(experiment, variation)
+        try:
+            loss, shares = self._gradients_of(varied), varied.shares()
+        except Exception:  # the loss does not take such values
+            return None
+        apart = loss.apart(shares)
+        if not self.tolerance < apart < float("inf"):
+            return None
+        name, weights = self._weights_of(loss, varied) or ("", [])
+        words = {"part": variation.where, "what": variation.what}
+        if not variation.is_usual:
+            advice = f"pass weight=lambda batch: {name}" if name else "give its own weight"
+            return (
+                f"{variation.where} {variation.what}: the gradients differ by {apart:.2g}; if your "
+                f"batches hold such values, {advice}"
+            )
+        if name == "":
+            return culprit("hidden loss", [variation.where], apart, words=words)
+        if name is None or name == SUM:
+            cause = "hidden unnamed"
+            return culprit(cause, [variation.where], apart, weights=weights, words=words)
+        return culprit("hidden weight", [name], apart, words=words)
 
 
-def _apart(one: Gradients, other: Gradients) -> float:
-    return max(differences(one, other).values())
+def _varied(experiment: Experiment, variation: Variation) -> Experiment:
+    """Return an experiment on a varied batch, of which nothing was measured yet."""
+    return Experiment(
+        subject=experiment.subject,
+        rows=variation.rows,
+        window=experiment.window,
+        weight=experiment.weight,
+    )

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autobatch.equivalence.draws import Span, other_random_state, put_back
+from autobatch.equivalence.numerics import Numerics
 from autobatch.workload.tree import tensors, with_tensors
 
 __all__ = [
     "LOSS",
     "Call",
+    "LocatedCall",
+    "OutputRecorder",
     "RecordedRun",
     "Rerun",
     "changed_values",
-    "embeddings_changed",
+    "may_be_by_sample",
     "module_hooks",
     "recorded_calls",
     "run_in_micro_batches",
+    "shapes_alone",
+    "spans",
 ]
 
 LOSS = "the loss"
@@ -36,9 +42,10 @@ LOSS = "the loss"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: its name, its input tensors and its output tensors."""
+    """One call of a module: its name, who called it, its input and its output tensors."""
 
     name: str
+    caller: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -81,6 +88,18 @@ class RecordedRun:
 
     samples: int
     calls: Mapping[tuple[str, int], LocatedCall]
+
+    def is_by_sample(self, key: tuple[str, int]) -> bool:
+        """Whether every floating-point output of a call has one part for each sample."""
+        located = self.calls.get(key)
+        if located is None:
+            return False
+        axes = [
+            axis
+            for tensor, axis in zip(located.call.outputs, located.outputs, strict=False)
+            if tensor.is_floating_point()
+        ]
+        return bool(axes) and None not in axes
 
     @classmethod
     def of(
@@ -133,13 +152,57 @@ def recorded_calls(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
     """Call `run`, and return every call of a module inside it."""
     calls: list[Call] = []
 
-    def end(name: str, _: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        calls.append(Call(name, inputs, _tensors(output)))
+    def end(name: str, caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        calls.append(Call(name, caller, inputs, _tensors(output)))
         return output
 
     with module_hooks(model, end):
         run()
     return calls
+
+
+@dataclass(slots=True)
+class OutputRecorder:
+    """Keeps the outputs of the outermost calls that can be answered from a record.
+
+    Attributes:
+        may_answer: whether the call of a module, by its name and number, can be.
+        answers: the outputs, by caller, name and number among that caller's calls of that name;
+            with the key of each in a `RecordedRun`.
+    """
+
+    may_answer: Callable[[tuple[str, int], Any], bool]
+    answers: dict[tuple[str, str, int], tuple[tuple[str, int], Any]] = field(default_factory=dict)
+    _kept: list[tuple[tuple[str, str, int], tuple[tuple[str, int], Any]]] = field(
+        default_factory=list
+    )
+    _begun: list[int] = field(default_factory=list)
+    _seen: Counter[str] = field(default_factory=Counter)
+    _numbers: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def begin(self, _caller: str) -> None:
+        """Remember what was kept before a call."""
+        self._begun.append(len(self._kept))
+
+    def end(self, name: str, caller: str, output: Any) -> None:
+        """Keep the output of a call in place of those of the calls inside of it, if possible."""
+        inner = self._begun.pop()
+        key, number = (name, self._seen[name]), self._numbers[caller, name]
+        self._seen[name] += 1
+        self._numbers[caller, name] += 1
+        if self.may_answer(key, output):
+            del self._kept[inner:]
+            copied = with_tensors(output, [t.detach().clone() for t in tensors(output)])
+            self._kept.append(((caller, name, number), (key, copied)))
+        if caller == LOSS:
+            self.answers.update(self._kept)
+            self._kept.clear()
+
+
+def may_be_by_sample(output: Any, samples: int) -> bool:
+    """Whether the floating-point tensors of an output may have one part for each sample."""
+    found = [t for t in tensors(output) if t.is_floating_point()]
+    return bool(found) and all(any(d and d % samples == 0 for d in t.shape) for t in found)
 
 
 @dataclass(slots=True)
@@ -211,9 +274,16 @@ def changed_values(tensor: Tensor) -> Tensor:
 
 
 def run_in_micro_batches(
-    model: nn.Module, name: str, recorded: RecordedRun, window: Sequence[int]
+    model: nn.Module,
+    name: str,
+    recorded: RecordedRun,
+    window: Sequence[int],
+    numerics: Numerics,
 ) -> None:
-    """Make a module of a replica run the whole batch one micro-batch at a time."""
+    """Make a module of a replica run the whole batch one micro-batch at a time.
+
+    Each micro-batch gets its rows of the draws that the module made for the whole batch.
+    """
     module = model.get_submodule(name)
     located = recorded.calls[name, 0]
     before, after = located.inputs, located.outputs
@@ -225,14 +295,16 @@ def run_in_micro_batches(
         axes = {i: axis for i, axis in enumerate(before[: len(found)]) if axis is not None}
         if any(found[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
             return original(*args, **kwargs)  # an enclosing module runs in micro-batches already
-        outputs = []
-        for start, stop in _spans(window):
+        outputs, position, others = [], numerics.position, other_random_state()
+        for start, stop in spans(window):
             part = [
                 axes[i].cut(tensor, start, stop) if i in axes else tensor
                 for i, tensor in enumerate(found)
             ]
             some, named = with_tensors((args, kwargs), part)
-            outputs.append(original(*some, **named))
+            put_back(others)
+            with numerics.part((start, stop), position=position):
+                outputs.append(original(*some, **named))
         return _joined(outputs, after, window)
 
     module.forward = forward
@@ -254,7 +326,8 @@ def _joined(outputs: Sequence[Any], axes: Axes, window: Sequence[int]) -> Any:
     return with_tensors(outputs[0], joined)
 
 
-def _spans(window: Sequence[int]) -> Iterator[tuple[int, int]]:
+def spans(window: Sequence[int]) -> Iterator[Span]:
+    """Yield the samples of each micro-batch of a window."""
     start = 0
     for size in window:
         yield start, start + size
@@ -266,17 +339,20 @@ def module_hooks(
     model: nn.Module,
     end: Callable[[str, str, tuple[Tensor, ...], Any], Any],
     begin: Callable[[str], None] = lambda caller: None,
+    kept: Callable[[Any], tuple[Tensor, ...]] | None = None,
 ) -> Iterator[None]:
     """Call `begin(caller)` before every module and `end(name, caller, inputs, output)` after it.
 
-    What `end` returns replaces the output. The model itself is named "", its caller `LOSS`.
+    What `end` returns replaces the output. The model itself is named "", its caller `LOSS`. `kept`
+    makes the inputs of the arguments: copies of the tensors if None.
     """
     running: list[tuple[str, tuple[Tensor, ...]]] = []
+    kept = kept or _tensors
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             begin(running[-1][0] if running else LOSS)
-            running.append((name, _tensors((args, kwargs))))
+            running.append((name, kept((args, kwargs))))
 
         return hook
 
@@ -289,6 +365,11 @@ def module_hooks(
             hooks.enter_context(module.register_forward_pre_hook(before(name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(after))
         yield
+
+
+def shapes_alone(values: Any) -> tuple[Tensor, ...]:
+    """Return tensors without values, of the shapes and types of those in a structure."""
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors(values))
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:
@@ -304,26 +385,3 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     scale = other[other.isfinite()].abs()
     limit = 1e4 * torch.finfo(one.dtype).eps * (float(scale.max()) if scale.numel() else 0.0)
     return not float(apart.max()) <= limit
-
-
-def embeddings_changed(
-    model: nn.Module, recorded: RecordedRun, spans: Sequence[tuple[int, int]]
-) -> AbstractContextManager[None]:
-    """Change the outputs of some samples in modules without floating-point inputs: embeddings."""
-    axes = {
-        name: located.outputs[0]
-        for (name, _), located in recorded.calls.items()
-        if located.outputs and not any(t.is_floating_point() for t in located.call.inputs)
-    }
-
-    def end(name: str, _caller: str, _inputs: tuple[Tensor, ...], output: Any) -> Any:
-        axis = axes.get(name) if name else None  # not the whole model
-        if axis is None or not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        output = output.clone()
-        for start, stop in spans:
-            part = axis.cut(output, start, stop)
-            part.copy_(changed_values(part))
-        return output
-
-    return module_hooks(model, end)

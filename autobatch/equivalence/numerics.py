@@ -1,19 +1,21 @@
-"""A dispatch mode that keeps ops in float64, and counts random draws or replaces them by means.
+"""A dispatch mode that keeps ops in float64, and records random draws or gives recorded ones.
 
 Invariant: outside of the mode, torch is as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autobatch.equivalence.draws import Draw, Draws, Span, rows_of
 from autobatch.support.torch_private import TorchDispatchMode
 
-__all__ = ["Numerics"]
+__all__ = ["Numerics", "relative_difference"]
 
 aten = torch.ops.aten
 
@@ -24,22 +26,82 @@ _EXACT = {
     torch.complex64: torch.complex128,
 }
 
+_FROM_TENSORS = {
+    aten.normal,
+    aten.multinomial,
+    aten.poisson,
+    aten.binomial,
+    aten._standard_gamma,
+    aten._sample_dirichlet,
+}
+"""Ops that draw from a distribution whose parameters are all of their tensors."""
+
+_READS = {aten._local_scalar_dense, aten.equal}
+"""Ops that hand a value to Python, where it can decide what runs next."""
+
+_SLOPES = {aten.rrelu_with_noise, aten.rrelu_with_noise_}
+
 
 class Numerics(TorchDispatchMode):
-    """Keeps ops in float64 where asked to, and counts random draws or replaces them by their means.
+    """Keeps ops in float64 where asked to, and records random draws or gives recorded ones.
 
     Many models compute parts in float32 (norms, softmax, positions), which would leave rounding
     errors of 1e-7 in a float64 gradient.
 
     Attributes:
-        draws: how many ops drew random numbers.
+        draws: of the whole batch, recorded or given; None where draws are as in training.
+        drawn: how many ops drew random numbers.
+        unmatched: draws whose rows could not be found in the record.
+        apart: how far the parameters of distributions are from those of the record.
+        decides: whether Python read a value after a draw, so that other draws may run other code.
+        ops: names of the ops that ran; None where nobody asked for them.
+        read: storages of the tensors that were computed with; None where nobody asked for them.
+        constants: whole numbers that integer tensors were compared with.
     """
 
-    def __init__(self, *, exact: bool, hold: bool) -> None:
-        """Turn casts to lower precision into float64 if `exact`; replace draws if `hold`."""
+    def __init__(
+        self, *, exact: bool, draws: Draws | None = None, rows: Span | None = None
+    ) -> None:
+        """Turn casts to lower precision into float64 if `exact`.
+
+        Args:
+            exact: whether the run is in float64.
+            draws: of a whole batch: recorded, or given where `rows` are.
+            rows: the samples that the run is about, of those of `draws`.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._exact, self._hold = exact, hold
-        self.draws = 0
+        self.draws = draws
+        self._exact, self._rows = exact, rows
+        self._position = 0
+        self.drawn = self.unmatched = 0
+        self.apart = 0.0
+        self.decides = False
+        self.ops: list[str] | None = None
+        self.read: set[int] | None = None
+        self.constants: set[int] = set()
+
+    @contextmanager
+    def part(self, rows: Span, *, position: int) -> Iterator[None]:
+        """Give the draws from a position on by the rows of one micro-batch, inside the context."""
+        before, self._rows, self._position = self._rows, rows, position
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def restart(self, rows: Span) -> None:
+        """Give the record from its beginning, by the rows of these samples."""
+        self._rows, self._position = rows, 0
+
+    @property
+    def records(self) -> bool:
+        """Whether draws are recorded now."""
+        return self.draws is not None and self._rows is None
+
+    @property
+    def position(self) -> int:
+        """How many draws of the record have been given."""
+        return self._position
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -47,55 +109,102 @@ class Numerics(TorchDispatchMode):
         options = dict(kwargs or {})
         if self._exact and options.get("dtype") in _EXACT:
             options["dtype"] = _EXACT[options["dtype"]]
+        self._note(func, args)
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **options)
         before = torch.get_rng_state()
         result = func(*args, **options)
         if torch.equal(before, torch.get_rng_state()) and options.get("generator") is None:
             return result  # the op can draw but did not, as attention without dropout
-        self.draws += 1
-        if not self._hold:
+        self.drawn += 1
+        if self.draws is None:
             return result
-        mean = _MEANS.get(func.overloadpacket)
-        if mean is not None and isinstance(result, Tensor):
-            value = mean(*args)
-            return result.copy_(value) if isinstance(value, Tensor) else result.fill_(value)
-        torch.manual_seed(0)
-        return func(*args, **options)
+        value = _drawn(func, args, result)
+        if self._rows is None:
+            self.draws.made.append(
+                Draw(str(func), value.clone(), tuple(p.clone() for p in _parameters(func, args)))
+            )
+            return result
+        return self._given(func, args, result, value, self.draws, self._rows)
+
+    def _note(self, func: Any, args: Sequence[Any]) -> None:
+        op = func.overloadpacket
+        if self.drawn and op in _READS:
+            self.decides = True
+        if self.ops is not None:
+            self.ops.append(str(func))
+        if self.read is None or getattr(func, "is_view", False):
+            return
+        self.read |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
+        numbers = [arg for arg in args if type(arg) is int]
+        if op in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge):
+            self.constants.update(numbers)
+        elif op in (aten.nll_loss_forward, aten.nll_loss2d_forward):
+            self.constants.update(numbers[-1:])  # ignore_index follows the reduction
+
+    def _given(
+        self, func: Any, args: Sequence[Any], result: Any, value: Tensor, draws: Draws, rows: Span
+    ) -> Any:
+        """Replace what was drawn by the rows of the record."""
+        index, self._position = self._position, self._position + 1
+        then = draws.made[index] if index < len(draws.made) else None
+        if then is None or then.op != str(func):
+            self.unmatched += 1
+            return result
+        known = rows_of(then.value, value.shape, rows, draws.samples)
+        mixes = func.overloadpacket is aten.randperm and then.value.shape != value.shape
+        if known is None or mixes:  # part of a permutation is none
+            self.unmatched += 1
+            return result
+        for now, old in zip(_parameters(func, args), then.parameters, strict=False):
+            part = rows_of(old, now.shape, rows, draws.samples)
+            if part is not None:
+                self.apart = max(self.apart, relative_difference(now, part))
+        value.copy_(known)
+        if func.overloadpacket in _SLOPES:
+            slopes = torch.where(args[0] <= 0, value, 1.0)
+            return args[0].mul_(slopes) if result is args[0] else args[0] * slopes
+        if func.overloadpacket is aten.native_dropout:
+            return args[0] * value / (1 - args[1]), value
+        return result
 
 
-def _probability(_: Tensor, p: float | Tensor = 0.5, *rest: Any) -> float | Tensor:
-    return p
+def relative_difference(now: Tensor, then: Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
+    if not then.numel():
+        return 0.0
+    return float((now - then).abs().max()) / max(float(then.abs().max()), 1e-300)
 
 
-def _middle(_: Tensor, low: float = 0.0, high: float = 1.0) -> float:
-    return (low + high) / 2
+def _drawn(func: Any, args: Sequence[Any], result: Any) -> Tensor:
+    """Return the tensor that holds what an op drew: most return it, alone or as one of several."""
+    if func.overloadpacket in _SLOPES:
+        noise: Tensor = args[1]
+        return noise
+    if isinstance(result, Tensor):
+        return result
+    tensors = [part for part in result if isinstance(part, Tensor)]
+    return tensors[1] if func.overloadpacket is aten.native_dropout else tensors[0]
 
 
-def _middle_integer(*args: Any) -> int:
-    bounds = [arg for arg in args if isinstance(arg, int)]
-    return sum(bounds[:2]) // 2
+def _parameters(func: Any, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return the floating-point tensors that make a distribution."""
+    op, overload = func.overloadpacket, func._overloadname
+    if op in _FROM_TENSORS:
+        found = list(args)
+    elif op is aten.bernoulli and overload == "default":
+        found = [args[0]]
+    elif op is aten.bernoulli_ and overload == "Tensor":
+        found = [args[1]]
+    else:
+        found = []
+    return tuple(p for p in found if isinstance(p, Tensor) and p.is_floating_point())
 
 
-def _middle_slopes(x: Tensor, noise: Tensor, low: float, high: float, *_: Any) -> Tensor:
-    noise.copy_(torch.where(x <= 0, (low + high) / 2, 1.0))  # the backward pass reads it
-    return x * noise
-
-
-_MEANS: dict[Any, Callable[..., float | Tensor]] = {
-    aten.bernoulli_: _probability,
-    aten.bernoulli: lambda probabilities, p=None: probabilities if p is None else p,
-    aten.uniform_: _middle,
-    aten.normal_: lambda _, mean=0.0, std=1.0: mean,
-    aten.rrelu_with_noise: _middle_slopes,
-    aten.rand: lambda *_: 0.5,
-    aten.rand_like: lambda *_: 0.5,
-    aten.randn: lambda *_: 0.0,
-    aten.randn_like: lambda *_: 0.0,
-    aten.randint: _middle_integer,
-    aten.randint_like: _middle_integer,
-}
-"""For each op, the mean of what it draws, from its arguments; with it, dropout changes nothing.
-
-Other ops are seeded with the same number before each call.
-"""
+def _flat(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.layout is torch.strided:
+                yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _flat(arg)

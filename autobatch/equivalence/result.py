@@ -13,19 +13,23 @@ from autobatch.support.wording import listed
 
 __all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind", "equivalence_summary"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-Kind = Literal["random", "state", "batchnorm", "layer", "weight", "loss", "unexplained"]
+Kind = Literal[
+    "random", "hook", "state", "batchnorm", "layer", "weight", "loss", "undecided", "unexplained"
+]
 
 _SHOWN = 5
 
 _TITLES = {
     "random": "random numbers",
+    "hook": "a hook of gradients",
     "state": "state that changes between micro-batches",
     "batchnorm": "BatchNorm",
     "layer": "a layer that looks across samples",
     "weight": "the weight of each micro-batch",
     "loss": "a loss that looks across samples",
+    "undecided": "not decided",
     "unexplained": "not explained",
 }
 
@@ -41,7 +45,7 @@ class Comparison:
     Attributes:
         window: samples of each micro-batch.
         difference: with random draws, as in training.
-        held_difference: with every random draw replaced by its mean.
+        held_difference: where each micro-batch gets its rows of the batch's random draws.
     """
 
     window: tuple[int, ...]
@@ -54,11 +58,13 @@ class Culprit:
     """One cause of a difference, found by removing it.
 
     Attributes:
-        kind: "random" draws (dropout), "state" that changes from one micro-batch to the next,
-            "batchnorm", another "layer" that mixes samples, a "weight" other than the number of
-            samples, a "loss" that mixes samples, or "unexplained".
+        kind: "random" draws (dropout), a "hook" that changes gradients or steps, "state" that
+            changes from one micro-batch to the next, "batchnorm", another "layer" that mixes
+            samples, a "weight" other than the number of samples, a "loss" that mixes samples,
+            "undecided" where draws cannot be given by sample, or "unexplained".
         where: names of the modules, or the expression or part concerned.
-        difference: between the gradients while all other culprits are removed.
+        difference: between the gradients while all other culprits are removed; with other labels or
+            masks than those of the sample where the finding says so.
         finding: what was observed, in one sentence.
         advice: what to do, in one sentence.
     """
@@ -75,9 +81,11 @@ class Equivalence:
     """Whether the gradient of a window equals that of its samples at once, and if not, why.
 
     Attributes:
-        equivalent: whether the gradients agree within the tolerance while every random draw is
-            replaced by its mean. Dropout alone therefore leaves it True: window and batch draw
-            different numbers from the same distribution.
+        equivalent: whether the gradients agree within the tolerance where each micro-batch gets its
+            rows of the batch's random draws, and go on agreeing where samples have unequal counts
+            of labels, masked entries or boxes. Dropout alone leaves it True: window and batch draw
+            different numbers from the same distribution. None, which is no proof either, where
+            nothing but draws that cannot be given by sample makes a difference.
         model: class name of the module.
         loss: how the loss was obtained, as in `ModelFacts`; "mean of the outputs" where there was
             none.
@@ -89,9 +97,10 @@ class Equivalence:
         culprits: the causes found.
         notes: what was compared instead of what was asked for, and what else was observed.
         seconds: wall time of the check.
+        rounding: the difference in mixed precision, where that was asked for.
     """
 
-    equivalent: bool
+    equivalent: bool | None
     model: str
     loss: str
     weight: str
@@ -102,6 +111,7 @@ class Equivalence:
     culprits: tuple[Culprit, ...]
     notes: tuple[str, ...]
     seconds: float
+    rounding: float | None = None
 
     @property
     def difference(self) -> float:
@@ -110,7 +120,7 @@ class Equivalence:
 
     @property
     def held_difference(self) -> float:
-        """The largest difference while every random draw is replaced by its mean."""
+        """The largest difference where micro-batches have their rows of the batch's draws."""
         return max(each.held_difference for each in self.comparisons)
 
     def to_json(self) -> str:
@@ -158,6 +168,10 @@ def equivalence_summary(result: Equivalence) -> Document:
 
 
 def _verdict(result: Equivalence) -> str:
+    if result.equivalent is None:
+        return "undecided: random draws that cannot be given by sample make a difference"
+    if not result.equivalent and result.held_difference <= result.tolerance:
+        return "not equivalent: equal for this sample, but not for samples of unequal counts"
     if not result.equivalent:
         return "not equivalent: the accumulated gradient is not that of the whole batch"
     if result.difference > result.tolerance:
@@ -173,6 +187,11 @@ def _facts(result: Equivalence) -> Facts:
                 f"{result.difference:.2g} of a parameter's largest gradient as training would "
                 f"run; rounding explains {result.tolerance:.0e}",
             ),
+            *(
+                (("rounding", f"{result.rounding:.2g} in mixed precision"),)
+                if result.rounding is not None
+                else ()
+            ),
             ("weight", f"each micro-batch's loss counts by {printable(result.weight)}"),
         )
     )
@@ -180,7 +199,7 @@ def _facts(result: Equivalence) -> Facts:
 
 def _windows(result: Equivalence) -> Table:
     return Table(
-        columns=("micro-batches", "difference", "with random draws held"),
+        columns=("micro-batches", "difference", "with the batch's draws"),
         align="lrr",
         rows=tuple(
             (

@@ -5,7 +5,8 @@ Invariant: the user's objects are only read; every replica starts in the same st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from autobatch.devices.copies import Copier, batch_of
 from autobatch.devices.places import Stage
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
+from autobatch.support.torch_private import BatchNorm
 from autobatch.workload.dataset import dataset_length
 from autobatch.workload.layout import Layout, compared
 from autobatch.workload.loss import DefaultLoss, checked_loss
@@ -26,7 +28,7 @@ from autobatch.workload.tree import map_tensors
 from autobatch.workload.workload import Loss, Workload
 from autobatch.workload.wrappers import unwrapped
 
-__all__ = ["Replica", "Subject", "one_batch"]
+__all__ = ["Replica", "Subject", "has_batch_norm", "one_batch"]
 
 
 class _MeanOfOutputs(DefaultLoss):
@@ -42,11 +44,17 @@ class _MeanOfOutputs(DefaultLoss):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A copy of the model and of the loss, to run once or a few times."""
+    """A copy of the model and of the loss, to run once or a few times.
+
+    Attributes:
+        trained: the tensors that a backward pass may reach, by name: parameters of the model, and
+            those that the loss owns.
+    """
 
     model: nn.Module
     own_loss: Loss
     stage: Stage
+    trained: Mapping[str, Tensor]
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return what the loss gives, with copies in place of all that the user's code reaches."""
@@ -70,25 +78,70 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A workload in one floating-point type, of which replicas are made on the CPU."""
+    """A workload in one floating-point type, of which replicas are made on the CPU.
+
+    Replicas share the values of parameters, because a pass changes buffers and seldom parameters.
+    `refresh` restores those that a run did change.
+    """
 
     workload: Workload
     dtype: torch.dtype
+    autocast: str | None = None
     _made: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[int, _Shared] = field(default_factory=dict, init=False, repr=False)
 
-    def replica(self) -> Replica:
+    def replica(self, *, hooks: bool = True, noise: float = 0.0) -> Replica:
         """Return a new replica in training mode; frozen parameters stay frozen.
+
+        Args:
+            hooks: whether the hooks of gradients run, as in training.
+            noise: the share of its value by which each trained entry is changed at random.
 
         Raises:
             WorkloadError: something cannot be copied.
         """
-        copier = Copier(torch.device("cpu"), self._with_values)
-        model = copier.model(unwrapped(self.workload.model))
+        met: list[Tensor] = []
+
+        def make(original: Tensor, _: torch.device) -> Tensor:
+            if original.requires_grad and original.is_leaf:
+                met.append(original)
+            return self._with_values(original)
+
+        copier = Copier(torch.device("cpu"), make)
+        original = unwrapped(self.workload.model)
+        model = copier.model(original)
         if not model.training:
             model.train()
         loss = self.workload.loss
         copied = _MeanOfOutputs() if loss is None else copier.any(loss)
-        return Replica(model, copied, copier.stage())
+        stage = copier.stage()
+        names = _names(original, loss)
+        trained = {
+            names.get(id(one), f"tensor {i} of the loss, {tuple(one.shape)}"): copier.move(one)
+            for i, one in enumerate(met)
+        }
+        if not hooks:
+            _without_hooks(model, trained.values())
+        if noise:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for one in trained.values():
+                    shares = torch.randn(one.shape, generator=generator, dtype=one.dtype)
+                    one.data = one * (1 + noise * shares)
+        return Replica(model, copied, stage, trained)
+
+    def refresh(self) -> None:
+        """Restore the parameters that a run has changed in place."""
+        for key in [key for key, shared in self._shared.items() if shared.is_changed]:
+            del self._shared[key]
+
+    def original(self, trained: Tensor) -> Tensor:
+        """Return the value that a replica's trained tensor had before a run changed it."""
+        pointer = trained.data_ptr()
+        for shared in self._shared.values():
+            if shared.value.data_ptr() == pointer:
+                return self.copied(shared.of)
+        return trained.detach()
 
     def batch(self, samples: int) -> Rows:
         """Build a batch in the subject's dtype that can be cut where two sizes of it differ.
@@ -97,7 +150,7 @@ class Subject:
             SampleError: no dimension of its tensors grows with the samples.
         """
         build = self.workload.batch
-        batch = map_tensors(self._cast, batch_of(build, samples))
+        batch = map_tensors(self.cast, batch_of(build, samples))
         layout = compared(batch, samples, batch_of(build, samples + 1), samples + 1)
         rows = rows_of(batch) if layout is None else Rows(batch, _needed(layout))
         if rows.size != samples:
@@ -107,11 +160,21 @@ class Subject:
             )
         return rows
 
-    def _cast(self, tensor: Tensor) -> Tensor:
+    def cast(self, tensor: Tensor) -> Tensor:
+        """Return a floating-point tensor in the subject's type, any other as it is."""
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def _with_values(self, tensor: Tensor, _: torch.device) -> Tensor:
-        """Copy a tensor to the CPU; has the signature of `Copier`'s `make`.
+    def _with_values(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor on the CPU; that of a parameter is shared."""
+        if not isinstance(tensor, nn.Parameter):
+            return self.copied(tensor)
+        shared = self._shared.get(id(tensor))
+        if shared is None:
+            shared = self._shared[id(tensor)] = _Shared.of_copy(tensor, self.copied(tensor))
+        return shared.value.detach()
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the CPU.
 
         A parameter that is all zero, such as the last gain of a residual branch, would hide all
         layers before it from the experiments, though only until the first update. It gets small
@@ -123,9 +186,66 @@ class Subject:
             if tensor.is_meta or hides:
                 if id(tensor) not in self._made:
                     made = _invented(tensor, seed=len(self._made)) * (0.1 if hides else 1.0)
-                    self._made[id(tensor)] = self._cast(made)
+                    self._made[id(tensor)] = self.cast(made)
                 return self._made[id(tensor)].clone()
-            return self._cast(tensor.detach().to("cpu", copy=True))
+            return self.cast(tensor.detach().to("cpu", copy=True))
+
+
+def _names(model: nn.Module, loss: Any) -> dict[int, str]:
+    """Return names of parameters, of the model and of modules that the loss is or has, by id."""
+    parts = {"": loss, **getattr(loss, "__dict__", {})}
+    owned = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    names = {
+        id(p): f"loss.{name}"
+        for prefix, part in owned.items()
+        for name, p in part.named_parameters(prefix=prefix)
+    }
+    return names | {id(p): name for name, p in model.named_parameters()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """The values of a parameter that replicas share, and what shows that a run changed them.
+
+    Writes through `.data` leave the version as it was, so a sum is compared as well.
+    """
+
+    of: Tensor
+    value: Tensor
+    version: int
+    total: float
+
+    @classmethod
+    def of_copy(cls, original: Tensor, value: Tensor) -> _Shared:
+        return cls(original, value, value._version, _total(value))
+
+    @property
+    def is_changed(self) -> bool:
+        return self.value._version != self.version or _total(self.value) != self.total
+
+
+def _total(value: Tensor) -> float:
+    total = float(value.sum()) if value.is_floating_point() else 0.0
+    return total if math.isfinite(total) else 0.0
+
+
+def _without_hooks(model: nn.Module, trained: Iterable[Tensor]) -> None:
+    """Take away what changes gradients in the backward pass of a replica."""
+    for tensor in trained:
+        tensor._backward_hooks = None
+        if tensor._post_accumulate_grad_hooks:
+            tensor._post_accumulate_grad_hooks.clear()
+    for module in model.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a layer of the model trains on the statistics of its batch, as far as its class says.
+
+    Only an order of work may depend on this: a verdict does not.
+    """
+    return any(isinstance(module, BatchNorm) and module.training for module in model.modules())
 
 
 def one_batch(sample: Any, samples: int) -> Any:

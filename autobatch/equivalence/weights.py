@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from autobatch.equivalence.gradients import Gradients
-from autobatch.workload.sample import named_tensors
+from autobatch.workload.layout import Layout
+from autobatch.workload.tree import Path, leaves
 
-__all__ = ["IGNORED", "SUM", "fitted_weights", "shares", "tried_weights"]
+__all__ = ["IGNORED", "SUM", "shares", "tried_weights", "written"]
 
 SUM = "1"
 """The weight expression of a loss that is a sum, so that micro-batches are added unweighted."""
@@ -20,69 +19,102 @@ SUM = "1"
 IGNORED = -100
 """The label that losses ignore, PyTorch's default for `ignore_index`."""
 
-_ENTRIES_FITTED = 100_000
+_Counted = tuple[str, float]
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """Return each micro-batch's share of the window's weight."""
+    """Return each micro-batch's share of the window's weight.
+
+    >>> shares([3, 1])
+    [0.75, 0.25]
+    """
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
-def tried_weights(pieces: Sequence[Any]) -> Iterator[tuple[str, list[float]]]:
+def tried_weights(
+    pieces: Sequence[Any], layout: Layout, constants: Collection[int] = ()
+) -> Iterator[tuple[str, list[float]]]:
     """Yield possible weights of the micro-batches, each as an expression and their shares.
 
     The likeliest come first: labels that are not ignored, unshifted and shifted as in language
-    models; then entries that are not zero (padding); then sums, such as those of lengths.
+    models; then entries that are not zero (padding); then sums, such as those of lengths; then
+    rows of lists, such as boxes.
+
+    Args:
+        pieces: the micro-batches.
+        layout: of the batch that they are cut from.
+        constants: what the loss compares integers with; labels of these values may be ignored.
     """
-    tensors = [named_tensors(piece) for piece in pieces]
-    counts = (_labels, _shifted_labels, _entries, _total)
+    found = [dict(leaves(piece, stop=lambda path, _: path in layout.lists)) for piece in pieces]
+    ignored = [IGNORED, *sorted(set(constants) - {IGNORED, 0}), 0]
+    counts: list[Callable[[Any], _Counted | None]] = [_labels(IGNORED), _labels(IGNORED, shift=1)]
+    counts += [_labels(value) for value in ignored[1:]]
+    counts += [_labels(value, shift=1) for value in ignored[1:]]
+    counts += [_positive, _total]
     for count in counts:
-        for path, first in tensors[0].items():
-            if not first.dim():
-                continue
-            found = [count(piece[path]) for piece in tensors]
-            expressions, values = {text for text, _ in found}, [value for _, value in found]
-            if len(expressions) == 1 and min(values) >= 0 < sum(values):
-                yield expressions.pop().format(_written(path)), shares(values)
+        for path in found[0]:
+            yield from _expressed(path, [count(one.get(path)) for one in found])
+    for path in found[0]:
+        if isinstance(found[0][path], (list, tuple)):
+            for count in _of_items(found[0][path]):
+                yield from _expressed(path, [count(one.get(path)) for one in found])
     yield SUM, [1.0] * len(pieces)
 
 
-def _labels(tensor: Tensor) -> tuple[str, float]:
-    return f"({{}} != {IGNORED}).sum()", float((tensor != IGNORED).sum())
+def _expressed(path: Path, found: Sequence[_Counted | None]) -> Iterator[tuple[str, list[float]]]:
+    known = [one for one in found if one is not None]
+    values = [value for _, value in known]
+    texts = {text for text, _ in known}
+    if len(known) == len(found) and len(texts) == 1 and min(values) >= 0 < sum(values):
+        yield texts.pop().format(written(path)), shares(values)
 
 
-def _shifted_labels(tensor: Tensor) -> tuple[str, float]:
-    if tensor.dim() < 2:
-        return _labels(tensor)
-    return f"({{}}[:, 1:] != {IGNORED}).sum()", float((tensor[:, 1:] != IGNORED).sum())
+def _labels(ignored: int, shift: int = 0) -> Callable[[Any], _Counted | None]:
+    def count(leaf: Any) -> _Counted | None:
+        if not isinstance(leaf, Tensor) or leaf.dim() < 1 + shift:
+            return None
+        counted, cut = (leaf[:, 1:], "[:, 1:]") if shift else (leaf, "")
+        return f"({{}}{cut} != {ignored}).sum()", float((counted != ignored).sum())
+
+    return count
 
 
-def _entries(tensor: Tensor) -> tuple[str, float]:
-    return "({} != 0).sum()", float((tensor != 0).sum())
+def _positive(leaf: Any) -> _Counted | None:
+    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.is_complex():
+        return None
+    return "({} > 0).sum()", float((leaf > 0).sum())
 
 
-def _total(tensor: Tensor) -> tuple[str, float]:
-    return "{}.sum()", float(tensor.double().sum())
+def _total(leaf: Any) -> _Counted | None:
+    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.is_complex():
+        return None
+    return "{}.sum()", float(leaf.double().sum())
 
 
-def _written(path: Sequence[str]) -> str:
+def _of_items(items: Sequence[Any]) -> Iterator[Callable[[Any], _Counted | None]]:
+    """Yield counts of the rows in a list of samples."""
+    first = items[0] if items else None
+    if isinstance(first, Tensor) and first.dim():
+        yield lambda some: ("sum(map(len, {}))", float(sum(map(len, some))))
+    if isinstance(first, (int, float)):
+        yield lambda some: ("sum({})", float(sum(some)))
+    if isinstance(first, Mapping):
+        for key, value in first.items():
+            if isinstance(value, Tensor) and value.dim():
+                yield _rows(key)
+
+
+def _rows(key: Any) -> Callable[[Any], _Counted | None]:
+    text = f"sum(len(item[{key!r}]) for item in {{}})".replace("'", '"')
+    return lambda some: (text, float(sum(len(item[key]) for item in some)))
+
+
+def written(path: Sequence[str]) -> str:
+    """Write how a part of a batch is reached.
+
+    >>> written(("inputs", "0"))
+    'batch["inputs"][0]'
+    """
     keys = (key if key.isdecimal() else f'"{key}"' for key in path)
     return "batch" + "".join(f"[{key}]" for key in keys)
-
-
-def fitted_weights(whole: Gradients, parts: Sequence[Gradients]) -> list[float]:
-    """Return the weights that bring the window's gradient closest to that of the batch.
-
-    They are fitted by least squares over some of the entries. Zeros where the entries are too few
-    for the number of micro-batches, because those would fit by chance.
-    """
-    entries = torch.stack([_some(part) for part in parts], dim=1)
-    if len(entries) < 8 * len(parts):
-        return [0.0] * len(parts)
-    return [float(w) for w in torch.linalg.lstsq(entries, _some(whole)[:, None]).solution[:, 0]]
-
-
-def _some(gradients: Gradients) -> Tensor:
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()]).double()
-    return flat[:: len(flat) // _ENTRIES_FITTED + 1]

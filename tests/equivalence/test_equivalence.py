@@ -167,7 +167,6 @@ CLEAN: dict[str, tuple[nn.Module, Any, Any]] = {
     "layer norm": (network(nn.LayerNorm(8)), samples(), mean_square),
     "group norm": (network(nn.GroupNorm(2, 8)), samples(), mean_square),
     "frozen batch norm": (network(nn.BatchNorm1d(8).eval()), samples(), mean_square),
-    "tokens of equal number": (tagger(), sentences([7] * 8), token_mean),
     "a penalty in the loss": (
         network(),
         samples(),
@@ -342,13 +341,7 @@ def test_what_no_experiment_explains_is_said_to_be_unexplained() -> None:
     assert not result.equivalent
 
 
-def test_padding_that_the_sample_does_not_show_is_tried() -> None:
-    result = check_equivalence(tagger(), sentences([7] * 8), loss=token_mean)
-    assert result.equivalent
-    assert any('weight=lambda batch: (batch["labels"] != -100).sum()' in n for n in result.notes)
-
-
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.lists(st.integers(1, 7), min_size=20, max_size=20))
 def test_any_window_of_any_lengths_is_exact_by_its_tokens(
     micro_batch: int, steps: int, lengths: list[int]
@@ -375,11 +368,12 @@ def test_parts_that_models_cast_to_float32_stay_exact() -> None:
 
 
 def test_mixed_precision_differs_by_its_rounding_only() -> None:
-    exact = check_equivalence(network(), samples(), loss=mean_square)
     mixed = check_equivalence(network(), samples(), loss=mean_square, autocast="bf16")
     assert mixed.equivalent
-    assert exact.difference < 1e-6 < mixed.difference < mixed.tolerance
-    assert "bf16" in mixed.dtype
+    assert mixed.dtype == "float64"
+    assert mixed.difference < EXACT
+    assert mixed.rounding is not None and 1e-6 < mixed.rounding < 5e-2
+    assert "in mixed precision" in str(mixed)
 
 
 def test_nothing_of_the_users_is_changed() -> None:
@@ -453,7 +447,8 @@ def test_what_cannot_be_checked_is_refused_in_one_line() -> None:
     for ask, error, words in [
         (lambda: check_equivalence(network(), samples(), plan, micro_batch=2), UsageError, "both"),
         (lambda: check_equivalence(network(), samples(), micro_batch=0), UsageError, "at least 1"),
-        (lambda: check_equivalence(window), UsageError, "window function"),
+        (lambda: check_equivalence(window), WorkloadError, "made no step"),
+        (lambda: check_equivalence(window, weight=len), UsageError, "or a weight"),
         (
             lambda: check_equivalence(network(), samples(), loss=mean_square, dtype=torch.int8),
             UsageError,
@@ -505,7 +500,7 @@ def test_a_model_that_runs_in_single_precision_only_is_compared_in_that() -> Non
 def test_the_result_is_a_record_that_reads_and_saves() -> None:
     result = check_equivalence(network(nn.BatchNorm1d(8)), samples(), loss=mean_square)
     document = json.loads(result.to_json())
-    assert document.pop("schema_version") == 1
+    assert document.pop("schema_version") == 2
     assert document.pop("difference") == result.difference
     assert decode(Equivalence, document) == result
     text = str(result)

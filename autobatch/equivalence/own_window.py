@@ -1,0 +1,178 @@
+"""A loop of the user's own: the gradient with which it steps, against that of its whole batch.
+
+Where a loss is given, the reference is the loss of the whole batch. Else the loop itself gives it:
+it gets as many copies of the whole batch as it got micro-batches, so that whatever it divides by
+their number it divides by again. A factor that is common to both is then not seen.
+
+Invariant: the user's optimizers are copied, and the copies never step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.devices.copies import Copier
+from autobatch.equivalence.compared_windows import ComparedWindows
+from autobatch.equivalence.culprits import culprit
+from autobatch.equivalence.draws import Draws, Span
+from autobatch.equivalence.experiment import Ablation, Experiment, seed_all
+from autobatch.equivalence.gradients import Gradients, differences
+from autobatch.equivalence.module_calls import spans
+from autobatch.equivalence.numerics import Numerics
+from autobatch.equivalence.result import Comparison, Culprit, Equivalence
+from autobatch.equivalence.subject import Subject
+from autobatch.errors import WorkloadError
+from autobatch.support.wording import passing
+from autobatch.workload.optimizers import each_of, made_for, mapped
+from autobatch.workload.sample import Rows
+from autobatch.workload.workload import WindowFunction
+from autobatch.workload.wrappers import unwrapped
+
+__all__ = ["OwnWindow"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnWindow:
+    """A function that runs one training window, under test.
+
+    Attributes:
+        subject: the model in one floating-point type, with the loss if one was given.
+        function: `window(model, optimizer, batches)`, as in `Workload`.
+        tolerance: the largest difference that rounding explains.
+    """
+
+    subject: Subject
+    function: WindowFunction
+    tolerance: float
+
+    def result(self, compared: ComparedWindows) -> Equivalence:
+        """Compare each window with its whole batch.
+
+        Raises:
+            WorkloadError: the function steps not exactly once in a window.
+        """
+        found = [self._differences(rows, window) for window, rows in compared.windows]
+        worst = [max(each.values()) for each in found]
+        culprits = self._culprits(compared, worst)
+        notes = list(compared.notes)
+        if self.subject.workload.loss is None:
+            notes.append(
+                "the window was compared with itself, given copies of the whole batch: a factor "
+                f"that is common to both is not seen; {passing('loss', 'lambda model, batch: …')} "
+                "to compare with the loss of the whole batch"
+            )
+        return Equivalence(
+            equivalent=not culprits,
+            model=type(self.subject.workload.model).__name__,
+            loss="window function",
+            weight="what the window function does",
+            dtype=str(self.subject.dtype).removeprefix("torch."),
+            tolerance=self.tolerance,
+            comparisons=tuple(
+                Comparison(window=window, difference=apart, held_difference=apart)
+                for (window, _), apart in zip(compared.windows, worst, strict=True)
+            ),
+            parameters=max(found, key=lambda each: max(each.values())),
+            culprits=tuple(culprits),
+            notes=tuple(notes),
+            seconds=0.0,
+        )
+
+    def _culprits(self, compared: ComparedWindows, worst: Sequence[float]) -> list[Culprit]:
+        if max(worst) <= self.tolerance:
+            return []
+        equal = [
+            apart
+            for (window, _), apart in zip(compared.windows, worst, strict=True)
+            if len(set(window)) == 1
+        ]
+        if equal and max(equal) <= self.tolerance:
+            return [culprit("own weight", ["the window function"], max(worst))]
+        return [culprit("own window", ["the window function"], max(worst))]
+
+    def _differences(self, rows: Rows, window: tuple[int, ...]) -> dict[str, float]:
+        """Return the difference of each parameter's gradient between the window and the batch."""
+        draws = Draws(rows.size)
+        whole = (0, rows.size)
+        if self.subject.workload.loss is None:
+            reference = self._stepped(rows, [whole] * len(window), draws)
+        else:
+            experiment = Experiment(subject=self.subject, rows=rows, window=window)
+            reference = experiment.whole(Ablation())
+            draws = experiment.draws(Ablation().seed)
+        stepped = self._stepped(rows, list(spans(window)), draws)
+        self.subject.refresh()
+        return differences(reference, [stepped], [1.0])
+
+    def _stepped(self, rows: Rows, parts: Sequence[Span], draws: Draws) -> Gradients:
+        """Run the window function on parts of a batch; return the gradients at its step.
+
+        Draws are recorded in the first part where none are known yet.
+        """
+        copier = Copier(torch.device("cpu"), lambda tensor, _: self.subject.copied(tensor))
+        original = self.subject.workload.model
+        model = copier.model(unwrapped(original)).train()
+        if original is not unwrapped(original):
+            copier.remember(original, model)
+        function = copier.any(self.function)
+        made = copier.optimizers_of(self.subject.workload.optimizer)
+        exact = self.subject.dtype == torch.float64
+        names = {id(p): name for name, p in model.named_parameters()}
+        gradients: dict[str, Tensor] = {}
+        with copier.stage():
+            given = mapped(lambda one: made_for(one, model), made)
+            for optimizer in each_of(given):
+                optimizer.step = _noting(optimizer, names, gradients)
+            with Numerics(exact=exact, draws=draws, rows=_first(draws, parts)) as numerics:
+                function(model, given, _handed_out(rows, parts, numerics))
+        if not gradients:
+            raise WorkloadError(
+                f"the window function made no step over {len(parts)} micro-batches: call "
+                "optimizer.step() after the last of them"
+            )
+        return gradients
+
+
+def _first(draws: Draws, parts: Sequence[Span]) -> Span | None:
+    return parts[0] if draws.made else None
+
+
+def _handed_out(rows: Rows, parts: Sequence[Span], numerics: Numerics) -> Iterator[Any]:
+    """Yield the parts of a batch, each with its rows of the draws of the whole batch."""
+    records = numerics.records
+    for step, span in enumerate(parts):
+        seed_all(1)
+        if step or not records:
+            numerics.restart(span)
+        yield rows.cut(*span)
+
+
+def _noting(optimizer: Any, names: dict[int, str], found: dict[str, Tensor]) -> Callable[..., None]:
+    """Return a step that notes the gradients and changes nothing.
+
+    Raises:
+        WorkloadError: it is called a second time.
+    """
+    steps = [0]
+
+    def step(closure: Callable[[], Any] | None = None, *_: Any, **__: Any) -> None:
+        if closure is not None:
+            closure()
+        steps[0] += 1
+        if steps[0] > 1:
+            raise WorkloadError(
+                "the window function steps more than once: give one that runs one window, from "
+                "the first micro-batch to the step"
+            )
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    name = names.get(id(parameter), f"parameter {index} of the optimizer")
+                    found[name] = parameter.grad.detach().clone()
+
+    return step

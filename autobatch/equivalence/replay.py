@@ -1,0 +1,218 @@
+"""The loss by itself: run on outputs of the model that were recorded, for a batch or a part of it.
+
+A module's call is answered from the record where all of its outputs have one part for each sample,
+whatever its inputs are now. The gradients at these outputs show what the loss does, without a pass
+through the model. Code that computes a loss inside of a model runs as it is.
+
+Invariant: the outputs are those of the whole batch, so nothing but the loss can make a difference.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autobatch.equivalence.compared_windows import changed_rows
+from autobatch.equivalence.draws import Draws, Span
+from autobatch.equivalence.experiment import Experiment, seed_all
+from autobatch.equivalence.gradients import Gradients, Measured
+from autobatch.equivalence.module_calls import (
+    LOSS,
+    Axes,
+    changed_values,
+    spans,
+)
+from autobatch.equivalence.subject import Replica
+from autobatch.workload.loss import checked_loss
+from autobatch.workload.sample import Rows
+from autobatch.workload.tree import tensors, with_tensors
+
+__all__ = ["AtOutputs", "Reads", "Replay"]
+
+_SMALL = 1e-6
+"""At the outputs rounding is not amplified, so that smaller gradients are compared too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtOutputs:
+    """Gradients of the loss of a batch and of its micro-batches.
+
+    Attributes:
+        outputs: at the outputs of the model, those of each micro-batch by a name of their own.
+        parameters: at parameters that the loss uses without a module.
+    """
+
+    outputs: Measured
+    parameters: Measured
+
+    def apart(self, weights: Sequence[float]) -> float:
+        """Return the largest difference between the batch and the weighted micro-batches."""
+        return max(self.outputs.apart(weights), self.parameters.apart(weights))
+
+    def fitted(self) -> list[float]:
+        """Return the weights of micro-batches that fit best at the outputs."""
+        return self.outputs.fitted()
+
+
+@dataclass(slots=True)
+class Reads:
+    """What the code of the loss computes with.
+
+    Attributes:
+        storages: addresses of the memory of tensors.
+        constants: whole numbers that integer tensors are compared with, such as `ignore_index`.
+    """
+
+    storages: set[int] = field(default_factory=set)
+    constants: set[int] = field(default_factory=set)
+
+
+class Replay:
+    """Runs the loss of one experiment on the recorded outputs of its whole batch.
+
+    Attributes:
+        experiment: of which the outputs are.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Take the outputs of the experiment's whole batch."""
+        self.experiment = experiment
+        self._answers = experiment.outputs()
+
+    def read(self, reads: Reads) -> None:
+        """Run the loss once, without gradients, to note what it computes with."""
+        rows = self.experiment.rows
+        with torch.no_grad():
+            self._run(rows, None, Draws(rows.size), reads)
+
+    def gradients(self, rows: Rows, reads: Reads | None = None) -> AtOutputs:
+        """Return the gradients of the loss of a batch and of its micro-batches.
+
+        Args:
+            rows: the recorded batch, perhaps with other labels or masks.
+            reads: is told what the loss computes with.
+        """
+        window, size = self.experiment.window, rows.size
+        draws = Draws(size)
+        outputs, parameters = self._run(rows, None, draws, reads)
+        whole = {
+            f"{name} {step}": axis.cut(gradient, start, stop)
+            for name, (gradient, axis) in outputs.items()
+            for step, (start, stop) in enumerate(spans(window))
+        }
+        parts, shares = [], []
+        for step, span in enumerate(spans(window)):
+            found, own = self._run(rows, span, draws)
+            parts.append({f"{name} {step}": gradient for name, (gradient, _) in found.items()})
+            shares.append(own)
+        return AtOutputs(
+            outputs=Measured(whole=whole, parts=parts, small=_SMALL),
+            parameters=Measured(whole=parameters, parts=shares),
+        )
+
+    def interaction(self) -> float:
+        """Return how much the gradient of some samples depends on the values of the others.
+
+        The values of all samples after the first micro-batch are changed, in the outputs and in the
+        batch. A weight that counts does not depend on values, so that whatever changes for the
+        first micro-batch is an interaction; the result is relative to its gradient.
+        """
+        size, first = self.experiment.rows.size, self.experiment.window[0]
+        rows = self.experiment.rows
+        draws = Draws(size)
+        before, _ = self._run(rows, None, draws)
+        others = changed_rows(rows, [(first, size)])
+        after, _ = self._run(others, (0, size), draws, changed=(first, size))
+        shares = [0.0]
+        for name, (gradient, axis) in before.items():
+            one = axis.cut(gradient, 0, first)
+            if name in after and float(one.abs().max()):
+                other = axis.cut(after[name][0], 0, first)
+                shares.append(float((other - one).abs().max() / one.abs().max()))
+        return max(shares)
+
+    def _run(
+        self,
+        rows: Rows,
+        given: Span | None,
+        draws: Draws,
+        reads: Reads | None = None,
+        changed: Span | None = None,
+    ) -> tuple[dict[str, tuple[Tensor, Any]], Gradients]:
+        """Return gradients at outputs with their axes, and at parameters.
+
+        Draws are recorded where no samples are given.
+        """
+        span = given or (0, rows.size)
+        experiment = self.experiment
+        replica = experiment.subject.replica()
+        answered: dict[str, tuple[Tensor, Any]] = {}
+        self._answer(replica, span, answered, changed)
+        seed_all(1)
+        with replica.stage, experiment.running(draws, given) as numerics:
+            if reads is not None:
+                numerics.read, numerics.constants = reads.storages, reads.constants
+            value = replica.loss(replica.model, rows.cut(*span))
+            numerics.read = None
+            if torch.is_grad_enabled():
+                checked_loss(value).backward()
+        experiment.subject.refresh()
+        return (
+            {n: (t.grad, axis) for n, (t, axis) in answered.items() if t.grad is not None},
+            {n: t.grad for n, t in replica.trained.items() if t.grad is not None},
+        )
+
+    def _answer(
+        self,
+        replica: Replica,
+        span: Span,
+        answered: dict[str, tuple[Tensor, Any]],
+        changed: Span | None,
+    ) -> None:
+        """Let the modules of a replica answer from the record where they can."""
+        running: list[str] = []
+        numbers: Counter[tuple[str, str]] = Counter()
+
+        def rows_of(output: Any, axes: Axes, label: str) -> Any:
+            found = []
+            for index, (tensor, axis) in enumerate(zip(tensors(output), axes, strict=False)):
+                part = tensor.clone() if axis is None else axis.cut(tensor, *span).clone()
+                if axis is not None and part.is_floating_point():
+                    if changed is not None:
+                        other = axis.cut(part, *changed)  # a view
+                        other.copy_(changed_values(other))
+                    part.requires_grad_(torch.is_grad_enabled())
+                    answered[f"{label}.{index}"] = (part, axis)
+                    part = part * 1.0  # what runs next may write into it, but not into a leaf
+                found.append(part)
+            return with_tensors(output, found)
+
+        def wrapped(name: str, module: nn.Module) -> Any:
+            original = module.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                caller = running[-1] if running else LOSS
+                number = numbers[caller, name]
+                numbers[caller, name] += 1
+                answer = self._answers.get((caller, name, number))
+                if answer is not None:
+                    return rows_of(*answer, f"{caller}, {name}, {number}")
+                running.append(name)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    running.pop()
+
+            return forward
+
+        known = {name for _, name, _ in self._answers}
+        for name, module in replica.model.named_modules():
+            if name in known:  # the record is of what the user's hooks have returned
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
+            module.forward = wrapped(name, module)

@@ -1,0 +1,177 @@
+"""Losses that divide by a count, on samples that all have the same count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autobatch import check_equivalence
+from tests.equivalence.networks import EXACT, found, kinds, mean_square, network, samples
+
+X, Y = samples()
+WORDS = torch.randint(1, 11, (16, 7), generator=torch.Generator().manual_seed(4))
+
+
+def line() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
+
+
+def masked(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch["x"]) * batch["mask"]).square().sum() / batch["mask"].sum()
+
+
+def selected(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["x"])[batch["mask"]].square().mean()
+
+
+def of_lengths(model: nn.Module, batch: Any) -> Tensor:
+    lengths = torch.as_tensor(batch["lengths"])
+    mask = torch.arange(3)[None] < lengths[:, None]
+    return (model(batch["x"]).square() * mask).sum() / mask.sum()
+
+
+def of_tokens(ignored: int) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda model, batch: F.cross_entropy(
+        model(batch["x"]).flatten(0, 1), batch["y"].flatten(), ignore_index=ignored
+    )
+
+
+def of_classes(model: nn.Module, batch: Any) -> Tensor:
+    outputs = model(batch["x"])
+    return F.cross_entropy(outputs, batch["y"], weight=torch.tensor([0.1, 1, 5]).to(outputs.dtype))
+
+
+def of_boxes(model: nn.Module, batch: Any) -> Tensor:
+    outputs = model(batch[0][:, 0])
+    apart = [
+        (out - t["boxes"].to(out)).abs().sum() for out, t in zip(outputs, batch[1], strict=True)
+    ]
+    return torch.stack(apart).sum() / sum(len(t["boxes"]) for t in batch[1])
+
+
+def of_flat_boxes(model: nn.Module, batch: Any) -> Tensor:
+    owners = batch["batch_idx"].long()
+    return (model(batch["x"])[owners] - batch["boxes"]).abs().sum() / len(owners)
+
+
+def of_positives(model: nn.Module, batch: Any) -> Tensor:
+    counted = batch["y"] > 0
+    return (model(batch["x"]).square().mean(1) * counted).sum() / counted.sum()
+
+
+def of_two(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch["x"]).square().mean() + masked(model, batch)
+
+
+BOXES = [
+    {"boxes": torch.randn(2, 3, generator=torch.Generator().manual_seed(i))} for i in range(16)
+]
+HIDDEN: dict[str, tuple[Callable[[], nn.Module], Any, Any, str]] = {
+    "a mask of floats": (network, masked, {"x": X, "mask": torch.ones(16, 3)}, "mask"),
+    "a mask of integers": (network, masked, {"x": X, "mask": torch.ones(16, 3).long()}, "mask"),
+    "a mask of bools": (network, selected, {"x": X, "mask": torch.ones(16, 3).bool()}, "mask"),
+    "weights of samples": (network, masked, {"x": X, "mask": torch.full((16, 1), 0.5)}, "mask"),
+    "lengths": (network, of_lengths, {"x": X, "lengths": torch.full((16,), 3)}, "lengths"),
+    "lengths in a list": (network, of_lengths, {"x": X, "lengths": [3] * 16}, "lengths"),
+    "tokens": (line, of_tokens(-100), {"x": WORDS, "y": WORDS}, "y"),
+    "tokens and another ignored index": (line, of_tokens(7), {"x": WORDS % 7, "y": WORDS % 7}, "y"),
+    "class weights and one class": (
+        network,
+        of_classes,
+        {"x": X, "y": torch.zeros(16).long()},
+        "y",
+    ),
+    "positives": (network, of_positives, {"x": X, "y": torch.ones(16).long()}, "y"),
+    "boxes in a list": (network, of_boxes, (X[:, None], BOXES), "1"),
+    "flat boxes": (
+        network,
+        of_flat_boxes,
+        {"x": X, "batch_idx": torch.arange(32) // 2, "boxes": torch.randn(32, 3)},
+        "batch_idx",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_count_that_is_the_same_in_all_samples_is_found(name: str) -> None:
+    make, loss, batch, part = HIDDEN[name]
+    result = check_equivalence(make(), batch, loss=loss)
+    assert not result.equivalent
+    assert result.difference < EXACT
+    assert kinds(result) == ["weight"]
+    assert part in " ".join((result.culprits[0].finding, *result.culprits[0].where))
+    assert "equal for this sample" in str(result)
+
+
+def test_the_weight_that_is_named_holds_for_unequal_counts() -> None:
+    batch = {"x": X, "mask": (torch.arange(3)[None] < torch.arange(16)[:, None] % 3 + 1).float()}
+
+    def count(part: Any) -> float:
+        return float(part["mask"].sum())
+
+    assert not check_equivalence(network(), batch, loss=masked).equivalent
+    assert check_equivalence(network(), batch, loss=masked, weight=count).equivalent
+    assert check_equivalence(
+        network(), {"x": X, "mask": torch.ones(16, 3)}, loss=masked, weight=count
+    ).equivalent
+
+
+def test_two_terms_with_two_counts_have_no_weight() -> None:
+    result = check_equivalence(network(), {"x": X, "mask": torch.ones(16, 3)}, loss=of_two)
+    assert not result.equivalent
+    assert kinds(result) == ["loss"]
+
+
+def test_an_ignored_label_where_each_sample_has_one_is_a_note() -> None:
+    result = check_equivalence(
+        network(), (X, torch.arange(16) % 3), loss=lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    )
+    assert result.equivalent
+    assert "pass weight=lambda batch: (batch[1] != -100).sum()" in result.notes[-1]
+
+
+def test_the_batch_that_was_given_is_not_varied() -> None:
+    batch = {"x": X, "lengths": [3] * 16, "mask": torch.ones(16, 3)}
+    check_equivalence(network(), batch, loss=of_lengths)
+    assert batch["lengths"] == [3] * 16 and bool((batch["mask"] == 1).all())
+
+
+def test_lists_of_images_and_targets_are_checked() -> None:
+    def per_image(model: nn.Module, batch: Any) -> Tensor:
+        images, targets = batch
+        outputs = [model(image.mean((1, 2)).repeat(2)) for image in images]
+        losses = [
+            (out - t["boxes"].to(out)).abs().sum() / max(len(t["boxes"]), 1)
+            for out, t in zip(outputs, targets, strict=True)
+        ]
+        return torch.stack(losses).sum() / len(images)
+
+    images = [torch.randn(3, 4 + i % 2, 5) for i in range(16)]
+    targets = [{"boxes": torch.randn(i % 3 + 1, 3)} for i in range(16)]
+    result = check_equivalence(network(), (images, targets), loss=per_image)
+    assert result.equivalent, str(result)
+
+
+def test_a_loss_that_looks_into_the_model_is_varied_by_whole_gradients() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.layer(x)
+            return self.kept
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        model(batch["x"])
+        return (model.kept * batch["mask"]).square().sum() / batch["mask"].sum()
+
+    result = check_equivalence(Keeps(), {"x": X, "mask": torch.ones(16, 3)}, loss=loss)
+    assert found(result) == [("weight", ('(batch["mask"] != 0).sum()',))]
+    assert check_equivalence(network(), (X, Y), loss=mean_square).equivalent

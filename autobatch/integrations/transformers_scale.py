@@ -174,6 +174,10 @@ def _untried(reason: str, steps: int) -> Scaling:
     )
 
 
+def _is_own(trainer: Trainer, method: str) -> bool:
+    return getattr(type(trainer), method) is not getattr(Trainer, method)
+
+
 def _whose_loss(trainer: Trainer) -> str:
     func = trainer.compute_loss_func
     if func is not None:
@@ -182,12 +186,19 @@ def _whose_loss(trainer: Trainer) -> str:
 
 
 def _refusal(trainer: Trainer, ratio: float, unequal: bool) -> str:
-    cause = "some batches" if unequal else "a part of the loss"
+    if _is_own(trainer, "training_step"):
+        whose = f"training_step of {type(trainer).__name__}"
+        advice = "divide its loss by self.current_gradient_accumulation_steps, as Trainer's does"
+    else:
+        whose = _whose_loss(trainer)
+        cause = "some batches" if unequal else "a part of the loss"
+        advice = (
+            f"only {cause} may be divided by num_items_in_batch; divide all by it, or none and set "
+            "trainer.loss_is_scaled_for_ga=False"
+        )
     return (
-        f"{_whose_loss(trainer)} gives {ratio:.3g} times the gradient where a micro-batch is "
-        "accumulated twice, and no setting of Trainer mends that (only "
-        f"{cause} may be divided by num_items_in_batch): divide all of the loss by "
-        "num_items_in_batch, or none and set trainer.loss_is_scaled_for_ga=False"
+        f"{whose} gives {ratio:.3g} times the gradient where a micro-batch is accumulated twice, "
+        f"and no setting of Trainer mends that: {advice}"
     )
 
 
@@ -221,9 +232,8 @@ class _Trial:
         self._sample = sample
         self._batches: list[Any] | None = None  # those of the first settings serve the others
         self._alone = ranks_here() == 1
-        kind, names = type(trainer), ("training_step", "compute_loss")
         self._is_own = trainer.compute_loss_func is not None or any(
-            getattr(kind, name) is not getattr(Trainer, name) for name in names
+            _is_own(trainer, method) for method in ("training_step", "compute_loss")
         )
         has_fp16 = any(p.dtype == torch.float16 for p in trainer.model.parameters())
         self._same = _SAME_IN_FP16 if has_fp16 or trainer.args.fp16 else _SAME

@@ -6,15 +6,20 @@ batches have; a batch that fits as it is is passed on untouched.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from autobatch.errors import AutobatchWarning, SampleError
-from autobatch.workload.sample import BatchDims, rows_of
+from torch import Tensor
 
-__all__ = ["Count", "Cut", "Piece", "Pieces", "Position", "Reader"]
+from autobatch.errors import AutobatchWarning, SampleError
+from autobatch.workload.layout import Layout
+from autobatch.workload.sample import BatchDims, Rows, rows_of
+from autobatch.workload.tree import is_array, leaves, map_leaves
+
+__all__ = ["Count", "Cut", "Piece", "Pieces", "Position", "Reader", "handed"]
 
 Count = Callable[[Any], int]
 Cut = Callable[[Any, int, int], Any]
@@ -76,21 +81,92 @@ class Reader:
     batch_dims: BatchDims = None
     count: Count | None = None
     cut: Cut | None = None
+    _last: list[tuple[Any, Layout]] = field(default_factory=list)
 
-    def __call__(self, batch: Any) -> Piece:
-        """Read one batch of the loader.
+    def __call__(self, batch: Any) -> Piece | None:
+        """Read one batch of the loader; None where a collate function left nothing of it.
 
         Raises:
             SampleError: its number of samples is unknown or not positive.
         """
+        if _is_empty(batch):
+            return None
         if self.count is None:
-            rows = rows_of(batch, batch_dims=self.batch_dims)
+            rows = self._rows(batch)
             return Piece(batch, rows.size, rows.cut)
         samples = int(self.count(batch))
         if samples < 1:
             raise SampleError(f"count(batch) gives {samples}: a batch has at least 1 sample")
         own = self.cut
         return Piece(batch, samples, own and (lambda start, stop: own(batch, start, stop)))
+
+    def _rows(self, batch: Any) -> Rows:
+        """Read the layout of a batch, or take that of the last one, which had the same shapes."""
+        shapes = _shapes(batch)
+        if shapes is not None and self._last and self._last[0][0] == shapes:
+            return Rows(batch, self._last[0][1])
+        rows = rows_of(batch, batch_dims=self.batch_dims)
+        if shapes is not None and rows.layout.is_told_by_shapes:
+            self._last[:] = [(shapes, rows.layout)]
+        return rows
+
+
+def _shapes(batch: Any) -> Any:
+    """Return the shapes of a tensor, or a tuple, list or dict of tensors; None of other batches."""
+    kind = type(batch)
+    if kind is Tensor:
+        return batch.shape
+    if kind is dict:
+        if set(map(type, batch.values())) == _TENSORS:
+            return [(name, tensor.shape) for name, tensor in batch.items()]
+    elif kind in (tuple, list) and set(map(type, batch)) == _TENSORS:
+        return [kind, *(tensor.shape for tensor in batch)]
+    return None
+
+
+_TENSORS = {Tensor}
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether a batch has no samples at all: None, a container of nothing, tensors of no rows."""
+    if type(batch) is Tensor:
+        return not (batch.dim() and len(batch))
+    if batch is None:
+        return True
+    found = [leaf for _, leaf in leaves(batch)]
+    rows = [leaf for leaf in found if is_array(leaf) and leaf.ndim]
+    if rows:
+        return not any(map(len, rows))
+    return all(isinstance(leaf, (list, tuple, dict)) and not leaf for leaf in found)
+
+
+def handed(batch: Any) -> tuple[Any, list[Tensor]]:
+    """Return a batch in containers of its own, and its tensors, which are not copied.
+
+    What a loss function takes out of a dictionary, or puts there, is then not missing, or there,
+    where the same micro-batch runs again.
+
+    >>> import torch
+    >>> given = {"x": torch.ones(2), "names": ["a", "b"]}
+    >>> own, (x,) = handed(given)
+    >>> own["names"].clear(), own.pop("x") is x, list(given), given["names"]
+    (None, True, ['x', 'names'], ['a', 'b'])
+    """
+    kind = type(batch)
+    if kind is Tensor:
+        return batch, [batch]
+    if kind is dict and set(map(type, batch.values())) == _TENSORS:
+        return dict(batch), list(batch.values())
+    if kind in (tuple, list) and set(map(type, batch)) == _TENSORS:
+        return kind(batch), list(batch)
+    found: list[Tensor] = []
+
+    def own(_: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return copy.deepcopy(leaf) if type(leaf) in (list, dict, set) else leaf
+
+    return map_leaves(own, batch), found
 
 
 class Pieces:
@@ -123,6 +199,9 @@ class Pieces:
             if batch is self:
                 return None
             self._current = self._reader(batch)
+            if self._current is None:
+                self.position = Position(self.position.batches + 1)
+                return self.take(most)
         current, start = self._current, self.position.samples
         stop = min(current.samples, start + most)
         piece = current.part(start, stop)

@@ -1,27 +1,36 @@
 """What the ranks of a training run agree on, and when their gradients are averaged.
 
 Invariant: every rank makes the same collective calls in the same order, whatever happens on one of
-them; a rank that cannot go on says so in the next call instead of leaving the others waiting.
+them. Each call carries a status: a rank that cannot go on completes what the others wait for, says
+so in its next call, and all of them end.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autobatch.errors import UsageError
+from autobatch.accumulate.watch import Watch
+from autobatch.errors import UsageError, WorkloadError
 from autobatch.support.ranks import ranks_here
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Ranks", "Sync", "Tally", "group_of", "ranks_of"]
 
 Sync = Literal["last", "each"]
+
+_NAMES_SHOWN = 3
+
+
+class OtherRankError(WorkloadError):
+    """Another rank cannot go on, and has said so: there is no one to be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,23 +56,49 @@ class Ranks:
         size: how many there are; gradients are averaged over them.
         alike: whether all have to run the same number of micro-batches.
         recovers: whether an OOM on one of them can be recovered.
+        skips: whether one of them can leave out a micro-batch.
+        shows_gradients: whether gradients are seen in `.grad` after every micro-batch.
     """
 
     size = 1
     alike = False
     recovers = True
+    skips = True
+    shows_gradients = True
 
     def total(self, own: Tally) -> Tally:
-        """Add up what the ranks have drawn; waits for the device."""
+        """Add up what the ranks have drawn."""
         return own
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank; waits for the device."""
+        """Return whether the flag is set on any rank."""
         return flag
+
+    def sums(self, *values: float) -> tuple[float, ...]:
+        """Add up numbers over the ranks."""
+        return values
 
     def sum(self, value: Tensor) -> Tensor:
         """Add up a scalar over the ranks, without waiting for the device."""
         return value
+
+    def give_up(self, error: BaseException, *, in_pass: bool) -> None:
+        """Tell the other ranks that this one cannot go on, and why.
+
+        `in_pass` says that gradients of the current window are not averaged yet, for which the
+        others wait. Nothing is said of an error that came from another rank.
+        """
+
+    def watching(self, watch: Watch) -> contextlib.AbstractContextManager[None]:
+        """Notice forward passes that prepare an average, for as long as windows are iterated.
+
+        `watch` is told where they move gradients.
+        """
+        return contextlib.nullcontext()
+
+    def averages(self, last: bool) -> bool:
+        """Return whether a micro-batch's backward pass averages gradients."""
+        return False
 
     def syncing(self, last: bool, *, watched: bool) -> contextlib.AbstractContextManager[None]:
         """Run one micro-batch, averaging gradients if it is the last of the window.
@@ -71,6 +106,16 @@ class Ranks:
         `watched` prepares for `leave`.
         """
         return contextlib.nullcontext()
+
+    def before_average(self) -> None:
+        """Check that the backward pass that begins now averages, where it has to.
+
+        Raises:
+            WorkloadError: it does not, so that the ranks' parameters would drift apart.
+        """
+
+    def skip(self) -> None:
+        """Take part in the average of a micro-batch without a backward pass of its own."""
 
     def leave(self, *, in_backward: bool) -> bool:
         """Go on after a micro-batch that was cut short before or in its backward pass.
@@ -80,6 +125,9 @@ class Ranks:
         """
         return False
 
+    def end_window(self) -> None:
+        """Note that a window's update is done."""
+
 
 class _Group(Ranks):
     """The collective calls that every kind of training run shares."""
@@ -87,15 +135,34 @@ class _Group(Ranks):
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self.size = dist.get_world_size(group)
-        on_cards = "nccl" in str(dist.get_backend(group))
-        self._device = torch.device("cuda" if on_cards else "cpu")
+        self._control, self._device = _control_group(group or dist.group.WORLD)
+        on_cards = "nccl" in str(dist.get_backend_config(group))
+        self._loss_device = torch.device("cuda" if on_cards else "cpu")
+
+    def _exchange(self, *values: float, failure: str = "") -> list[list[float]]:
+        """Return the values of every rank, by rank.
+
+        Raises:
+            OtherRankError: another rank cannot go on.
+        """
+        mine = torch.zeros(5, dtype=torch.float64, device=self._device)
+        mine[: 1 + len(values)] = torch.tensor([bool(failure), *values], dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self._control)
+        rows: list[list[float]] = torch.stack(every).tolist()
+        if any(row[0] for row in rows):
+            texts: list[Any] = [None] * self.size
+            dist.all_gather_object(texts, failure, group=self._control)
+            if not failure:
+                rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
+                raise OtherRankError(
+                    f"rank {rank} cannot go on, so this one ends too; there it was: {text}"
+                )
+        return [row[1 : 1 + len(values)] for row in rows]
 
     def total(self, own: Tally) -> Tally:
-        values = [own.weight, own.samples, own.micro_batches, own.can_go_on]
-        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=self._group)
-        weights, samples, counts, able = torch.stack(every).T.tolist()
+        rows = self._exchange(own.weight, own.samples, own.micro_batches, own.can_go_on)
+        weights, samples, counts, able = zip(*rows, strict=True)
         return Tally(
             weight=sum(weights),
             samples=int(sum(samples)),
@@ -104,65 +171,127 @@ class _Group(Ranks):
         )
 
     def any(self, flag: bool) -> bool:
-        raised = torch.tensor(float(flag), device=self._device)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
-        return bool(raised.item())
+        return any(row[0] for row in self._exchange(flag))
+
+    def sums(self, *values: float) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*self._exchange(*values), strict=True)))
 
     def sum(self, value: Tensor) -> Tensor:
-        value = value.to(self._device)
+        value = value.to(self._loss_device)
         dist.all_reduce(value, group=self._group)
         return value
+
+    def give_up(self, error: BaseException, *, in_pass: bool) -> None:
+        if isinstance(error, OtherRankError):
+            return
+        if in_pass:
+            self._complete()
+        self._exchange(failure=f"{type(error).__name__}: {error}")
+
+    def _complete(self) -> None:
+        """Take part in what the others do with gradients in the current window."""
+
+
+@cache
+def _control_group(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, torch.device]:
+    """Return the group over which ranks agree, on the CPU where that is possible.
+
+    NCCL's own calls wait for everything that runs on the card.
+    """
+    backends = str(dist.get_backend_config(group))
+    if "nccl" not in backends or "gloo" in backends:
+        return group, torch.device("cpu")
+    if not dist.is_gloo_available():
+        return group, torch.device("cuda")
+    members = dist.get_process_group_ranks(group)
+    made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)  # this rank is one of its members
+    return made, torch.device("cpu")
 
 
 class Replicas(_Group):
     """DistributedDataParallel: gradients are averaged in the backward pass of the last micro-batch.
 
     `no_sync` covers the forward pass, too: DDP decides there whether the backward pass averages.
+    With `static_graph`, DDP learns its graph in a backward pass that averages, so that those of the
+    first window all do; averaging sums of which a part is averaged already gives the same.
     """
 
     def __init__(self, model: Any, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
         self._model = model
         # with either option DDP decides by itself which parameters a backward pass reaches
-        self.recovers = not (model.find_unused_parameters or model.static_graph)
+        self.recovers = self.skips = not (model.find_unused_parameters or model.static_graph)
+        self._learns = self.alike = bool(model.static_graph)
         self._averages = False
-        # whether DDP's forward pass has begun and ended in the current micro-batch
+        self._is_done = False  # whether this window's average is
+        # whether DDP's forward pass has begun and ended since the last backward pass
         self._entered = self._left = False
         self._reached: set[nn.Parameter] = set()
 
     @contextlib.contextmanager
-    def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
-        """Run one micro-batch, with or without DDP's averaging."""
-        self._averages = last
-        with contextlib.ExitStack() as stack:
-            for hook in self._watch() if watched else ():
-                stack.enter_context(hook)
-            if not last:
-                stack.enter_context(self._model.no_sync())
-            yield
-
-    def _watch(self) -> list[Any]:
-        """Register hooks that note how far a micro-batch gets."""
-        self._entered = self._left = False
-        self._reached.clear()
+    def watching(self, watch: Watch) -> Iterator[None]:
+        """Notice DDP's forward passes."""
+        # gradients that are views of buckets move where DDP rebuilds these, after the first average
+        moves = self._model.gradient_as_bucket_view
 
         def entered(*_: Any) -> None:
-            self._entered = True
+            self._entered |= torch.is_grad_enabled()
+            if moves:
+                watch.before_move()
 
         def left(*_: Any) -> None:
-            self._left = True
+            self._left |= torch.is_grad_enabled()
+            if moves:
+                watch.after_move()
 
-        watched = self._parameters() if self._averages else ()
-        return [
+        hooks = (
             self._model.register_forward_pre_hook(entered),
             self._model.register_forward_hook(left),
-            *(p.register_post_accumulate_grad_hook(self._reached.add) for p in watched),
-        ]
+        )
+        with contextlib.ExitStack() as stack:
+            for hook in hooks:
+                stack.enter_context(hook)
+            yield
+
+    def averages(self, last: bool) -> bool:
+        return last or self._learns
+
+    @contextlib.contextmanager
+    def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
+        """Run one micro-batch, with or without DDP's averaging."""
+        self._averages = self.averages(last)
+        self._entered = self._left = self._is_done = False
+        self._reached.clear()
+        with contextlib.ExitStack() as stack:
+            for parameter in self._parameters() if watched and self._averages else ():
+                hook = parameter.register_post_accumulate_grad_hook(self._reached.add)
+                stack.enter_context(hook)
+            if not self._averages:
+                stack.enter_context(self._model.no_sync())
+            yield
+        self._is_done = last
+
+    def before_average(self) -> None:
+        if not self._left:
+            raise WorkloadError(
+                "this backward pass would not be averaged over the ranks, because no forward pass "
+                "of the DistributedDataParallel module came before it: call that module and not "
+                "its .module, and add up the losses of several forward passes before one backward"
+            )
+        self._left = False
 
     def _parameters(self) -> list[nn.Parameter]:
         ignored = self._model.parameters_to_ignore
         named = self._model.module.named_parameters()
         return [p for name, p in named if p.requires_grad and name not in ignored]
+
+    def end_window(self) -> None:
+        self._learns = self.alike = False
+
+    def skip(self) -> None:
+        if self._averages:
+            self._average_zeros(prepared=self._left)
 
     def leave(self, *, in_backward: bool) -> bool:
         """Go on after a micro-batch that was cut short before or in its backward pass.
@@ -172,32 +301,79 @@ class Replicas(_Group):
         backward pass through their parameters alone.
         """
         if not self._averages or not (self._left or in_backward):
-            if self._entered:  # DDP has synchronised the buffers, which it does once a window
-                self._model.require_forward_param_sync = False
+            self._note_synchronised()
             return False
-        missing = [p for p in self._parameters() if p not in self._reached]
-        if missing:
-            nothing = torch.stack([p.flatten()[:1].sum().float() * 0 for p in missing]).sum()
-            nothing.backward()
+        self._average_zeros(prepared=True)
         return True
+
+    def _note_synchronised(self) -> None:
+        if self._entered:  # DDP has synchronised the buffers, which it does once a window
+            self._model.require_forward_param_sync = False
+
+    def _complete(self) -> None:
+        if self._learns or self._is_done:
+            return
+        prepared = self._averages and self._left
+        if not prepared:
+            self._note_synchronised()
+        self._average_zeros(prepared=prepared)
+        self._is_done = True
+
+    def _average_zeros(self, *, prepared: bool) -> None:
+        """Run the backward pass for which the other ranks wait, with zeros for what is missing.
+
+        Where DDP's own forward pass has not prepared it, that runs around a module which only
+        touches the parameters.
+        """
+        missing = [p for p in self._parameters() if p not in self._reached]
+        if not prepared:
+            model, module = self._model, self._model.module
+            model.module = _Zeros(module, missing)
+            try:
+                model().backward()
+            finally:
+                model.module = module
+        elif missing:
+            _zero_of(missing).backward()
+
+
+def _zero_of(parameters: Iterable[Tensor]) -> Tensor:
+    """Return a 0 whose gradient is zeros, for every parameter."""
+    return torch.stack([p.flatten()[:1].sum().float() * 0 for p in parameters]).sum()
+
+
+class _Zeros(nn.Module):
+    """A stand-in for a module, with its buffers, which DDP synchronises before a forward pass."""
+
+    def __init__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._of = (module, parameters)  # in a tuple, so that they are no parts of this one
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        return self._of[0].named_buffers(*args, **kwargs)
+
+    def forward(self) -> Tensor:
+        return _zero_of(self._of[1])
 
 
 class Shards(_Group):
     """FSDP2: gradients are reduced to the ranks' shards in the last micro-batch, or in each.
 
     Without reduction every rank keeps whole gradients between micro-batches
-    (`FSDPModule.set_requires_gradient_sync`).
+    (`FSDPModule.set_requires_gradient_sync`), outside of `.grad`.
     """
 
     # FSDP2 all-gathers parameters in every forward pass, so all ranks must run the same number of
-    # micro-batches, and none can recover alone.
+    # micro-batches, and none can recover or skip alone.
     alike = True
     recovers = False
+    skips = False
 
     def __init__(self, modules: list[Any], group: dist.ProcessGroup | None, sync: Sync) -> None:
         super().__init__(group)
         self._modules = modules
         self._sync = sync
+        self.shows_gradients = sync == "each"
 
     @contextlib.contextmanager
     def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
@@ -208,9 +384,17 @@ class Shards(_Group):
         finally:
             self._set(True)
 
+    def averages(self, last: bool) -> bool:
+        return last or self._sync == "each"
+
     def _set(self, reduces: bool) -> None:
         for module in self._modules:
             module.set_requires_gradient_sync(reduces, recurse=False)
+
+    def give_up(self, error: BaseException, *, in_pass: bool) -> None:
+        # the others wait in the all-gathers of layers, which no rank can complete without them
+        if not in_pass:
+            super().give_up(error, in_pass=False)
 
 
 def group_of(model: nn.Module | None, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -222,17 +406,23 @@ def group_of(model: nn.Module | None, group: dist.ProcessGroup | None) -> dist.P
 
 
 def ranks_of(
-    model: nn.Module | None, *, group: dist.ProcessGroup | None = None, sync: Sync | None = None
+    model: nn.Module | None,
+    trained: Iterable[Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    sync: Sync | None = None,
 ) -> Ranks:
     """Return how the ranks of this process's run work together.
 
     Args:
         model: as it is called in training, wrapped or sharded.
+        trained: the parameters that optimizers hold.
         group: the ranks with different samples; None takes DDP's own, or all.
         sync: when FSDP2 reduces gradients; None is "last".
 
     Raises:
-        UsageError: several ranks, and the model is unknown or does not average its gradients.
+        UsageError: several ranks, and the model is unknown or does not average its gradients, or
+            not those of all trained parameters.
     """
     group = group_of(model, group)
     ranks = ranks_here(group)
@@ -246,14 +436,40 @@ def ranks_of(
         )
     whole: Any = getattr(model, "_orig_mod", model)
     if is_data_parallel(whole):
-        return Replicas(whole, group)
+        replicas = Replicas(whole, group)
+        _check_averaged(trained, model, averaged=replicas._parameters())
+        return replicas
     sharded = _sharded_modules(whole)
     if sharded:
+        _check_averaged(trained, model, averaged=filter(_is_sharded, trained))
         return Shards(sharded, group, sync or "last")
     raise UsageError(
         f"{ranks} ranks train together, and {type(whole).__name__} averages no gradients: wrap it "
         "in DistributedDataParallel, or apply fully_shard to it"
     )
+
+
+def _check_averaged(
+    trained: Iterable[Tensor], model: nn.Module, *, averaged: Iterable[Tensor]
+) -> None:
+    """Raise a UsageError where the wrapper leaves gradients of trained parameters alone."""
+    known = set(map(id, averaged))
+    alone = {id(p): p for p in trained if p.requires_grad and id(p) not in known}
+    if not alone:
+        return
+    names = [name for name, p in model.named_parameters() if id(p) in alone]
+    shown = ", ".join(names[:_NAMES_SHOWN]) or "none of them in model="
+    raise UsageError(
+        f"{len(alone)} trained parameters ({shown}{', …' * (len(names) > _NAMES_SHOWN)}) are not "
+        "averaged over the ranks, which would drift apart: let DistributedDataParallel or "
+        "fully_shard cover them, freeze them, or keep them out of these optimizers"
+    )
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

@@ -1,23 +1,27 @@
-"""The optimizer's update: clip, step, schedule, zero, once a window and in this order.
+"""The optimizers' update: unscale, clip, step, schedule, zero, once a window and in this order.
 
-Invariant: an update that ran out of memory has either not happened or happened once.
+Invariant: an update that ran out of memory has either not happened or happened once, and one whose
+gradients are not finite has not happened to any of the optimizers.
 """
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError
+from autobatch.accumulate.watch import versions
+from autobatch.accumulate.written import Written
+from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.support.oom import Shortage, attempt
-from autobatch.workload.optimizers import needs_closure
+from autobatch.support.torch_private import found_infinite
+from autobatch.workload.optimizers import innermost, needs_closure, parameters_of
 
 __all__ = ["Updater", "free_caches"]
 
@@ -30,8 +34,12 @@ class Updater:
         schedulers: stepped after them, once an update.
         clip_norm: 2-norm over all parameters that gradients are clipped to, after unscaling.
         scaler: a `torch.amp.GradScaler` for fp16.
-        guarded: keep a copy of parameters and state in host memory during each update. Otherwise
-            that is done only where memory is scarce, or an update has run out of it before.
+        guarded: keep a copy of all that optimizers write in host memory during each update.
+            Otherwise that is done only where memory is scarce, or an update has run out of it
+            before.
+
+    Attributes:
+        is_open: whether a window's gradients are being added up, or wait for their update.
 
     Raises:
         UsageError: a scheduler needs a metric, or an optimizer a function that computes the loss.
@@ -56,124 +64,200 @@ class Updater:
             if needs_closure(optimizer):
                 raise UsageError(
                     f"{type(optimizer).__name__} computes the loss again from inside of its step, "
-                    "and a window gives its micro-batches once: split the batch yourself, in the "
-                    "closure that you pass to step, into micro-batches of plan.micro_batch"
+                    "where a window has done its update: split the batch yourself, in the closure "
+                    "that you pass to step, into micro-batches of plan.micro_batch"
                 )
         self.optimizers = tuple(optimizers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._schedulers = tuple(schedulers)
         self._clip_norm = clip_norm
         self._guarded = guarded
+        self._written: Written | None = None
+        self._sizes: list[tuple[int, int]] = []
+        self._parameters: list[Tensor] = []
+        self.is_open = False
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizers train; the same list as long as that does not change."""
+        groups = [group["params"] for o in self.optimizers for group in o.param_groups]
+        sizes = [(id(group), len(group)) for group in groups]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._parameters = list(parameters_of(self.optimizers))
+        return self._parameters
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Refuse steps of the optimizers that are not the window's own, while windows run."""
+
+        def refuse(*_: Any) -> None:
+            if self.is_open:
+                raise WorkloadError(
+                    "optimizer.step() was called while a window adds up its gradients: leave the "
+                    "update to window.step(), once after `for batch in window`"
+                )
+
+        with ExitStack() as stack:
+            for optimizer in map(innermost, self.optimizers):
+                register = getattr(optimizer, "register_step_pre_hook", None)
+                if register is not None:
+                    stack.enter_context(register(refuse))
+            try:
+                yield
+            finally:
+                self.is_open = False
 
     def zero(self) -> None:
-        """Drop the gradients."""
+        """Drop the gradients; the window ends."""
+        self.is_open = False
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self) -> tuple[Tensor | None, bool]:
+    def __call__(self, any_rank: Callable[[bool], bool]) -> tuple[Tensor | None, bool]:
         """Update the parameters from their gradients, then drop the gradients.
 
-        Schedulers are not stepped where the scaler skipped the update.
+        Nothing is updated or clipped, and schedulers are not stepped, where the scaler finds a
+        gradient that is not finite.
+
+        Args:
+            any_rank: says whether a flag is set on any rank.
 
         Returns:
-            The norm before clipping (None without clipping), and whether the scaler skipped it.
+            The whole norm before clipping (None without clipping), and whether the scaler skipped
+            the update.
 
         Raises:
             DoesNotFitError: memory ran out, and again when the update was repeated; the message
                 says whether the parameters are as they were.
         """
-        norm = self._clip()
-        scale = self.scaler.get_scale() if self.scaler else 1.0
-        for optimizer in self.optimizers:
-            self._step(optimizer)
-        skipped = False
-        if self.scaler:
-            self.scaler.update()
-            skipped = self.scaler.get_scale() < scale
+        skipped, norm = False, None
+        if self.scaler is not None:
+            skipped = any_rank(self._unscale(self.scaler))
         if not skipped:
+            norm = self._clip()
+            self._step()
             for scheduler in self._schedulers:
                 scheduler.step()
+        if self.scaler is not None:
+            self.scaler.update()
         self.zero()
         return norm, skipped
+
+    def _unscale(self, scaler: torch.amp.GradScaler) -> bool:
+        """Unscale all gradients; return whether one of them is not finite."""
+        for optimizer in self.optimizers:
+            self._on_gradients(partial(scaler.unscale_, optimizer), "unscaling")
+        return any(found_infinite(scaler, optimizer) for optimizer in self.optimizers)
 
     def _clip(self) -> Tensor | None:
         if self._clip_norm is None:
             return None
-        if self.scaler:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-        parameters = list(chain.from_iterable(map(_parameters, self.optimizers)))
-        return nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+        clip = partial(nn.utils.clip_grad_norm_, self.parameters, self._clip_norm)
+        norm: Tensor = self._on_gradients(clip, "clipping")
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        step: Callable[[], Any] = (
-            partial(self.scaler.step, optimizer) if self.scaler else optimizer.step
-        )
-        before = _Before(optimizer, copied=self._guarded or _is_scarce(optimizer))
-        shortage = attempt(step)
+    def _on_gradients(self, work: Callable[[], Any], name: str) -> Any:
+        """Do what changes gradients, again where it ran out of memory before it changed one."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        before = versions(gradients)
+        found = attempt(work)
+        if isinstance(found, Shortage) and versions(gradients) == before:
+            free_caches()
+            _warn(f"{name} the gradients ran out of memory ({found}): it is repeated")
+            found = attempt(work)
+        if isinstance(found, Shortage):
+            raise DoesNotFitError(
+                f"{name} the gradients ran out of memory: {found}; parameters and optimizer state "
+                "are as they were; make more headroom"
+            )
+        return found
+
+    def _step(self) -> None:
+        is_copied = self._guarded or self._is_scarce()
+        if is_copied or self._written is None:
+            self._written = Written(self.optimizers, copied=is_copied)
+        else:
+            self._written = self._written.renewed()
+        shortage = attempt(self._step_all)
         if not isinstance(shortage, Shortage):
+            self._written = None if is_copied else self._written
             return
-        before.restore(shortage)
+        self._take_back(self._written, shortage)
         free_caches()
-        warnings.warn(
+        _warn(
             f"the optimizer's update ran out of memory ({shortage}): it is repeated parameter by "
-            "parameter, and from now on what it changes is copied to host memory before",
-            AutobatchWarning,
-            stacklevel=4,
+            "parameter, and from now on what it changes is copied to host memory before"
         )
         self._guarded = True
-        before = _Before(optimizer, copied=True)
-        with _one_by_one(optimizer):
-            shortage = attempt(step)
+        before, self._written = Written(self.optimizers, copied=True), None
+        with _one_by_one(self.optimizers):
+            shortage = attempt(self._step_all)
         if isinstance(shortage, Shortage):
-            before.restore(shortage)
+            self._take_back(before, shortage)
             raise DoesNotFitError(
                 f"the optimizer's update ran out of memory twice: {shortage}; parameters and "
                 "optimizer state are as they were; make more headroom, or use an optimizer with "
                 "less state"
             )
 
+    def _is_scarce(self) -> bool:
+        """Return whether an update may run out of memory.
 
-class _Before:
-    """Parameters and optimizer state before an update.
+        Adam-like optimizers create two tensors per parameter in their first update, and their
+        foreach versions need one more during each update. Other optimizers need less.
+        """
+        first = next((p for p in self.parameters if p.requires_grad), None)
+        if first is None or not first.is_cuda:
+            return False
+        trained = sum(p.nbytes for p in self.parameters if p.requires_grad)
+        need = trained * (1 if any(map(_has_state, self.optimizers)) else 3)
+        free, _ = torch.cuda.mem_get_info(first.device)
+        reserved = torch.cuda.memory_reserved(first.device)
+        return free + reserved - torch.cuda.memory_allocated(first.device) < need
 
-    Tensors count their in-place changes (`Tensor._version`), so that an update which ran out of
-    memory before it changed anything is recognised without a copy.
-    """
+    def _step_all(self) -> None:
+        self.is_open = False
+        try:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        finally:
+            self.is_open = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, copied: bool) -> None:
-        self._optimizer = optimizer
-        self._state = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-        entries = chain.from_iterable(state.values() for state in self._state.values())
-        tensors = [t for t in chain(_parameters(optimizer), entries) if isinstance(t, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in tensors]
-        self._copies = [t.detach().to("cpu", copy=True) for t in tensors] if copied else None
-
-    def restore(self, shortage: Shortage) -> None:
+    def _take_back(self, before: Written, shortage: Shortage) -> None:
         """Undo an update that was cut short.
 
         Raises:
-            DoesNotFitError: parameters or state changed, and there is no copy of them.
+            DoesNotFitError: it changed something, or may have, and there is no copy.
         """
-        changed = [at for at, (t, version) in enumerate(self._versions) if t._version != version]
-        if changed and self._copies is None:
-            raise DoesNotFitError(
-                f"the optimizer's update was cut short by a lack of memory ({shortage}), with "
-                "some parameters updated and others not: go back to the last checkpoint, and "
-                "pass guard_update=True to be able to take such an update back"
+        if not before.can_restore:
+            what = (
+                "with some parameters updated and others not"
+                if before.changed
+                else "and it is not known which parameters were updated, as this optimizer is not "
+                "PyTorch's own"
             )
-        with torch.no_grad():
-            for at in changed:
-                assert self._copies is not None
-                self._versions[at][0].copy_(self._copies[at])
-        self._optimizer.state.clear()
-        self._optimizer.state.update(self._state)
+            raise DoesNotFitError(
+                f"the optimizer's update was cut short by a lack of memory ({shortage}), {what}: "
+                "go back to the last checkpoint, and pass guard_update=True to be able to take "
+                "such an update back"
+            )
+        before.restore()
+
+
+def _has_state(optimizer: Any) -> bool:
+    return bool(innermost(optimizer).state)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, AutobatchWarning, stacklevel=6)
 
 
 @contextmanager
-def _one_by_one(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let an optimizer update one parameter after the other, which needs the least memory."""
-    groups = [g for g in optimizer.param_groups if "foreach" in g and not g.get("fused")]
+def _one_by_one(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Let optimizers update one parameter after the other, which needs the least memory."""
+    every = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [g for g in every if "foreach" in g and not g.get("fused")]
     kept = [group["foreach"] for group in groups]
     for group in groups:
         group["foreach"] = False
@@ -184,28 +268,11 @@ def _one_by_one(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["foreach"] = foreach
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _is_scarce(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an update may run out of memory.
-
-    Adam-like optimizers create two tensors per parameter in their first update, and their foreach
-    versions need one more during each update. Other optimizers need less.
-    """
-    parameters = [p for p in _parameters(optimizer) if p.is_cuda and p.grad is not None]
-    if not parameters:
-        return False
-    device = parameters[0].device
-    tensors = 1 if optimizer.state else 3
-    need = tensors * sum(p.numel() * p.element_size() for p in parameters)
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + cached < need
-
-
 def free_caches() -> None:
-    """Give cached blocks back to the device, so that other sizes can be allocated."""
+    """Give cached blocks back to the device, so that other sizes can be allocated.
+
+    Objects that hold each other are collected first: they keep what a failed attempt allocated.
+    """
+    gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

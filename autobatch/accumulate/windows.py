@@ -14,8 +14,10 @@ from torch import nn
 
 from autobatch.accumulate.batches import Count, Cut, Pieces, Position, Reader
 from autobatch.accumulate.ranks import Sync, Tally, group_of, ranks_of
+from autobatch.accumulate.rewind import Rewind
 from autobatch.accumulate.update import Updater
-from autobatch.accumulate.window import Micro, Training, Weight, Window
+from autobatch.accumulate.watch import Watch
+from autobatch.accumulate.window import Backward, Micro, Training, Weight, Window
 from autobatch.errors import AutobatchWarning, UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.ranks import ranks_here
@@ -49,6 +51,7 @@ class WindowOptions(TypedDict, total=False):
     sync: Sync | None
     retries: int
     guard_update: bool
+    backward: Backward | None
 
 
 class Windows:
@@ -81,6 +84,7 @@ class Windows:
         sync: Sync | None = None,
         retries: int = 8,
         guard_update: bool = False,
+        backward: Backward | None = None,
     ) -> None:
         self.sizes = tuple(sizes)
         if not self.sizes or any(isinstance(n, bool) or n != int(n) or n < 1 for n in self.sizes):
@@ -90,18 +94,24 @@ class Windows:
         self._loader = loader
         self._reader = Reader(batch_dims=batch_dims, count=count, cut=cut)
         self._drop_last = drop_last
+        update = Updater(
+            _listed(optimizer),
+            schedulers=_listed(scheduler),
+            clip_norm=clip_norm,
+            scaler=scaler,
+            guarded=guard_update,
+        )
+        trained = update.parameters
+        ranks = ranks_of(model, trained, group=group, sync=sync)
         self._training = Training(
-            ranks=ranks_of(model, group=group, sync=sync),
-            update=Updater(
-                _listed(optimizer),
-                schedulers=_listed(scheduler),
-                clip_norm=clip_norm,
-                scaler=scaler,
-                guarded=guard_update,
-            ),
+            ranks=ranks,
+            update=update,
+            watch=Watch(shows_gradients=ranks.shows_gradients, moves=backward is not None),
+            rewind=Rewind(model, trained),
             weight=weight,
             sums=reduction == "sum",
             retries=retries,
+            backward=backward,
         )
         self._position = Position()
         self._done = 0
@@ -115,7 +125,7 @@ class Windows:
         return sum(self.sizes)
 
     def __len__(self) -> int:
-        """Return the updates of one epoch, where the loader knows its samples.
+        """Return the updates of one epoch, or of what is left of it, where the loader tells.
 
         Raises:
             TypeError: it does not.
@@ -124,13 +134,16 @@ class Windows:
         if getattr(loader, "batch_sampler", None) is None or loader.batch_size is None:
             raise TypeError("this loader does not tell its number of samples")
         samples = len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
+        if self._resumes:
+            samples -= self._position.batches * loader.batch_size + self._position.samples
         return samples // self.samples if self._drop_last else math.ceil(samples / self.samples)
 
     def __iter__(self) -> Iterator[Window]:
         """Yield the windows of one epoch, or of what is left of it after `load_state_dict`.
 
         Raises:
-            WorkloadError: the next window is asked for before `step` of the last one.
+            WorkloadError: the next window is asked for before `step` of the last one, or another
+                rank cannot go on.
             SampleError: a batch of the loader cannot be read or cut.
             UsageError: a rank has no samples at all.
         """
@@ -138,14 +151,22 @@ class Windows:
             self._position, self._done = Position(), 0
         self._resumes = False
         pieces = Pieces(self._loader, self._reader, self._position)
-        self._training.update.zero()
-        while (window := self._next(pieces)) is not None:
-            yield window
-            if not window.stepped:
-                raise WorkloadError(
-                    f"window {self._done} was left before window.step(): its gradients would be "
-                    "lost or mixed into the next window's"
-                )
+        ranks = self._training.ranks
+        with self._training.update.guarding(), ranks.watching(self._training.watch):
+            while True:
+                try:
+                    window = self._next(pieces)
+                except Exception as error:
+                    ranks.give_up(error, in_pass=False)
+                    raise
+                if window is None:
+                    break
+                yield window
+                if not window.stepped:
+                    raise WorkloadError(
+                        f"window {self._done} was left before window.step(): its gradients would "
+                        "be lost; window.skip() leaves a window without an update"
+                    )
         self._position, self._done = Position(), 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +309,8 @@ def windows(
             retries: how many times `Window.run` goes on after a lack of memory in one window.
             guard_update: keep a copy of what the optimizer changes, in host memory, during each
                 update, so that it can be taken back in the middle.
+            backward: what runs a backward pass in place of `Tensor.backward`, such as
+                `fabric.backward`; it is given the loss with its share of the window.
 
     Raises:
         UsageError: a number is not positive, or several ranks train a model that is not given or

@@ -63,13 +63,26 @@ def shortage_in(error: BaseException) -> Shortage | None:
 
 def let_go(error: BaseException) -> None:
     """Drop the local variables of an error's finished frames; its traceback still prints."""
-    for link in _chain(error):
+    for link in _chain(error, everything=True):
         traceback.clear_frames(link.__traceback__)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None, *, everything: bool = False) -> Iterator[BaseException]:
+    """Yield an error and those that it comes from.
+
+    An error raised while another was handled comes from that if PyTorch raised it, as in cleaning
+    up. Raised in code of the user's, who handles a shortage himself, it is an error of its own.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        context = error.__context__ if everything or _is_of_torch(error) else None
+        error = error.__cause__ or context
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    """Whether code of PyTorch's raised a plain RuntimeError."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return type(error) is RuntimeError and module.partition(".")[0] == "torch"

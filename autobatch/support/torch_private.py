@@ -51,6 +51,7 @@ __all__ = [
     "current_graph_task_id",
     "detect_fake_mode",
     "fake_tensor",
+    "found_infinite",
     "fsdp2",
     "is_made_of_ops",
     "is_memory_history_on",
@@ -184,6 +185,17 @@ def is_made_of_ops(op: OpOverload) -> bool:
 def is_memory_history_on() -> bool:
     """Whether the CUDA allocator records its events; for CUDA builds."""
     return bool(torch._C._cuda_isHistoryEnabled())
+
+
+def found_infinite(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether unscaling an optimizer's gradients found one that is not finite; waits for it.
+
+    Raises:
+        UsageError: this PyTorch's scaler keeps that elsewhere.
+    """
+    with _known("GradScaler of "):
+        found = scaler._found_inf_per_device(optimizer)
+    return any(bool(flag.item()) for flag in found.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

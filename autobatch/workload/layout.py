@@ -108,6 +108,15 @@ class Layout:
     whole: frozenset[Path] = frozenset()
     rest: frozenset[Path] = frozenset()
 
+    @property
+    def is_told_by_shapes(self) -> bool:
+        """Whether a batch of tensors of the same names and shapes has the same layout.
+
+        Values of tensors that number their samples, and of counts, tell of flat rows.
+        """
+        parts = (self.groups, self.lists, self.objects, self.rest)
+        return not any(parts) and not any(map(_is_named_index, self.roles))
+
     def first(self, samples: int) -> Layout:
         """Return the layout of a batch of the first samples."""
         groups = {

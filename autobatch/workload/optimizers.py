@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OPTIMIZERS",
     "each_of",
+    "innermost",
     "is_optimizer",
     "made_for",
     "mapped",
@@ -179,11 +180,11 @@ def names_of(optimizers: Iterable[Any]) -> str:
     >>> names_of(kind([torch.ones(1)]) for kind in kinds)
     'SGD and AdamW'
     """
-    names = list(dict.fromkeys(type(_innermost(one)).__name__ for one in optimizers))
+    names = list(dict.fromkeys(type(innermost(one)).__name__ for one in optimizers))
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
 
 
-def _innermost(optimizer: Any) -> Any:
+def innermost(optimizer: Any) -> Any:
     """Return the optimizer that an accelerator prepared, which has the same state and groups."""
     while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -249,6 +250,13 @@ def test_a_tensor_without_a_row_a_sample_is_never_cut_silently() -> None:
         [batch], sgd(model), micro_batch=2, accumulation_steps=2, batch_dims={"patches": None}
     )
     assert [len(part["patches"]) for part in drawn(whole)] == [13, 13]
+
+
+@pytest.fixture(autouse=True)
+def _without_a_word_of_no_gradients() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no parameter of the optimizers has a gradient")
+        yield
 
 
 def drawn(run: Windows) -> list[Any]:

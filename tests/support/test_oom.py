@@ -1,5 +1,6 @@
 import gc
 import weakref
+from types import FunctionType
 
 import pytest
 import torch
@@ -54,14 +55,29 @@ def test_an_oom_that_somebody_wrapped_is_found():
         except RuntimeError as error:
             raise ValueError("the step failed") from error
 
-    def while_handling():
+    def while_pytorch_cleans_up():
+        def clean_up():
+            try:
+                raise torch.OutOfMemoryError(MESSAGE)
+            except RuntimeError:
+                raise RuntimeError("the graph is gone")  # noqa: B904
+
+        FunctionType(clean_up.__code__, {**globals(), "__name__": "torch.autograd.graph"})()
+
+    assert isinstance(attempt(wrapped), Shortage)
+    assert isinstance(attempt(while_pytorch_cleans_up), Shortage)
+
+
+@pytest.mark.parametrize("kind", [KeyError, RuntimeError])
+def test_an_error_in_code_that_handles_an_oom_itself_is_that_error(kind):
+    def falls_back():
         try:
             raise torch.OutOfMemoryError(MESSAGE)
         except RuntimeError:
-            raise KeyError("name")  # noqa: B904
+            raise kind("the slow way has a mistake")  # noqa: B904
 
-    assert isinstance(attempt(wrapped), Shortage)
-    assert isinstance(attempt(while_handling), Shortage)
+    with pytest.raises(kind, match="the slow way"):
+        attempt(falls_back)
 
 
 def test_a_circle_of_causes_ends():

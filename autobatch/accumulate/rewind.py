@@ -1,0 +1,139 @@
+"""What a pass over micro-batches changes besides the window's gradients, put back before a repeat.
+
+Invariant: where nothing was split, a pass that is repeated finds buffers, random states and the
+gradients of all leaves that it reaches as the first one found them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Mark", "Rewind"]
+
+
+@dataclass(slots=True)
+class Mark:
+    """A moment to go back to.
+
+    Attributes:
+        buffers: copies of the buffers that passes change.
+        gradients: those of leaves that the optimizers do not train; with copies, as they are added
+            to in place.
+        random: sets the random states.
+    """
+
+    buffers: list[Tensor]
+    gradients: list[tuple[Tensor, Tensor | None]]
+    random: tuple[Callable[[], None], ...]
+
+
+class Rewind:
+    """Notes what a pass changes, and puts it back.
+
+    Which buffers a pass changes is learned in the first window, of which all are copied to host
+    memory; after that, only those are copied, where they are.
+
+    Args:
+        model: whose buffers and leaves they are; None where it is not known. Leaves are also found
+            in the graph of the first loss.
+        trained: what the optimizers hold, whose gradients are dropped instead.
+    """
+
+    def __init__(self, model: nn.Module | None, trained: Iterable[Tensor]) -> None:
+        self._buffers = list(model.buffers()) if model is not None else []
+        self._running: list[Tensor] | None = None
+        self._known = set(map(id, trained))
+        self._others: list[weakref.ref[Tensor]] = []
+        for parameter in model.parameters() if model is not None else ():
+            self._add(parameter)
+        self._has_searched = False
+
+    def begin(self) -> Mark:
+        """Mark the beginning of a window."""
+        leaves = [leaf() for leaf in self._others]
+        gradients = [_kept(leaf) for leaf in leaves if leaf is not None]
+        return Mark(self.buffers(), gradients, _random_states())
+
+    def end(self, mark: Mark) -> None:
+        """Learn from a whole window which buffers a pass changes.
+
+        Their values tell, as batch norms write to theirs without counting a change.
+        """
+        if self._running is None:
+            pairs = zip(self._buffers, mark.buffers, strict=True)
+            self._running = [b for b, before in pairs if not torch.equal(b.detach().cpu(), before)]
+
+    def buffers(self) -> list[Tensor]:
+        """Return copies of the buffers that passes change."""
+        if self._running is None:
+            return [buffer.detach().to("cpu", copy=True) for buffer in self._buffers]
+        return [buffer.detach().clone() for buffer in self._running]
+
+    def search(self, loss: Tensor, mark: Mark) -> None:
+        """Find the leaves that the first of all losses reaches, and add them to the mark."""
+        if self._has_searched:
+            return
+        self._has_searched = True
+        for leaf in _leaves_of(loss):
+            if self._add(leaf):
+                mark.gradients.append(_kept(leaf))
+
+    def restore(self, mark: Mark) -> None:
+        """Go back to a mark."""
+        self.restore_buffers(mark.buffers)
+        for leaf, gradient in mark.gradients:
+            leaf.grad = gradient if gradient is None else gradient.clone()
+        for put_back in mark.random:
+            put_back()
+
+    def restore_buffers(self, copies: Iterable[Tensor]) -> None:
+        """Put back the buffers that passes change."""
+        running = self._buffers if self._running is None else self._running
+        with torch.no_grad():
+            for buffer, copy in zip(running, copies, strict=True):
+                buffer.copy_(copy)
+
+    def _add(self, leaf: Tensor) -> bool:
+        is_new = leaf.requires_grad and id(leaf) not in self._known
+        if is_new:
+            self._known.add(id(leaf))
+            self._others.append(weakref.ref(leaf))
+        return is_new
+
+
+def _kept(leaf: Tensor) -> tuple[Tensor, Tensor | None]:
+    return leaf, None if leaf.grad is None else leaf.grad.clone()
+
+
+def _random_states() -> tuple[Callable[[], None], ...]:
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    return tuple(lambda put=put, state=state: put(state) for put, state in states)
+
+
+def _leaves_of(loss: Tensor) -> list[Tensor]:
+    """Return the leaves to which a backward pass from a loss adds gradients."""
+    waiting, seen, found = [loss.grad_fn], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            found.append(leaf)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found

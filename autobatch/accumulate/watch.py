@@ -1,0 +1,201 @@
+"""What else touches gradients and parameters while a window runs: nothing, or the window raises.
+
+Invariant: between the first backward pass of a window and the end of its last micro-batch, only
+`Window.backward` changes a gradient of the optimizers' parameters, and nothing their values.
+
+Tensors count their in-place changes (`Tensor._version`), and a backward pass adds to the gradient
+that is there, once. So a gradient that every backward pass of a window reached has to be the same
+tensor at its end, changed once by each pass after the first. Where the first windows show that this
+does not hold (a parameter that not every micro-batch reaches, sparse gradients, hooks), gradients
+are looked at before and after every backward pass, which costs more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autobatch.errors import AutobatchWarning, WorkloadError
+
+__all__ = ["Watch", "versions"]
+
+_version, _gradient = attrgetter("_version"), attrgetter("grad")
+
+_LOOKED_AT_FIRST = 8
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was changed in place."""
+    return list(map(_version, tensors))
+
+
+class Watch:
+    """Looks at parameters and gradients of one window after the other.
+
+    Args:
+        shows_gradients: whether gradients are in `.grad` after every backward pass.
+        moves: whether backward passes may put other tensors there.
+    """
+
+    def __init__(self, *, shows_gradients: bool = True, moves: bool = False) -> None:
+        self._shows = shows_gradients
+        self._moves = moves
+        self._is_thorough = True  # until a window has shown that its gradients need less
+        self._writes: frozenset[int] = frozenset()  # parameters that a forward pass writes to
+        self._parameters: list[Tensor] = []
+        self._at_start: list[int] | None = None
+        self._values: list[int] | None = None
+        self._gradients: list[Tensor | None] = []
+        self._held: list[Tensor] = []
+        self._versions: list[int] = []
+        self._passes = 0  # since the gradients were remembered
+        self._adds = True  # whether every pass added to every gradient, in place
+
+    def begin(self, parameters: list[Tensor]) -> bool:
+        """Begin a window; return whether gradients of something else are there.
+
+        Args:
+            parameters: those that the update changes.
+        """
+        if parameters is not self._parameters:
+            self._parameters = parameters
+            self._is_thorough = True
+        self._at_start = versions(parameters) if self._is_thorough else None
+        self._values = None
+        self._gradients, self._held, self._versions = [], [], []
+        self._passes, self._adds = 0, True
+        # gradients of others that are overlooked here are an error before the first backward pass
+        some = parameters if self._is_thorough else parameters[:_LOOKED_AT_FIRST]
+        return any(map(is_not, map(_gradient, some), repeat(None)))
+
+    def before_backward(self) -> None:
+        """Check that nothing changed since the last backward pass.
+
+        Raises:
+            WorkloadError: gradients were added or dropped by something else.
+        """
+        if self._values is None:
+            self._values = versions(self._parameters)
+            if self._at_start is not None:
+                pairs = zip(self._at_start, self._values, strict=True)
+                # Embedding's max_norm, for instance, is applied to the weight itself
+                self._writes = frozenset(at for at, (a, b) in enumerate(pairs) if a != b)
+            if any(map(is_not, map(_gradient, self._parameters), repeat(None))):
+                raise _changed("were there before its first window.backward(loss)")
+        elif self._is_thorough:
+            self._check()
+
+    def after_backward(self, *, averaged: bool) -> None:
+        """Remember the gradients as this backward pass left them.
+
+        Args:
+            averaged: whether it replaced them by averages over the ranks.
+        """
+        self._passes += 1
+        if averaged or self._is_thorough or not self._gradients:
+            is_first, before, held = not self._gradients, self._versions, self._held
+            self._remember()
+            if not (averaged or is_first):
+                added = [version + 1 for version in before]
+                self._adds &= added == self._versions and all(map(is_, held, self._held))
+
+    def before_move(self) -> None:
+        """Check gradients before they are averaged or moved, after which they are others.
+
+        Raises:
+            WorkloadError: gradients were added or dropped by something else.
+        """
+        if self._gradients:
+            self._check()
+
+    def after_move(self) -> None:
+        """Remember the gradients where they are now."""
+        if self._gradients:
+            self._remember()
+
+    def _remember(self) -> None:
+        self._gradients = list(map(_gradient, self._parameters))
+        self._held = [gradient for gradient in self._gradients if gradient is not None]
+        self._versions = versions(self._held)
+        self._passes = 0
+
+    def _check(self) -> None:
+        """Check that gradients are the same tensors, changed by as many backward passes."""
+        if not all(map(is_, self._gradients, map(_gradient, self._parameters))):
+            raise _changed("were dropped or replaced between two calls of window.backward(loss)")
+        now, passes = versions(self._held), self._passes
+        expected = [version + passes for version in self._versions] if passes else self._versions
+        if now != expected:
+            self._adds = False
+            if any(found > most for found, most in zip(now, expected, strict=True)):
+                raise _changed("were changed between two calls of window.backward(loss)")
+
+    def end(self) -> None:
+        """Check once more when the last micro-batch has ended, and learn how to look.
+
+        Raises:
+            WorkloadError: gradients or parameters were changed by something else.
+        """
+        if self._values is None:
+            return
+        now = versions(self._parameters)
+        self._check()
+        if now != self._values:
+            self._check_values(now)
+        if self._shows and self._parameters and not self._held:
+            self._note_no_gradients()
+        self._is_thorough = (
+            self._moves
+            or not self._adds
+            or self._is_one_missing()
+            or any(gradient.layout is not torch.strided for gradient in self._held)
+            or any(map(_has_hooks, self._parameters))
+        )
+        self._gradients = []  # what happens to them now is the user's
+
+    def _is_one_missing(self) -> bool:
+        """Whether a parameter has no gradient that a later micro-batch may give it."""
+        if len(self._held) == len(self._parameters):
+            return False
+        return len(self._held) < sum(parameter.requires_grad for parameter in self._parameters)
+
+    def _check_values(self, now: list[int]) -> None:
+        assert self._values is not None
+        pairs = zip(self._values, now, strict=True)
+        changed = [at for at, (a, b) in enumerate(pairs) if a != b and at not in self._writes]
+        if changed:
+            raise WorkloadError(
+                f"{len(changed)} of {len(now)} parameters were changed while the window ran, so "
+                "its gradient is of no single model: leave optimizer.step() to window.step(), and "
+                "let no hook of a backward pass step an optimizer"
+            )
+
+    def _note_no_gradients(self) -> None:
+        if any(map(_has_hooks, self._parameters)):
+            raise WorkloadError(
+                "hooks of the backward pass take the gradients away, so that a window cannot add "
+                "them up: step and drop them once, with window.step()"
+            )
+        warnings.warn(
+            "no parameter of the optimizers has a gradient after the window, so its update changes "
+            "nothing: check that the loss comes from the module whose parameters they hold",
+            AutobatchWarning,
+            stacklevel=5,
+        )
+
+
+def _has_hooks(parameter: Any) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def _changed(what: str) -> WorkloadError:
+    return WorkloadError(
+        f"gradients of the window {what}: leave zero_grad(), loss.backward() and step() to the "
+        "window, clip after `for batch in window`, and run other models' windows before or after"
+    )

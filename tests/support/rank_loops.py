@@ -20,9 +20,9 @@ Result = dict[str, Any]
 STEPS = 3
 
 
-def network() -> nn.Sequential:
+def network(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    return nn.Sequential(nn.Linear(5, 6), norm(6), nn.Tanh(), nn.Linear(6, 2)).double()
 
 
 def data(rank: int) -> Tensor:
@@ -85,7 +85,7 @@ def train(
 ) -> Result:
     """Two windows; how far the parameters are from those of the whole batch, or the refusal."""
     body, is_double = LOOPS[loop]
-    model, reference = network().eval(), network().eval()  # batch norms by their statistics
+    model, reference = network(nn.LayerNorm), network(nn.LayerNorm)
     wrapped = DistributedDataParallel(model, **options)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     run = windows(
@@ -267,6 +267,7 @@ def partly(rank: int, *, how: str) -> str:
 
 def norm(rank: int) -> Result:
     """The norm under FSDP2, beside that of the whole gradient."""
+    torch.manual_seed(0)
     model: Any = nn.Linear(5, 3).double()
     reference = copy.deepcopy(model)
     wrapped = _sharded(model)

@@ -165,7 +165,8 @@ class _Check:
         """Compare a large model in float32, where a difference that is large says enough.
 
         Returns:
-            None if the model is small, or the difference is, or float32 fails in any way.
+            None if the model is small, or the difference is, or float32 fails or explains too
+            little, as where BatchNorm makes its rounding large.
         """
         try:
             with self._subject(torch.float32) as subject:
@@ -173,9 +174,11 @@ class _Check:
                 if not compared.is_large:
                     return None
                 investigation = Investigation(subject=subject, weight=self.weight)
-                return investigation.result(compared, only_above=_LARGE_DIFFERENCE)
+                result = investigation.result(compared, only_above=_LARGE_DIFFERENCE)
         except WorkloadError:
             return None
+        kinds = {culprit.kind for culprit in result.culprits} if result is not None else set()
+        return None if kinds & {"undecided", "unexplained"} else result
 
     def _compared(self, dtype: torch.dtype) -> Equivalence:
         with self._subject(dtype) as subject:

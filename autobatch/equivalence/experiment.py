@@ -232,6 +232,7 @@ class Experiment:
         run: Callable[[Replica], Any] | None = None,
         rows: Span | None = None,
         seed: int = 1,
+        constants: set[int] | None = None,
     ) -> Any:
         """Run the loss without gradients, with the whole batch's draws; return what it returns.
 
@@ -241,12 +242,16 @@ class Experiment:
             run: is called with the replica in place of the loss.
             rows: the samples that the draws belong to; all if None.
             seed: of the whole batch's draws.
+            constants: is told what whole numbers integer tensors are compared with.
         """
         replica = self.subject.replica() if replica is None else replica
         self.whole(Ablation(seed=seed))
         seed_all(seed)
         draws = self._draws[seed]
-        with replica.stage, torch.no_grad(), self.running(draws, rows or (0, draws.samples)):
+        span = rows or (0, draws.samples)
+        with replica.stage, torch.no_grad(), self.running(draws, span) as numerics:
+            if constants is not None:
+                numerics.read, numerics.constants = set(), constants
             if run is not None:
                 return run(replica)
             return replica.loss(replica.model, batch)

@@ -342,10 +342,12 @@ class Investigation:
                 self._replay.read(self._reads)
             except Exception:  # a loss may look into the model in ways that no record answers
                 self._replay = None
-        reads = None if self._replay is None else self._reads
+                experiment.forward(
+                    experiment.rows.cut(0, experiment.rows.size), constants=self._reads.constants
+                )
         blamed: set[str] = set()
         unusual: dict[str, str] = {}
-        for variation in variations(experiment.rows, reads):
+        for variation in variations(experiment.rows, self._reads):
             if variation.where in blamed or (variation.where in unusual and not variation.is_usual):
                 continue
             found = self._of_variation(experiment, variation)

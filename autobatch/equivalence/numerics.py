@@ -56,7 +56,7 @@ class Numerics(TorchDispatchMode):
         decides: whether Python read a value after a draw, so that other draws may run other code.
         ops: names of the ops that ran; None where nobody asked for them.
         read: storages of the tensors that were computed with; None where nobody asked for them.
-        constants: whole numbers that integer tensors were compared with.
+        constants: whole numbers that integer tensors were compared with, and those beside a bound.
     """
 
     def __init__(
@@ -93,10 +93,11 @@ class Numerics(TorchDispatchMode):
         """Give the record from its beginning, by the rows of these samples."""
         self._rows, self._position = rows, 0
 
-    @property
-    def records(self) -> bool:
-        """Whether draws are recorded now."""
-        return self.draws is not None and self._rows is None
+    def record(self) -> None:
+        """Record from the beginning."""
+        assert self.draws is not None
+        self.draws.made.clear()
+        self._rows = None
 
     @property
     def position(self) -> int:
@@ -137,8 +138,10 @@ class Numerics(TorchDispatchMode):
             return
         self.read |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
         numbers = [arg for arg in args if type(arg) is int]
-        if op in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge):
+        if op in (aten.eq, aten.ne):
             self.constants.update(numbers)
+        elif op in (aten.lt, aten.le, aten.gt, aten.ge):
+            self.constants.update(number + by for number in numbers for by in (-1, 0, 1))
         elif op in (aten.nll_loss_forward, aten.nll_loss2d_forward):
             self.constants.update(numbers[-1:])  # ignore_index follows the reduction
 

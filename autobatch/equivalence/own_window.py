@@ -30,6 +30,7 @@ from autobatch.errors import WorkloadError
 from autobatch.support.wording import passing
 from autobatch.workload.optimizers import each_of, made_for, mapped
 from autobatch.workload.sample import Rows
+from autobatch.workload.tree import map_tensors, tensors
 from autobatch.workload.workload import WindowFunction
 from autobatch.workload.wrappers import unwrapped
 
@@ -128,8 +129,10 @@ class OwnWindow:
             given = mapped(lambda one: made_for(one, model), made)
             for optimizer in each_of(given):
                 optimizer.step = _noting(optimizer, names, gradients)
-            with Numerics(exact=exact, draws=draws, rows=_first(draws, parts)) as numerics:
-                function(model, given, _handed_out(rows, parts, numerics))
+            with Numerics(exact=exact, draws=draws, rows=None) as numerics:
+                hand_out = _HandOut(rows, parts, numerics, is_known=bool(draws.made))
+                model.register_forward_pre_hook(hand_out.before_call, with_kwargs=True)
+                function(model, given, iter(hand_out))
         if not gradients:
             raise WorkloadError(
                 f"the window function made no step over {len(parts)} micro-batches: call "
@@ -138,18 +141,45 @@ class OwnWindow:
         return gradients
 
 
-def _first(draws: Draws, parts: Sequence[Span]) -> Span | None:
-    return parts[0] if draws.made else None
+class _HandOut:
+    """Hands out the parts of a batch, each with its rows of the draws of the whole batch.
 
+    A loop may take all of its micro-batches before it runs one, so that the inputs of a call of the
+    model say which part runs.
+    """
 
-def _handed_out(rows: Rows, parts: Sequence[Span], numerics: Numerics) -> Iterator[Any]:
-    """Yield the parts of a batch, each with its rows of the draws of the whole batch."""
-    records = numerics.records
-    for step, span in enumerate(parts):
+    def __init__(
+        self, rows: Rows, parts: Sequence[Span], numerics: Numerics, *, is_known: bool
+    ) -> None:
+        self._rows, self._parts, self._numerics = rows, parts, numerics
+        self._is_known = is_known
+        self._part_of: dict[int, int] = {}
+        self._running: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield copies of the parts."""
+        for part, span in enumerate(self._parts):
+            batch = map_tensors(Tensor.clone, self._rows.cut(*span))
+            self._part_of |= {tensor.data_ptr(): part for tensor in tensors(batch)}
+            self._begin(part)
+            yield batch
+
+    def before_call(self, _: Any, args: Any, kwargs: Any) -> None:
+        """Begin the part that the inputs belong to."""
+        known = [self._part_of.get(tensor.data_ptr()) for tensor in tensors((args, kwargs))]
+        part = next((one for one in known if one is not None), None)
+        if part is not None:
+            self._begin(part)
+
+    def _begin(self, part: int) -> None:
+        if part == self._running:
+            return
+        self._running = part
         seed_all(1)
-        if step or not records:
-            numerics.restart(span)
-        yield rows.cut(*span)
+        if part or self._is_known:
+            self._numerics.restart(self._parts[part])
+        else:
+            self._numerics.record()
 
 
 def _noting(optimizer: Any, names: dict[int, str], found: dict[str, Tensor]) -> Callable[..., None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autobatch.equivalence.replay import Reads
-from autobatch.equivalence.weights import IGNORED, written
+from autobatch.equivalence.weights import written
 from autobatch.workload.layout import Flat, Group
 from autobatch.workload.sample import Rows, named_tensors
 from autobatch.workload.tree import Path, leaves, map_leaves, map_tensors
@@ -42,16 +42,15 @@ class Variation:
     rows: Rows
 
 
-def variations(rows: Rows, reads: Reads | None) -> Iterator[Variation]:
+def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
     """Yield the variations of a batch in what the loss reads.
 
     Args:
         rows: the batch.
         reads: the tensors that the loss computes with, and what it compares integers with; all
-            tensors are changed if None.
+            tensors are changed if it knows none.
     """
     layout = rows.layout
-    constants = () if reads is None else reads.constants
     for path, tensor in named_tensors(rows.batch).items():
         role = layout.roles.get(path)
         if any(path[: len(known)] == known for known in layout.lists):
@@ -59,8 +58,8 @@ def variations(rows: Rows, reads: Reads | None) -> Iterator[Variation]:
         if isinstance(role, Flat):
             if role.counts == "samples":
                 yield from _moved_row(rows, path, tensor, role)
-        elif role is not None and (reads is None or _address(tensor) in reads.storages):
-            yield from _changed_values(rows, path, tensor, role, constants)
+        elif role is not None and (not reads.storages or _address(tensor) in reads.storages):
+            yield from _changed_values(rows, path, tensor, role, reads.constants)
     for path, leaf in leaves(rows.batch, stop=layout.stop):
         if isinstance(leaf, (list, tuple)) and len(leaf) == rows.size:
             yield from _shorter_item(rows, path, leaf)
@@ -107,7 +106,8 @@ def _values(part: Tensor, constants: Collection[int]) -> Iterator[tuple[Any, str
         yield 0.0, "at 0"
         yield part * 0.5 + 0.1, "at other values"
     elif not part.is_complex():
-        for value in dict.fromkeys([IGNORED, *sorted(constants), 0, 1, -1]):
+        # Negative numbers where the loss asks for them alone: as lengths they crash some kernels.
+        for value in dict.fromkeys([*sorted(constants), 0, 1]):
             yield value, f"at {value}"
         if not part.dim():
             yield part // 2, "at half"

@@ -1,0 +1,1 @@
+"""Verdicts of `check_equivalence` beside gradients that plain PyTorch adds up."""

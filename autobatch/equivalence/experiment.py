@@ -232,7 +232,7 @@ class Experiment:
         run: Callable[[Replica], Any] | None = None,
         rows: Span | None = None,
         seed: int = 1,
-        constants: set[int] | None = None,
+        constants: set[float] | None = None,
     ) -> Any:
         """Run the loss without gradients, with the whole batch's draws; return what it returns.
 
@@ -242,7 +242,7 @@ class Experiment:
             run: is called with the replica in place of the loss.
             rows: the samples that the draws belong to; all if None.
             seed: of the whole batch's draws.
-            constants: is told what whole numbers integer tensors are compared with.
+            constants: is told what numbers tensors are compared with.
         """
         replica = self.subject.replica() if replica is None else replica
         self.whole(Ablation(seed=seed))

@@ -341,7 +341,7 @@ class Investigation:
                 self._replay = Replay(experiment)
                 self._replay.read(self._reads)
             except Exception:  # a loss may look into the model in ways that no record answers
-                self._replay = None
+                self._replay, self._reads = None, Reads()
                 experiment.forward(
                     experiment.rows.cut(0, experiment.rows.size), constants=self._reads.constants
                 )

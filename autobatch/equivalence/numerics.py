@@ -56,7 +56,7 @@ class Numerics(TorchDispatchMode):
         decides: whether Python read a value after a draw, so that other draws may run other code.
         ops: names of the ops that ran; None where nobody asked for them.
         read: storages of the tensors that were computed with; None where nobody asked for them.
-        constants: whole numbers that integer tensors were compared with, and those beside a bound.
+        constants: numbers that tensors were compared with, and those beside a bound.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Numerics(TorchDispatchMode):
         self.decides = False
         self.ops: list[str] | None = None
         self.read: set[int] | None = None
-        self.constants: set[int] = set()
+        self.constants: set[float] = set()
 
     @contextmanager
     def part(self, rows: Span, *, position: int) -> Iterator[None]:
@@ -137,13 +137,15 @@ class Numerics(TorchDispatchMode):
         if self.read is None or getattr(func, "is_view", False):
             return
         self.read |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
-        numbers = [arg for arg in args if type(arg) is int]
+        numbers = [arg for arg in args if type(arg) in (int, float)]
         if op in (aten.eq, aten.ne):
             self.constants.update(numbers)
         elif op in (aten.lt, aten.le, aten.gt, aten.ge):
             self.constants.update(number + by for number in numbers for by in (-1, 0, 1))
         elif op in (aten.nll_loss_forward, aten.nll_loss2d_forward):
             self.constants.update(numbers[-1:])  # ignore_index follows the reduction
+        elif op is aten.isnan:
+            self.constants.add(float("nan"))
 
     def _given(
         self, func: Any, args: Sequence[Any], result: Any, value: Tensor, draws: Draws, rows: Span

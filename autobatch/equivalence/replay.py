@@ -65,11 +65,11 @@ class Reads:
 
     Attributes:
         storages: addresses of the memory of tensors.
-        constants: whole numbers that integer tensors are compared with, such as `ignore_index`.
+        constants: numbers that tensors are compared with, such as `ignore_index`.
     """
 
     storages: set[int] = field(default_factory=set)
-    constants: set[int] = field(default_factory=set)
+    constants: set[float] = field(default_factory=set)
 
 
 class Replay:

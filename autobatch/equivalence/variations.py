@@ -18,8 +18,8 @@ from torch import Tensor
 from autobatch.equivalence.replay import Reads
 from autobatch.equivalence.weights import written
 from autobatch.workload.layout import Flat, Group
-from autobatch.workload.sample import Rows, named_tensors
-from autobatch.workload.tree import Path, leaves, map_leaves, map_tensors
+from autobatch.workload.sample import Rows
+from autobatch.workload.tree import Path, is_array, leaves, map_leaves, map_tensors, tensors
 
 __all__ = ["Variation", "variations"]
 
@@ -51,18 +51,35 @@ def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
             tensors are changed if it knows none.
     """
     layout = rows.layout
-    for path, tensor in named_tensors(rows.batch).items():
+    for path, tensor in _arrays(rows.batch).items():
         role = layout.roles.get(path)
-        if any(path[: len(known)] == known for known in layout.lists):
-            continue
-        if isinstance(role, Flat):
+        of_list = next((known for known in layout.lists if path[: len(known)] == known), None)
+        if of_list is not None:
+            if path[len(of_list)] == "0":
+                yield from _changed_values(rows, path, None, reads.constants)
+        elif isinstance(role, Flat):
             if role.counts == "samples":
                 yield from _moved_row(rows, path, tensor, role)
         elif role is not None and (not reads.storages or _address(tensor) in reads.storages):
-            yield from _changed_values(rows, path, tensor, role, reads.constants)
+            yield from _changed_values(rows, path, role, reads.constants)
     for path, leaf in leaves(rows.batch, stop=layout.stop):
         if isinstance(leaf, (list, tuple)) and len(leaf) == rows.size:
-            yield from _shorter_item(rows, path, leaf)
+            yield from _other_length(rows, path, leaf)
+
+
+def _arrays(batch: Any) -> dict[Path, Tensor]:
+    """Return all tensors by path, and arrays as tensors that share their memory."""
+    found = {path: leaf for path, leaf in leaves(batch) if is_array(leaf)}
+    return {path: torch.as_tensor(leaf) for path, leaf in found.items()}
+
+
+def _copied(batch: Any) -> Any:
+    def copy(_: Path, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf.copy() if is_array(leaf) else leaf
+
+    return map_leaves(copy, batch)
 
 
 def _address(tensor: Tensor) -> int:
@@ -70,17 +87,18 @@ def _address(tensor: Tensor) -> int:
 
 
 def _changed_values(
-    rows: Rows, path: Path, tensor: Tensor, dim: int, constants: Collection[int]
+    rows: Rows, path: Path, dim: int | None, constants: Collection[float]
 ) -> Iterator[Variation]:
-    part = _half_of_first(tensor, dim)
+    part = _half_of_first(_arrays(rows.batch)[path], dim)
     where = "half of one sample's" if part.dim() else "one sample's"
     for value, what in _values(part, constants):
-        if torch.equal(torch.as_tensor(value, dtype=part.dtype).expand(part.shape), part):
+        new = torch.as_tensor(value).to(part.dtype)
+        if torch.equal(new.expand(part.shape), part):
             continue
-        changed = map_tensors(Tensor.clone, rows.batch)
-        _half_of_first(named_tensors(changed)[path], dim).copy_(torch.as_tensor(value))
-        is_label = not tensor.is_floating_point() and tensor.dtype != torch.bool
-        is_usual = part.dim() > 0 or not is_label or not bool(torch.as_tensor(value).lt(0).any())
+        changed = _copied(rows.batch)
+        _half_of_first(_arrays(changed)[path], dim).copy_(new)
+        is_label = not (part.is_floating_point() or part.dtype == torch.bool)
+        is_usual = part.dim() > 0 or not is_label or not bool(new.lt(0).any())
         yield Variation(
             where=written(path),
             what=f"with {where} {what}",
@@ -89,26 +107,33 @@ def _changed_values(
         )
 
 
-def _half_of_first(tensor: Tensor, dim: int) -> Tensor:
-    """Return a view of the second half of the first sample's entries; of all if it has one."""
-    first = tensor.select(dim, 0)
+def _half_of_first(tensor: Tensor, dim: int | None) -> Tensor:
+    """Return a view of the second half of the first sample's entries; of all if it has one.
+
+    The tensor is the first sample's alone if it has no dimension of samples.
+    """
+    first = tensor if dim is None else tensor.select(dim, 0)
     if not first.dim():
         return first
     half = first.shape[-1] // 2
     return first.narrow(-1, half, first.shape[-1] - half)
 
 
-def _values(part: Tensor, constants: Collection[int]) -> Iterator[tuple[Any, str]]:
+def _values(part: Tensor, constants: Collection[float]) -> Iterator[tuple[Any, str]]:
     """Yield other values for a part of a tensor, the likeliest to be ignored first."""
     if part.dtype == torch.bool:
         yield ~part, "reversed"
     elif part.is_floating_point():
-        yield 0.0, "at 0"
+        for value in dict.fromkeys([0.0, *constants]):
+            yield value, f"at {value:g}"
         yield part * 0.5 + 0.1, "at other values"
     elif not part.is_complex():
         # Negative numbers where the loss asks for them alone: as lengths they crash some kernels.
-        for value in dict.fromkeys([*sorted(constants), 0, 1]):
-            yield value, f"at {value}"
+        limits = torch.iinfo(part.dtype)
+        whole = sorted(int(value) for value in constants if value == value // 1)
+        for value in dict.fromkeys([*whole, 0, 1]):
+            if limits.min <= value <= limits.max:
+                yield value, f"at {value}"
         if not part.dim():
             yield part // 2, "at half"
 
@@ -120,9 +145,10 @@ def _moved_row(rows: Rows, path: Path, tensor: Tensor, role: Flat) -> Iterator[V
     layout = rows.layout
     if len(own) < 2 or any(g.rows != len(owners) for g in layout.groups.values()):
         return
-    changed = map_tensors(Tensor.clone, rows.batch)
-    named_tensors(changed)[path].view(-1)[own[-1]] = rows.size - 1
-    moved = named_tensors(changed)[path].view(-1).long()
+    changed = _copied(rows.batch)
+    moved = _arrays(changed)[path].view(-1)
+    moved[own[-1]] = rows.size - 1
+    moved = moved.long()
     counts = torch.bincount(moved, minlength=rows.size).cumsum(0).tolist()
     group = Group(order=torch.argsort(moved, stable=True), ends=(0, *counts))
     groups: Mapping[str, Group] = {**layout.groups, role.group: group}
@@ -134,25 +160,34 @@ def _moved_row(rows: Rows, path: Path, tensor: Tensor, role: Flat) -> Iterator[V
     )
 
 
-def _shorter_item(rows: Rows, path: Path, items: Any) -> Iterator[Variation]:
-    """Halve the first item of a list of samples: a number, or the rows of its tensors."""
+def _other_length(rows: Rows, path: Path, items: Any) -> Iterator[Variation]:
+    """Halve the first item of a list of samples: a number, a text, or the rows of its tensors.
+
+    A single row is doubled, because no rows at all are a case of their own.
+    """
     first = items[0]
     if type(first) is int:
-        shorter: Any = first // 2
+        other: Any = first // 2
+    elif isinstance(first, (str, bytes)):
+        other = first[: len(first) // 2]
     else:
-        lengths = {t.shape[0] for _, t in leaves(first) if isinstance(t, Tensor) and t.dim()}
-        if not lengths or max(lengths) < 2:
+        if not any(t.dim() for t in tensors(first)):
             return
-        shorter = map_tensors(lambda t: t[: (t.shape[0] + 1) // 2] if t.dim() else t, first)
+        other = map_tensors(_other_rows, first)
 
     def visit(at: Path, leaf: Any) -> Any:
-        if at == path:
-            return type(leaf)([shorter, *leaf[1:]])
-        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+        return type(leaf)([other, *leaf[1:]]) if at == path else leaf
 
     yield Variation(
         where=written(path),
-        what="with half of one sample's rows",
+        what="with another length of one sample",
         is_usual=True,
         rows=replace(rows, batch=map_leaves(visit, rows.batch, stop=rows.layout.stop)),
     )
+
+
+def _other_rows(tensor: Tensor) -> Tensor:
+    if not tensor.dim():
+        return tensor
+    number = tensor.shape[0]
+    return tensor[: (number + 1) // 2] if number > 1 else torch.cat([tensor, tensor])

@@ -33,7 +33,7 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def tried_weights(
-    pieces: Sequence[Any], layout: Layout, constants: Collection[int] = ()
+    pieces: Sequence[Any], layout: Layout, constants: Collection[float] = ()
 ) -> Iterator[tuple[str, list[float]]]:
     """Yield possible weights of the micro-batches, each as an expression and their shares.
 
@@ -44,10 +44,11 @@ def tried_weights(
     Args:
         pieces: the micro-batches.
         layout: of the batch that they are cut from.
-        constants: what the loss compares integers with; labels of these values may be ignored.
+        constants: what the loss compares with; labels of these values may be ignored.
     """
     found = [dict(leaves(piece, stop=lambda path, _: path in layout.lists)) for piece in pieces]
-    ignored = [IGNORED, *sorted(set(constants) - {IGNORED, 0}), 0]
+    whole = sorted({int(value) for value in constants if value == value // 1})
+    ignored = [IGNORED, *(value for value in whole if value not in (IGNORED, 0)), 0]
     counts: list[Callable[[Any], _Counted | None]] = [_labels(IGNORED), _labels(IGNORED, shift=1)]
     counts += [_labels(value) for value in ignored[1:]]
     counts += [_labels(value, shift=1) for value in ignored[1:]]

@@ -21,7 +21,7 @@ from autobatch.accumulate.window import Backward, Micro, Training, Weight, Windo
 from autobatch.errors import AutobatchWarning, UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.ranks import ranks_here
-from autobatch.workload.sample import BatchDims
+from autobatch.workload.layout import BatchDims, dims_of_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -355,6 +355,7 @@ def planned_windows(
     chosen: WindowOptions = {
         "clip_norm": plan.model.clip_norm,
         "sync": "each" if plan.is_sharded else None,
+        "batch_dims": dims_of_text(plan.batch_dims),
         **options,
     }
     rank = dist.get_rank(group) if ranks > 1 else 0

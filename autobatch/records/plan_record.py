@@ -40,6 +40,8 @@ class PlanRecord:
         otherwise: the memory of the same update on one GPU without accumulation or, where the plan
             has none, in two halves; None where the trials do not show it, and in plans of earlier
             versions.
+        batch_dims: where the batch dimension of the sample was said to be, by path: a dimension,
+            "list" or "whole"; None where it was not said, and in plans of earlier versions.
         warnings: what the user should know, one line each.
     """
 
@@ -64,6 +66,7 @@ class PlanRecord:
     allowed_bytes: int | None = None
     sharding: Literal["ddp", "fsdp", "custom"] | None = None
     otherwise: WindowMemory | None = None
+    batch_dims: Mapping[str, str] | None = None
 
     @property
     def ceiling_likelihood(self) -> float | None:

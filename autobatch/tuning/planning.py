@@ -35,6 +35,7 @@ from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.streams import Stream
+from autobatch.workload.layout import dims_as_text
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
@@ -92,6 +93,7 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         curve=_curve(probe, found),
         timeline=timeline_of(window, device.allocator()),
         sharding=workload.shares,
+        batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
         otherwise=_otherwise(planned, probe, found),
         method=found.method,
         warnings=(

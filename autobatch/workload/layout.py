@@ -29,6 +29,8 @@ __all__ = [
     "Group",
     "Layout",
     "compared",
+    "dims_as_text",
+    "dims_of_text",
     "dotted",
     "is_per_sample",
     "layout_of",
@@ -143,6 +145,38 @@ def named_tensors(batch: Any) -> dict[Path, Tensor]:
         if isinstance(leaf, Tensor):
             found[path] = leaf
     return found
+
+
+def dims_as_text(batch_dims: BatchDims) -> dict[str, str] | None:
+    """Write `batch_dims` down by path, "" for the whole batch, as a plan keeps them.
+
+    >>> dims_as_text({"src": 1, 0: None, "images": "list"}), dims_as_text(1)
+    ({'src': '1', '0': 'whole', 'images': 'list'}, {'*': '1'})
+    """
+    if batch_dims is None:
+        return None
+    named: Mapping[Any, Any]
+    if isinstance(batch_dims, Mapping):
+        named = batch_dims
+    else:
+        named = {"*" if isinstance(batch_dims, int) else "": batch_dims}
+    return {str(key): "whole" if dim is None else str(dim) for key, dim in named.items()}
+
+
+def dims_of_text(written: Mapping[str, str] | None) -> BatchDims:
+    """Read what `dims_as_text` wrote.
+
+    >>> dims_of_text({"src": "1", "0": "whole", "images": "list"}), dims_of_text({"*": "1"})
+    ({'src': 1, '0': None, 'images': 'list'}, 1)
+    """
+    if written is None:
+        return None
+    if "*" in written:
+        return int(written["*"])
+    return {
+        key: None if dim == "whole" else dim if dim == "list" else int(dim)
+        for key, dim in written.items()
+    }
 
 
 def dotted(path: Path) -> str:

@@ -83,11 +83,13 @@ class Built:
         rows: the one batch.
         notes: what of it is the same in every batch, in one sentence.
         rivals: makers of batches of the same data set that may take more memory.
+        batch_dims: where the batch dimension was said to be.
     """
 
     rows: Rows
     notes: tuple[str, ...] = ()
     rivals: tuple[Built, ...] = ()
+    batch_dims: BatchDims = None
 
     def __call__(self, n: int) -> Any:
         """Return a batch of n samples."""
@@ -126,6 +128,7 @@ def built(drawn: Drawn, batch_dims: BatchDims = None) -> Built:
         Rows(batch, layout),
         (*drawn.notes, *_flat_named(layout), *_unscaled(batch, layout)),
         tuple(built(rival, batch_dims) for rival in drawn.rivals),
+        batch_dims,
     )
 
 

@@ -23,6 +23,7 @@ from autobatch import (
     Windows,
     WorkloadError,
     check_equivalence,
+    tune,
     windows,
 )
 from autobatch.records.split import split
@@ -656,6 +657,18 @@ def test_a_plan_clips_as_it_was_probed() -> None:
     clipped = torch.stack([g.norm() for g in optimizer.seen[0]]).norm()
     assert window.grad_norm > 1
     assert clipped.item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_dims", [1, {"": 1}])
+def test_a_plan_reads_batches_as_its_sample_was_read(batch_dims: Any) -> None:
+    """`(T, B, F)` alone would be read as T samples."""
+    model = nn.Linear(5, 3)
+    rows = torch.randn(7, 4, 5)
+    plan = tune(model, target=4, sample=rows, batch_dims=batch_dims, gpu="t4", cache=False)
+    plan = Plan.from_json(plan.to_json())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (window,) = stepped(plan.windows([rows], optimizer), square(model))
+    assert window.samples == 4 and set(window.micro_batches) == {plan.micro_batch}
 
 
 def test_batchnorm_sees_micro_batches() -> None:

@@ -210,7 +210,7 @@ class Experiment:
         recorder = self._recorder
         assert recorder is not None
         if not all(shapes.is_by_sample(key) for key, _ in recorder.answers.values()):
-            recorder = OutputRecorder(lambda key, _: shapes.is_by_sample(key))
+            recorder = OutputRecorder(lambda key, _: shapes.is_by_sample(key), all_learn=True)
             replica, kept = self.subject.replica(), recorder
 
             def end(name: str, caller: str, _inputs: Any, output: Any) -> Any:

@@ -76,6 +76,7 @@ class Investigation:
     notes: list[str] = field(default_factory=list)
     _replay: Replay | None = None
     _reads: Reads = field(default_factory=Reads)
+    _agrees: bool | None = None
 
     def result(
         self, compared: ComparedWindows, *, only_above: float | None = None
@@ -105,9 +106,15 @@ class Investigation:
             held.append((self._held(smallest, ablation), smallest, ablation))
         worst, experiment, ablation = max(held, key=lambda one: one[0])
         free = {id(each): self._free(each, base, worst) for each in experiments}
-        differs = max(apart for apart, _, _ in held) > self.tolerance
-        if differs and not self._investigate(experiment, ablation):
-            differs = False
+        differs = worst > self.tolerance
+        if differs and experiment.ran.unmatched:
+            continued = [
+                (self._held(each, replace(how, continued=True)), each, how) for _, each, how in held
+            ]
+            if max(apart for apart, _, _ in continued) <= self.tolerance:
+                held, differs = continued, False
+        if differs:
+            self._investigate(experiment, ablation)
         if not any(each.kind in _OF_THE_LOSS for each in self.culprits):
             self._vary(experiments[-1])
         kinds = {each.kind for each in self.culprits} - {"random"}
@@ -176,15 +183,8 @@ class Investigation:
             total(list(map(some, one)), weights), total(list(map(some, other)), weights)
         )
 
-    def _investigate(self, experiment: Experiment, base: Ablation) -> bool:
-        """Find the culprits of a window that differs with the draws of the whole batch.
-
-        Returns:
-            Whether it does differ: with Python's or NumPy's draws going on from one micro-batch to
-            the next it may not.
-        """
-        if experiment.ran.unmatched and self._continued(experiment):
-            return False
+    def _investigate(self, experiment: Experiment, base: Ablation) -> None:
+        """Find the culprits of a window that differs with the draws of the whole batch."""
         tolerance = self.tolerance
         if experiment.ran.hooked:
             base = self._blame_hooks(experiment, base)
@@ -192,16 +192,15 @@ class Investigation:
         measured = experiment.measured(base)
         worst = measured.apart(shares)
         if worst <= tolerance:
-            return True
+            return
         loss = self._loss_alone(experiment)
         named = None if loss is None else self._weights_of(loss, experiment)
         if named is not None and named[0] is None and self._interaction() > _INTERACTION:
             named = None  # whatever scales a whole micro-batch can be fitted, such as a root
         if named is not None and measured.apart(named[1]) <= tolerance:
             self.culprits.append(self._weight(named, worst))
-            return True
+            return
         self._investigate_model(experiment, base, loss, named)
-        return True
 
     def _blame_hooks(self, experiment: Experiment, base: Ablation) -> Ablation:
         """Blame hooks of gradients if the difference changes without them; go on without them."""
@@ -286,11 +285,6 @@ class Investigation:
         else:
             self.culprits.append(culprit("unexplained", [], rest))
 
-    def _continued(self, experiment: Experiment) -> bool:
-        """Say whether the window agrees if Python's and NumPy's draws go on from part to part."""
-        measured = experiment.measured(Ablation(continued=True))
-        return measured.apart(experiment.shares()) <= self.tolerance
-
     # The loss by itself
 
     def _loss_alone(self, experiment: Experiment) -> AtOutputs | None:
@@ -336,7 +330,7 @@ class Investigation:
     def _vary(self, experiment: Experiment) -> None:
         """Blame a loss that agrees only because all samples have the same count of something."""
         if self._replay is None or self._replay.experiment is not experiment:
-            self._reads = Reads()
+            self._reads, self._agrees = Reads(), None
             try:
                 self._replay = Replay(experiment)
                 self._replay.read(self._reads)
@@ -370,6 +364,14 @@ class Investigation:
             raise WorkloadError("what was found before would be found in every variation again")
         return varied.measured(Ablation())
 
+    def _replay_agrees(self, experiment: Experiment) -> bool:
+        """Whether the loss by itself agrees for the batch that was given, as whole gradients do."""
+        assert self._replay is not None
+        if self._agrees is None:
+            apart = self._replay.gradients(experiment.rows).apart(experiment.shares())
+            self._agrees = apart <= self.tolerance
+        return self._agrees
+
     def _of_variation(self, experiment: Experiment, variation: Variation) -> Culprit | str | None:
         """Return a culprit if a variation shows one, or a note if such batches are unusual."""
         varied = _varied(experiment, variation)
@@ -380,6 +382,9 @@ class Investigation:
         apart = loss.apart(shares)
         if not self.tolerance < apart < float("inf"):
             return None
+        if isinstance(loss, AtOutputs) and not self._replay_agrees(experiment):
+            self._replay = None
+            return self._of_variation(experiment, variation)
         name, weights = self._weights_of(loss, varied) or ("", [])
         words = {"part": variation.where, "what": variation.what}
         if not variation.is_usual:

@@ -167,11 +167,13 @@ class OutputRecorder:
 
     Attributes:
         may_answer: whether the call of a module, by its name and number, can be.
+        all_learn: whether every output is taken to have a gradient, where none is recorded.
         answers: the outputs, by caller, name and number among that caller's calls of that name;
-            with the key of each in a `RecordedRun`.
+            with the key of each in a `RecordedRun`. One that had a gradient requires one.
     """
 
     may_answer: Callable[[tuple[str, int], Any], bool]
+    all_learn: bool = False
     answers: dict[tuple[str, str, int], tuple[tuple[str, int], Any]] = field(default_factory=dict)
     _kept: list[tuple[tuple[str, str, int], tuple[tuple[str, int], Any]]] = field(
         default_factory=list
@@ -192,11 +194,15 @@ class OutputRecorder:
         self._numbers[caller, name] += 1
         if self.may_answer(key, output):
             del self._kept[inner:]
-            copied = with_tensors(output, [t.detach().clone() for t in tensors(output)])
+            copied = with_tensors(output, [self._copied(t) for t in tensors(output)])
             self._kept.append(((caller, name, number), (key, copied)))
         if caller == LOSS:
             self.answers.update(self._kept)
             self._kept.clear()
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        learns = tensor.requires_grad or (self.all_learn and tensor.is_floating_point())
+        return tensor.detach().clone().requires_grad_(learns)
 
 
 def may_be_by_sample(output: Any, samples: int) -> bool:

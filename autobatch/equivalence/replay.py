@@ -181,13 +181,13 @@ class Replay:
         def rows_of(output: Any, axes: Axes, label: str) -> Any:
             found = []
             for index, (tensor, axis) in enumerate(zip(tensors(output), axes, strict=False)):
+                learns, tensor = tensor.requires_grad, tensor.detach()
                 part = tensor.clone() if axis is None else axis.cut(tensor, *span).clone()
-                if axis is not None and part.is_floating_point():
-                    if changed is not None:
-                        other = axis.cut(part, *changed)  # a view
-                        other.copy_(changed_values(other))
-                    part.requires_grad_(torch.is_grad_enabled())
-                    answered[f"{label}.{index}"] = (part, axis)
+                if axis is not None and changed is not None and part.is_floating_point():
+                    other = axis.cut(part, *changed)  # a view
+                    other.copy_(changed_values(other))
+                if axis is not None and learns and torch.is_grad_enabled():
+                    answered[f"{label}.{index}"] = (part.requires_grad_(), axis)
                     part = part * 1.0  # what runs next may write into it, but not into a leaf
                 found.append(part)
             return with_tensors(output, found)

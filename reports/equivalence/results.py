@@ -28,7 +28,8 @@ def is_right(record: Record) -> bool:
 
 def is_false(record: Record) -> bool:
     """Whether a case is called equivalent that is not: what must never happen."""
-    return record["outcome"] == "checked" and record["equivalent"] and not record["is_equivalent"]
+    called = record["outcome"] == "checked" and record["equivalent"] is True
+    return called and not record["is_equivalent"]
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:

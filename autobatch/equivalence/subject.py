@@ -150,7 +150,8 @@ class Subject:
             SampleError: no dimension of its tensors grows with the samples.
         """
         build = self.workload.batch
-        batch = map_tensors(self.cast, batch_of(build, samples))
+        # One tensor may be ids and labels: what is changed or read has to be one of them.
+        batch = map_tensors(lambda t: self.cast(t).clone(), batch_of(build, samples))
         layout = compared(batch, samples, batch_of(build, samples + 1), samples + 1)
         rows = rows_of(batch) if layout is None else Rows(batch, _needed(layout))
         if rows.size != samples:

@@ -70,7 +70,10 @@ def _gradients(case: Case, parts: Sequence[tuple[Any, float]], seed: int = 0) ->
         random.seed(seed)
         (loss(model, batch) * weight).backward()
     every = [*model.parameters(), *owned.parameters()]
-    return [_dense(p.grad) for p in every if p.grad is not None]
+    learned = [p for p in every if p.requires_grad]
+    if all(p.grad is None for p in learned):
+        return []
+    return [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in learned]
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from autobatch.workload.layout import Layout
 from autobatch.workload.tree import Path, leaves
 
-__all__ = ["IGNORED", "SUM", "shares", "tried_weights", "written"]
+__all__ = ["SUM", "shares", "tried_weights", "written"]
 
 SUM = "1"
 """The weight expression of a loss that is a sum, so that micro-batches are added unweighted."""

@@ -16,12 +16,12 @@ NAMES = """
 """.split()
 
 PLAN = """
-    accumulation_steps allowed_bytes budget_bytes ceiling ceiling_at_least ceiling_footprint
-    ceiling_likelihood created curve effective_batch executions footprint from_json gpu headroom
-    is_sharded likelihood load method micro_batch model ooms others_bytes otherwise proven report
-    save scale_lr seconds sharding slack_bytes split target timeline to_accelerate to_deepspeed
-    to_env to_json to_lightning to_training_arguments to_yaml trials versions warnings windows
-    world_size
+    accumulation_steps allowed_bytes batch_dims budget_bytes ceiling ceiling_at_least
+    ceiling_footprint ceiling_likelihood created curve effective_batch executions footprint
+    from_json gpu headroom is_sharded likelihood load method micro_batch model ooms others_bytes
+    otherwise proven report save scale_lr seconds sharding slack_bytes split target timeline
+    to_accelerate to_deepspeed to_env to_json to_lightning to_training_arguments to_yaml trials
+    versions warnings windows world_size
 """.split()
 
 

@@ -330,7 +330,7 @@ class Replicas(_Group):
             model, module = self._model, self._model.module
             model.module = _Zeros(module, missing)
             try:
-                model().backward()
+                model(missing[0].detach()).backward()  # DDP moves inputs, and expects one
             finally:
                 model.module = module
         elif missing:
@@ -352,7 +352,7 @@ class _Zeros(nn.Module):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         return self._of[0].named_buffers(*args, **kwargs)
 
-    def forward(self) -> Tensor:
+    def forward(self, _: Tensor) -> Tensor:
         return _zero_of(self._of[1])
 
 

@@ -45,7 +45,8 @@ class Watch:
 
     def __init__(self, *, shows_gradients: bool = True, moves: bool = False) -> None:
         self._shows = shows_gradients
-        self._moves = moves
+        self._may_move = moves
+        self._moves = moves  # whether all is looked at, before and after every backward pass
         self._is_thorough = True  # until a window has shown that its gradients need less
         self._writes: frozenset[int] = frozenset()  # parameters that a forward pass writes to
         self._parameters: list[Tensor] = []
@@ -66,7 +67,11 @@ class Watch:
         if parameters is not self._parameters:
             self._parameters = parameters
             self._is_thorough = True
-        self._at_start = versions(parameters) if self._is_thorough else None
+        if self._is_thorough:
+            self._at_start = versions(parameters)
+            self._moves = self._may_move or any(map(_has_hooks, parameters))
+        else:
+            self._at_start = None
         self._values = None
         self._gradients, self._held, self._versions = [], [], []
         self._passes, self._adds = 0, True
@@ -88,8 +93,10 @@ class Watch:
                 self._writes = frozenset(at for at, (a, b) in enumerate(pairs) if a != b)
             if any(map(is_not, map(_gradient, self._parameters), repeat(None))):
                 raise _changed("were there before its first window.backward(loss)")
-        elif self._is_thorough:
+        elif self._moves:
             self._check()
+        elif self._is_thorough and versions(self._held) != self._versions:
+            raise _changed("were changed between two calls of window.backward(loss)")
 
     def after_backward(self, *, averaged: bool) -> None:
         """Remember the gradients as this backward pass left them.
@@ -98,12 +105,14 @@ class Watch:
             averaged: whether it replaced them by averages over the ranks.
         """
         self._passes += 1
-        if averaged or self._is_thorough or not self._gradients:
-            is_first, before, held = not self._gradients, self._versions, self._held
+        if averaged or self._moves or not self._gradients:
             self._remember()
-            if not (averaged or is_first):
-                added = [version + 1 for version in before]
-                self._adds &= added == self._versions and all(map(is_, held, self._held))
+        elif self._is_thorough:
+            expected = [version + 1 for version in self._versions]
+            if len(self._held) < len(self._parameters):
+                self._remember_new()
+            self._versions, self._passes = versions(self._held), 0
+            self._adds &= self._versions == expected
 
     def before_move(self) -> None:
         """Check gradients before they are averaged or moved, after which they are others.
@@ -124,6 +133,15 @@ class Watch:
         self._held = [gradient for gradient in self._gradients if gradient is not None]
         self._versions = versions(self._held)
         self._passes = 0
+        if self._is_thorough and any(g.layout is not torch.strided for g in self._held):
+            self._moves = True
+
+    def _remember_new(self) -> None:
+        """Remember gradients of parameters that this backward pass was the first to reach."""
+        for at, gradient in enumerate(map(_gradient, self._parameters)):
+            if gradient is not None and self._gradients[at] is None:
+                self._gradients[at] = gradient
+                self._held.append(gradient)
 
     def _check(self) -> None:
         """Check that gradients are the same tensors, changed by as many backward passes."""
@@ -150,13 +168,7 @@ class Watch:
             self._check_values(now)
         if self._shows and self._parameters and not self._held:
             self._note_no_gradients()
-        self._is_thorough = (
-            self._moves
-            or not self._adds
-            or self._is_one_missing()
-            or any(gradient.layout is not torch.strided for gradient in self._held)
-            or any(map(_has_hooks, self._parameters))
-        )
+        self._is_thorough = self._moves or not self._adds or self._is_one_missing()
         self._gradients = []  # what happens to them now is the user's
 
     def _is_one_missing(self) -> bool:

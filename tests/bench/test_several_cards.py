@@ -26,3 +26,7 @@ def test_ranks_meet_train_under_ddp_and_fsdp2_and_agree_on_a_plan() -> None:
     first, second = found["plans"]
     assert first == second
     assert any("this is the plan of rank 1, which holds least" in w for w in first["warnings"])
+    first, second = found["windows"]
+    assert first[:2] == ["(4, 2, 2, 4, 4)", "(4, 4, 4, 4)"] and second[:2] == ["(4, 4, 4, 4)"] * 2
+    assert first[-1].startswith("a micro-batch of one sample runs out of memory")
+    assert second[-1].startswith("rank 0 cannot go on") and first[-1] in second[-1]

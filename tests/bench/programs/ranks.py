@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,34 @@ def planned(rank: int) -> dict[str, object]:
     return {"sizes": plan.to_json(), "warnings": plan.warnings}
 
 
+def windows(rank: int) -> list[str]:
+    """Train windows of which one runs out of memory, then let rank 0 fail for good."""
+    model = nn.parallel.DistributedDataParallel(layers()[:1].cuda(), device_ids=[rank])
+    optimizer = torch.optim.AdamW(model.parameters())
+    seen: list[int] = []
+    said: list[str] = []
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        if rank == 0 and (len(seen) == 2 or len(seen) > 12):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return model(batch).square().mean()
+
+    batches = torch.zeros(32, WIDTH, device="cuda").split(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for window in autobatch.windows(
+                [*batches, *batches], optimizer, micro_batch=4, accumulation_steps=4, model=model
+            ):
+                window.run(loss)
+                window.step()
+                said.append(str(window.micro_batches))
+        except autobatch.AutobatchError as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     local = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(local)
@@ -81,6 +110,8 @@ def main() -> None:
     }
     found["plans"] = [None] * world
     dist.all_gather_object(found["plans"], planned(rank))
+    found["windows"] = [None] * world
+    dist.all_gather_object(found["windows"], windows(local))
     dist.destroy_process_group()
     if rank == 0:
         tell(found)

@@ -9,9 +9,9 @@ tensor at its end, changed once by each pass after the first. Where the first wi
 does not hold (a parameter that not every micro-batch reaches, sparse gradients, hooks), gradients
 are looked at before and after every backward pass, which costs more.
 
-Reading two counters of a parameter costs a tenth of a microsecond, and several where it has left the
-processor's cache. Of models with many parameters whose first window showed nothing, the gradients of
-some are therefore looked at in each window, others in the next; the values of all, every time.
+Reading what a parameter counts takes a tenth of a microsecond, and several where it has left the
+processor's cache. Of models with many parameters whose first window showed nothing, the gradients
+of some are therefore looked at in each window, of others in the next; the values of all, always.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterable
 from itertools import repeat
 from operator import attrgetter, is_, is_not
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from autobatch.errors import AutobatchWarning, WorkloadError
 __all__ = ["Watch", "versions"]
 
 _version, _gradient = attrgetter("_version"), attrgetter("grad")
+_hooks, _layout = attrgetter("_post_accumulate_grad_hooks"), attrgetter("layout")
 
 _MANY, _SOME = 64, 32
 
@@ -75,7 +75,7 @@ class Watch:
             self._parameters, self._is_new = parameters, True
         if self._is_new:
             self._is_thorough = len(parameters) < _MANY
-            self._moves = self._may_move or any(map(_has_hooks, parameters))
+            self._moves = self._may_move or any(map(_hooks, parameters))
         self._at_start = versions(parameters) if self._is_new or self._is_thorough else None
         self._looked_at = self._chosen()
         self._values = None
@@ -146,7 +146,7 @@ class Watch:
         self._held = [gradient for gradient in self._gradients if gradient is not None]
         self._versions = versions(self._held)
         self._passes = 0
-        if self._is_new and any(g.layout is not torch.strided for g in self._held):
+        if self._is_new and any(map(is_not, map(_layout, self._held), repeat(torch.strided))):
             self._moves = True
 
     def _remember_new(self) -> None:
@@ -203,7 +203,7 @@ class Watch:
             )
 
     def _note_no_gradients(self) -> None:
-        if any(map(_has_hooks, self._parameters)):
+        if any(map(_hooks, self._parameters)):
             raise WorkloadError(
                 "hooks of the backward pass take the gradients away, so that a window cannot add "
                 "them up: step and drop them once, with window.step()"
@@ -214,10 +214,6 @@ class Watch:
             AutobatchWarning,
             stacklevel=5,
         )
-
-
-def _has_hooks(parameter: Any) -> bool:
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _changed(what: str) -> WorkloadError:

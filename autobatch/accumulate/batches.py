@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from autobatch.errors import AutobatchWarning, SampleError
 from autobatch.workload.layout import Layout
 from autobatch.workload.sample import BatchDims, Rows, rows_of
-from autobatch.workload.tree import is_array, leaves, map_leaves
+from autobatch.workload.tree import is_array, leaves
 
 __all__ = ["Count", "Cut", "Piece", "Pieces", "Position", "Reader", "handed"]
 
@@ -104,12 +104,31 @@ class Reader:
     def _layout(self, batch: Any) -> Layout:
         """Read the layout of a batch, or take that of the last one, which had the same shapes."""
         shapes = _shapes(batch)
-        if shapes is not None and self._last and self._last[0][0] == shapes:
+        if self._last and shapes is not None and self._last[0][0] == shapes:
             return self._last[0][1]
-        layout = rows_of(batch, batch_dims=self.batch_dims).layout
-        if shapes is not None and layout.is_told_by_shapes:
-            self._last[:] = [(shapes, layout)]
+        layout = self._as_before(batch) or rows_of(batch, batch_dims=self.batch_dims).layout
+        if layout.is_made_of_rows:
+            self._last[:] = [(shapes if layout.is_told_by_shapes else None, layout)]
         return layout
+
+    def _as_before(self, batch: Any) -> Layout | None:
+        """Read a batch as the last one, if it has the same tensors; None where that fits not.
+
+        A last batch of one sample could be read in more ways than those before it.
+        """
+        if not self._last:
+            return None
+        known = self._last[0][1]
+        found = {path: leaf for path, leaf in leaves(batch, stop=known.stop) if is_array(leaf)}
+        sizes = {path: leaf.shape[known.dim(path)] for path, leaf in found.items()
+                 if path in known.roles and leaf.ndim > known.dim(path)}  # fmt: skip
+        others = {path for path, leaf in found.items() if leaf.ndim and path not in known.roles}
+        if len(set(sizes.values())) != 1 or sizes.keys() != known.roles.keys():
+            return None
+        if others - known.rest - known.whole:
+            return None
+        size = next(iter(sizes.values()))
+        return replace(known, size=size) if size else None
 
 
 def _cut(batch: Any, layout: Layout, start: int, stop: int) -> Any:
@@ -165,13 +184,16 @@ def handed(batch: Any) -> tuple[Any, list[Tensor]]:
     if kind in (tuple, list) and set(map(type, batch)) == _TENSORS:
         return kind(batch), list(batch)
     found: list[Tensor] = []
-
-    def own(_: Any, leaf: Any) -> Any:
+    shared: dict[int, Any] = {}
+    for _, leaf in leaves(batch):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        return copy.deepcopy(leaf) if type(leaf) in (list, dict, set) else leaf
-
-    return map_leaves(own, batch), found
+        if type(leaf) not in (list, dict, set):
+            shared[id(leaf)] = leaf
+    try:
+        return copy.deepcopy(batch, shared), found
+    except Exception:  # an object of the user's that cannot be copied
+        return batch, found
 
 
 class Pieces:

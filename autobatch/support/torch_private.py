@@ -45,6 +45,7 @@ __all__ = [
     "ProfiledEvent",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "check_reduced",
     "clear_cublas_workspaces",
     "cudnn_bindings",
     "current_autograd_node",
@@ -63,7 +64,9 @@ __all__ = [
     "private_use_1_name",
     "record_memory_history",
     "register_private_use_1",
+    "replicated_parameters",
     "run_backward",
+    "shard_groups",
     "storage_use_count",
     "subclasses",
     "torch_version",
@@ -185,6 +188,34 @@ def is_made_of_ops(op: OpOverload) -> bool:
 def is_memory_history_on() -> bool:
     """Whether the CUDA allocator records its events; for CUDA builds."""
     return bool(torch._C._cuda_isHistoryEnabled())
+
+
+def check_reduced(model: Any) -> None:
+    """Check that DistributedDataParallel has averaged everything that its last pass prepared.
+
+    Raises:
+        RuntimeError: it waits for gradients that did not come.
+    """
+    with _known("DistributedDataParallel of "):
+        check = model._check_reducer_finalized
+    check()
+
+
+def replicated_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters whose gradients DistributedDataParallel averages, since it was made."""
+    with _known("DistributedDataParallel of "):
+        return list(model._module_parameters)
+
+
+def shard_groups(module: Any) -> list[Any]:
+    """Return the groups of parameters that an FSDP2 module gathers and reduces together.
+
+    They have `gradient_divide_factor`, and `fsdp_params` with `unsharded_accumulated_grad`.
+    """
+    with _known("FSDP2 of "):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        return [state._fsdp_param_group] if groups is None else list(groups)
 
 
 def found_infinite(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

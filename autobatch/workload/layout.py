@@ -111,13 +111,25 @@ class Layout:
     rest: frozenset[Path] = frozenset()
 
     @property
+    def is_made_of_rows(self) -> bool:
+        """Whether every sample is a row of tensors, and nothing else."""
+        is_plain = all(isinstance(role, int) for role in self.roles.values())
+        return is_plain and not (self.lists or self.objects or self.groups)
+
+    def dim(self, path: Path) -> int:
+        """Return the batch dimension of a tensor of a layout made of rows."""
+        role = self.roles[path]
+        assert isinstance(role, int)
+        return role
+
+    @property
     def is_told_by_shapes(self) -> bool:
         """Whether a batch of tensors of the same names and shapes has the same layout.
 
         Values of tensors that number their samples, and of counts, tell of flat rows.
         """
-        parts = (self.groups, self.lists, self.objects, self.rest)
-        return not any(parts) and not any(map(_is_named_index, self.roles))
+        is_plain = self.is_made_of_rows and not self.rest
+        return is_plain and not any(map(_is_named_index, self.roles))
 
     def first(self, samples: int) -> Layout:
         """Return the layout of a batch of the first samples."""
@@ -508,9 +520,12 @@ class _Reading:
             return votes.most_common(1)[0][0]
         if (counted := self._of_index(fields, votes)) is not None:
             return counted
-        if len(votes) > 1:
-            votes = Counter({size: n for size, n in votes.items() if size != 1}) or votes
+        is_one = len(votes) > 1 and 1 in votes
+        if is_one:
+            votes = Counter({size: n for size, n in votes.items() if size != 1})
         (size, most), *others = votes.most_common()
+        if is_one and self._may_be_one(fields, size):
+            raise self._asks(f"{size} samples or 1")
         for other, number in others:
             explains_all = all(_has_at(leaf, other) for leaf in fields.values())
             if number == most or explains_all or self._looks_like_index(fields, size, other):
@@ -518,6 +533,12 @@ class _Reading:
         if re.search(r"class.*weight|pos_weight", " ".join(map(dotted, fields))) and not others:
             raise self._asks(f"{size} samples, or as many classes")
         return size
+
+    def _may_be_one(self, fields: Mapping[Path, Any], size: int) -> bool:
+        """Say whether a batch of 1 lies beside a list of `size` numbers, such as class weights."""
+        of_size = [leaf for leaf in fields.values() if leaf.shape[0] == size]
+        of_one = [leaf for leaf in fields.values() if leaf.shape[0] == 1]
+        return all(leaf.ndim == 1 for leaf in of_size) and any(leaf.ndim > 1 for leaf in of_one)
 
     def _of_index(self, fields: Mapping[Path, Any], votes: Counter[int]) -> int | None:
         """Return the number of samples by a tensor named as the index of each row's sample."""

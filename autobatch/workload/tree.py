@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -139,9 +140,29 @@ def _attributes(node: Any) -> Parts:
     return [(name, getattr(node, name)) for name in names if hasattr(node, name)]
 
 
+def _is_settled(node: Any) -> bool:
+    """Whether constructing a dataclass from its own fields gives the same fields.
+
+    One that normalises or pads in `__post_init__` would do so twice.
+    """
+    if not hasattr(type(node), "__post_init__"):
+        return True
+    try:
+        before, after = (dict(_attributes(one)) for one in (node, dataclasses.replace(node)))
+        return all(
+            torch.equal(value, after[name])
+            for name, value in before.items()
+            if isinstance(value, Tensor) and value is not after[name]
+        )
+    except Exception:  # made from other things than its fields, or its values are not known
+        return True
+
+
 def _rebuilt_record(node: Any, parts: list[Any]) -> Any:
     values = dict(zip((name for name, _ in _attributes(node)), parts, strict=True))
     try:
+        if not _is_settled(node):
+            raise ValueError("its fields are what was made of those that it was given")
         taken = {field.name for field in dataclasses.fields(node) if field.init}
         # Constructed, so that what `__post_init__` derives follows the new parts.
         result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})

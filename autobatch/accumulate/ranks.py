@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from autobatch.accumulate.watch import Watch
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.support.ranks import ranks_here
+from autobatch.support.torch_private import (
+    check_reduced,
+    drop_unreduced,
+    replicated_count,
+    shard_groups,
+    without_hooks,
+)
 from autobatch.workload.wrappers import is_data_parallel
 
 __all__ = ["Ranks", "Sync", "Tally", "group_of", "ranks_of"]
@@ -107,11 +114,25 @@ class Ranks:
         """
         return contextlib.nullcontext()
 
+    def begin_window(self, trained: list[Tensor]) -> None:
+        """Check what is averaged, and drop gradients that wait to be, outside of `.grad`.
+
+        Raises:
+            UsageError: gradients of trained parameters are not averaged, or by something else.
+        """
+
     def before_average(self) -> None:
         """Check that the backward pass that begins now averages, where it has to.
 
         Raises:
             WorkloadError: it does not, so that the ranks' parameters would drift apart.
+        """
+
+    def after_average(self) -> None:
+        """Check that the backward pass that just ended has averaged everything.
+
+        Raises:
+            WorkloadError: it has not.
         """
 
     def skip(self) -> None:
@@ -184,8 +205,11 @@ class _Group(Ranks):
     def give_up(self, error: BaseException, *, in_pass: bool) -> None:
         if isinstance(error, OtherRankError):
             return
-        if in_pass:
-            self._complete()
+        try:
+            if in_pass:
+                self._complete()
+        except Exception:  # such as a hook of the user's that fails again; the others have to know
+            self._is_done = True
         self._exchange(failure=f"{type(error).__name__}: {error}")
 
     def _complete(self) -> None:
@@ -223,6 +247,18 @@ class Replicas(_Group):
         # with either option DDP decides by itself which parameters a backward pass reaches
         self.recovers = self.skips = not (model.find_unused_parameters or model.static_graph)
         self._learns = self.alike = bool(model.static_graph)
+        # DDP averages what required gradients when it was made
+        ignored = model.parameters_to_ignore
+        named = model.module.named_parameters()
+        self._averaged = [p for name, p in named if p.requires_grad and name not in ignored]
+        if len(self._averaged) > (known := replicated_count(model)):
+            raise UsageError(
+                f"{len(self._averaged)} parameters require gradients, of which "
+                f"DistributedDataParallel averages {known}, as it was made before the others did: "
+                "unfreeze first, then wrap"
+            )
+        self._trained: list[Tensor] = []
+        self._asked: list[bool] = []
         self._averages = False
         self._is_done = False  # whether this window's average is
         # whether DDP's forward pass has begun and ended since the last backward pass
@@ -272,7 +308,28 @@ class Replicas(_Group):
             yield
         self._is_done = last
 
+    def begin_window(self, trained: list[Tensor]) -> None:
+        asked = [p.requires_grad for p in trained]
+        if trained is not self._trained or asked != self._asked:
+            self._trained, self._asked = trained, asked
+            _check_averaged(trained, self._model, averaged=self._averaged)
+
+    def after_average(self) -> None:
+        try:
+            check_reduced(self._model)
+        except RuntimeError as error:
+            raise WorkloadError(
+                "this backward pass did not reach all parameters that DistributedDataParallel "
+                "averages, so that their gradients are those of this rank alone: give it "
+                "find_unused_parameters=True, or let every micro-batch reach all of them"
+            ) from error
+
     def before_average(self) -> None:
+        if not self._model.require_backward_grad_sync:
+            raise WorkloadError(
+                "this backward pass would not be averaged over the ranks: take no_sync() away from "
+                "around the windows, which use it themselves"
+            )
         if not self._left:
             raise WorkloadError(
                 "this backward pass would not be averaged over the ranks, because no forward pass "
@@ -282,9 +339,7 @@ class Replicas(_Group):
         self._left = False
 
     def _parameters(self) -> list[nn.Parameter]:
-        ignored = self._model.parameters_to_ignore
-        named = self._model.module.named_parameters()
-        return [p for name, p in named if p.requires_grad and name not in ignored]
+        return [p for p in self._averaged if p.requires_grad]
 
     def end_window(self) -> None:
         self._learns = self.alike = False
@@ -316,7 +371,8 @@ class Replicas(_Group):
         prepared = self._averages and self._left
         if not prepared:
             self._note_synchronised()
-        self._average_zeros(prepared=prepared)
+        with without_hooks(self._parameters()):  # one of them may be what failed
+            self._average_zeros(prepared=prepared)
         self._is_done = True
 
     def _average_zeros(self, *, prepared: bool) -> None:
@@ -326,6 +382,8 @@ class Replicas(_Group):
         touches the parameters.
         """
         missing = [p for p in self._parameters() if p not in self._reached]
+        if not missing:
+            return
         if not prepared:
             model, module = self._model, self._model.module
             model.module = _Zeros(module, missing)
@@ -333,7 +391,7 @@ class Replicas(_Group):
                 model(missing[0].detach()).backward()  # DDP moves inputs, and expects one
             finally:
                 model.module = module
-        elif missing:
+        else:
             _zero_of(missing).backward()
 
 
@@ -372,17 +430,34 @@ class Shards(_Group):
     def __init__(self, modules: list[Any], group: dist.ProcessGroup | None, sync: Sync) -> None:
         super().__init__(group)
         self._modules = modules
+        self._groups = [group for m in modules for group in shard_groups(m)]
         self._sync = sync
         self.shows_gradients = sync == "each"
 
     @contextlib.contextmanager
     def syncing(self, last: bool, *, watched: bool) -> Iterator[None]:
         """Run one micro-batch, with or without reduction."""
-        self._set(last or self._sync == "each")
+        self._reduces = self.averages(last)
+        self._set(self._reduces)
         try:
             yield
         finally:
             self._set(True)
+
+    def begin_window(self, trained: list[Tensor]) -> None:
+        for group in self._groups:
+            if group.gradient_divide_factor is not None:
+                raise UsageError(
+                    "set_gradient_divide_factor changes by what FSDP2 divides gradients, which a "
+                    "window relies on: leave it as it is"
+                )
+            # what a window that was left, or a backward pass of the user's, did not reduce
+            drop_unreduced(group)
+
+    def before_average(self) -> None:
+        self._set(True)
+        for module in self._modules:
+            module.set_is_last_backward(True)
 
     def averages(self, last: bool) -> bool:
         return last or self._sync == "each"
@@ -437,7 +512,7 @@ def ranks_of(
     whole: Any = getattr(model, "_orig_mod", model)
     if is_data_parallel(whole):
         replicas = Replicas(whole, group)
-        _check_averaged(trained, model, averaged=replicas._parameters())
+        _check_averaged(trained, model, averaged=replicas._averaged)
         return replicas
     sharded = _sharded_modules(whole)
     if sharded:

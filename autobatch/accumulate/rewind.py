@@ -11,12 +11,19 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Mark", "Rewind"]
+
+Kept: TypeAlias = "tuple[nn.Module, str, Tensor, Tensor]"
+"""A module, the name of a buffer of its, the buffer and a copy of it."""
+
+_SMALL = 4096
+"""Elements up to which buffers are copied, whether or not the first window changed them."""
 
 
 @dataclass(slots=True)
@@ -30,7 +37,7 @@ class Mark:
         random: sets the random states.
     """
 
-    buffers: list[Tensor]
+    buffers: list[Kept]
     gradients: list[tuple[Tensor, Tensor | None]]
     random: tuple[Callable[[], None], ...]
 
@@ -38,8 +45,8 @@ class Mark:
 class Rewind:
     """Notes what a pass changes, and puts it back.
 
-    Which buffers a pass changes is learned in the first window, of which all are copied to host
-    memory; after that, only those are copied, where they are.
+    Which large buffers a pass changes is learned in the first window, of which all are copied to
+    host memory; after that, only those are copied, and the small ones.
 
     Args:
         model: whose buffers and leaves they are; None where it is not known. Leaves are also found
@@ -48,13 +55,14 @@ class Rewind:
     """
 
     def __init__(self, model: nn.Module | None, trained: Iterable[Tensor]) -> None:
-        self._buffers = list(model.buffers()) if model is not None else []
-        self._running: list[Tensor] | None = None
+        self._model = model
         self._known = set(map(id, trained))
         self._others: list[weakref.ref[Tensor]] = []
         for parameter in model.parameters() if model is not None else ():
             self._add(parameter)
         self._has_searched = False
+        self._is_learned = False
+        self._running: set[tuple[int, str]] = set()  # large ones that passes change
 
     def begin(self) -> Mark:
         """Mark the beginning of a window."""
@@ -63,19 +71,35 @@ class Rewind:
         return Mark(self.buffers(), gradients, _random_states())
 
     def end(self, mark: Mark) -> None:
-        """Learn from a whole window which buffers a pass changes.
+        """Learn from a whole window which large buffers a pass changes.
 
         Their values tell, as batch norms write to theirs without counting a change.
         """
-        if self._running is None:
-            pairs = zip(self._buffers, mark.buffers, strict=True)
-            self._running = [b for b, before in pairs if not torch.equal(b.detach().cpu(), before)]
+        if not self._is_learned:
+            self._is_learned = True
+            for module, name, _, copy in mark.buffers:
+                now = module._buffers.get(name)
+                if now is None or not torch.equal(now.detach().cpu(), copy):
+                    self._running.add((id(module), name))
 
-    def buffers(self) -> list[Tensor]:
-        """Return copies of the buffers that passes change."""
-        if self._running is None:
-            return [buffer.detach().to("cpu", copy=True) for buffer in self._buffers]
-        return [buffer.detach().clone() for buffer in self._running]
+    def buffers(self) -> list[Kept]:
+        """Return copies of the buffers that passes may change, by the module that has them."""
+        if self._model is None:
+            return []
+        return [
+            (module, name, buffer, self._copied(buffer))
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not is_lazy(buffer) and self._is_copied(module, name, buffer)
+        ]
+
+    def _is_copied(self, module: nn.Module, name: str, buffer: Tensor) -> bool:
+        is_small = buffer.numel() <= _SMALL
+        return is_small or not self._is_learned or (id(module), name) in self._running
+
+    def _copied(self, buffer: Tensor) -> Tensor:
+        buffer = buffer.detach()
+        return buffer.clone() if self._is_learned else buffer.to("cpu", copy=True)
 
     def search(self, loss: Tensor, mark: Mark) -> None:
         """Find the leaves that the first of all losses reaches, and add them to the mark."""
@@ -94,11 +118,11 @@ class Rewind:
         for put_back in mark.random:
             put_back()
 
-    def restore_buffers(self, copies: Iterable[Tensor]) -> None:
-        """Put back the buffers that passes change."""
-        running = self._buffers if self._running is None else self._running
+    def restore_buffers(self, kept: Iterable[Kept]) -> None:
+        """Put back buffers, those that were replaced too."""
         with torch.no_grad():
-            for buffer, copy in zip(running, copies, strict=True):
+            for module, name, buffer, copy in kept:
+                module._buffers[name] = buffer
                 buffer.copy_(copy)
 
     def _add(self, leaf: Tensor) -> bool:

@@ -73,6 +73,8 @@ class Updater:
         self._clip_norm = clip_norm
         self._guarded = guarded
         self._written: Written | None = None
+        self._hooked: set[int] = set()  # optimizers whose steps are noticed
+        self._stepped: set[int] = set()
         self._sizes: list[tuple[int, int]] = []
         self._parameters: list[Tensor] = []
         self.is_open = False
@@ -91,7 +93,8 @@ class Updater:
     def guarding(self) -> Iterator[None]:
         """Refuse steps of the optimizers that are not the window's own, while windows run."""
 
-        def refuse(*_: Any) -> None:
+        def refuse(optimizer: Any, *_: Any) -> None:
+            self._stepped.add(id(optimizer))
             if self.is_open:
                 raise WorkloadError(
                     "optimizer.step() was called while a window adds up its gradients: leave the "
@@ -103,10 +106,12 @@ class Updater:
                 register = getattr(optimizer, "register_step_pre_hook", None)
                 if register is not None:
                     stack.enter_context(register(refuse))
+                    self._hooked.add(id(optimizer))
             try:
                 yield
             finally:
                 self.is_open = False
+                self._hooked.clear()
 
     def zero(self) -> None:
         """Drop the gradients; the window ends."""
@@ -114,7 +119,7 @@ class Updater:
         for optimizer in self.optimizers:
             if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
                 continue  # what that does to each parameter is done below, in a quarter of the time
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -151,7 +156,7 @@ class Updater:
     def _unscale(self, scaler: torch.amp.GradScaler) -> bool:
         """Unscale all gradients; return whether one of them is not finite."""
         for optimizer in self.optimizers:
-            self._on_gradients(partial(scaler.unscale_, optimizer), "unscaling")
+            self._on_gradients(partial(_unscaled, scaler, optimizer), "unscaling")
         return any(found_infinite(scaler, optimizer) for optimizer in self.optimizers)
 
     def _clip(self) -> Tensor | None:
@@ -222,11 +227,21 @@ class Updater:
 
     def _step_all(self) -> None:
         self.is_open = False
+        self._stepped.clear()
         try:
             for optimizer in self.optimizers:
                 optimizer.step()
         finally:
             self.is_open = True
+        for optimizer in self.optimizers:
+            one = id(innermost(optimizer))
+            skipped = getattr(optimizer, "step_was_skipped", False)  # by a scaler of accelerate's
+            if one in self._hooked - self._stepped and not skipped:
+                raise WorkloadError(
+                    f"the step of {type(optimizer).__name__} did nothing: take accelerate's "
+                    "accumulate() away from around the windows, and prepare with "
+                    "gradient_accumulation_steps=1"
+                )
 
     def _take_back(self, before: Written, shortage: Shortage) -> None:
         """Undo an update that was cut short.
@@ -247,6 +262,15 @@ class Updater:
                 "such an update back"
             )
         before.restore()
+
+
+def _unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Unscale the gradients of an optimizer, unless the user did, to clip them himself."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
 
 
 def _has_state(optimizer: Any) -> bool:

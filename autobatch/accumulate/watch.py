@@ -23,6 +23,7 @@ from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from autobatch.errors import AutobatchWarning, WorkloadError
 
@@ -31,7 +32,7 @@ __all__ = ["Watch", "versions"]
 _version, _gradient = attrgetter("_version"), attrgetter("grad")
 _hooks, _layout = attrgetter("_post_accumulate_grad_hooks"), attrgetter("layout")
 
-_MANY, _SOME = 64, 32
+_MANY, _SOME, _NORMED = 64, 32, 4
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -55,9 +56,11 @@ class Watch:
         self._is_thorough = False  # whether each backward pass is looked at
         self._window = 0
         self._looked_at: list[Tensor] = []  # parameters whose gradients are, in this window
-        self._writes: frozenset[int] = frozenset()  # parameters that a forward pass writes to
+        self._writes: set[int] = set()  # parameters that a forward pass writes to
         self._parameters: list[Tensor] = []
-        self._at_start: list[int] | None = None
+        self._before_forward: list[int] | None = None
+        self._norms: list[Tensor] = []
+        self._value_norms: list[Tensor] = []
         self._values: list[int] | None = None
         self._gradients: list[Tensor | None] = []
         self._held: list[Tensor] = []
@@ -76,10 +79,11 @@ class Watch:
         if self._is_new:
             self._is_thorough = len(parameters) < _MANY
             self._moves = self._may_move or any(map(_hooks, parameters))
-        self._at_start = versions(parameters) if self._is_new or self._is_thorough else None
+            self._writes = set()
+        self._before_forward = versions(parameters) if self._is_new or self._is_thorough else None
         self._looked_at = self._chosen()
         self._values = None
-        self._gradients, self._held, self._versions = [], [], []
+        self._gradients, self._held, self._versions, self._norms = [], [], [], []
         self._passes, self._adds = 0, True
         return any(map(is_not, map(_gradient, self._looked_at), repeat(None)))
 
@@ -100,16 +104,18 @@ class Watch:
         """
         if self._values is None:
             self._values = versions(self._parameters)
-            if self._at_start is not None:
-                pairs = zip(self._at_start, self._values, strict=True)
+            if self._before_forward is not None:
                 # Embedding's max_norm, for instance, is applied to the weight itself
-                self._writes = frozenset(at for at, (a, b) in enumerate(pairs) if a != b)
+                pairs = zip(self._before_forward, self._values, strict=True)
+                self._writes |= {at for at, (a, b) in enumerate(pairs) if a != b}
+            self._value_norms = _norms(self._parameters) if self._is_new else []
             if any(map(is_not, map(_gradient, self._looked_at), repeat(None))):
-                raise _changed("were there before its first window.backward(loss)")
+                raise _changed("were there before its first window.backward")
         elif self._moves:
             self._check()
         elif self._is_thorough and versions(self._held) != self._versions:
-            raise _changed("were changed between two calls of window.backward(loss)")
+            raise _changed("were changed between two calls of window.backward")
+        self._check_norms()
 
     def after_backward(self, *, averaged: bool) -> None:
         """Remember the gradients as this backward pass left them.
@@ -126,6 +132,7 @@ class Watch:
                 self._remember_new()
             self._versions, self._passes = versions(self._held), 0
             self._adds &= self._versions == expected
+        self._norms = _norms(self._held) if self._is_new and not self._moves else []
 
     def before_move(self) -> None:
         """Check gradients before they are averaged or moved, after which they are others.
@@ -140,6 +147,7 @@ class Watch:
         """Remember the gradients where they are now."""
         if self._gradients:
             self._remember()
+            self._norms = []
 
     def _remember(self) -> None:
         self._gradients = list(map(_gradient, self._looked_at))
@@ -158,14 +166,31 @@ class Watch:
 
     def _check(self) -> None:
         """Check that gradients are the same tensors, changed by as many backward passes."""
-        if not all(map(is_, self._gradients, map(_gradient, self._looked_at))):
-            raise _changed("were dropped or replaced between two calls of window.backward(loss)")
+        now_there = list(map(_gradient, self._looked_at))
+        if not all(map(is_, self._gradients, now_there)):
+            self._adds = False
+            pairs = zip(self._gradients, now_there, strict=True)
+            if any(before is not None and before is not now for before, now in pairs):
+                raise _changed("were dropped or replaced between two calls of window.backward")
+            self._remember_new()
         now, passes = versions(self._held), self._passes
         expected = [version + passes for version in self._versions] if passes else self._versions
         if now != expected:
             self._adds = False
-            if any(found > most for found, most in zip(now, expected, strict=True)):
-                raise _changed("were changed between two calls of window.backward(loss)")
+            # those that were reached late are at the end of the list
+            if any(found > most for found, most in zip(now, expected)):  # noqa: B905
+                raise _changed("were changed between two calls of window.backward")
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        """Check values themselves in the first window, as writes through `.data` are not counted.
+
+        A few tensors tell: what is left in a loop is done to all of them.
+        """
+        if self._norms:
+            now = _norms(self._held)
+            if not all(map(_is_same, self._norms, now)):
+                raise _changed("were changed through .data between two calls of window.backward")
 
     def end(self) -> None:
         """Check once more when the last micro-batch has ended, and learn how to look.
@@ -179,11 +204,20 @@ class Watch:
         self._check()
         if now != self._values:
             self._check_values(now)
+        elif not all(map(_is_same, self._value_norms, self._norms_now())):
+            raise _written(1, len(now))
         if self._shows and self._parameters and not self._held:
             self._note_no_gradients()
         self._is_thorough = self._moves or not self._adds or self._is_one_missing()
         self._is_new = False
-        self._gradients, self._held = [], []  # what happens to them now is the user's
+        self._gradients, self._held, self._norms = (
+            [],
+            [],
+            [],
+        )  # what happens to them now is the user's
+
+    def _norms_now(self) -> list[Tensor]:
+        return _norms(self._parameters) if self._value_norms else []
 
     def _is_one_missing(self) -> bool:
         """Whether a parameter has no gradient that a later micro-batch may give it."""
@@ -194,13 +228,12 @@ class Watch:
     def _check_values(self, now: list[int]) -> None:
         assert self._values is not None
         pairs = zip(self._values, now, strict=True)
-        changed = [at for at, (a, b) in enumerate(pairs) if a != b and at not in self._writes]
+        changed = sum(
+            a != b and at not in self._writes and self._parameters[at].requires_grad
+            for at, (a, b) in enumerate(pairs)
+        )
         if changed:
-            raise WorkloadError(
-                f"{len(changed)} of {len(now)} parameters were changed while the window ran, so "
-                "its gradient is of no single model: leave optimizer.step() to window.step(), and "
-                "let no hook of a backward pass step an optimizer"
-            )
+            raise _written(changed, len(now))
 
     def _note_no_gradients(self) -> None:
         if any(map(_hooks, self._parameters)):
@@ -214,6 +247,27 @@ class Watch:
             AutobatchWarning,
             stacklevel=5,
         )
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the norms of the first and last tensors, if all are plain ones."""
+    some = [*tensors[:_NORMED], *tensors[_NORMED:][-_NORMED:]]
+    if not all(type(t) in (Tensor, Parameter) and t.is_floating_point() for t in some):
+        return []
+    with torch.no_grad():
+        return [tensor.norm() for tensor in some]
+
+
+def _is_same(before: Tensor, now: Tensor) -> bool:
+    return bool(((before == now) | (before.isnan() & now.isnan())).item())
+
+
+def _written(changed: int, parameters: int) -> WorkloadError:
+    return WorkloadError(
+        f"{changed} of {parameters} parameters were changed while the window ran, so its gradient "
+        "is of no single model: leave optimizer.step() to window.step(), and let no hook of a "
+        "backward pass step an optimizer"
+    )
 
 
 def _changed(what: str) -> WorkloadError:

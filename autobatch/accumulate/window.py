@@ -6,6 +6,7 @@ the whole window, on all ranks, however the window was cut; otherwise the window
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -100,7 +101,10 @@ class Training:
             self.backward(scaled, **({"retain_graph": True} if retain_graph else {}))
             return
         scaled = loss if scaler is None else scaler.scale(loss)
-        scaled.backward(self._seed(scaled, factor), retain_graph=retain_graph)
+        seed = self._seed(scaled, factor)
+        scaled.backward(seed, retain_graph=retain_graph)
+        if seed is not None and seed._version:  # a hook of the loss wrote to it
+            self._seeds.clear()
 
     def _seed(self, loss: Tensor, factor: float) -> Tensor | None:
         """Return the factor as the gradient that a backward pass begins with."""
@@ -115,6 +119,30 @@ class Training:
                 self._seeds.clear()
             seed = self._seeds[key] = torch.full((), factor, dtype=loss.dtype, device=loss.device)
         return seed.expand(loss.shape) if loss.dim() else seed
+
+    def check_unscaled(self, loss: Tensor, steps: int) -> None:
+        """Look at how a loss ends, in the first micro-batch: what windows do is not done twice.
+
+        Raises:
+            WorkloadError: it was scaled by the scaler.
+        """
+        node: Any = loss.grad_fn
+        other = getattr(node, "_saved_other", None)
+        if not isinstance(other, Tensor) or other.numel() != 1:
+            return
+        scaler = self.update.scaler
+        if scaler is not None and float(other) == scaler.get_scale() != 1:
+            raise WorkloadError(
+                "the loss was multiplied by the scaler's scale: give window.backward the loss as "
+                "it is, the scaler that was passed to the windows scales it"
+            )
+        if steps > 1 and node.name().startswith("Div") and float(other) == steps:
+            warnings.warn(
+                f"the loss was divided by {steps}, the number of micro-batches, which a window "
+                "does itself: take the division out, if it was for that",
+                AutobatchWarning,
+                stacklevel=4,
+            )
 
 
 class Window:
@@ -169,10 +197,13 @@ class Window:
         self._has_begun = False
         self._mark: Mark | None = None
         self._in_backward = False
+        self._is_broken = False  # a backward pass began and did not end
         self._is_left = False
+        self._is_whole = False  # all micro-batches have run, on all ranks
         self._shortages = 0
         self._smallest = largest
         self._loss: Tensor | None = None
+        self._skipped_samples = 0
         self._scale = 1.0  # what gradients were multiplied by, where micro-batches were skipped
 
     @property
@@ -206,17 +237,18 @@ class Window:
         ranks = self._training.ranks
         while self._todo:
             micro = self._todo.popleft()
-            with ranks.syncing(not self._todo, watched=False):
-                self._current, self._in_backward = micro, False
-                batch, tensors = handed(micro.piece.batch)
-                before = versions(tensors)
-                try:
+            try:
+                with ranks.syncing(not self._todo, watched=False):
+                    self._current, self._in_backward = micro, False
+                    batch, tensors = handed(micro.piece.batch)
+                    before = versions(tensors)
                     yield batch
-                except GeneratorExit:
-                    self._current, self._is_left = None, True
-                    raise
-                micro.wrote = versions(tensors) != before
-                self._end(micro)
+                    micro.wrote = versions(tensors) != before
+                    self._end(micro)
+            except GeneratorExit:
+                self._leave(micro)
+                raise
+        self._complete()
 
     def run(self, loss: Callable[[Any], Tensor]) -> None:
         """Run forward and backward of all micro-batches, split where memory runs out.
@@ -258,6 +290,7 @@ class Window:
             raise
         self._training.rewind.end(self._mark)
         self._mark = None
+        self._complete()
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Run the backward pass of the current micro-batch, with its share of the window's weight.
@@ -281,6 +314,7 @@ class Window:
             )
         if micro.is_skipped:
             raise WorkloadError("window.backward(loss) for a micro-batch that was skipped")
+        self._check_whole()
         loss = checked_loss(loss)
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # so that neither a scale nor a share is rounded
@@ -292,8 +326,13 @@ class Window:
         if averages:
             watch.before_move()
             ranks.before_average()
-        self._in_backward = True
+        if not self._ran and not micro.losses and self._number == 0:
+            training.check_unscaled(loss, len(self._todo) + 1)
+        self._in_backward = self._is_broken = True
         training.run_backward(loss, factor, retain_graph=retain_graph)
+        self._is_broken = False
+        if averages:
+            ranks.after_average()
         watch.after_backward(averaged=averages)
         micro.losses.append((loss.detach(), factor))
 
@@ -325,23 +364,28 @@ class Window:
         micro, ranks = self._current, self._training.ranks
         if self.stepped:
             raise WorkloadError("window.skip() after window.step(): the update is done")
+        if micro is not None:
+            self._check_whole()
         if not ranks.skips:
             raise UsageError(
                 "window.skip() under FSDP2, find_unused_parameters or static_graph, where the "
                 "other ranks wait for this one: give such samples no weight, with weight="
             )
         if micro is None:
-            if ranks.size > 1 and self._todo:
-                raise UsageError(
-                    "window.skip() after a break, while other ranks wait for this one: run the "
-                    "window to its end, and skip its micro-batches one by one"
-                )
             self._todo.clear()
             self._drop()
             return
         if micro.losses:
             raise WorkloadError("window.skip() after window.backward(loss) of the same micro-batch")
         micro.is_skipped = True
+
+    def _check_whole(self) -> None:
+        """Raise a WorkloadError after a backward pass that was cut short in a loop."""
+        if self._is_broken:
+            raise WorkloadError(
+                "a backward pass of this window failed halfway, so a part of its gradient is "
+                "there: break out of the window, and leave it by window.skip()"
+            )
 
     def again(self) -> None:
         """Drop the gradients, so that the same micro-batches can run once more before the update.
@@ -369,7 +413,7 @@ class Window:
         """
         if self.stepped:
             raise WorkloadError("window.again() after window.step(): the update is done")
-        if self._todo or self._current is not None or not self._ran:
+        if not self._is_whole:
             raise WorkloadError("window.again() before all micro-batches of the window have run")
         if any(micro.wrote for micro in self._ran):
             raise WorkloadError(
@@ -388,7 +432,7 @@ class Window:
         """
         if self.stepped:
             raise WorkloadError("window.step() was called twice")
-        if self._todo or self._current is not None or self._is_left:
+        if not self._is_whole or self._is_left:
             left = len(self._todo) + (self._current is not None or self._is_left)
             raise WorkloadError(
                 f"window.step() with {left} of {left + len(self._ran)} micro-batches left: call it "
@@ -396,13 +440,8 @@ class Window:
                 "window without an update"
             )
         training, ranks = self._training, self._training.ranks
-        skipped = [m for m in self._ran if m.is_skipped and not m.repeats]
-        weight, samples = ranks.sums(
-            math.fsum(micro.weight for micro in skipped), sum(m.piece.samples for m in skipped)
-        )
-        whole = self.weight
-        self.weight, self.samples = whole - weight, self.samples - int(samples)
-        if not self.samples or not self.weight:
+        self.samples -= self._skipped_samples
+        if not self._scale:
             warnings.warn(
                 f"window {self._number} has no update: all of its micro-batches were skipped",
                 AutobatchWarning,
@@ -410,10 +449,8 @@ class Window:
             )
             self._drop()
             return
+        self.weight /= self._scale
         try:
-            if weight:
-                self._rescale(whole / self.weight)
-            self._scale = whole / self.weight
             if ranks.size > 1:
                 self._loss = ranks.sum(self._total().double() / ranks.size)
             self.grad_norm, self.skipped = training.update(ranks.any)
@@ -439,12 +476,15 @@ class Window:
 
     def _begin_gradients(self) -> None:
         self._has_begun = True
+        self._is_broken = False
         update = self._training.update
+        self._training.ranks.begin_window(update.parameters)
         if self._training.watch.begin(update.parameters):
             update.zero()
         update.is_open = True
 
     def _end(self, micro: Micro) -> None:
+        self._check_whole()
         if micro.is_skipped:
             self._skipped_average()
         elif not micro.losses:
@@ -467,6 +507,35 @@ class Window:
             ranks.skip()
             watch.after_backward(averaged=True)
 
+    def _leave(self, micro: Micro) -> None:
+        """Note that the loop over micro-batches was left, maybe after its last backward pass."""
+        ranks = self._training.ranks
+        self._current, self._is_left = None, True
+        if ranks.size > 1:
+            error = WorkloadError(f"it left window {self._number} before the end of its loop")
+            ranks.give_up(error, in_pass=True)
+        elif micro.losses and not self._todo:  # as zip(range(n), window) leaves it
+            with contextlib.suppress(WorkloadError):
+                self._end(micro)
+                self._complete()
+                self._is_left = False
+
+    def _complete(self) -> None:
+        """Agree on what was skipped when all have run, and weight the gradients accordingly."""
+        ranks = self._training.ranks
+        skipped = [m for m in self._ran if m.is_skipped and not m.repeats]
+        weight, samples = ranks.sums(
+            math.fsum(micro.weight for micro in skipped), sum(m.piece.samples for m in skipped)
+        )
+        self._is_whole = True
+        if not samples:
+            return
+        self._skipped_samples, rest = int(samples), self.weight - weight
+        self._scale = self.weight / rest if rest > 0 else 0.0
+        for parameter in self._training.update.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self._scale)
+
     def _drop(self) -> None:
         """End the window without an update."""
         self._training.update.zero()
@@ -487,12 +556,6 @@ class Window:
         if not parts:  # every micro-batch of this rank was skipped
             return torch.zeros(())
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-    def _rescale(self, factor: float) -> None:
-        """Multiply the gradients, which were weighted as if nothing were skipped."""
-        for parameter in self._training.update.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
 
     def _pass(self, loss: Callable[[Any], Tensor]) -> bool:
         """Run what is left; return whether the gradients are spoiled and all must run again."""
@@ -524,6 +587,11 @@ class Window:
             before = versions(tensors)
             try:
                 value = loss(batch)
+                if micro.losses:
+                    raise WorkloadError(
+                        "the function given to window.run called window.backward: let it return "
+                        "the loss, run calls it"
+                    )
                 if not micro.is_skipped:
                     assert self._mark is not None
                     self._training.rewind.search(checked_loss(value), self._mark)
@@ -549,6 +617,8 @@ class Window:
         for micro in self._ran:
             micro.losses.clear()
             micro.is_skipped = False
+        self._is_whole, self._is_broken = False, False
+        self._scale, self._skipped_samples = 1.0, 0
         self._todo.extendleft(reversed(self._ran))
         self._ran.clear()
         self._begin_gradients()

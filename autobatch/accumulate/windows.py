@@ -86,14 +86,16 @@ class Windows:
         guard_update: bool = False,
         backward: Backward | None = None,
     ) -> None:
-        self.sizes = tuple(sizes)
-        if not self.sizes or any(isinstance(n, bool) or n != int(n) or n < 1 for n in self.sizes):
+        if not sizes or any(isinstance(n, bool) or n != int(n) or n < 1 for n in sizes):
             raise UsageError(f"the micro-batches are {sizes!r}: give whole numbers of at least 1")
+        self.sizes = tuple(map(int, sizes))
         if reduction not in ("mean", "sum"):
             raise UsageError(f"reduction is {reduction!r}: use 'mean' or 'sum', as the loss does")
         self._loader = loader
         self._reader = Reader(batch_dims=batch_dims, count=count, cut=cut)
         self._drop_last = drop_last
+        if backward is not None:
+            _check_backward(backward)
         update = Updater(
             _listed(optimizer),
             schedulers=_listed(scheduler),
@@ -245,6 +247,11 @@ class Windows:
                 "the loader of a rank has no samples, or none that weigh anything: give every rank "
                 "a part of the data, as DistributedSampler does"
             )
+        if len(micros) == 0 and spare.wrote:
+            raise UsageError(
+                "the loader of a rank ended before the others', and the micro-batch that it runs "
+                "again for them, with a weight of 0, was written to in place: write to copies"
+            )
         needed = total.micro_batches if self._training.ranks.alike else 1
         missing = max(0, needed - len(micros))
         return [*(Micro(spare.piece, 0.0, True) for _ in range(missing)), *micros]
@@ -362,7 +369,28 @@ def planned_windows(
     return Windows(loader, optimizer, sizes=plan.split.windows[rank], **chosen)
 
 
+def _check_backward(backward: Backward) -> None:
+    """Check that what runs a backward pass in place of PyTorch's adds to gradients what it would.
+
+    Raises:
+        UsageError: it makes them smaller, as accelerate's does with gradient accumulation.
+    """
+    leaf = torch.ones((), requires_grad=True)
+    try:
+        backward(leaf * 1.0)
+    except Exception:  # it takes losses of its own models alone
+        return
+    given = 0.0 if leaf.grad is None else float(leaf.grad)
+    if 0 < given < 1:
+        raise UsageError(
+            f"the function given as backward= multiplies gradients by {given:g}: prepare it "
+            "without gradient accumulation of its own (gradient_accumulation_steps=1)"
+        )
+
+
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
+    if isinstance(value, dict):
+        return list(value.values())
     return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autobatch.accumulate.watch import versions
 from autobatch.workload.optimizers import innermost, parameters_of
+from autobatch.workload.tree import is_array
 
 __all__ = ["Written"]
 
@@ -131,7 +132,7 @@ def _moved(tensor: Tensor, alias: Tensor) -> bool:
 
 
 class _Reached:
-    """The tensors and containers that optimizers reach, modules and functions left out."""
+    """The tensors and containers that optimizers reach, functions left out."""
 
     def __init__(self, optimizers: Iterable[Any]) -> None:
         self.tensors: list[Tensor] = []
@@ -150,8 +151,15 @@ class _Reached:
                 waiting.extend((part, depth + 1) for part in _parts(node))
             elif isinstance(node, (tuple, frozenset)):
                 waiting.extend((part, depth + 1) for part in node)
+            elif is_array(node):
+                self.containers.append(node)
+            elif isinstance(node, nn.Module):
+                waiting.append((node.__dict__, depth))
             elif _has_parts(node):
-                waiting.append((node.__dict__, depth + 1))
+                waiting.append((getattr(node, "__dict__", None), depth + 1))
+                if slots := _slots(node):
+                    self.containers.append(node)
+                    waiting.extend((getattr(node, name), depth + 1) for name in slots)
 
 
 def _parts(node: Any) -> Iterator[Any]:
@@ -159,11 +167,27 @@ def _parts(node: Any) -> Iterator[Any]:
 
 
 def _has_parts(node: Any) -> bool:
-    return hasattr(node, "__dict__") and not (isinstance(node, (nn.Module, type)) or callable(node))
+    has_some = hasattr(node, "__dict__") or bool(_slots(node))
+    return has_some and not (isinstance(node, type) or callable(node))
+
+
+def _slots(node: Any) -> list[str]:
+    """Return the names of the slots of an object that hold something."""
+    if type(node).__module__ == "builtins":
+        return []
+    names = (getattr(kind, "__slots__", ()) for kind in type(node).__mro__)
+    flat = chain.from_iterable((each,) if isinstance(each, str) else each for each in names)
+    return [n for n in flat if n not in ("__dict__", "__weakref__") and hasattr(node, n)]
 
 
 def _shallow(node: Any) -> Any:
-    return dict(node) if isinstance(node, MutableMapping) else list(node)
+    if isinstance(node, MutableMapping):
+        return dict(node)
+    if is_array(node):
+        return node.copy()
+    if isinstance(node, (list, set, deque)):
+        return list(node)
+    return {name: getattr(node, name) for name in _slots(node)}
 
 
 def _refill(node: Any, before: Any) -> None:
@@ -174,6 +198,11 @@ def _refill(node: Any, before: Any) -> None:
         node.update(before)
     elif isinstance(node, list):
         node[:] = before
+    elif is_array(node):
+        node[...] = before
+    elif isinstance(before, dict):
+        for name, part in before.items():
+            object.__setattr__(node, name, part)
     else:
         node.clear()
         for part in before:

@@ -51,6 +51,7 @@ __all__ = [
     "current_autograd_node",
     "current_graph_task_id",
     "detect_fake_mode",
+    "drop_unreduced",
     "fake_tensor",
     "found_infinite",
     "fsdp2",
@@ -64,7 +65,7 @@ __all__ = [
     "private_use_1_name",
     "record_memory_history",
     "register_private_use_1",
-    "replicated_parameters",
+    "replicated_count",
     "run_backward",
     "shard_groups",
     "storage_use_count",
@@ -74,6 +75,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "unset_fake_temporarily",
+    "without_hooks",
 ]
 
 OLDEST_TORCH, NEWEST_TORCH = "2.10", "2.15"
@@ -201,21 +203,45 @@ def check_reduced(model: Any) -> None:
     check()
 
 
-def replicated_parameters(model: Any) -> list[torch.nn.Parameter]:
-    """Return the parameters whose gradients DistributedDataParallel averages, since it was made."""
+def replicated_count(model: Any) -> int:
+    """Return of how many parameters DistributedDataParallel averages the gradients."""
     with _known("DistributedDataParallel of "):
-        return list(model._module_parameters)
+        return int(model._get_ddp_logging_data()["num_parameter_tensors"])
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: list[Any]) -> Iterator[None]:
+    """Let backward passes run without the hooks of Python's that parameters have."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    kept = [(p, name, getattr(p, name)) for p in parameters for name in names]
+    try:
+        for parameter, name, _ in kept:
+            setattr(parameter, name, None)
+        yield
+    finally:
+        for parameter, name, hooks in kept:
+            setattr(parameter, name, hooks)
 
 
 def shard_groups(module: Any) -> list[Any]:
     """Return the groups of parameters that an FSDP2 module gathers and reduces together.
 
-    They have `gradient_divide_factor`, and `fsdp_params` with `unsharded_accumulated_grad`.
+    They have `gradient_divide_factor`.
     """
     with _known("FSDP2 of "):
         state = module._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
-        return [state._fsdp_param_group] if groups is None else list(groups)
+        found = [state._fsdp_param_group] if groups is None else groups
+        return [group for group in found if group is not None]
+
+
+def drop_unreduced(group: Any) -> None:
+    """Drop the gradients of a group that were not reduced, outside of its parameters' `.grad`."""
+    with _known("FSDP2 of "):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # it was gathered before
+                parameter._unsharded_param.grad = None
 
 
 def found_infinite(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

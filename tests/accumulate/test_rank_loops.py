@@ -122,3 +122,38 @@ def test_the_norm_under_fsdp2_is_that_of_the_whole_gradient(ranks: Ranks) -> Non
     result: dict[str, Any]
     for result in ranks.run(rank_loops.norm):
         assert result["said"] == result["expected"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no_sync", "take no_sync() away from around the windows"),
+        ("unfrozen before", "4 parameters require gradients, of which"),
+        ("unfrozen between", "2 trained parameters (module.0.weight, module.0.bias) are not"),
+        ("group added", "2 trained parameters (none of them in model=) are not averaged"),
+        ("frozen", "did not reach all parameters that DistributedDataParallel averages"),
+        ("plain", "went on"),
+    ],
+)
+def test_what_keeps_ddp_from_averaging_is_refused_on_every_rank(
+    ranks: Ranks, how: str, said: str
+) -> None:
+    for result in ranks.run(rank_loops.around, how=how):
+        assert said in result
+
+
+def test_a_loop_that_one_rank_leaves_ends_on_all_of_them(ranks: Ranks) -> None:
+    first, second = ranks.run(rank_loops.around, how="one rank breaks")
+    assert first == "left"
+    assert "rank 0 cannot go on" in second and "it left window 0" in second
+
+
+@pytest.mark.parametrize("how", ["plain", "settings", "left"])
+def test_shards_reduce_whatever_was_set_or_left_behind(ranks: Ranks, how: str) -> None:
+    for result in ranks.run(rank_loops.shards, how=how):
+        assert result.get("off", 1) < 1e-12, result
+
+
+def test_a_divide_factor_of_the_users_own_is_refused(ranks: Ranks) -> None:
+    for result in ranks.run(rank_loops.shards, how="divided"):
+        assert "set_gradient_divide_factor" in result["refused"]

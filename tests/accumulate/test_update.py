@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,40 @@ class ListedState(torch.optim.SGD):
         stumble("parameter")
 
 
+class Slots:
+    __slots__ = ("average", "steps")
+
+    def __init__(self) -> None:
+        self.steps, self.average = 0, np.zeros(2)
+
+
+class Elsewhere(torch.optim.SGD):
+    """Keeps what it knows in slots, in arrays and in a module."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.own, self.net = Slots(), nn.Linear(2, 2).double()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.own.steps += 1
+        self.own.average += 1
+        self.net.weight.data += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-self.own.average[0] * self.net.weight[0, 0].item() / 9)
+                stumble("parameter")
+
+
+def _elsewhere(model: nn.Module) -> torch.optim.Optimizer:
+    torch.manual_seed(4)
+    return Elsewhere(model.parameters())
+
+
 OTHERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "through pointers": lambda model: ThroughPointers(model.parameters()),
     "lookahead": lambda model: Lookahead(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)),
+    "elsewhere": _elsewhere,
     "listed state": lambda model: ListedState(model.parameters(), lr=0.1, momentum=0.9),
 }
 
@@ -328,3 +360,23 @@ def test_shares_of_a_half_precision_loss_are_not_rounded_away(dtype: torch.dtype
             window.backward(loss)
         window.step()
     assert float(window.loss) == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+def test_gradients_that_the_user_unscaled_are_not_unscaled_again() -> None:
+    """PyTorch's documented way to clip with a scaler."""
+    models = network().float(), network().float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    loader = data().float().split(2)
+    run = windows(loader, optimizers[0], micro_batch=2, accumulation_steps=2, scaler=scaler)
+    for window in run:
+        window.run(losses(models[0]))
+        scaler.unscale_(optimizers[0])
+        nn.utils.clip_grad_norm_(models[0].parameters(), 0.01)
+        window.step()
+    for batch in data().float().split(4):
+        optimizers[1].zero_grad()
+        losses(models[1])(batch).backward()
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.01)
+        optimizers[1].step()
+    assert apart(*models) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -269,6 +270,55 @@ def drawn(run: Windows) -> list[Any]:
         seen.append(batch)
         window.backward(anything * 1)
     return seen
+
+
+def test_a_last_batch_of_one_sample_is_read_as_those_before_it() -> None:
+    """Beside class weights, or the state of a recurrent layer."""
+    model = nn.Linear(5, 5).double()
+    weights = torch.rand(5, dtype=torch.float64)
+    x = torch.randn(9, 5, dtype=torch.float64)
+    loader = [(part, torch.zeros(len(part)), weights) for part in x.split(4)]
+    run = windows(loader, sgd(model), micro_batch=4, accumulation_steps=3)
+    (window,) = stepped(run, lambda batch: (model(batch[0]) * batch[2]).square().mean())
+    assert window.samples == 9 and window.micro_batches == (4, 4, 1)
+
+
+def test_a_single_sample_beside_a_list_of_numbers_asks() -> None:
+    model = nn.Linear(5, 5)
+    with pytest.raises(SampleError, match="5 samples or 1"):
+        next(
+            iter(
+                windows(
+                    [(torch.ones(1, 5), torch.ones(5))],
+                    sgd(model),
+                    micro_batch=1,
+                    accumulation_steps=1,
+                )
+            )
+        )
+
+
+@dataclasses.dataclass
+class Normalised:
+    x: Tensor
+
+    def __post_init__(self) -> None:
+        self.x = self.x * 2
+
+
+@pytest.mark.parametrize("loaded", [2, 8])
+def test_a_batch_is_handed_out_and_cut_without_being_made_again(loaded: int) -> None:
+    model = mlp()
+    x = torch.randn(8, 5, dtype=torch.float64)
+    loader = [Normalised(part) for part in x.split(loaded)]
+    run = windows(loader, sgd(model), micro_batch=2, accumulation_steps=4)
+    seen = []
+    for window in run:
+        for batch in window:
+            seen.append(batch.x)
+            window.backward(model(batch.x).square().mean())
+        window.step()
+    assert torch.equal(torch.cat(seen), 2 * x)
 
 
 @pytest.mark.filterwarnings("ignore::autobatch.AutobatchWarning")

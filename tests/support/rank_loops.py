@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
@@ -233,6 +234,94 @@ def _sharded(model: nn.Module) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def around(rank: int, *, how: str) -> str:
+    """Train under DDP with something of the user's around it; say how that ends."""
+    model: Any = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    extra = nn.Linear(3, 3).double()
+    if how in ("unfrozen before", "unfrozen between"):
+        model[0].requires_grad_(False)
+    wrapped = DistributedDataParallel(model)
+    if how == "unfrozen before":
+        model[0].requires_grad_(True)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    silent = wrapped.no_sync() if how == "no_sync" else contextlib.nullcontext()
+    try:
+        run = windows(
+            data(rank).split(4), optimizer, micro_batch=4, accumulation_steps=STEPS, model=wrapped
+        )
+        with silent:
+            for number, window in enumerate(run):
+                for at, batch in enumerate(window):
+                    if how == "one rank breaks" and rank == 0:
+                        break
+                    last = how == "unreached" and at == STEPS - 1
+                    output = wrapped(batch)
+                    window.backward((output * 0 + 1).sum() if last else output.square().mean())
+                    if last or (how == "frozen" and at == 0):
+                        model[0].requires_grad_(False)
+                if how == "one rank breaks" and rank == 0:
+                    window.skip()
+                    return "left"
+                window.step()
+                if how == "unfrozen between":
+                    model[0].requires_grad_(True)
+                if how == "group added" and not number:
+                    optimizer.add_param_group({"params": list(extra.parameters())})
+    except AutobatchError as error:
+        return str(error)
+    return "went on"
+
+
+def shards(rank: int, *, how: str) -> Result:
+    """Train under FSDP2 with something of the user's in between; how far the shards are off."""
+    torch.manual_seed(0)
+    model: Any = nn.Linear(5, 3).double()
+    reference = copy.deepcopy(model)
+    wrapped = _sharded(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    if how == "divided":
+        wrapped.set_gradient_divide_factor(3.0)
+    kept = range(2)
+    try:
+        for number, window in enumerate(
+            windows(
+                data(rank).split(4), optimizer, micro_batch=4, accumulation_steps=3, model=wrapped
+            )
+        ):
+            if how == "left" and not number:
+                kept = range(1, 2)
+                for batch in window:
+                    window.backward(_plain(wrapped, batch))
+                    break
+                with contextlib.suppress(AutobatchError):
+                    window.skip()
+                break
+            for batch in window:
+                if how == "settings":
+                    wrapped.set_requires_gradient_sync(False)
+                    wrapped.set_is_last_backward(False)
+                window.backward(_plain(wrapped, batch))
+            window.step()
+        if how == "left":
+            rest = windows(
+                data(rank).split(4)[3:], optimizer, micro_batch=4, accumulation_steps=3,
+                model=wrapped,
+            )  # fmt: skip
+            for window in rest:
+                window.run(lambda batch: _plain(wrapped, batch))
+                window.step()
+    except AutobatchError as error:
+        return {"refused": str(error)}
+    other = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for at in kept:
+        everyone = [data(r)[12 * at : 12 * at + 12] for r in range(dist.get_world_size())]
+        other.zero_grad()
+        _plain(reference, torch.cat(everyone)).backward()
+        other.step()
+    pairs = zip(wrapped.parameters(), reference.parameters(), strict=True)
+    return {"off": max(float((a.full_tensor() - b).detach().abs().max()) for a, b in pairs)}
 
 
 # -- models of which a part is averaged

@@ -32,7 +32,7 @@ __all__ = ["Watch", "versions"]
 _version, _gradient = attrgetter("_version"), attrgetter("grad")
 _hooks, _layout = attrgetter("_post_accumulate_grad_hooks"), attrgetter("layout")
 
-_MANY, _SOME, _NORMED = 64, 32, 4
+_MANY, _SOME, _NORMED, _LOOKS = 64, 32, 2, 2
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -66,6 +66,7 @@ class Watch:
         self._held: list[Tensor] = []
         self._versions: list[int] = []
         self._passes = 0  # since the gradients were remembered
+        self._total = 0  # of the window
         self._adds = True  # whether every pass added to every gradient, in place
 
     def begin(self, parameters: list[Tensor]) -> bool:
@@ -84,7 +85,7 @@ class Watch:
         self._looked_at = self._chosen()
         self._values = None
         self._gradients, self._held, self._versions, self._norms = [], [], [], []
-        self._passes, self._adds = 0, True
+        self._passes, self._total, self._adds = 0, 0, True
         return any(map(is_not, map(_gradient, self._looked_at), repeat(None)))
 
     def _chosen(self) -> list[Tensor]:
@@ -115,7 +116,8 @@ class Watch:
             self._check()
         elif self._is_thorough and versions(self._held) != self._versions:
             raise _changed("were changed between two calls of window.backward")
-        self._check_norms()
+        if self._norms:
+            self._check_norms()
 
     def after_backward(self, *, averaged: bool) -> None:
         """Remember the gradients as this backward pass left them.
@@ -132,7 +134,10 @@ class Watch:
                 self._remember_new()
             self._versions, self._passes = versions(self._held), 0
             self._adds &= self._versions == expected
-        self._norms = _norms(self._held) if self._is_new and not self._moves else []
+        if self._is_new:
+            is_looked_at = not self._moves and self._total < _LOOKS
+            self._norms = _norms(self._held) if is_looked_at else []
+            self._total += 1
 
     def before_move(self) -> None:
         """Check gradients before they are averaged or moved, after which they are others.

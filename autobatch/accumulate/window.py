@@ -314,7 +314,8 @@ class Window:
             )
         if micro.is_skipped:
             raise WorkloadError("window.backward(loss) for a micro-batch that was skipped")
-        self._check_whole()
+        if self._is_broken:
+            self._check_whole()
         loss = checked_loss(loss)
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # so that neither a scale nor a share is rounded
@@ -326,7 +327,7 @@ class Window:
         if averages:
             watch.before_move()
             ranks.before_average()
-        if not self._ran and not micro.losses and self._number == 0:
+        if self._number == 0 and not self._ran and not micro.losses:
             training.check_unscaled(loss, len(self._todo) + 1)
         self._in_backward = self._is_broken = True
         training.run_backward(loss, factor, retain_graph=retain_graph)
@@ -484,7 +485,8 @@ class Window:
         update.is_open = True
 
     def _end(self, micro: Micro) -> None:
-        self._check_whole()
+        if self._is_broken:
+            self._check_whole()
         if micro.is_skipped:
             self._skipped_average()
         elif not micro.losses:

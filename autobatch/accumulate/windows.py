@@ -216,7 +216,7 @@ class Windows:
                     weight=sum(micro.weight for micro in micros),
                     samples=sum(piece.samples for piece in drawn),
                     micro_batches=len(micros),
-                    can_go_on=self._spare is not None,
+                    can_go_on=bool(micros) or self._can_repeat(),
                 )
             )
             if not total.samples:
@@ -239,18 +239,19 @@ class Windows:
             )
             self._position = pieces.position
 
+    def _can_repeat(self) -> bool:
+        """Whether a micro-batch can run again, for ranks that have more of them."""
+        return self._spare is not None and not self._spare.wrote
+
     def _in_step(self, micros: list[Micro], total: Tally) -> list[Micro]:
         """Add repetitions of weight 0 where other ranks would wait for this one."""
         spare = self._spare
         if spare is None or not total.can_go_on:
             raise UsageError(
-                "the loader of a rank has no samples, or none that weigh anything: give every rank "
-                "a part of the data, as DistributedSampler does"
-            )
-        if len(micros) == 0 and spare.wrote:
-            raise UsageError(
-                "the loader of a rank ended before the others', and the micro-batch that it runs "
-                "again for them, with a weight of 0, was written to in place: write to copies"
+                "the loader of a rank has no samples, or none that weigh anything, or it ended "
+                "before the others' and the micro-batch that would run again with a weight of 0 "
+                "was written to in place: give every rank a part of the data, as "
+                "DistributedSampler does, and write to copies"
             )
         needed = total.micro_batches if self._training.ranks.alike else 1
         missing = max(0, needed - len(micros))

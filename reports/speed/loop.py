@@ -187,9 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {result['by_hand_us']:.1f} µs a micro-batch by hand")
         for loop, figures in result["loops"].items():
             (low, middle, high), more = figures["ratio"], figures["more_us"]
+            best = figures["best_ratio"]
             print(
                 f"  {loop}: {middle:.4f} times that (quartiles {low:.4f} to {high:.4f}), "
-                f"{more[1]:+.1f} µs ({more[0]:+.1f} to {more[2]:+.1f})"
+                f"{more[1]:+.1f} µs ({more[0]:+.1f} to {more[2]:+.1f}); best rounds {best:.4f}"
             )
     if chosen.json:
         facts = {
@@ -215,6 +216,7 @@ def measured(case: Case, rounds: int) -> dict[str, Any]:
             "more_us": [
                 round(1e6 * value / count, 2) for value in quantiles([a - b for a, b in pairs], n=4)
             ],
+            "best_ratio": round(min(own) / min(hand), 5),
         }
     # the loop that recovers takes the random states and copies buffers, once a window
     first = loops["for batch in window"]

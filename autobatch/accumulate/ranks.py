@@ -323,6 +323,7 @@ class Replicas(_Group):
                 "averages, so that their gradients are those of this rank alone: give it "
                 "find_unused_parameters=True, or let every micro-batch reach all of them"
             ) from error
+        self._is_done = True  # nothing is to be completed, should this rank give up now
 
     def before_average(self) -> None:
         if not self._model.require_backward_grad_sync:
@@ -336,7 +337,7 @@ class Replicas(_Group):
                 "of the DistributedDataParallel module came before it: call that module and not "
                 "its .module, and add up the losses of several forward passes before one backward"
             )
-        self._left = False
+        self._left = self._is_done = False
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self._averaged if p.requires_grad]

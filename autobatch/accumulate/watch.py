@@ -215,11 +215,8 @@ class Watch:
             self._note_no_gradients()
         self._is_thorough = self._moves or not self._adds or self._is_one_missing()
         self._is_new = False
-        self._gradients, self._held, self._norms = (
-            [],
-            [],
-            [],
-        )  # what happens to them now is the user's
+        # what happens to gradients now is the user's
+        self._gradients, self._held, self._norms = [], [], []
 
     def _norms_now(self) -> list[Tensor]:
         return _norms(self._parameters) if self._value_norms else []

@@ -248,6 +248,9 @@ class Window:
             except GeneratorExit:
                 self._leave(micro)
                 raise
+            except Exception as error:
+                ranks.give_up(error, in_pass=True)
+                raise
         self._complete()
 
     def run(self, loss: Callable[[Any], Tensor]) -> None:
@@ -367,15 +370,15 @@ class Window:
             raise WorkloadError("window.skip() after window.step(): the update is done")
         if micro is not None:
             self._check_whole()
+        if micro is None:
+            self._todo.clear()
+            self._drop()
+            return
         if not ranks.skips:
             raise UsageError(
                 "window.skip() under FSDP2, find_unused_parameters or static_graph, where the "
                 "other ranks wait for this one: give such samples no weight, with weight="
             )
-        if micro is None:
-            self._todo.clear()
-            self._drop()
-            return
         if micro.losses:
             raise WorkloadError("window.skip() after window.backward(loss) of the same micro-batch")
         micro.is_skipped = True
@@ -441,7 +444,7 @@ class Window:
                 "window without an update"
             )
         training, ranks = self._training, self._training.ranks
-        self.samples -= self._skipped_samples
+        self.samples, self._skipped_samples = self.samples - self._skipped_samples, 0
         if not self._scale:
             warnings.warn(
                 f"window {self._number} has no update: all of its micro-batches were skipped",

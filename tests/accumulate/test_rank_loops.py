@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,6 @@ from tests.support import rank_loops
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 @pytest.mark.parametrize("bucket_views", [False, True])
@@ -142,10 +134,14 @@ def test_what_keeps_ddp_from_averaging_is_refused_on_every_rank(
         assert said in result
 
 
-def test_a_loop_that_one_rank_leaves_ends_on_all_of_them(ranks: Ranks) -> None:
-    first, second = ranks.run(rank_loops.around, how="one rank breaks")
-    assert first == "left"
-    assert "rank 0 cannot go on" in second and "it left window 0" in second
+@pytest.mark.parametrize("how", ["one rank breaks", "one rank breaks late", "no backward"])
+def test_a_loop_that_one_rank_leaves_ends_on_all_of_them(ranks: Ranks, how: str) -> None:
+    """Before its average and after it, and where it forgets a backward pass."""
+    first, second = ranks.run(rank_loops.around, how=how)
+    forgot = how == "no backward"
+    assert ("had no window.backward(loss)" in first) if forgot else first == "left"
+    assert "rank 0 cannot go on" in second
+    assert ("had no window.backward" if forgot else "it left window 0") in second
 
 
 @pytest.mark.parametrize("how", ["plain", "settings", "left"])

@@ -256,12 +256,16 @@ def around(rank: int, *, how: str) -> str:
                 for at, batch in enumerate(window):
                     if how == "one rank breaks" and rank == 0:
                         break
+                    if how == "no backward" and rank == 0 and at == 1:
+                        continue
                     last = how == "unreached" and at == STEPS - 1
                     output = wrapped(batch)
                     window.backward((output * 0 + 1).sum() if last else output.square().mean())
+                    if how == "one rank breaks late" and rank == 0 and at == STEPS - 1:
+                        break
                     if last or (how == "frozen" and at == 0):
                         model[0].requires_grad_(False)
-                if how == "one rank breaks" and rank == 0:
+                if how.startswith("one rank breaks") and rank == 0:
                     window.skip()
                     return "left"
                 window.step()

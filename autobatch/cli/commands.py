@@ -6,30 +6,25 @@ Invariant: output paths are proven writable before any work.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
 from autobatch.errors import FileError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from autobatch.equivalence.result import Equivalence
     from autobatch.gpus.catalogue import GpuSpec
     from autobatch.plan.plan import Plan
     from autobatch.records.footprint import Footprint
     from autobatch.records.progress import ProgressCallback
-    from autobatch.workload.workload import Workload
 
 __all__ = ["check", "gpus", "predict", "probe", "report"]
-
-T = TypeVar("T")
 
 
 def probe(arguments: argparse.Namespace) -> None:
@@ -41,7 +36,7 @@ def probe(arguments: argparse.Namespace) -> None:
     with prepared_folder(arguments.report) if arguments.report else nullcontext():
         if arguments.json and arguments.json != "-":
             check_writable(arguments.json)
-        gpu = _gpu(arguments)
+        gpu = named_gpu(arguments)
         with follow(sys.stderr) as progress:
             plan = _plan(
                 arguments,
@@ -50,7 +45,7 @@ def probe(arguments: argparse.Namespace) -> None:
                     "headroom": arguments.headroom,
                     "prove": arguments.prove,
                     "gpu": gpu,
-                    **_options(arguments),
+                    **workload_options(arguments),
                 },
                 progress,
             )
@@ -77,49 +72,13 @@ def _plan(
     known = None if entry is None else entry.find()
     if known is not None:
         return known
-    return _run(
+    return run_apart(
         arguments,
         partial(_tune_spec, arguments.spec, options, question),
         progress=progress,
         time_limit=arguments.time_limit if on_gpu else None,
         on_gpu=on_gpu,
     )
-
-
-def _run(
-    arguments: argparse.Namespace, work: Callable[..., T], progress: ProgressCallback, **limits: Any
-) -> T:
-    """Run work that calls the user's code in a child process, where it can do no harm.
-
-    What it prints, here or there, goes to stderr: stdout is for the answer.
-    """
-    if arguments.no_isolate:
-        with _printing_to_stderr():
-            return work(progress=progress)
-    from autobatch.tuning.isolation import apart
-
-    return apart(work, progress=progress, **limits)
-
-
-@contextmanager
-def _printing_to_stderr() -> Iterator[None]:
-    """Send to stderr what the block prints, by whatever way: also from C, and from its children."""
-    printed = sys.stdout
-    printed.flush()
-    kept = None
-    with suppress(OSError):  # where there is no stdout or no stderr
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = printed
-        if kept is not None:
-            with suppress(AttributeError, OSError):  # what C holds back to print at once
-                ctypes.CDLL(None).fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 def _tune_spec(
@@ -138,7 +97,7 @@ def _tune_spec(
         return known
     from autobatch.tuning.tuner import tune
 
-    plan = tune(partial(_subject, spec), progress=progress, **options)
+    plan = tune(partial(subject, spec), progress=progress, **options)
     if entry is not None:
         with suppress(FileError):  # the next probe takes as long as this one
             entry.store(plan)
@@ -182,16 +141,16 @@ def predict(arguments: argparse.Namespace) -> None:
 
     if arguments.json and arguments.json != "-":
         check_writable(arguments.json)
-    gpu = _gpu(arguments)
+    gpu = named_gpu(arguments)
     with follow(sys.stderr) as progress:
         options = {
             "micro_batch": arguments.micro_batch,
             "accumulation_steps": arguments.accumulation_steps,
             "gpu": gpu,
-            **_options(arguments),
+            **workload_options(arguments),
         }
         work = partial(_predict_spec, arguments.spec, options)
-        footprint = _run(arguments, work, progress, on_gpu=False)
+        footprint = run_apart(arguments, work, progress, on_gpu=False)
     if arguments.json == "-":
         sys.stdout.write(_footprint_json(footprint))
         return
@@ -204,7 +163,7 @@ def predict(arguments: argparse.Namespace) -> None:
 def _predict_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Footprint:
     from autobatch.tuning.tuner import predict
 
-    return predict(partial(_subject, spec), progress=progress, **options)
+    return predict(partial(subject, spec), progress=progress, **options)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -223,7 +182,7 @@ def check(arguments: argparse.Namespace) -> int:
         "accumulation_steps": arguments.accumulation_steps,
     }
     work = partial(_check_spec, arguments.spec, options)
-    result = _run(arguments, work, silent, on_gpu=False)
+    result = run_apart(arguments, work, silent, on_gpu=False)
     if arguments.json == "-":
         sys.stdout.write(result.to_json())
     else:
@@ -236,7 +195,7 @@ def check(arguments: argparse.Namespace) -> int:
 def _check_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Equivalence:
     from autobatch.equivalence.check import check_equivalence
 
-    return check_equivalence(_subject(spec), **options)
+    return check_equivalence(subject(spec), **options)
 
 
 def gpus(arguments: argparse.Namespace) -> None:
@@ -256,30 +215,6 @@ def report(arguments: argparse.Namespace) -> None:
     plan = Plan.load(arguments.plan)
     source = Path(arguments.plan)
     _say_where(plan.report(arguments.out or source.with_name(f"{source.stem}-report")))
-
-
-def _subject(spec: str) -> nn.Module | Workload:
-    from autobatch.workload.spec.load import load_spec
-
-    return load_spec(spec)
-
-
-def _gpu(arguments: argparse.Namespace) -> GpuSpec | str | None:
-    """Return the card to simulate, or the device of this machine that is named."""
-    from autobatch.gpus.catalogue import find_gpu, is_device
-
-    named: str | None = arguments.gpu
-    return named if named is None or is_device(named) else find_gpu(named)
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "optimizer": arguments.optimizer,
-        "world_size": arguments.world_size,
-        "sharding": arguments.sharding,
-        "autocast": arguments.autocast,
-        "clip_norm": arguments.clip_norm,
-    }
 
 
 def _footprint_json(footprint: Footprint) -> str:

@@ -8,16 +8,10 @@ from typing import NoReturn
 
 from autobatch._version import __version__
 from autobatch.cli import commands
+from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_isolation, add_workload_options
 from autobatch.support.wording import near
-from autobatch.workload.optimizers import OPTIMIZERS
 
 __all__ = ["parser"]
-
-_SPEC_HELP = (
-    "file.py:function or package.module:function (returns a model or a Workload), timm:NAME, "
-    "torchvision:NAME, or hf:TYPE such as hf:gpt2?seq=1024"
-)
-_JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "probe", help="plan micro-batch and accumulation steps for an effective batch"
     )
     probe.set_defaults(run=commands.probe)
-    probe.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    probe.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     probe.add_argument(
         "--target", type=int, required=True, metavar="N", help="effective batch per update"
     )
@@ -46,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         help="share of the usable memory to leave free (default: 0.05 where a GPU is measured; "
         "where it is simulated, what 95 of 100 published runs needed)",
     )
-    _add_workload_options(probe)
+    add_workload_options(probe)
     probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
     probe.add_argument(
         "--no-cache",
@@ -64,23 +58,23 @@ def parser() -> argparse.ArgumentParser:
 
     predict = verbs.add_parser("predict", help="account for the memory of one micro-batch")
     predict.set_defaults(run=commands.predict)
-    predict.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    predict.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     predict.add_argument("--micro-batch", type=int, required=True, metavar="N")
     predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
-    _add_workload_options(predict)
+    add_workload_options(predict)
 
     check = verbs.add_parser(
         "check", help="compare accumulated gradients with those of the whole batch, on the CPU"
     )
     check.set_defaults(run=commands.check)
-    check.add_argument("spec", metavar="SPEC", help=_SPEC_HELP)
+    check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     check.add_argument("--micro-batch", type=int, metavar="N", help="default 4")
     check.add_argument("--accumulation-steps", type=int, metavar="K", help="default 2")
     check.add_argument(
         "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
     )
-    check.add_argument("--json", metavar="FILE", help=_JSON_HELP)
-    _add_isolation(check)
+    check.add_argument("--json", metavar="FILE", help=JSON_HELP)
+    add_isolation(check)
 
     gpus = verbs.add_parser("gpus", help="list the known GPUs and those in this machine")
     gpus.set_defaults(run=commands.gpus)
@@ -99,39 +93,3 @@ class _Parser(argparse.ArgumentParser):
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         hint = near(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
         super().error(message + hint)
-
-
-def _add_isolation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-isolate",
-        action="store_true",
-        help="run your code in this process, as a debugger needs it, not in a child",
-    )
-
-
-def _add_workload_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help="GPU to simulate: a name from `autobatch gpus`, or a size such as 24GiB; a device "
-        "such as cuda:1, by default the current one, is measured",
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="GPUs that share the effective batch (default 1)",
-    )
-    parser.add_argument(
-        "--sharding",
-        choices=["ddp", "fsdp"],
-        help="what they share: ddp (default for several) keeps whole copies, fsdp is FSDP2",
-    )
-    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), help="default: adamw")
-    parser.add_argument("--autocast", choices=["bf16", "fp16"], help="mixed precision")
-    parser.add_argument(
-        "--clip-norm", type=float, metavar="X", help="clip the gradient norm to this"
-    )
-    parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)
-    _add_isolation(parser)

@@ -96,6 +96,8 @@ class Session:
         recorder.begin("setup")
 
         def tagged(copied: nn.Module) -> nn.Module:
+            for change in workload.changes:
+                copied = change(copied) or copied
             wrapped = wrap(copied)
             for parameter in wrapped.parameters():
                 recorder.tag(parts_of(parameter), "parameters")

@@ -7,6 +7,8 @@ called predicted.
 from __future__ import annotations
 
 import platform
+import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 
@@ -28,24 +30,68 @@ from autobatch.memory.trace import Trace
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
-from autobatch.records.progress import silent
+from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
 from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
 from autobatch.tuning.probe import Probe
-from autobatch.tuning.streams import Stream
+from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.workload.layout import dims_as_text
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
-__all__ = ["LARGEST", "make_plan"]
+__all__ = ["LARGEST", "make_plan", "plan_of", "probe_of"]
 
 LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
 
 _RETREAT = 0.9
 """The share of a micro-batch that is tried next where batches of all shapes do not fit."""
+
+
+def probe_of(
+    workload: Workload,
+    device: Device,
+    *,
+    target: int,
+    headroom: float | None = None,
+    progress: ProgressCallback = silent,
+) -> Probe:
+    """Return a probe of a workload for an effective batch; nothing runs yet.
+
+    Raises:
+        UsageError: the device cannot run such a workload, or the target cannot be split.
+    """
+    # a Workload may bring its own number of GPUs
+    split(target, ceiling=LARGEST, world_size=workload.world_size)
+    device.require(workload)
+    return Probe(
+        device=device,
+        workload=workload,
+        # from the second micro-batch of a window on all are alike
+        accumulation_steps=1 if target <= workload.world_size else 2,
+        headroom=device.default_headroom if headroom is None else headroom,
+        progress=progress,
+    )
+
+
+def plan_of(probe: Probe, *, target: int, prove: bool = False) -> Plan:
+    """Return the plan of a probe, with the seconds that it took.
+
+    Raises:
+        DoesNotFitError: not even micro-batch 1 fits.
+        WorkloadError: the user's model, loss or optimizer failed.
+    """
+    started = time.perf_counter()
+    device = probe.device
+    with device.hosting(probe.workload):
+        probe.workload = with_heaviest_batch(probe.workload, device)
+        plan = make_plan(target, probe, prove=prove)
+    # what is known only when the user's state is back
+    notes = tuple(note for note in device.notes() if note not in plan.warnings)
+    seconds = time.perf_counter() - started
+    return replace(plan, warnings=(*plan.warnings, *notes), seconds=seconds)
 
 
 def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:

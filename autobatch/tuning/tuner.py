@@ -35,7 +35,7 @@ from autobatch.support.wording import argument
 from autobatch.tuning.agreement import agreed
 from autobatch.tuning.cache import CacheEntry
 from autobatch.tuning.isolation import apart
-from autobatch.tuning.planning import LARGEST, make_plan
+from autobatch.tuning.planning import LARGEST, plan_of, probe_of
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import holds, question_of
 from autobatch.tuning.streams import Stream, with_heaviest_batch
@@ -150,16 +150,8 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
     started = time.perf_counter()
     device = choose_device(gpu)
     workload = _workload(asked, gpu)
-    # a Workload may bring its own number of GPUs
-    split(request.target, ceiling=LARGEST, world_size=workload.world_size)
-    device.require(workload)
-    probe = Probe(
-        device=device,
-        workload=workload,
-        # from the second micro-batch of a window on all are alike
-        accumulation_steps=1 if request.target <= workload.world_size else 2,
-        headroom=device.default_headroom if request.headroom is None else request.headroom,
-        progress=progress,
+    probe = probe_of(
+        workload, device, target=request.target, headroom=request.headroom, progress=progress
     )
     entry = None
     if request.cache is not None:
@@ -167,12 +159,8 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
         entry = CacheEntry(request.cache, question)
     if entry is not None and (known := entry.find()) is not None and holds(known, device):
         return replace(known, seconds=time.perf_counter() - started)
-    with device.hosting(workload):
-        probe.workload = with_heaviest_batch(workload, device)
-        plan = make_plan(request.target, probe, prove=request.prove)
-    # what is known only when the user's state is back
-    notes = tuple(note for note in device.notes() if note not in plan.warnings)
-    plan = replace(plan, warnings=(*plan.warnings, *notes), seconds=time.perf_counter() - started)
+    plan = plan_of(probe, target=request.target, prove=request.prove)
+    plan = replace(plan, seconds=time.perf_counter() - started)
     if entry is not None:
         entry.store(plan)
     return plan

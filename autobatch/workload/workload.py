@@ -16,7 +16,15 @@ from autobatch.errors import UsageError
 from autobatch.support.wording import argument, for_reader
 from autobatch.workload.optimizers import require_optimizers
 
-__all__ = ["AUTOCAST_DTYPES", "Loss", "OptimizerSpec", "Sharding", "WindowFunction", "Workload"]
+__all__ = [
+    "AUTOCAST_DTYPES",
+    "Change",
+    "Loss",
+    "OptimizerSpec",
+    "Sharding",
+    "WindowFunction",
+    "Workload",
+]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 OptimizerSpec = (
@@ -31,6 +39,8 @@ OptimizerSpec = (
 WindowFunction = Callable[[nn.Module, Any, Iterator[Any]], None]
 
 Sharding = Literal["ddp", "fsdp"] | Callable[[nn.Module], object]
+
+Change = Callable[[nn.Module], nn.Module | None]
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +76,9 @@ class Workload:
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
         stream: makers of micro-batches of the other shapes that training has, as `batch` is one;
             what the allocator reserves in the course of all of them counts as reserved.
+        changes: functions that are applied, in order, to the copy of the model that runs, before it
+            is shared out and before optimizers are made; each changes the module in place, or
+            returns another one. The model itself stays as it is.
         notes: what a plan made from this is to tell its user, such as what was inferred.
     """
 
@@ -82,6 +95,7 @@ class Workload:
     loss_name: str = "user"
     sample_limit: int | None = None
     stream: tuple[Callable[[int], Any], ...] = ()
+    changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -98,6 +112,8 @@ class Workload:
                 "a window function computes its own loss, casts and clips: leave out loss, "
                 f"{argument('autocast')} and {argument('clip_norm')}, or the window"
             )
+        if not all(map(callable, self.changes)):
+            raise UsageError("changes of a Workload are functions that take the copied model")
         norm: Any = self.clip_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             none = for_reader("None", "leave it out")

@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(
         sys.modules, "autobatch.tuning.tuner", types.SimpleNamespace(tune=tune, predict=predict)
     )
-    monkeypatch.setattr(commands, "_subject", lambda spec: spec)
+    monkeypatch.setattr(commands, "subject", lambda spec: spec)
     return asked
 
 
@@ -51,7 +51,7 @@ def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spec: str) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "_subject", fail)
+    monkeypatch.setattr(commands, "subject", fail)
 
 
 def test_probe_answers_on_stdout_and_reports_progress_on_stderr(

@@ -67,13 +67,18 @@ class VirtualGpu:
     scratch_varies = False
     must_run_the_plan = False
 
-    def __init__(self, spec: GpuSpec):
-        """Simulate the card that `spec` describes."""
+    def __init__(self, spec: GpuSpec, settings: AllocatorSettings | None = None):
+        """Simulate the card that `spec` describes.
+
+        Args:
+            spec: the card.
+            settings: of the caching allocator; None reads the environment, as PyTorch does.
+        """
         self.spec = spec
         self.usable_bytes = spec.capacity_bytes - spec.context_bytes
         self.others_bytes = 0
         self.allowed_bytes = None
-        self._settings = AllocatorSettings.of_environment()
+        self._settings = AllocatorSettings.of_environment() if settings is None else settings
         self._recipes: dict[Any, Any] = {}
         self._guesses: dict[int, tuple[Guesses, nn.Module]] = {}  # a model keeps its id
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from autobatch.devices.virtual.sharding.blocks import repeated_blocks
 from autobatch.errors import UsageError
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import fsdp2, unset_fake_temporarily
+from autobatch.workload.blocks import repeated_blocks
 from autobatch.workload.workload import Workload
 
 __all__ = ["shard"]

@@ -39,7 +39,7 @@ if not hasattr(fsdp, "fully_shard"):
     pytest.skip("no FSDP2 in this PyTorch", allow_module_level=True)
 
 from autobatch.devices.virtual.sharding import dtensor_mode  # noqa: E402
-from autobatch.devices.virtual.sharding.blocks import repeated_blocks  # noqa: E402
+from autobatch.workload.blocks import repeated_blocks  # noqa: E402
 
 GPU = find_gpu("a100-40gb")
 WIDTH, HIDDEN, LAYERS = 24, 100, 3

@@ -1,4 +1,4 @@
-"""Which modules FSDP2 shards one by one, where the user does not say."""
+"""Which modules of a model are its repeated blocks: what FSDP2 shards and checkpoints recompute."""
 
 from __future__ import annotations
 

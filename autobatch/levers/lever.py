@@ -1,0 +1,64 @@
+"""What a lever is: a kind of change to a training run, with the settings that it may have.
+
+Invariant: applying an option gives another `Setup`; the first and the user's objects stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from autobatch.levers.setup import Setup
+
+__all__ = ["Lever", "Option", "applied"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One setting of a lever, for one training run.
+
+    Attributes:
+        lever: the name of its lever, such as "checkpointing".
+        value: the setting, such as "every block".
+        what: what it does, in one sentence.
+        code: lines of plain PyTorch that do it to `model`, `optimizer` or the loop.
+        trainer: arguments of Transformers' `TrainingArguments` that do it, or None.
+        changes_numerics: whether training computes something else than without it.
+        apply: gives the setup that has it.
+    """
+
+    lever: str
+    value: str
+    what: str
+    code: str
+    apply: Callable[[Setup], Setup]
+    trainer: str | None = None
+    changes_numerics: bool = False
+
+    @property
+    def label(self) -> str:
+        """The lever and its setting, as tables name them."""
+        return f"{self.lever}: {self.value}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lever:
+    """A kind of change, and which settings of it a training run could have.
+
+    Attributes:
+        name: as on the command line.
+        what: what it changes, in one sentence.
+        options: `options(setup)` gives the settings that the setup could be given and does not
+            have; none where the lever does not apply, or a library that it needs is missing.
+    """
+
+    name: str
+    what: str
+    options: Callable[[Setup], Sequence[Option]]
+
+
+def applied(setup: Setup, options: Iterable[Option]) -> Setup:
+    """Return a setup that has all of some options, applied in their order."""
+    for option in options:
+        setup = option.apply(setup)
+    return setup

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from autobatch.memory.allocator import Block, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.recorded_run import Score, replay
+from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import load_snapshot
 from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
-from reports.allocator.recording import rewind
-from reports.allocator.replay import Score, replay
 from tests.support.recordings import (
     EXPANDABLE,
     PRIVATE,

@@ -8,17 +8,17 @@ difference is one count.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autobatch.memory.allocator import Block, CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import SegmentInfo
+from autobatch.memory.recording import MemoryMap, Recording
 from autobatch.memory.snapshot import TraceEvent
-from reports.allocator.recording import MemoryMap, Recording
 
-__all__ = ["Score", "replay"]
+__all__ = ["RecordedRun", "Score", "replay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,46 +113,36 @@ def replay(
     recording: Recording, final: tuple[SegmentInfo, ...], settings: AllocatorSettings
 ) -> Score:
     """Replay a rewound recording and compare every decision and the final state."""
-    run = _Run(recording, settings)
+    run = RecordedRun(recording, settings)
     for index, event in enumerate(recording.events):
         run.step(index + recording.skipped, event)
-    recorded_allocated = sum(
-        block.size_bytes for part in final for block in part.blocks if block.state == "allocated"
-    )
-    return Score(
-        events=len(recording.events),
-        blocks=run.blocks,
-        blocks_matched=run.blocks_matched,
-        segments=run.segments,
-        segments_matched=run.segments_matched,
-        segments_unused=run.segments_unused,
-        releases=run.releases,
-        releases_matched=run.releases_matched,
-        ooms=run.ooms,
-        reserved_bytes=(sum(part.size_bytes for part in final), run.allocator.reserved_bytes),
-        allocated_bytes=(recorded_allocated, run.allocator.allocated_bytes),
-        first_difference=run.first_difference,
-    )
+    return run.score(final)
 
 
-class _Run:
-    """A replay in progress: the simulation, the recorded state beside it, and the counts."""
+class RecordedRun:
+    """A replay in progress: the simulation, the recorded state beside it, and the counts.
+
+    Attributes:
+        allocator: the simulation, in the state that the recording has after the last step.
+    """
 
     def __init__(self, recording: Recording, settings: AllocatorSettings) -> None:
+        """Begin before the first event of a rewound recording."""
         self.settings = settings
         self.memory = MemoryMap(recording.start)
         self.made: list[TraceEvent] = []  # segments recorded since the last allocation
         self.requested: int | None = None  # address of the latest requested free
         self.late = False  # since the program's last action, a free that waited has ended
         self.released = False  # since then, a segment was given back
+        self.events = 0
         self.blocks = self.blocks_matched = 0
         self.segments = self.segments_matched = self.segments_unused = 0
         self.releases = self.releases_matched = 0
         self.ooms = 0
         self.first_difference: str | None = None
-        self.restore()
+        self._restore()
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Put the simulation into the recorded state."""
         self.allocator = _RecordedDriver.from_segments(
             self.memory.segments(self.settings), self.settings
@@ -160,6 +150,7 @@ class _Run:
 
     def step(self, index: int, event: TraceEvent) -> None:
         """Replay one event."""
+        self.events += 1
         match event.action:
             case "segment_alloc" | "segment_map":
                 self.segments += 1
@@ -167,40 +158,63 @@ class _Run:
                 self.memory.apply(event)
             case "alloc":
                 self.blocks += 1
-                self.allocate(index, event)
+                self._allocate(index, event)
                 self.made = []
                 self.late = self.released = False
             case "free_requested" | "free_completed":
-                self.keep_unused_segments()
-                self.free(event)
+                self._keep_unused_segments()
+                self._free(event)
             case "segment_free" | "segment_unmap":
-                self.keep_unused_segments()
+                self._keep_unused_segments()
                 self.releases += 1
-                self.release(index, event)
+                self._release(index, event)
             case "oom":
                 self.ooms += 1
-                self.keep_unused_segments()
+                self._keep_unused_segments()
 
-    def allocate(self, index: int, event: TraceEvent) -> None:
+    def score(self, final: Sequence[SegmentInfo]) -> Score:
+        """Return the counts so far, and the present state beside that of `final` segments."""
+        recorded_allocated = sum(
+            block.size_bytes
+            for part in final
+            for block in part.blocks
+            if block.state == "allocated"
+        )
+        return Score(
+            events=self.events,
+            blocks=self.blocks,
+            blocks_matched=self.blocks_matched,
+            segments=self.segments,
+            segments_matched=self.segments_matched,
+            segments_unused=self.segments_unused,
+            releases=self.releases,
+            releases_matched=self.releases_matched,
+            ooms=self.ooms,
+            reserved_bytes=(sum(part.size_bytes for part in final), self.allocator.reserved_bytes),
+            allocated_bytes=(recorded_allocated, self.allocator.allocated_bytes),
+            first_difference=self.first_difference,
+        )
+
+    def _allocate(self, index: int, event: TraceEvent) -> None:
         """Let the simulation choose, and compare block and new segments with the recorded ones."""
         try:
             try:
-                block = self.choose(event)
+                block = self._choose(event)
             except _DifferenceError:
                 if not (self.late and self.released):
                     raise
-                block = self.choose_after_retry(event)
+                block = self._choose_after_retry(event)
         except _DifferenceError as error:
             self.segments_matched += self.allocator.confirmed
-            self.differ(index, event, str(error))
+            self._differ(index, event, str(error))
             self.memory.apply(event)
-            self.restore()
+            self._restore()
             return
         self.memory.apply(event, block.size_bytes)
         self.blocks_matched += 1
         self.segments_matched += len(self.made)
 
-    def choose(self, event: TraceEvent, *, from_cache: bool = True) -> Block:
+    def _choose(self, event: TraceEvent, *, from_cache: bool = True) -> Block:
         """Let the simulation choose a block.
 
         Raises:
@@ -215,7 +229,7 @@ class _Run:
             raise _DifferenceError(f"block at {block.address:#x}, recorded {event.address:#x}")
         return block
 
-    def choose_after_retry(self, event: TraceEvent) -> Block:
+    def _choose_after_retry(self, event: TraceEvent) -> Block:
         """Let the simulation make a new segment, whichever blocks are free.
 
         A failed `cudaMalloc` ends all waiting frees and releases segments, but PyTorch does not
@@ -223,12 +237,12 @@ class _Run:
         """
         for made in reversed(self.made):
             self.memory.undo(made)
-        self.restore()
+        self._restore()
         for made in self.made:
             self.memory.apply(made)
-        return self.choose(event, from_cache=False)
+        return self._choose(event, from_cache=False)
 
-    def free(self, event: TraceEvent) -> None:
+    def _free(self, event: TraceEvent) -> None:
         block = self.allocator.block_at(event.address)
         assert block is not None  # the recording agrees with itself, and the state was restored
         if event.action == "free_requested":
@@ -242,7 +256,7 @@ class _Run:
             self.late |= event.address != self.requested
         self.memory.apply(event)
 
-    def release(self, index: int, event: TraceEvent) -> None:
+    def _release(self, index: int, event: TraceEvent) -> None:
         self.memory.apply(event)
         self.released = True
         block = self.allocator.block_at(event.address)
@@ -253,18 +267,18 @@ class _Run:
                 raise ValueError("another range was released")
             self.releases_matched += 1
         except ValueError as error:
-            self.differ(index, event, str(error))
-            self.restore()
+            self._differ(index, event, str(error))
+            self._restore()
 
-    def keep_unused_segments(self) -> None:
+    def _keep_unused_segments(self) -> None:
         """Take over segments that no allocation followed, such as pages mapped before an OOM."""
         if self.made:
             self.segments -= len(self.made)
             self.segments_unused += len(self.made)
             self.made = []
-            self.restore()
+            self._restore()
 
-    def differ(self, index: int, event: TraceEvent, reason: str) -> None:
+    def _differ(self, index: int, event: TraceEvent, reason: str) -> None:
         if self.first_difference is None:
             self.first_difference = (
                 f"event {index}, {event.action} of {event.size_bytes} B at {event.address:#x}: "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.work import WindowWork
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
@@ -34,6 +35,7 @@ class Run:
         optimizer: class name of the optimizer, or names of several.
         grown_bytes: by how much what is alive after a window grew from the first to the second.
         notes: what the user should know about this run.
+        work: what the last window computes and moves; None where it was not counted.
     """
 
     trace: Trace
@@ -45,6 +47,7 @@ class Run:
     optimizer: str
     grown_bytes: int = 0
     notes: tuple[str, ...]
+    work: WindowWork | None = None
 
     @property
     def is_free(self) -> bool:

@@ -66,6 +66,7 @@ class Session:
 
     Attributes:
         optimizers: those that step after a window, or that a window function gets.
+        buckets: in which DistributedDataParallel averages gradients.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class Session:
             recorder.claim(None)
             recorder.keep()
         _require_training(list(filter(is_optimizer, each_of(made))), self._model)
-        self._buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
-        recorder.tag(self._buckets, "gradients")
+        self.buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
+        recorder.tag(self.buckets, "gradients")
         self._steps = Steps(recorder, self._begin_step, self._stepped)
         self._grown: list[int] = []
         self._with_gradients: set[int] = set()

@@ -37,10 +37,12 @@ from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.leftovers import leftovers_removed
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
+from autobatch.devices.virtual.work import WorkCounter, counting
 from autobatch.devices.warnings import too_large_unsharded
 from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
+from autobatch.gpus.work import WindowWork
 from autobatch.memory.accounting import activity_bytes, replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -67,14 +69,22 @@ class VirtualGpu:
     scratch_varies = False
     must_run_the_plan = False
 
-    def __init__(self, spec: GpuSpec, settings: AllocatorSettings | None = None):
+    def __init__(
+        self,
+        spec: GpuSpec,
+        settings: AllocatorSettings | None = None,
+        *,
+        counts_work: bool = False,
+    ):
         """Simulate the card that `spec` describes.
 
         Args:
             spec: the card.
             settings: of the caching allocator; None reads the environment, as PyTorch does.
+            counts_work: whether runs tell the FLOPs and bytes of their last window.
         """
         self.spec = spec
+        self._counts_work = counts_work
         self.usable_bytes = spec.capacity_bytes - spec.context_bytes
         self.others_bytes = 0
         self.allowed_bytes = None
@@ -209,6 +219,7 @@ class VirtualGpu:
             optimizer=ran.optimizer,
             grown_bytes=ran.grown_bytes,
             notes=tuple(notes),
+            work=ran.work,
         )
 
     def _windows(
@@ -230,7 +241,8 @@ class VirtualGpu:
         unknown = UnknownValues(values, outputs.RULES, guesses)
         workspaces = Workspaces(recorder, self.spec, device)
         copier = Copier(device, values.blank)
-        mode = mode_class(
+        counter = WorkCounter(recorder, device, workload.world_size) if self._counts_work else None
+        mode = (mode_class if counter is None else counting(mode_class, counter))(
             device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
         )
         modes.append(weakref.ref(mode))
@@ -269,6 +281,8 @@ class VirtualGpu:
                 return copied
 
             session = Session(workload, original, device, copier, recorder, wrapped)
+            if counter is not None:
+                afterwards.enter_context(counter.following(session.buckets))
             session.train(job.micro_batch, job.accumulation_steps, windows=job.windows)
         notes += [*session.notes, *unknown.notes(), *guesses.notes()]
         if calls.arrays:
@@ -283,6 +297,7 @@ class VirtualGpu:
             loss=session.loss_kind,
             optimizer=session.optimizer_name,
             grown_bytes=session.grown_bytes,
+            work=None if counter is None else counter.work(job.micro_batch),
         )
 
 
@@ -308,6 +323,7 @@ class _Ran:
         loss: how it was obtained.
         optimizer: its class.
         grown_bytes: as in `Run`.
+        work: as in `Run`.
     """
 
     trace: Trace
@@ -316,6 +332,7 @@ class _Ran:
     loss: str
     optimizer: str
     grown_bytes: int
+    work: WindowWork | None
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -1,0 +1,363 @@
+"""An estimate of the seconds of a training window by roofline: what limits each kernel of it.
+
+A kernel takes as long as its FLOPs at the card's peak for their precision, or as its bytes at the
+card's bandwidth, whichever is longer, and a constant beside. Kernels come near to those peaks only,
+by an efficiency of their kind. Products whose tiles do not fill the multiprocessors evenly come
+less near. What the host needs to launch the kernels is laid beside their sum, and the longer of
+both counts, since it runs ahead. Collectives of FSDP and DDP run beside the kernels of their pass.
+
+Every figure from here is an estimate, not a measurement and not a simulation of the hardware. How
+far it is off is in `reports/throughput`, whose calibration rows the constants are fitted to.
+
+Williams, Waterman, Patterson: "Roofline", CACM 52 (2009). Tiles and waves: NVIDIA, "Matrix
+Multiplication Background User's Guide".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.links import Links, links_of
+from autobatch.gpus.work import Communication, Kind, OpWork, WindowWork, Work
+
+__all__ = ["EFFICIENCY", "Bound", "Efficiency", "SpeedEstimate", "can_estimate", "estimate"]
+
+Bound = Literal["compute", "memory", "launch", "communication"]
+
+_FALLBACKS = {"tf32": "fp32", "bf16": "fp32", "fp16": "fp32"}
+"""What a card does that lacks a precision: TF32 is then off, and halves are converted."""
+
+_FAMILIES = {
+    (6, 0): "pascal",
+    (7, 0): "volta",
+    (7, 5): "turing",
+    (8, 0): "ampere",
+    (8, 6): "ampere-small",
+    (8, 9): "ada",
+    (9, 0): "hopper",
+    (10, 0): "blackwell",
+}
+
+_TILE = 128
+"""Rows and columns that one block of a product computes, at most."""
+
+_LEAST_TILE = 16
+_DEPTH = 32
+"""Depth that a block goes through at a time."""
+
+_SPLIT_DEPTH = 1024
+"""Depth from which on a product without enough tiles is split along it as well."""
+
+_TENSOR_CORES = ("fp8", "fp16", "bf16", "tf32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """How near kernels come to a card's peaks, and what they cost beside.
+
+    Attributes:
+        compute: share of the peak FLOP/s by kind of op, and by family of cards: "" is any other.
+        memory: share of the peak bandwidth by kind of op.
+        waves: idle multiprocessors in the last wave of blocks, as a share of all of them.
+        kernel_seconds: between two kernels of a stream, at least.
+        call_seconds: that the host takes for a call of an op, its Python code included.
+        link: share of the peak bandwidth of links that collectives reach.
+        collective_seconds: of a collective beside its bytes.
+        interference: share of the time of collectives that kernels beside them are slowed down by.
+        low: least and most seconds that the window takes, as shares of the estimate, four times
+            out of five: those of the rows of `reports/throughput` that were not fitted to.
+        high: see `low`.
+    """
+
+    compute: Mapping[Kind, Mapping[str, float]]
+    memory: Mapping[Kind, float]
+    waves: float
+    kernel_seconds: float
+    call_seconds: float
+    link: float
+    collective_seconds: float
+    interference: float
+    low: float
+    high: float
+
+    def of_compute(self, kind: Kind, family: str) -> float:
+        """Return the share of the peak FLOP/s that a kind reaches on a family of cards."""
+        shares = self.compute[kind]
+        return shares.get(family, shares[""])
+
+
+EFFICIENCY = Efficiency(
+    compute=MappingProxyType(
+        {
+            "matmul": {"": 0.75, "volta": 0.7, "ampere": 0.8, "ampere-small": 0.9, "hopper": 0.65},
+            "convolution": {"": 0.6},
+            "depthwise": {"": 0.3},
+            "recurrent": {"": 0.4},
+            "attention": {"": 0.55, "hopper": 0.4},
+        }
+    ),
+    memory=MappingProxyType(
+        {
+            "matmul": 0.8,
+            "convolution": 0.7,
+            "depthwise": 0.4,
+            "recurrent": 0.5,
+            "attention": 0.7,
+            "norm": 0.75,
+            "reduction": 0.75,
+            "indexing": 0.5,
+            "copy": 0.7,
+            "elementwise": 0.85,
+            "optimizer": 0.8,
+        }
+    ),
+    waves=0.25,
+    kernel_seconds=2e-6,
+    call_seconds=7e-6,
+    link=0.75,
+    collective_seconds=50e-6,
+    interference=0.1,
+    low=0.8,
+    high=1.4,
+)
+"""The constants that estimates are made with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedEstimate:
+    """The estimated time of a training window: no measurement.
+
+    Attributes:
+        seconds: of one window.
+        low: that it takes at least, four times out of five.
+        high: that it takes at most, four times out of five.
+        bound: what most of it goes to: "compute" (FLOP/s), "memory" (bandwidth), "launch" (the host
+            cannot keep up) or "communication".
+        samples: that the window trains on one GPU.
+        by_op: seconds of its kernels by op, the longest first.
+        communication_seconds: that no kernel runs beside.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    bound: Bound
+    samples: int
+    by_op: tuple[tuple[str, float], ...]
+    communication_seconds: float = 0.0
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Seconds of one sample on one GPU."""
+        return self.seconds / self.samples
+
+
+@dataclass(slots=True)
+class _Sum:
+    """What parts of a window take together, in seconds."""
+
+    total: float = 0.0
+    limits: dict[Bound, float] = field(default_factory=lambda: defaultdict(float))
+    by_op: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    exposed: float = 0.0
+
+    def add(self, other: _Sum, times: int = 1) -> None:
+        self.total += times * other.total
+        self.exposed += times * other.exposed
+        for limit, seconds in other.limits.items():
+            self.limits[limit] += times * seconds
+        for op, seconds in other.by_op.items():
+            self.by_op[op] += times * seconds
+
+
+def can_estimate(gpu: GpuSpec) -> bool:
+    """Whether a card's bandwidth and FLOP/s are known, without which there is no estimate.
+
+    >>> from autobatch.gpus.catalogue import find_gpu
+    >>> can_estimate(find_gpu("a100-40gb")), can_estimate(find_gpu("24GiB"))
+    (True, False)
+    """
+    return gpu.bandwidth_bytes_per_s is not None and "fp32" in gpu.flops
+
+
+def estimate(
+    work: WindowWork,
+    gpu: GpuSpec,
+    *,
+    accumulation_steps: int,
+    world_size: int = 1,
+    efficiency: Efficiency = EFFICIENCY,
+) -> SpeedEstimate | None:
+    """Estimate the seconds of a window, whose work was counted, on a card.
+
+    Args:
+        work: of the window by its parts, with the collectives of one of its ranks. A count holds
+            for every card that runs the same kernels.
+        gpu: the card.
+        accumulation_steps: micro-batches of the window.
+        world_size: GPUs that train together; it decides whether they are in one machine.
+        efficiency: how near kernels come to the card's peaks.
+
+    Returns:
+        The estimate; None where the card's bandwidth or FLOP/s in a precision that the window
+        needs are not known, as no figure is made up.
+
+    >>> from autobatch.gpus.catalogue import find_gpu
+    >>> from autobatch.gpus.work import OpWork, WindowWork, Work
+    >>> product = OpWork(op="mm", kind="matmul", precision="bf16", flops=1e15, bytes=1e9)
+    >>> work = WindowWork(
+    ...     samples=8, forward=Work.of([product]), backward=Work(), update=Work()
+    ... )
+    >>> a100 = estimate(work, find_gpu("a100-40gb"), accumulation_steps=1)
+    >>> a100.bound, 3 < a100.seconds < 5
+    ('compute', True)
+    >>> estimate(work, find_gpu("24GiB"), accumulation_steps=1) is None
+    True
+    """
+    if not can_estimate(gpu):
+        return None
+    card = _Card(gpu, links_of(gpu), world_size, efficiency)
+    first = _of_pass(card, work.forward, work.backward)
+    last_backward = work.backward
+    later = first
+    if work.later_forward is not None and work.later_backward is not None:
+        later = _of_pass(card, work.later_forward, work.later_backward)
+        last_backward = work.later_backward if accumulation_steps > 1 else work.backward
+    update = card.part(work.update)
+    if first is None or later is None or update is None:
+        return None
+    window = _Sum()
+    window.add(first)
+    window.add(later, accumulation_steps - 1)
+    window.add(update)
+    if work.averages:  # beside the last backward pass
+        averaged = card.part(last_backward, (*last_backward.communication, *work.averages))
+        alone = card.part(last_backward)
+        assert averaged is not None and alone is not None
+        window.total += averaged.total - alone.total
+        window.exposed += averaged.exposed - alone.exposed
+        window.limits["communication"] += averaged.exposed - alone.exposed
+    return SpeedEstimate(
+        seconds=window.total,
+        low=window.total * efficiency.low,
+        high=window.total * efficiency.high,
+        bound=max(window.limits, key=lambda limit: window.limits[limit], default="launch"),
+        samples=work.samples * accumulation_steps,
+        by_op=tuple(sorted(window.by_op.items(), key=lambda item: -item[1])),
+        communication_seconds=window.exposed,
+    )
+
+
+def _of_pass(card: _Card, forward: Work, backward: Work) -> _Sum | None:
+    """Return what both passes of a micro-batch take."""
+    both = _Sum()
+    for part in (forward, backward):
+        taken = card.part(part)
+        if taken is None:
+            return None
+        both.add(taken)
+    return both
+
+
+class _Card:
+    """A card with its links, and how near kernels come to its peaks."""
+
+    def __init__(self, gpu: GpuSpec, links: Links, world_size: int, efficiency: Efficiency):
+        self._gpu = gpu
+        self._links = links
+        self._world_size = world_size
+        self._efficiency = efficiency
+        capability = gpu.compute_capability
+        self._family = _FAMILIES.get(capability, "blackwell" if capability[0] >= 10 else "")
+
+    def part(self, work: Work, communication: Iterable[Communication] | None = None) -> _Sum | None:
+        """Return what a part of a window takes; None where a peak is not known."""
+        found = _Sum()
+        kernels = host = 0.0
+        for op in work.ops:
+            limited = self._kernel(op)
+            if limited is None:
+                return None
+            limit, seconds = limited
+            found.limits[limit] += seconds * op.calls
+            found.by_op[op.op] += seconds * op.calls
+            kernels += seconds * op.calls
+            host += self._efficiency.call_seconds * op.calls
+        if host > kernels:
+            found.limits["launch"] += host
+        beside = waited = 0.0
+        for one in work.communication if communication is None else communication:
+            seconds = self._collective(one) * one.calls
+            if one.overlaps:
+                beside += seconds
+            else:
+                waited += seconds
+        busy = max(kernels, host)
+        slowed = busy + self._efficiency.interference * min(beside, kernels)
+        found.total = max(slowed, beside) + waited
+        found.exposed = found.total - busy
+        found.limits["communication"] += found.exposed
+        return found
+
+    def _kernel(self, op: OpWork) -> tuple[Bound, float] | None:
+        """Return what limits a call of an op, and its seconds; None where that is not known."""
+        bandwidth = self._gpu.bandwidth_bytes_per_s
+        assert bandwidth is not None
+        gaps = op.launches * self._efficiency.kernel_seconds
+        memory = op.bytes / (bandwidth * self._efficiency.memory[op.kind])
+        if not op.flops:
+            return ("memory" if memory > gaps else "launch"), memory + gaps
+        peak = self._peak(op)
+        if peak is None:
+            return None
+        compute = op.flops / (peak * self._efficiency.of_compute(op.kind, self._family))
+        if op.product is not None and op.kind != "depthwise":
+            compute /= self._filled(op.product)
+        if max(compute, memory) < gaps:
+            return "launch", max(compute, memory) + gaps
+        return ("compute" if compute > memory else "memory"), max(compute, memory) + gaps
+
+    def _peak(self, op: OpWork) -> float | None:
+        """Return the peak FLOP/s that an op is held against."""
+        if op.kind == "depthwise":  # no tensor cores
+            return self._gpu.flops["fp32"]
+        precision: str | None = op.precision
+        while precision is not None and precision not in self._gpu.flops:
+            precision = _FALLBACKS.get(precision)
+        return None if precision is None else self._gpu.flops[precision]
+
+    def _filled(self, product: tuple[float, float, float, float]) -> float:
+        """Return the share of a card's work that goes into elements of a product.
+
+        The rest goes into the edges of tiles, and into multiprocessors that wait for the last of
+        them. Products without enough tiles for all multiprocessors are split along their depth.
+        """
+        batch, rows, columns, depth = product
+        tiles, filled = max(batch, 1.0), 1.0
+        for size in (rows, columns):
+            size = max(size, 1.0)
+            tile = min(_TILE, max(_LEAST_TILE, 2 ** math.ceil(math.log2(size))))
+            count = math.ceil(size / tile)
+            tiles *= count
+            filled *= size / (count * tile)
+        depth = max(depth, 1.0)
+        filled *= depth / (math.ceil(depth / _DEPTH) * _DEPTH)
+        multiprocessors = self._gpu.multiprocessors
+        if tiles < multiprocessors:
+            tiles *= max(1.0, min(multiprocessors / tiles, depth / _SPLIT_DEPTH))
+        return filled * tiles / (tiles + self._efficiency.waves * multiprocessors)
+
+    def _collective(self, one: Communication) -> float:
+        """Return the seconds of a collective as a ring makes it."""
+        if one.ranks < 2:
+            return 0.0
+        share = (one.ranks - 1) / one.ranks * (2 if one.collective == "all_reduce" else 1)
+        ranks = max(one.ranks, min(self._world_size, one.ranks))
+        bandwidth = self._links.bytes_per_s(ranks) * self._efficiency.link
+        return share * one.bytes / bandwidth + self._efficiency.collective_seconds

@@ -1,0 +1,254 @@
+"""How long a training window is estimated to take on a simulated GPU, at any size.
+
+The window runs once on the simulated card with its work counted; a roofline makes seconds of that
+(`gpus/roofline.py`). Every figure from here is an estimate; `reports/throughput` says how far off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.errors import UsageError
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.gpus.roofline import SpeedEstimate, can_estimate, estimate
+from autobatch.gpus.work import LinearWork, WindowWork, Work
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.workload.workload import Workload
+
+__all__ = ["SpeedModel", "knee", "window_estimate", "window_estimates"]
+
+_SIZES = (2, 3)
+"""Micro-batches that are counted; at one, PyTorch leaves out copies that it makes at all others."""
+
+_STEPS = 2
+"""Micro-batches of a counted window: the first makes the gradients, all others add to them."""
+
+
+def window_estimate(
+    workload: Workload,
+    gpu: GpuSpec,
+    *,
+    micro_batch: int,
+    accumulation_steps: int,
+    settings: AllocatorSettings | None = None,
+) -> SpeedEstimate | None:
+    """Estimate the seconds of a training window on a card, which need not be in the machine.
+
+    Args:
+        workload: what is trained.
+        gpu: the card.
+        micro_batch: samples of one forward pass on one GPU.
+        accumulation_steps: micro-batches of the window.
+        settings: of the caching allocator, as `VirtualGpu` takes them.
+
+    Returns:
+        The estimate; None where the card's bandwidth or FLOP/s are not known.
+
+    Raises:
+        WorkloadError: the user's model, loss or optimizer failed.
+
+    >>> import torch
+    >>> from autobatch.gpus.catalogue import find_gpu
+    >>> workload = Workload(
+    ...     model=torch.nn.Linear(512, 512), batch=lambda n: torch.zeros(n, 512)
+    ... )
+    >>> window = window_estimate(workload, find_gpu("t4"), micro_batch=8, accumulation_steps=2)
+    >>> window.bound, window.samples, window.low < window.seconds < window.high
+    ('launch', 16, True)
+    """
+    (found,) = window_estimates(
+        workload,
+        [gpu],
+        micro_batch=micro_batch,
+        accumulation_steps=accumulation_steps,
+        settings=settings,
+    )
+    return found
+
+
+def window_estimates(
+    workload: Workload,
+    gpus: Sequence[GpuSpec],
+    *,
+    micro_batch: int,
+    accumulation_steps: int,
+    settings: AllocatorSettings | None = None,
+) -> list[SpeedEstimate | None]:
+    """Estimate the seconds of a window on several cards, in their order.
+
+    The window runs once for all cards of one compute capability, which run the same kernels. The
+    arguments and errors are those of `window_estimate`.
+    """
+    works: dict[tuple[int, int], WindowWork | None] = {}
+    found: list[SpeedEstimate | None] = []
+    for gpu in gpus:
+        if not can_estimate(gpu):
+            found.append(None)
+            continue
+        family = gpu.compute_capability
+        if family not in works:
+            works[family] = _counted(
+                workload, gpu, micro_batch, min(accumulation_steps, _STEPS), settings
+            )
+        found.append(_estimated(works[family], gpu, accumulation_steps, workload))
+    return found
+
+
+@dataclass(slots=True)
+class SpeedModel:
+    """The estimated seconds of windows of one workload on one card, at any size.
+
+    The window is counted at two small micro-batches. FLOPs and bytes lie on straight lines through
+    them, so that other sizes cost about a millisecond each. Where the windows of the two sizes are
+    not the same calls, every size that is asked for is counted, once.
+
+    Attributes:
+        workload: what is trained.
+        gpu: the card.
+    """
+
+    workload: Workload
+    gpu: GpuSpec
+    _settings: AllocatorSettings | None = None
+    _lines: _Lines | None = None
+    _counts: dict[int, WindowWork | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, workload: Workload, gpu: GpuSpec, settings: AllocatorSettings | None = None
+    ) -> SpeedModel:
+        """Count a workload's windows at two sizes.
+
+        Raises:
+            WorkloadError: the user's model, loss or optimizer failed.
+        """
+        model = cls(workload, gpu, settings)
+        if can_estimate(gpu):
+            limit = workload.sample_limit
+            low, high = _SIZES if limit is None or limit >= max(_SIZES) else (1, 2)
+            if limit is None or limit >= high:
+                first, second = model._work(low), model._work(high)
+                if first is not None and second is not None:
+                    model._lines = _Lines.through(first, second)
+        return model
+
+    def estimate(self, micro_batch: int, accumulation_steps: int) -> SpeedEstimate | None:
+        """Return the estimate of a window; None where the card's speed is not known."""
+        if not can_estimate(self.gpu):
+            return None
+        lines = self._lines
+        work = self._work(micro_batch) if lines is None else lines.at(micro_batch)
+        return _estimated(work, self.gpu, accumulation_steps, self.workload)
+
+    def seconds(self, micro_batch: int, accumulation_steps: int) -> float | None:
+        """Return the estimated seconds of a window; None where the card's speed is not known.
+
+        >>> import torch
+        >>> from autobatch.gpus.catalogue import find_gpu
+        >>> workload = Workload(
+        ...     model=torch.nn.Linear(512, 512), batch=lambda n: torch.zeros(n, 512)
+        ... )
+        >>> model = SpeedModel.of(workload, find_gpu("t4"))
+        >>> model.seconds(4096, 1) < model.seconds(4096, 2) < model.seconds(8192, 2)
+        True
+        """
+        found = self.estimate(micro_batch, accumulation_steps)
+        return None if found is None else found.seconds
+
+    def _work(self, micro_batch: int) -> WindowWork | None:
+        if micro_batch not in self._counts:
+            self._counts[micro_batch] = _counted(
+                self.workload, self.gpu, micro_batch, _STEPS, self._settings
+            )
+        return self._counts[micro_batch]
+
+
+def knee(seconds_by_size: Mapping[int, float], within: float = 0.03) -> int:
+    """Return the smallest micro-batch whose seconds a sample are near the best of all.
+
+    Args:
+        seconds_by_size: seconds of one micro-batch, or of windows of the same number of them, by
+            size.
+        within: how much slower than the best one it may be, as a share.
+
+    Raises:
+        UsageError: no size is given, or the share is negative.
+
+    >>> knee({8: 1.0, 16: 1.5, 32: 2.42, 64: 4.8})
+    32
+    """
+    if not seconds_by_size or within < 0:
+        raise UsageError(
+            f"{len(seconds_by_size)} sizes and a share of {within} are given: a knee needs at "
+            "least one size with its seconds, and a share of 0 or more, such as within=0.03"
+        )
+    rates = {size: seconds / size for size, seconds in seconds_by_size.items()}
+    best = min(rates.values())
+    return min(size for size, rate in rates.items() if rate <= best * (1 + within))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A window at any micro-batch: its parts on straight lines."""
+
+    forward: LinearWork
+    backward: LinearWork
+    later_forward: LinearWork
+    later_backward: LinearWork
+    second: WindowWork
+
+    @classmethod
+    def through(cls, first: WindowWork, second: WindowWork) -> _Lines | None:
+        """Lay two windows side by side; None where they are not the same calls."""
+        if None in (first.later_forward, first.later_backward):
+            return None
+
+        def line(one: Work | None, other: Work | None) -> LinearWork:
+            return LinearWork.of((first.samples, one or Work()), (second.samples, other or Work()))
+
+        try:
+            return cls(
+                line(first.forward, second.forward),
+                line(first.backward, second.backward),
+                line(first.later_forward, second.later_forward),
+                line(first.later_backward, second.later_backward),
+                second,
+            )
+        except ValueError:
+            return None
+
+    def at(self, micro_batch: int) -> WindowWork:
+        """Return the window at a micro-batch; its update is the same at all of them."""
+        return WindowWork(
+            samples=micro_batch,
+            forward=self.forward.at(micro_batch),
+            backward=self.backward.at(micro_batch),
+            later_forward=self.later_forward.at(micro_batch),
+            later_backward=self.later_backward.at(micro_batch),
+            update=self.second.update,
+            averages=self.second.averages,
+        )
+
+
+def _counted(
+    workload: Workload,
+    gpu: GpuSpec,
+    micro_batch: int,
+    accumulation_steps: int,
+    settings: AllocatorSettings | None,
+) -> WindowWork | None:
+    device = VirtualGpu(gpu, settings, counts_work=True)
+    run = device.run(workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps)
+    return run.work
+
+
+def _estimated(
+    work: WindowWork | None, gpu: GpuSpec, accumulation_steps: int, workload: Workload
+) -> SpeedEstimate | None:
+    if work is None:
+        return None
+    return estimate(
+        work, gpu, accumulation_steps=accumulation_steps, world_size=workload.world_size
+    )

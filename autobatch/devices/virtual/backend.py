@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from autobatch.devices.virtual.cuda_types import CudaGenerator, legacy_types
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
+from autobatch.devices.virtual.questions import Properties, note_question
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.support import process
@@ -276,7 +277,7 @@ def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
 def _answers(spec: GpuSpec) -> dict[str, Any]:
     """Return what takes the place of functions and classes of `torch.cuda`, by name."""
     major, minor = spec.compute_capability
-    properties = SimpleNamespace(
+    properties = Properties(
         name=spec.name,
         major=major,
         minor=minor,
@@ -323,19 +324,21 @@ def _answers(spec: GpuSpec) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "can_device_access_peer": lambda device, peer: False,
-        "get_arch_list": lambda: [f"sm_{major}{minor}"],
-        "get_device_capability": lambda device=None: (major, minor),
-        "get_device_name": lambda device=None: spec.name,
+        "get_arch_list": lambda: note_question("capability", [f"sm_{major}{minor}"]),
+        "get_device_capability": lambda device=None: note_question("capability", (major, minor)),
+        "get_device_name": lambda device=None: note_question("card", spec.name),
         "get_device_properties": lambda device=None: properties,
         "is_bf16_supported": lambda including_emulation=True: True,
-        "is_tf32_supported": lambda: major >= 8,
+        "is_tf32_supported": lambda: note_question("capability", major >= 8),
         "is_current_stream_capturing": lambda: False,
         "memory_stats": lambda device=None: defaultdict(int),
         "memory_summary": lambda device=None, abbreviated=False: "",
         "memory_snapshot": lambda *args: [],
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "mem_get_info": lambda device=None: (spec.capacity_bytes, spec.capacity_bytes),
+        "mem_get_info": lambda device=None: note_question(
+            "card", (spec.capacity_bytes, spec.capacity_bytes)
+        ),
     }
 
 
@@ -345,9 +348,10 @@ def _apply_to_fakes(
     """Do what `Module._apply` does to modules of fake tensors; leave real ones where they are.
 
     `Module._apply` swaps a fake parameter with what it becomes, and fails where anything else holds
-    the parameter. A real module that user code moves to the GPU stays where it is; an op that uses
-    its tensors moves copies.
+    the parameter. A parameter of several modules becomes one of all of them. A real module that
+    user code moves to the GPU stays where it is; an op that uses its tensors moves copies.
     """
+    made: dict[int, tuple[Tensor, nn.Parameter]] = getattr(change, "__dict__", {}).setdefault("_made", {})
     parameters: dict[str, Any] = module._parameters
     buffers: dict[str, Any] = module._buffers
     if recurse:
@@ -355,9 +359,15 @@ def _apply_to_fakes(
             child._apply(change)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            changed = change(parameter) if isinstance(parameter, FakeTensor) else parameter
+            if not isinstance(parameter, FakeTensor):
+                continue
+            if id(parameter) in made:
+                parameters[name] = made[id(parameter)][1]
+                continue
+            changed = change(parameter)
             if changed is not parameter:
                 parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+                made[id(parameter)] = parameter, parameters[name]
         for name, buffer in buffers.items():
             if isinstance(buffer, FakeTensor):
                 buffers[name] = change(buffer)

@@ -63,6 +63,13 @@ class Guesses:
         self._is_settled = False
         self.is_trying = False
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether no value decided anything so far: runs were as with any other answers."""
+        return not (
+            self._turned or self._decides or self._heavier or self._numbers or self._parts
+        ) and not any(self._compared.values())
+
     def begin(self) -> None:
         """Start a run."""
         self._read.clear()

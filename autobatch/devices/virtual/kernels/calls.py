@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import Steps
+from autobatch.memory.trace import Kernel
 
-__all__ = ["Hashed", "Rule", "described", "steps_of"]
+__all__ = ["Hashed", "Rule", "described", "on_card", "steps_of"]
 
 Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], GpuSpec], Steps]
 
@@ -70,6 +72,14 @@ def steps_of(
     args = _restored(placed, left)
     kwargs = {name: _restored(part, left) for name, part in named}
     return tuple(rule(func, args, kwargs, gpu.spec))
+
+
+def on_card(kernel: Kernel, spec: GpuSpec) -> Kernel:
+    """Return a kernel that ran on one card as it runs on another, whose rules are asked."""
+    takes = kernel.takes
+    assert isinstance(takes, functools.partial) and takes.func is steps_of
+    rule, func, shape, _ = takes.args
+    return replace(kernel, takes=functools.partial(steps_of, rule, func, shape, Hashed(spec)))
 
 
 def _restored(shape: Any, numbers: Iterator[int]) -> Any:

@@ -1,0 +1,137 @@
+"""Simulated cards that share their executions: one run serves all whose kernels are the same.
+
+Cards of one compute capability run the same kernels. What these take beside their results may
+depend on the card as well (how many multiprocessors share the work), but a trace keeps kernels
+apart from what tensors take, and their rules are asked again for every card.
+
+Invariant: a run of a card is what this card would have run alone. So a run is not shared in which
+code asked for the name or the memory of its card, or in which values that are not known decided
+something (what is learned of them depends on what ran before), or which tells of its card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
+
+from autobatch.devices.base import WINDOWS, Run
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.kernels.calls import on_card
+from autobatch.devices.virtual.questions import questions
+from autobatch.gpus.catalogue import GpuSpec
+from autobatch.memory.accounting import replay
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.scratch import with_scratch
+from autobatch.memory.trace import Bare
+from autobatch.workload.workload import Workload
+
+__all__ = ["SharedRuns", "SharingGpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A run, the card that it was made for, and its workload, whose parts keep their ids."""
+
+    run: Run
+    spec: GpuSpec
+    workload: Workload
+
+
+class SharedRuns:
+    """The executions of cards that share them.
+
+    Attributes:
+        executions: how many there were.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._kept: dict[Hashable, _Kept] = {}
+        self.executions = 0
+
+    def find(self, key: Hashable) -> _Kept | None:
+        """Return the run of a key; None where there is none to share."""
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, run: Run, spec: GpuSpec, workload: Workload) -> None:
+        """Share a run from now on."""
+        self._kept[key] = _Kept(run, spec, workload)
+
+
+class SharingGpu(VirtualGpu):
+    """A simulated card that takes over the runs of others with the same kernels."""
+
+    def __init__(
+        self,
+        spec: GpuSpec,
+        shared: SharedRuns,
+        settings: AllocatorSettings | None = None,
+        *,
+        counts_work: bool = False,
+    ) -> None:
+        """Simulate a card.
+
+        Args:
+            spec: the card.
+            shared: where runs are looked for, and kept; all with the same settings.
+            settings: as of `VirtualGpu`.
+            counts_work: as of `VirtualGpu`.
+        """
+        super().__init__(spec, settings, counts_work=counts_work)
+        self._shared = shared
+
+    def run(
+        self,
+        workload: Workload,
+        *,
+        micro_batch: int,
+        accumulation_steps: int,
+        windows: int = WINDOWS,
+    ) -> Run:
+        """Run training windows, or take over such a run.
+
+        Raises:
+            WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
+        """
+        key = (
+            self.spec.compute_capability,
+            _identity(workload),
+            (micro_batch, accumulation_steps, windows),
+        )
+        kept = self._shared.find(key)
+        if kept is not None:
+            return self._taken_over(kept)
+        self._shared.executions += 1
+        with questions() as asked:
+            ran = super().run(
+                workload,
+                micro_batch=micro_batch,
+                accumulation_steps=accumulation_steps,
+                windows=windows,
+            )
+        guesses, _ = self._guesses[id(workload.model)]
+        tells_of_card = any(self.spec.name in note for note in ran.notes)
+        if "card" not in asked and guesses.is_unused and not tells_of_card:
+            self._shared.keep(key, ran, self.spec, workload)
+        return ran
+
+    def _taken_over(self, kept: _Kept) -> Run:
+        """Return a run as it is on this card."""
+        bare = kept.run.trace.bare
+        if bare is None or _counts(kept.spec) == _counts(self.spec):
+            return kept.run
+        kernels = tuple(on_card(kernel, self.spec) for kernel in bare.kernels)
+        trace = with_scratch(Bare(bare.trace, kernels))
+        return replace(kept.run, trace=trace, replay=replay(trace, self.allocator()))
+
+
+def _identity(workload: Workload) -> Hashable:
+    """Return what is the same for workloads that run the same; notes do not run."""
+    return tuple(
+        id(getattr(workload, each.name)) for each in fields(workload) if each.name != "notes"
+    )
+
+
+def _counts(spec: GpuSpec) -> Hashable:
+    """Return what rules of kernels ask of a card beside its compute capability."""
+    return spec.multiprocessors, tuple(sorted(spec.flops.items()))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from autobatch.memory.allocator import Block, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.recorded_run import Score, replay
 from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import load_snapshot
 from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
+from tests.support.random_recordings import recordings
 from tests.support.recordings import (
     EXPANDABLE,
     PRIVATE,
@@ -183,44 +181,6 @@ def test_blocks_that_only_a_failed_request_freed_do_not_serve_it(tmp_path: Path)
     assert made.alloc_retries == 1
     assert block.address == last.address + last.size_bytes
     assert scored(tmp_path, made).agrees
-
-
-@st.composite
-def recordings(draw: st.DrawFn) -> Recorder:
-    """A random program on several streams, recorded from somewhere in its middle."""
-    made = recorder(
-        draw(
-            st.sampled_from(
-                [
-                    AllocatorSettings(),
-                    EXPANDABLE,
-                    AllocatorSettings(max_split_size_bytes=40 * MIB),
-                    AllocatorSettings(roundup_power2_divisions=8),
-                ]
-            )
-        ),
-        capacity=draw(st.sampled_from([None, 150 * MIB])),
-    )
-    live: list[Block] = []
-    steps = draw(st.integers(0, 40))
-    start = draw(st.integers(0, steps))
-    for step in range(steps):
-        if step == start:
-            made.record()
-        action = draw(st.integers(0, 9))
-        if live and action < 4:
-            block = live.pop(draw(st.integers(0, len(live) - 1)))
-            if action == 0:
-                made.record_stream(block, 99)
-            made.free(block)
-        elif action == 9 and draw(st.booleans()):
-            made.empty_cache()
-        else:
-            stream, pool_id = draw(st.sampled_from([(0, (0, 0)), (7, (0, 0)), (0, PRIVATE)]))
-            size = draw(st.one_of(st.integers(1, 3 * MIB), st.integers(MIB, 50 * MIB)))
-            with suppress(OutOfMemory):
-                live.append(made.alloc(size, stream, pool_id))
-    return made
 
 
 @given(recordings())

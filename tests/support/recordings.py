@@ -20,7 +20,9 @@ class Recorder(CachingAllocator):
     """An allocator that writes down what PyTorch would write down."""
 
     def record(self) -> None:
-        """Start recording from here."""
+        """Start recording from here; peaks, too."""
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
         self.events: list[dict[str, Any]] = []
 
     def note(

@@ -1,0 +1,60 @@
+"""`autobatch explain`: what a recorded memory snapshot shows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+__all__ = ["add", "run"]
+
+
+def add(verbs: Any) -> None:
+    """Add the command and its options to the parser's sub-parsers."""
+    parser = verbs.add_parser(
+        "explain", help="say what held the memory in a recorded PyTorch memory snapshot"
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "snapshot",
+        metavar="SNAPSHOT.PICKLE",
+        help="written by torch.cuda.memory._dump_snapshot(); nothing in it is run",
+    )
+    parser.add_argument(
+        "--device", type=int, metavar="N", help="explain this device only (default: all)"
+    )
+    parser.add_argument(
+        "--settings",
+        action="append",
+        default=[],
+        metavar="CONF",
+        help="also try this PYTORCH_CUDA_ALLOC_CONF, such as max_split_size_mb:256; repeatable",
+    )
+    parser.add_argument(
+        "--top", type=int, default=10, metavar="N", help="largest blocks to list (default 10)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the answer as JSON; - prints only JSON on stdout"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Explain a recorded memory snapshot."""
+    from autobatch.cli.terminal import show
+    from autobatch.report.explanation import explain, explanation_summary
+    from autobatch.support.files import check_writable, write_text
+
+    if arguments.json and arguments.json != "-":
+        check_writable(arguments.json)
+    explanation = explain(
+        arguments.snapshot,
+        device=arguments.device,
+        settings=arguments.settings,
+        top=arguments.top,
+    )
+    if arguments.json == "-":
+        sys.stdout.write(explanation.to_json())
+        return
+    show(explanation_summary(explanation), sys.stdout)
+    if arguments.json:
+        write_text(arguments.json, explanation.to_json())

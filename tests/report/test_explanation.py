@@ -1,0 +1,210 @@
+"""How an explained snapshot reads."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from autobatch.cli import terminal
+from autobatch.errors import UsageError
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.report import markdown
+from autobatch.report.explanation import Explanation, explain, explanation_summary
+from autobatch.support.units import MIB
+from tests.support.recordings import write
+from tests.support.training_recordings import (
+    FORWARD,
+    TRAIN,
+    StackRecorder,
+    frame,
+    out_of_memory,
+    stack_recorder,
+    training_steps,
+)
+
+
+def explained(folder: Path, made: StackRecorder, **options: Any) -> Explanation:
+    return explain(write(folder / "snapshot.pickle", made.content()), **options)
+
+
+def trained(folder: Path, **options: Any) -> Explanation:
+    made = stack_recorder()
+    training_steps(made)
+    return explained(folder, made, **options)
+
+
+def section(text: str, title: str) -> str:
+    return next(part for part in text.split("\n\n") if part.startswith(title))
+
+
+def one_space(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_title_and_the_facts_say_what_was_recorded(tmp_path: Path) -> None:
+    text = str(trained(tmp_path))
+    title, subtitle = text.splitlines()[:2]
+    assert title == "102 MiB allocated at the peak, 122 MiB reserved"
+    assert subtitle.endswith("snapshot.pickle, device 0: measured by PyTorch's allocator")
+    facts = one_space(text.split("\n\n")[1])
+    assert "after event 41 of 54, for MmBackward0: mm" in facts
+    assert "makes all 19 allocations as recorded and reserves the same 127,926,272 bytes" in facts
+
+
+def test_the_account_ends_in_its_sum(tmp_path: Path) -> None:
+    rows = section(str(trained(tmp_path)), "What held the peak (measured)").splitlines()[2:]
+    names = [row.split("  ")[1].strip() for row in rows]
+    assert names[0] == "optimizer state"
+    assert names[-2:] == ["rounding by the allocator", "= peak allocated"]
+    numbers = [int(row.split()[-4].replace(",", "")) for row in rows]
+    assert sum(numbers[:-1]) == numbers[-1] == 106_955_264
+
+
+def test_what_is_known_by_which_evidence_is_said(tmp_path: Path) -> None:
+    held = section(str(trained(tmp_path)), "What held")
+    assert "stack frames and lifetime" in held
+    lines = section(str(trained(tmp_path)), "By line of code")
+    assert "no line of Python" in lines
+    assert "run/model.py:12 forward" in lines
+
+
+def test_equal_blocks_share_a_row(tmp_path: Path) -> None:
+    made = stack_recorder()
+    for _ in range(5):
+        made.at(FORWARD, 3 * MIB)
+    _, _, row = section(str(explained(tmp_path, made)), "Largest blocks").splitlines()
+    assert row.split()[:5] == ["3.00", "MiB", "5", "4", "events"]
+
+
+def test_small_places_are_summed(tmp_path: Path) -> None:
+    made = stack_recorder()
+    for line in range(14):
+        made.at([frame("build", "/home/me/run/data.py", line)], (20 - line) * MIB)
+    rows = section(str(explained(tmp_path, made)), "By line of code").splitlines()[2:]
+    assert len(rows) == 11
+    assert "4 more places" in rows[-1]
+    assert rows[-1].split()[0] == "34.0"
+
+
+def test_a_failed_request_comes_first_with_what_would_have_met_it(tmp_path: Path) -> None:
+    text = str(explained(tmp_path, out_of_memory()))
+    told = one_space(section(text, "Out of memory"))
+    assert "asked for 17.0 MiB (17,825,792 bytes), for MmBackward0: mm" in told
+    assert "26.0 MiB free in 5 blocks of 80.0 MiB reserved, the largest of 11.0 MiB" in told
+    assert "2.00 MiB free, by CUDA" in told
+    assert "Within the 82.0 MiB that could be reserved then" in told
+    assert "met with `expandable_segments:True`" in told
+    rows = section(text, "Other allocator settings").splitlines()
+    assert rows[2].endswith("fails")
+    assert rows[3].endswith("is met")
+    assert text.index("Out of memory") < text.index("What held the peak")
+
+
+def test_a_request_larger_than_all_memory_has_no_setting(tmp_path: Path) -> None:
+    made = out_of_memory()
+    made.events[-1]["size"] = 90 * MIB
+    told = one_space(section(str(explained(tmp_path, made)), "Out of memory"))
+    assert "no setting tried here meets it (simulated): less has to be alive at once" in told
+
+
+def test_a_shortage_from_before_the_recording_is_told(tmp_path: Path) -> None:
+    made = stack_recorder(capacity=80 * MIB)
+    blocks = [made.at(FORWARD, 9 * MIB) for _ in range(8)]
+    made.free_at(FORWARD, *blocks[1::2])
+    made.record()
+    made.device_free = 0
+    with pytest.raises(Exception, match="out of memory"):
+        made.at(FORWARD, 17 * MIB)
+    told = one_space(section(str(explained(tmp_path, made)), "Out of memory"))
+    assert "the recorded settings would have met it, too, from an empty cache" in told
+
+
+def test_the_other_settings_are_simulated_and_compared(tmp_path: Path) -> None:
+    made = stack_recorder()
+    blocks = [made.at(FORWARD, 15 * MIB) for _ in range(4)]
+    made.free_at(FORWARD, *blocks[:3])
+    made.at(FORWARD, 43 * MIB)
+    text = section(str(explained(tmp_path, made)), "Other allocator settings (simulated)")
+    rows = text.splitlines()
+    assert rows[2].split() == "PyTorch's defaults (recorded) 108 MiB - 64.0 MiB 0".split()
+    assert rows[3].split() == "expandable_segments:True 60.0 MiB -44.4% 60.0 MiB 0".split()
+    assert "the first row is what was recorded" in one_space(text)
+    assert "`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` would reserve 48.0 MiB less" in text
+
+
+def test_a_recording_that_begins_later_says_how_it_was_begun(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.free_at(FORWARD, made.at(FORWARD, 50 * MIB))
+    made.at(FORWARD, 2 * MIB)
+    made.record()
+    made.at(FORWARD, 20 * MIB)
+    text = one_space(section(str(explained(tmp_path, made)), "Other allocator settings"))
+    assert "placed anew, in the order of their addresses, in an empty cache" in text
+    assert "10.0 MiB more than the first row" in text
+    assert "No setting tried here saves more than 1%" in text
+
+
+def test_a_snapshot_without_events_explains_its_last_state(tmp_path: Path) -> None:
+    made = stack_recorder(AllocatorSettings(max_split_size_bytes=64 * MIB))
+    training_steps(made)
+    content = made.content()
+    content["device_traces"] = [[]]
+    text = str(explain(write(tmp_path / "state.pickle", content)))
+    assert text.startswith("56.0 MiB allocated in the final state")
+    assert "the snapshot holds no events" in text
+    assert "What held the final state (measured)" in text
+    assert "simulated" not in text
+
+
+def test_several_devices_have_their_sections(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.at(FORWARD, 3 * MIB)
+    content = made.content()
+    content["device_traces"] *= 2
+    content["segments"] += [{**part, "device": 1} for part in content["segments"]]
+    text = str(explain(write(tmp_path / "two.pickle", content)))
+    assert "Device 0: What held the peak (measured)" in text
+    assert "Device 1: What held the peak (measured)" in text
+    assert text.splitlines()[1].endswith("2 devices: measured by PyTorch's allocator")
+
+
+def test_text_in_a_snapshot_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.label = "\x1b]0;owned\x07"
+    made.at([frame("evil\x1b[2J", "/home/me/\x1b[31m.py", 1), TRAIN], MIB)
+    content = made.content()
+    content["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"] = "x:\x1b[1m"
+    explanation = explain(write(tmp_path / "evil.pickle", content))
+    assert "\x1b" not in str(explanation)
+    assert "\x1b" not in markdown.render(explanation_summary(explanation))
+
+
+def test_every_renderer_shows_the_document(tmp_path: Path) -> None:
+    document = explanation_summary(explained(tmp_path, out_of_memory()))
+    assert "| = peak allocated" in markdown.render(document).replace("**", "")
+    console = Console(record=True, width=200, file=StringIO())
+    terminal.draw(document, console)
+    assert "Out of memory" in console.export_text()
+
+
+def test_json_has_every_figure(tmp_path: Path) -> None:
+    explanation = trained(tmp_path)
+    content = json.loads(explanation.to_json())
+    assert content["schema_version"] == 1
+    (device,) = content["devices"]
+    assert device["reserve"]["allocated_bytes"] == 106_955_264
+    assert device["held"][0]["category"] == "optimizer state"
+    assert device["replay"]["requests"] == 19
+    assert len(device["alternatives"]) == 6
+
+
+def test_one_setting_may_be_given_as_text(tmp_path: Path) -> None:
+    explanation = trained(tmp_path, settings="max_split_size_mb:30")
+    assert explanation.devices[0].alternatives[-1].settings == "max_split_size_mb:30"
+    with pytest.raises(UsageError, match="device=5"):
+        trained(tmp_path, device=5)

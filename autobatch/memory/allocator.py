@@ -171,8 +171,9 @@ class CachingAllocator:
     ) -> Self:
         """Start with segments and blocks that exist already; peaks start at the present values."""
         self = cls(settings, capacity_bytes=capacity_bytes, limit_bytes=limit_bytes)
+        segments = sorted(segments, key=_by_address)
         tails: dict[_Pool, Block] = {}
-        for segment in sorted(segments, key=_by_address):
+        for segment in segments:
             pool = self._pool(segment.small, segment.stream, segment.pool_id)
             tail = tails.get(pool) if segment.expandable else None
             base: int | None = None
@@ -192,6 +193,10 @@ class CachingAllocator:
         for pool, tail in tails.items():
             assert tail.base is not None  # only expandable segments are in `tails`
             start, end = tail.address + tail.size_bytes, tail.base + self._reserve_size(pool)
+            # Its addresses end where those of another segment begin, whatever the capacity was.
+            taken = [part.reserved_from or part.address for part in segments]
+            end = min([end, *(address for address in taken if address >= start)])
+            self._next_address = max(self._next_address, end)
             if start < end:
                 self._add_unmapped(start, end, pool, tail.base, after=tail)
         self.peak_allocated_bytes = self.allocated_bytes

@@ -630,3 +630,16 @@ def test_every_choice_agrees_with_a_plain_search_of_everything(trace: Trace) -> 
     allocator = Logged()
     run(trace, allocator)
     assert (choices, allocator.reserved_bytes) == oracle(trace)
+
+
+def test_an_expandable_segment_taken_over_does_not_grow_into_another() -> None:
+    allocator = CachingAllocator(EXPANDABLE, capacity_bytes=100 * MIB)
+    allocator.malloc(20 * MIB, 0)
+    allocator.malloc(20 * MIB, 7)
+    unlimited = CachingAllocator.from_segments(allocator.segments(), EXPANDABLE)
+    taken = [unlimited.malloc(20 * MIB, stream) for stream in (0, 7, 5) for _ in range(30)]
+    assert len({block.address for block in taken}) == 90
+    for block in taken:
+        unlimited.free(block)
+    unlimited.empty_cache()
+    assert unlimited.reserved_bytes == unlimited.allocated_bytes == 40 * MIB

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from autobatch.errors import FileError, UsageError
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -495,7 +495,6 @@ def test_numbers_that_cannot_be_sizes_are_refused(tmp_path: Path, number: int) -
 
 
 @given(recordings())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_account_of_any_recording_adds_up(made: Recorder) -> None:
     content = pickle.loads(pickle.dumps(plain(made.dump())))
     snapshot = read_snapshot(content, stacks=True)
@@ -515,7 +514,6 @@ def test_the_account_of_any_recording_adds_up(made: Recorder) -> None:
 
 
 @given(recordings())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_under_the_recorded_settings_the_same_is_reserved(made: Recorder) -> None:
     snapshot = read_snapshot(plain(made.dump()))
     recording = rewind(snapshot, 0)

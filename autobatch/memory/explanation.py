@@ -354,6 +354,7 @@ class _Device:
         self.settings = snapshot.settings
         self.recording: Recording = rewind(snapshot, device)
         self.events = self.recording.events
+        self.released = releases(self.recording)
         self.notes: list[str] = []
 
     def explain(self, tried: Sequence[tuple[str, AllocatorSettings]]) -> DeviceExplanation:
@@ -374,7 +375,7 @@ class _Device:
         held = _held(alive)
         reserve = _reserve(segments, self.settings)
         shortage = self._shortage(run)
-        released = Counter(releases(self.recording).values())
+        released = Counter(self.released.values())
         retries = released["allocator"]
         if released["either"]:
             self.notes.append(
@@ -410,6 +411,7 @@ class _Device:
         free = rerun(
             self.recording,
             self.settings,
+            released=self.released,
             start=self.recording.start,
             capacity_bytes=capacity,
         )
@@ -484,7 +486,9 @@ class _Device:
         capacity: int | None,
         shortage: Shortage | None,
     ) -> Alternative:
-        outcome: Outcome = rerun(self.recording, settings, capacity_bytes=capacity)
+        outcome: Outcome = rerun(
+            self.recording, settings, released=self.released, capacity_bytes=capacity
+        )
         meets = None
         if shortage is not None:
             reached = outcome.failed_event is None or outcome.failed_event > shortage.event

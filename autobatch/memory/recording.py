@@ -355,7 +355,9 @@ def rewind(snapshot: Snapshot, device: int) -> Recording:
     for index in range(len(trace) - 1, -1, -1):
         event = trace[index]
         if event.pool_id == DEFAULT_POOL:  # older recordings leave it out; segments have it
-            event = replace(event, pool_id=memory.pool_id(event.address))
+            owner = memory.pool_id(event.address)
+            if owner != DEFAULT_POOL:
+                event = replace(event, pool_id=owner)
         try:
             memory.undo(event)
         except _ContradictionError as error:

@@ -318,24 +318,26 @@ def _parse_events(
         action = record["action"]
         if action not in _ACTIONS:
             continue
-        event = TraceEvent(
+        free = record.get("device_free") if action == "oom" else None
+        yield TraceEvent(
             action,
             _whole(record.get("addr", 0), "addr", 2 * _LIMIT),
             _whole(record["size"], "size"),
             _whole(record.get("stream", 0), "stream", 2 * _LIMIT),
             _pool_id(record.get("pool_id", DEFAULT_POOL)),
+            None if free is None else _whole(free, "device_free"),
+            *(_told(record, reader) if reader else ()),
         )
-        if action == "oom" and "device_free" in record:
-            event = replace(event, device_free_bytes=_whole(record["device_free"], "device_free"))
-        if reader:
-            event = replace(
-                event,
-                time_us=_typed(record.get("time_us", 0), int, "time_us"),
-                stack=reader.read(record.get("frames")),
-                label=_typed(record.get("user_metadata", ""), str, "user_metadata"),
-                category=_typed(record.get("category", ""), str, "category"),
-            )
-        yield event
+
+
+def _told(record: dict[str, Any], reader: _StackReader) -> tuple[int, Stack, str, str]:
+    """Return time, stack, label and category of an event."""
+    return (
+        _typed(record.get("time_us", 0), int, "time_us"),
+        reader.read(record.get("frames")),
+        _typed(record.get("user_metadata", ""), str, "user_metadata"),
+        _typed(record.get("category", ""), str, "category"),
+    )
 
 
 def _settings_text(record: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ Invariant: requests, frees and their order are the recorded ones; only blocks an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,6 +114,7 @@ def rerun(
     recording: Recording,
     settings: AllocatorSettings,
     *,
+    released: Mapping[int, Releaser],
     start: Sequence[SegmentInfo] | None = None,
     capacity_bytes: int | None = None,
     limit_bytes: int | None = None,
@@ -123,6 +124,7 @@ def rerun(
     Args:
         recording: the events, and the blocks that are alive before them.
         settings: of the allocator.
+        released: who gave cached memory back, as `releases` says.
         start: segments to begin with; None to begin with nothing and to place the blocks that are
             alive before the first event anew, in the order of their addresses.
         capacity_bytes: what CUDA can give in all; unlimited if None.
@@ -133,7 +135,7 @@ def rerun(
         run = _Rerun(CachingAllocator(settings, **limits))
     else:
         run = _Rerun(CachingAllocator.from_segments(start, settings, **limits))
-    emptied = {index for index, by in releases(recording).items() if by != "allocator"}
+    emptied = {index for index, by in released.items() if by != "allocator"}
     refused: list[int] = []
     event_index = -1
     try:

@@ -44,6 +44,7 @@ def probe(arguments: argparse.Namespace) -> None:
                     "target": arguments.target,
                     "headroom": arguments.headroom,
                     "prove": arguments.prove,
+                    "objective": arguments.objective,
                     "gpu": gpu,
                     **workload_options(arguments),
                 },
@@ -108,7 +109,9 @@ def _question(arguments: argparse.Namespace) -> dict[str, object]:
     """Return what a plan depends on, beside versions, settings and source files."""
     from autobatch.gpus.nvml import driver_version, installed_gpus
 
-    names = "spec target headroom prove gpu world_size sharding optimizer autocast clip_norm"
+    names = (
+        "spec target headroom prove objective gpu world_size sharding optimizer autocast clip_norm"
+    )
     cards = [(gpu.index, gpu.name, gpu.total_bytes) for gpu in installed_gpus()]
     library, _, name = arguments.spec.partition(":")
     configs = sorted(Path(name.partition("?")[0]).glob("*.json")) if library == "hf" else ()

@@ -7,7 +7,7 @@ import re
 from typing import NoReturn
 
 from autobatch._version import __version__
-from autobatch.cli import commands
+from autobatch.cli import advise, commands
 from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_isolation, add_workload_options
 from autobatch.support.wording import near
 
@@ -41,6 +41,13 @@ def parser() -> argparse.ArgumentParser:
         "where it is simulated, what 95 of 100 published runs needed)",
     )
     add_workload_options(probe)
+    probe.add_argument(
+        "--objective",
+        choices=["largest", "fastest", "balanced"],
+        default="largest",
+        help="which micro-batch of those that fit: the largest (default), the fastest, or the "
+        "smallest within 3 %% of the fastest; on a simulated GPU, time is an estimate",
+    )
     probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
     probe.add_argument(
         "--no-cache",
@@ -62,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--micro-batch", type=int, required=True, metavar="N")
     predict.add_argument("--accumulation-steps", type=int, default=1, metavar="K")
     add_workload_options(predict)
+
+    advise.add(verbs)
 
     check = verbs.add_parser(
         "check", help="compare accumulated gradients with those of the whole batch, on the CPU"

@@ -29,6 +29,7 @@ class Run:
         replay: what the allocator, real or simulated, did with the trace.
         seconds: wall time of the whole run on the machine that ran it.
         window_seconds: median time of a window after warm-up; None where nothing was computed.
+        window_range: that of the fastest and of the slowest.
         shortage: which request failed for lack of memory, in one line; None where none did.
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
             "scalar output", "cross entropy" or "surrogate sum".
@@ -42,6 +43,7 @@ class Run:
     replay: Replay
     seconds: float
     window_seconds: float | None = None
+    window_range: tuple[float, float] | None = None
     shortage: str | None = None
     loss: str
     optimizer: str

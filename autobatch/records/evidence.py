@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from autobatch.records.footprint import Evidence
 
 __all__ = [
     "MemoryPoint",
     "ModelFacts",
+    "SpeedPoint",
     "Timeline",
     "TimelineSegment",
     "Trial",
@@ -25,7 +27,8 @@ class Trial:
     """Two consecutive training windows that were executed, on a GPU or on the virtual one.
 
     `seconds` is wall time of the whole trial on the machine that ran it, `window_seconds` the
-    median time of a window after warm-up on the GPU; None where it was simulated.
+    median time of a window after warm-up on the GPU, and `window_range` that of the fastest and of
+    the slowest; None where it was simulated.
     """
 
     micro_batch: int
@@ -38,6 +41,7 @@ class Trial:
     seconds: float
     evidence: Evidence
     window_seconds: float | None = None
+    window_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,27 @@ class MemoryPoint:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedPoint:
+    """How long one update of the whole target takes at one split of it.
+
+    Attributes:
+        micro_batch: samples in each forward/backward.
+        accumulation_steps: micro-batches of the window.
+        window_seconds: the median of the windows that were timed after a warm-up, or an estimate
+            by a roofline over every operator.
+        low, high: the fastest and slowest of those windows, or the estimate's range.
+        how: "measured" on the GPU, or an "estimate".
+    """
+
+    micro_batch: int
+    accumulation_steps: int
+    window_seconds: float
+    low: float
+    high: float
+    how: Literal["measured", "estimate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,21 @@ from typing import Literal
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import likelihood_of
-from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, Trial, WindowMemory
+from autobatch.records.evidence import (
+    MemoryPoint,
+    ModelFacts,
+    SpeedPoint,
+    Timeline,
+    Trial,
+    WindowMemory,
+)
 from autobatch.records.footprint import Footprint
 from autobatch.records.split import Split
 
-__all__ = ["PlanRecord"]
+__all__ = ["Objective", "PlanRecord"]
+
+Objective = Literal["largest", "fastest", "balanced"]
+"""Which of the micro-batches that fit is planned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,10 @@ class PlanRecord:
             versions.
         batch_dims: where the batch dimension of the sample was said to be, by path: a dimension,
             "list" or "whole"; None where it was not said, and in plans of earlier versions.
+        objective: what was asked for: the "largest" micro-batch, the "fastest", or the smallest
+            within 3 % of the fastest ("balanced").
+        speed: what splits of the target take, where time was asked for, largest micro-batch first.
+        loader_samples_per_s: what the user's loader gives, where it was passed.
         warnings: what the user should know, one line each.
     """
 
@@ -67,6 +81,9 @@ class PlanRecord:
     sharding: Literal["ddp", "fsdp", "custom"] | None = None
     otherwise: WindowMemory | None = None
     batch_dims: Mapping[str, str] | None = None
+    objective: Objective = "largest"
+    speed: tuple[SpeedPoint, ...] = ()
+    loader_samples_per_s: float | None = None
 
     @property
     def ceiling_likelihood(self) -> float | None:

@@ -6,7 +6,7 @@ text is printable and on one line, whatever the plan's strings hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from autobatch.advice.accumulation import (
     accumulation_rows,
@@ -33,7 +33,7 @@ from autobatch.report.document import (
     printable,
 )
 from autobatch.report.footprint_summary import account, basis_of, device_range, share
-from autobatch.support.units import format_bytes
+from autobatch.support.units import format_bytes, format_seconds
 from autobatch.support.wording import count
 
 __all__ = ["full_report", "summary"]
@@ -48,6 +48,7 @@ def summary(plan: PlanRecord) -> Document:
             Section("", (_facts(plan),)),
             account(plan.footprint),
             Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
+            *_speed(plan),
             *_warnings(plan),
         ),
     )
@@ -56,13 +57,13 @@ def summary(plan: PlanRecord) -> Document:
 def full_report(plan: PlanRecord) -> Document:
     """Return the whole report: the summary, the charts and what the plan means for training."""
     head = summary(plan)
-    facts, memory, evidence, *warnings = head.sections
+    facts, memory, evidence, *more = head.sections
     return Document(
         title=head.title,
         subtitle=head.subtitle,
         sections=(
             facts,
-            *warnings,
+            *more,
             Section(
                 "Why this micro-batch",
                 (
@@ -217,6 +218,34 @@ def _why(plan: PlanRecord) -> str:
         else f"{_sentence(_ceiling(plan))} No equal size divides the target of {plan.target:,} in "
         f"few steps, so sizes differ by one and the sum is exact; {_slack(plan)}."
     )
+
+
+def _speed(plan: PlanRecord) -> Iterator[Section]:
+    """Yield what splits of the target take, where time was asked for."""
+    if not plan.speed:
+        return
+    fastest = min(point.window_seconds for point in plan.speed)
+    rows = tuple(
+        (
+            f"{point.micro_batch:,} x {point.accumulation_steps:,}"
+            + (" (planned)" if point.micro_batch == plan.micro_batch else ""),
+            format_seconds(point.window_seconds),
+            f"{format_seconds(point.low)} to {format_seconds(point.high)}",
+            f"{plan.target / point.window_seconds:,.0f}",
+            f"{point.window_seconds / fastest:.2f}x",
+        )
+        for point in plan.speed
+    )
+    columns = ("micro-batch x steps", "window", "range", "samples/s", "of the fastest")
+    how = plan.speed[0].how
+    text = (
+        "Medians of windows that ran on the GPU after a warm-up."
+        if how == "measured"
+        else "Estimates by a roofline over every operator: they tell which is faster, not how fast."
+    )
+    if plan.loader_samples_per_s is not None:
+        text += f" The loader gave {plan.loader_samples_per_s:,.0f} samples/s here."
+    yield Section(f"Speed ({how})", (Paragraph(text), Table(columns, "lrrrr", rows)))
 
 
 def _evidence(plan: PlanRecord) -> str:

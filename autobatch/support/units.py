@@ -9,7 +9,7 @@ import re
 
 from autobatch.errors import UsageError
 
-__all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes"]
+__all__ = ["GIB", "KIB", "MIB", "format_bytes", "format_seconds", "parse_bytes"]
 
 KIB = 2**10
 MIB = 2**20
@@ -48,3 +48,18 @@ def format_bytes(size_bytes: int) -> str:
             digits = 2 if value < 10 else 1 if value < 100 else 0
             return f"{'-' if size_bytes < 0 else ''}{value:.{digits}f} {unit}"
     return f"{size_bytes} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Render a time with three significant digits.
+
+    >>> [format_seconds(t) for t in (0.00012, 0.0345, 1.239, 75.4, 7322)]
+    ['120 µs', '34.5 ms', '1.24 s', '75.4 s', '2.03 h']
+    """
+    if seconds >= 3600:
+        return f"{seconds / 3600:.3g} h"
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} µs"

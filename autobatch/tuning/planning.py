@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,11 +32,13 @@ from autobatch.memory.trace import Trace
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
+from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
 from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
+from autobatch.tuning.objective import choice, samples_per_second, speed_notes, timed
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.workload.layout import dims_as_text
@@ -76,8 +80,22 @@ def probe_of(
     )
 
 
-def plan_of(probe: Probe, *, target: int, prove: bool = False) -> Plan:
+def plan_of(
+    probe: Probe,
+    *,
+    target: int,
+    prove: bool = False,
+    objective: Objective = "largest",
+    loader: Iterable[Any] | None = None,
+) -> Plan:
     """Return the plan of a probe, with the seconds that it took.
+
+    Args:
+        probe: of the workload on its device.
+        target: effective batch: samples per optimizer update over all GPUs.
+        prove: also run the size above the ceiling.
+        objective: which of the micro-batches that fit is planned.
+        loader: what gives training its batches, to be timed.
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
@@ -87,23 +105,33 @@ def plan_of(probe: Probe, *, target: int, prove: bool = False) -> Plan:
     device = probe.device
     with device.hosting(probe.workload):
         probe.workload = with_heaviest_batch(probe.workload, device)
-        plan = make_plan(target, probe, prove=prove)
+        plan = make_plan(target, probe, prove=prove, objective=objective, loader=loader)
     # what is known only when the user's state is back
     notes = tuple(note for note in device.notes() if note not in plan.warnings)
     seconds = time.perf_counter() - started
     return replace(plan, warnings=(*plan.warnings, *notes), seconds=seconds)
 
 
-def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
+def make_plan(
+    target: int,
+    probe: Probe,
+    *,
+    prove: bool,
+    objective: Objective = "largest",
+    loader: Iterable[Any] | None = None,
+) -> Plan:
     """Search for the ceiling, and put the answer together.
 
     Args:
         target: effective batch: samples per optimizer update over all GPUs.
         probe: of the workload, which says how many GPUs share the target.
         prove: also run the size above the ceiling.
+        objective: which of the micro-batches that fit is planned.
+        loader: what gives training its batches, to be timed.
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
+        UsageError: the objective is about time, and the speed of the card is not known.
         WorkloadError: the user's model, loss or optimizer failed.
     """
     device, workload = probe.device, probe.workload
@@ -120,7 +148,12 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
-    planned, window, footprint, stream = _planned_stream(target, probe, found)
+    rate = None if loader is None else samples_per_second(loader, workload)
+    speed = (
+        () if objective == "largest" and rate is None else timed(probe, target, found.micro_batch)
+    )
+    most = choice(objective, speed, target, rate) if speed else found.micro_batch
+    planned, window, footprint, stream = _planned_stream(target, probe, found, most)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(run for run in probe.runs.values() if run.shortage is None)
     return Plan(
@@ -145,7 +178,11 @@ def make_plan(target: int, probe: Probe, *, prove: bool) -> Plan:
         warnings=(
             *plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps),
             *stream,
+            *speed_notes(speed, target, planned, rate),
         ),
+        objective=objective,
+        speed=speed,
+        loader_samples_per_s=rate,
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,
@@ -185,10 +222,10 @@ def _simulated_ceiling(probe: Probe, limit: int, share: int) -> Ceiling | None:
 
 
 def _planned_stream(
-    target: int, probe: Probe, found: Ceiling
+    target: int, probe: Probe, found: Ceiling, ceiling: int
 ) -> tuple[Split, Trace, Footprint, list[str]]:
     """Return what `_planned` does, as batches of all shapes of the data need it, and notes."""
-    ceiling, budget = found.micro_batch, probe.budget_bytes
+    budget = probe.budget_bytes
     while True:
         planned, window, footprint = _planned(target, probe, found, ceiling)
         stream = Stream.of(probe.workload, probe.device, footprint)

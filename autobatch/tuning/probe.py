@@ -75,6 +75,7 @@ class Probe:
             seconds=run.seconds,
             evidence=evidence,
             window_seconds=run.window_seconds,
+            window_range=run.window_range,
         )
         self.trials.append(trial)
         if accumulation_steps == self.accumulation_steps:

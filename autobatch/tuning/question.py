@@ -17,6 +17,7 @@ from autobatch.devices.base import Device
 from autobatch.devices.copies import batch_of
 from autobatch.devices.virtual.elements import KEPT_ELEMENTS
 from autobatch.plan.plan import Plan
+from autobatch.records.plan_record import Objective
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning.probe import Probe
@@ -34,7 +35,9 @@ _FEW = 100
 _OPTIONS = [f.name for f in fields(Workload) if f.name not in ("model", "batch", "notes")]
 
 
-def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
+def question_of(
+    probe: Probe, *, target: int, prove: bool, objective: Objective = "largest"
+) -> dict[str, object]:
     """Return what decides a plan: what is asked for, the GPU, and the workload.
 
     Of the workload that is the structure of the model, with the plain attributes and the
@@ -52,6 +55,7 @@ def question_of(probe: Probe, *, target: int, prove: bool) -> dict[str, object]:
         "target": target,
         "headroom": probe.headroom,
         "prove": prove,
+        "objective": objective,
         "evidence": device.evidence,
         "gpu": gpu,
         "allowed_bytes": device.allowed_bytes,

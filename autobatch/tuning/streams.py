@@ -149,14 +149,18 @@ class Stream:
                 f"; the budget is {format_bytes(budget_bytes)}, so the allocator has to release "
                 "its cache, which stalls the GPU"
             )
-        if not self.settings.expandable_segments:
-            expandable = replace(self.settings, expandable_segments=True)
-            saved = self._replayed(CachingAllocator(expandable)).peak_reserved_bytes
-            said += (
-                "; with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would be "
-                f"{format_bytes(saved)}"
-            )
-        return said
+        return said + self.remedy()
+
+    def remedy(self) -> str:
+        """Say what expandable segments would reserve; nothing where the allocator has them."""
+        if self.settings.expandable_segments or self.run is None:
+            return ""
+        expandable = replace(self.settings, expandable_segments=True)
+        saved = self._replayed(CachingAllocator(expandable)).peak_reserved_bytes
+        return (
+            "; with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it would be "
+            f"{format_bytes(saved)}"
+        )
 
     def _replayed(self, allocator: CachingAllocator) -> Any:
         assert self.run is not None

@@ -8,26 +8,25 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from autobatch.devices.choose import Gpu, built, choose_device, described
-from autobatch.devices.preserve import one_at_a_time
+from autobatch.devices.choose import Gpu, choose_device, described
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
+from autobatch.errors import DoesNotFitError, UsageError
+from autobatch.levers.setup import Setup
 from autobatch.memory.accounting import footprint_of
 from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Footprint
+from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import split
-from autobatch.support.exits import exits_reported
 from autobatch.support.files import check_writable
 from autobatch.support.interrupts import arriving
 from autobatch.support.ranks import ranks_here
@@ -35,10 +34,12 @@ from autobatch.support.wording import argument
 from autobatch.tuning.agreement import agreed
 from autobatch.tuning.cache import CacheEntry
 from autobatch.tuning.isolation import apart
+from autobatch.tuning.objective import require_objective
 from autobatch.tuning.planning import LARGEST, plan_of, probe_of
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import holds, question_of
 from autobatch.tuning.streams import Stream, with_heaviest_batch
+from autobatch.tuning.workloads import require_share, whole, workload_of
 from autobatch.workload.complete import Asked
 from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
@@ -61,6 +62,8 @@ def tune(
     autocast: str | torch.dtype | None = None,
     clip_norm: float | None = None,
     prove: bool = False,
+    objective: Objective = "largest",
+    loader: Iterable[Any] | None = None,
     isolate: bool = False,
     time_limit: float | None = None,
     cache: str | os.PathLike[str] | Literal[False] | None = None,
@@ -93,6 +96,11 @@ def tune(
         autocast: "bf16", "fp16", their dtype, or None.
         clip_norm: norm that gradients are clipped to, or None.
         prove: also run the size above the ceiling, and show that it does not fit.
+        objective: which micro-batch of those that fit is planned: the "largest"; the "fastest", for
+            which windows of several splits of the target are timed on a GPU that is measured, and
+            estimated on a simulated one; or "balanced", the smallest that is at most 3 % slower.
+        loader: what gives your training its batches; it is timed for a few seconds, and no
+            micro-batch is called faster than it.
         isolate: probe in a child process, which a fatal CUDA error, a crash or a hang ends in
             place of this one. Everything passed has to be picklable.
         time_limit: seconds that one trial may take before the child is ended; with `isolate`.
@@ -109,7 +117,8 @@ def tune(
         ProbeDiedError: the child process died or took too long.
     """
     if headroom is not None:
-        _require_sensible(headroom)
+        require_share(headroom)
+    require_objective(objective)
     ranks = ranks_here()
     agrees = world_size is None and ranks > 1
     asked = Asked(
@@ -123,12 +132,19 @@ def tune(
         world_size=ranks if world_size is None else world_size,
         sharding=sharding,
     )
-    target = _whole(target)
+    target = whole(target)
     split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
     file = _checked_file(cache) if cache else None
-    request = _Request(target=target, headroom=headroom, prove=prove, cache=file)
+    request = _Request(
+        target=target,
+        headroom=headroom,
+        prove=prove,
+        objective=objective,
+        loader=loader,
+        cache=file,
+    )
     make = partial(_tuned, request, asked, gpu, progress=progress)
     if isolate:
         make = partial(apart, _tuned, request, asked, gpu, progress=progress, time_limit=time_limit)
@@ -143,33 +159,51 @@ class _Request:
     target: int
     headroom: float | None
     prove: bool
+    objective: Objective
+    loader: Iterable[Any] | None
     cache: Path | None
 
 
 def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallback) -> Plan:
     started = time.perf_counter()
     device = choose_device(gpu)
-    workload = _workload(asked, gpu)
+    workload = workload_of(asked, gpu)
     probe = probe_of(
         workload, device, target=request.target, headroom=request.headroom, progress=progress
     )
     entry = None
     if request.cache is not None:
-        question = question_of(probe, target=request.target, prove=request.prove)
+        question = question_of(
+            probe, target=request.target, prove=request.prove, objective=request.objective
+        )
         entry = CacheEntry(request.cache, question)
     if entry is not None and (known := entry.find()) is not None and holds(known, device):
         return replace(known, seconds=time.perf_counter() - started)
-    plan = plan_of(probe, target=request.target, prove=request.prove)
+    try:
+        plan = plan_of(
+            probe,
+            target=request.target,
+            prove=request.prove,
+            objective=request.objective,
+            loader=request.loader,
+        )
+    except DoesNotFitError as error:
+        if not isinstance(device, VirtualGpu):
+            raise
+        from autobatch.tuning.advise import with_remedies  # levers are not for runs that fit
+
+        raise with_remedies(
+            error,
+            asked,
+            Setup(workload=probe.workload, gpu=device.spec),
+            target=request.target,
+            headroom=request.headroom,
+            progress=progress,
+        ) from None
     plan = replace(plan, seconds=time.perf_counter() - started)
     if entry is not None:
         entry.store(plan)
     return plan
-
-
-def _workload(asked: Asked, gpu: Gpu) -> Workload:
-    """Build the model where a function does, and complete what was asked."""
-    with one_at_a_time(), exits_reported("building the model, or trying it,"):
-        return replace(asked, model=built(asked.model, gpu)).workload()
 
 
 def _checked_file(cache: str | os.PathLike[str]) -> Path:
@@ -216,7 +250,7 @@ def predict(
         UsageError: an argument cannot be understood; the subclass says which kind.
         WorkloadError: the model, loss or optimizer failed.
     """
-    micro_batch, accumulation_steps = _whole(micro_batch), _whole(accumulation_steps)
+    micro_batch, accumulation_steps = whole(micro_batch), whole(accumulation_steps)
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{argument(name)} is {value!r}: use a whole number of at least 1")
@@ -232,7 +266,7 @@ def predict(
         world_size=world_size,
         sharding=sharding,
     )
-    workload = with_heaviest_batch(_workload(asked, gpu), device)
+    workload = with_heaviest_batch(workload_of(asked, gpu), device)
     probe = Probe(
         device=device,
         workload=workload,
@@ -251,16 +285,3 @@ def predict(
     footprint = replace(footprint, accumulation_steps=accumulation_steps)
     stream = Stream.of(workload, device, footprint)
     return footprint if stream is None else stream.footprint(footprint)
-
-
-def _whole(value: Any) -> Any:
-    """Return a whole number of another library, such as `numpy.int64`, as Python's own."""
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return int(value) if is_whole else value
-
-
-def _require_sensible(headroom: float) -> None:
-    if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
-        raise UsageError(
-            f"{argument('headroom')} is {headroom!r}: use a share of at least 0 and below 1"
-        )

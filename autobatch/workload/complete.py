@@ -6,7 +6,7 @@ Invariant: what the caller states wins over what a Workload says or what is infe
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -19,9 +19,22 @@ from autobatch.workload.optimizers import mapped, named_optimizer
 from autobatch.workload.sample import BatchDims, built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
-__all__ = ["Asked"]
+__all__ = ["Asked", "WorkloadOptions"]
 
 _DTYPES: dict[Any, str] = {dtype: name for name, dtype in AUTOCAST_DTYPES.items()}
+
+
+class WorkloadOptions(TypedDict, total=False):
+    """How a model trains, as `tune` takes it; what is left out is the Workload's own."""
+
+    sample: Any
+    batch_dims: BatchDims
+    loss: Loss | None
+    optimizer: OptimizerSpec | str | None
+    autocast: str | torch.dtype | None
+    clip_norm: float | None
+    world_size: int
+    sharding: Sharding | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

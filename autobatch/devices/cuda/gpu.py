@@ -233,7 +233,7 @@ class CudaGpu:
                 f"{format_bytes(left)} were still allocated after a run at micro-batch "
                 f"{micro_batch}: something outside the model keeps tensors of past micro-batches"
             )
-        peak = facts.peak or after
+        peak, timed = facts.peak or after, facts.window_seconds
         trace = recorder.trace(micro_batch, accumulation_steps)
         return Run(
             trace=trace,
@@ -245,7 +245,8 @@ class CudaGpu:
                 oom_event=len(trace.events) if shortage is not None else None,
             ),
             seconds=time.perf_counter() - started,
-            window_seconds=facts.window_seconds,
+            window_seconds=median(timed) if timed else None,
+            window_range=(min(timed), max(timed)) if timed else None,
             shortage=shortage,
             loss=facts.loss,
             optimizer=facts.optimizer,
@@ -272,9 +273,7 @@ class CudaGpu:
             clock = self._runtime.clock()
             session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
             seconds.append(clock.seconds())
-        return _Facts(
-            peak, median(seconds), session.loss_kind, session.optimizer_name, notes, grown_bytes
-        )
+        return _Facts(peak, seconds, session.loss_kind, session.optimizer_name, notes, grown_bytes)
 
     def _put_back_peaks(self, before: Stats) -> None:
         """Let the allocator's peaks read as before.
@@ -306,7 +305,7 @@ class _Facts:
     """What windows tell when they have run through."""
 
     peak: Stats | None = None
-    window_seconds: float | None = None
+    window_seconds: list[float] = field(default_factory=list)
     loss: str = "user"
     optimizer: str = ""
     notes: list[str] = field(default_factory=list)

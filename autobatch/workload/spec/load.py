@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from autobatch.workload.spec.transformers import load_transformers
 from autobatch.workload.spec.user_code import load_function
 from autobatch.workload.workload import Workload
 
-__all__ = ["load_spec"]
+__all__ = ["load_spec", "with_option"]
 
 
 def load_spec(spec: str) -> nn.Module | Workload:
@@ -49,6 +49,17 @@ def load_spec(spec: str) -> nn.Module | Workload:
         return load_function(spec)
     name, _, query = rest.partition("?")
     return loaders[prefix](name, _options(spec, query))
+
+
+def with_option(spec: str, name: str, value: object) -> str:
+    """Return a SPEC of a library with an option added, or with another value of it.
+
+    >>> with_option("hf:gpt2?seq=1024&n_layer=24", "seq", 512)
+    'hf:gpt2?seq=512&n_layer=24'
+    """
+    model, _, query = spec.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True)) | {name: str(value)}
+    return f"{model}?{urlencode(options)}"
 
 
 def _options(spec: str, query: str) -> Options:

@@ -1,0 +1,110 @@
+"""The command `advise`: what each lever would do, and what it would take otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli.options import SPEC_HELP, add_workload_options
+from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autobatch.plan.advice import Advice
+    from autobatch.records.progress import ProgressCallback
+    from autobatch.workload.workload import Workload
+
+__all__ = ["add"]
+
+_SIZES = {"hf": "seq", "timm": "img_size", "torchvision": "img_size"}
+"""The option of a library's SPEC that says how large a sample is."""
+
+
+def add(verbs: Any) -> None:
+    """Add the command to a parser's sub-parsers."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "advise",
+        help="say what each lever (checkpointing, precision, optimizer …) does to memory and time",
+        description="Apply every lever to a copy, simulate it, and list what fits, how fast it is "
+        "estimated to be, and the line of code that does it.",
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    parser.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    parser.add_argument(
+        "--levers", metavar="A,B", help="only these, of docs/levers.md (default: all)"
+    )
+    parser.add_argument(
+        "--allow-numerics",
+        action="store_true",
+        help="combine levers with which training computes something else, too",
+    )
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default: what 95 of 100 published runs "
+        "needed)",
+    )
+    add_workload_options(parser)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from autobatch.cli.terminal import follow, show
+    from autobatch.plan.advice import advice_document
+    from autobatch.support.files import check_writable, write_text
+
+    if arguments.json and arguments.json != "-":
+        check_writable(arguments.json)
+    levers = arguments.levers
+    options = {
+        "target": arguments.target,
+        "gpu": named_gpu(arguments),
+        "levers": None if levers is None else [name.strip() for name in levers.split(",")],
+        "allow_numerics": arguments.allow_numerics,
+        "headroom": arguments.headroom,
+        **workload_options(arguments),
+    }
+    with follow(sys.stderr) as progress:
+        work = partial(_advise_spec, arguments.spec, options)
+        advice: Advice = run_apart(arguments, work, progress, on_gpu=False)
+    if arguments.json == "-":
+        sys.stdout.write(advice.to_json())
+        return
+    show(advice_document(advice), sys.stdout)
+    if arguments.json:
+        write_text(arguments.json, advice.to_json())
+
+
+def _advise_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Advice:
+    from autobatch.devices.choose import built
+    from autobatch.tuning.advise import advise
+
+    model = partial(subject, spec)
+    resized = None
+    name = _SIZES.get(spec.partition(":")[0])
+    if name is not None:
+        model = built(model, options["gpu"])
+        size = _size_of(model, name)
+        resized = None if size is None else (name, size, partial(_sized, spec, name))
+    return advise(model, progress=progress, resized=resized, **options)
+
+
+def _size_of(workload: Workload, name: str) -> int | None:
+    """Return the length of the sequences that a workload's batches hold, or the side of images."""
+    from autobatch.workload.tree import tensors
+
+    shapes = [tensor.shape for tensor in tensors(workload.batch(1))]
+    dims = 2 if name == "seq" else 4
+    return next((shape[-1] for shape in shapes if len(shape) == dims), None)
+
+
+def _sized(spec: str, name: str, size: int) -> nn.Module | Workload:
+    from autobatch.workload.spec.load import with_option
+
+    return subject(with_option(spec, name, size))

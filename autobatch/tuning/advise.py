@@ -1,0 +1,372 @@
+"""What levers do to a training run: each is simulated, on its own and with others.
+
+Invariant: a ceiling that is told is that of the plan which `tune` makes for the changed workload;
+what changes numbers is tried with others only where that was asked for, or nothing else fits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from autobatch.devices.choose import Gpu, described
+from autobatch.errors import AutobatchError, DoesNotFitError
+from autobatch.gpus.catalogue import CATALOGUE
+from autobatch.levers.known import LEVERS, levers_named
+from autobatch.levers.lever import Lever, Option, applied
+from autobatch.levers.setup import Setup
+from autobatch.plan.advice import Advice, Choice, Need
+from autobatch.plan.plan import Plan
+from autobatch.records.progress import Progress, ProgressCallback, silent
+from autobatch.records.split import split
+from autobatch.support.interrupts import arriving
+from autobatch.support.wording import for_reader, one_line
+from autobatch.tuning.candidate import Candidate
+from autobatch.tuning.planning import LARGEST
+from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Resized", "advise", "with_remedies"]
+
+Resized = Callable[[int], "nn.Module | Workload"]
+
+_NOTABLE = 0.01
+"""A lever that saves less than this share of the peak is not combined with others."""
+
+_TOGETHER = 4
+"""Levers in one combination, at most."""
+
+_REMEDY_SECONDS = 15.0
+"""So long are levers tried where a plan was asked for and nothing fits."""
+
+_REMEDIES = 3
+"""So many of them are told."""
+
+_MOST_RANKS = 64
+"""GPUs that a run is tried to be shared over."""
+
+
+@arriving()
+def advise(
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
+    *,
+    target: int,
+    gpu: Gpu = None,
+    levers: Iterable[str | Lever] | None = None,
+    allow_numerics: bool = False,
+    headroom: float | None = None,
+    resized: tuple[str, int, Resized] | None = None,
+    progress: ProgressCallback = silent,
+    **options: Unpack[WorkloadOptions],
+) -> Advice:
+    """Say what each lever would do to memory and time, and what would make the run fit.
+
+    Always simulated; a device of this machine stands for a card like it. Every lever is applied to
+    copies and run, on its own, and those that save most together.
+
+    Args:
+        model: as in `tune`.
+        target: effective batch: samples per optimizer update over all GPUs.
+        gpu: the card.
+        levers: names from `docs/levers.md`, or levers of your own; all if None.
+        allow_numerics: combine levers with which training computes something else, too; on their
+            own they are always shown, and marked.
+        resized: the name of a size, such as "seq", what it is now, and a function that builds the
+            model for another one; where nothing fits, the largest size that does is looked for.
+        headroom: share of the usable memory to leave free, in [0, 1); None leaves what
+            `autobatch.gpus.uncertainty` asks for.
+        progress: told of each step.
+        **options: how the model trains, as `tune` takes it: sample, batch_dims, loss, optimizer,
+            autocast, clip_norm, world_size and sharding.
+
+    Raises:
+        UsageError: an argument cannot be understood; the subclass says which kind.
+        WorkloadError: the model, loss or optimizer failed.
+
+    >>> advice = advise(nn.Linear(64, 8), target=32, gpu="t4", levers=["precision"])
+    >>> advice.as_it_is.fits, advice.choices[0].changes_numerics
+    (True, True)
+    """
+    asked = Asked(model=model, **options)
+    target = whole(target)
+    split(target, ceiling=LARGEST, world_size=asked.world_size)
+    if headroom is not None:
+        require_share(headroom)
+    chosen = list(LEVERS.values()) if levers is None else levers_named(levers)
+    setup = Setup(workload=workload_of(asked, gpu), gpu=described(gpu))
+    search = _Search(setup, asked, target, headroom, progress)
+    return search.advice(chosen, allow_numerics=allow_numerics, resized=resized)
+
+
+def with_remedies(
+    error: DoesNotFitError,
+    asked: Asked,
+    setup: Setup,
+    *,
+    target: int,
+    headroom: float | None,
+    progress: ProgressCallback,
+) -> DoesNotFitError:
+    """Return the error of a run that does not fit with what would let it, tried for some seconds.
+
+    Args:
+        error: says by how much it does not.
+        asked: what was asked for.
+        setup: the same, completed.
+        target: effective batch.
+        headroom: share of the usable memory to leave free, or None for the default.
+        progress: told of each step.
+    """
+    search = _Search(setup, asked, target, headroom, progress, seconds=_REMEDY_SECONDS)
+    try:
+        choices = search.choices(list(LEVERS.values()), allow=False)
+    except AutobatchError:  # the answer is that it does not fit
+        return error
+    found = [_remedy(choice) for choice in choices if choice.fits][:_REMEDIES]
+    if not found:
+        return error
+    more = for_reader("autobatch.advise tells", "`autobatch advise` tells")
+    return DoesNotFitError(
+        f"{error}. Simulated, it would fit with {'; or '.join(found)}: {more} the lines of code"
+    )
+
+
+def _remedy(choice: Choice) -> str:
+    numbers = ", other numbers" if choice.changes_numerics else ""
+    return f"{choice.label} (micro-batch up to {choice.ceiling:,}{numbers})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A choice, the options behind it, and the plan where it fits."""
+
+    choice: Choice
+    options: tuple[Option, ...]
+
+
+@dataclass(slots=True)
+class _Search:
+    """Tries one setup with options.
+
+    Attributes:
+        setup: the run as it is.
+        asked: what it was made of.
+        target: effective batch.
+        headroom: share of the usable memory to leave free, or None for the default.
+        progress: told of each step.
+        seconds: time after which nothing more is tried; None for no such limit.
+        tried: what was tried so far.
+        notes: what could not be tried, and why.
+    """
+
+    setup: Setup
+    asked: Asked
+    target: int
+    headroom: float | None
+    progress: ProgressCallback
+    seconds: float | None = None
+    tried: list[_Tried] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
+    _reference: int = 1
+    _as_is: Choice | None = None
+
+    def advice(
+        self,
+        levers: Sequence[Lever],
+        *,
+        allow_numerics: bool,
+        resized: tuple[str, int, Resized] | None,
+    ) -> Advice:
+        """Try everything, and put the answer together."""
+        choices = self.choices(levers, allow=allow_numerics)
+        assert self._as_is is not None
+        needs = () if self._as_is.fits else tuple(self._needs(resized))
+        return Advice(
+            model=type(self.setup.workload.model).__name__,
+            target=self.target,
+            gpu=self.setup.gpu.name,
+            budget_bytes=self._candidate(self.setup).budget_bytes,
+            reference=self._reference,
+            as_it_is=self._as_is,
+            choices=tuple(choices),
+            needs=needs,
+            notes=tuple(dict.fromkeys((*self.setup.workload.notes, *self.notes))),
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def choices(self, levers: Sequence[Lever], *, allow: bool) -> list[Choice]:
+        """Return what was tried, the best first; `allow` combines what changes numbers, too."""
+        self._as_is = self._as_it_is()
+        options = [option for lever in levers for option in lever.options(self.setup)]
+        for option in options:
+            self._try((option,))
+        self._combine(levers, allow=allow)
+        fits_unchanged = any(t.choice.fits and not t.choice.changes_numerics for t in self.tried)
+        if not allow and not self._as_is.fits and not fits_unchanged:
+            self._combine(levers, allow=True)
+        return sorted((tried.choice for tried in self.tried), key=_rank)
+
+    def _as_it_is(self) -> Choice:
+        """Run the setup as it is, and take its plan's micro-batch as the reference."""
+        self._tell("as it is")
+        candidate = self._candidate(self.setup)
+        plan = candidate.plan() if candidate.fits(1) else None
+        if plan is not None:
+            self._reference = plan.micro_batch
+        return self._choice((), candidate, plan, as_is_bytes=None)
+
+    def _try(self, options: tuple[Option, ...]) -> None:
+        """Run the setup with some options, unless time is up or they were tried."""
+        labels = tuple(option.label for option in options)
+        if self._is_late() or any(tried.choice.options == labels for tried in self.tried):
+            return
+        assert self._as_is is not None
+        self._tell(" + ".join(labels))
+        try:
+            candidate = self._candidate(applied(self.setup, options))
+            is_hopeless = self._reference == 1 and not candidate.fits(1)
+            plan = None if is_hopeless else candidate.plan()
+            as_is_bytes = self._as_is.reference_bytes
+            choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
+        except AutobatchError as error:
+            self.notes.append(f"{' + '.join(labels)} cannot be had here: {one_line(error)}")
+            return
+        self.tried.append(_Tried(choice, options))
+
+    def _combine(self, levers: Sequence[Lever], *, allow: bool) -> None:
+        """Try the best option of each lever together with those of the others that save most."""
+        best: dict[str, _Tried] = {}
+        assert self._as_is is not None
+        least = _NOTABLE * self._as_is.reference_bytes
+        for tried in self.tried:
+            choice, lever = tried.choice, tried.options[0].lever
+            if len(tried.options) > 1 or (choice.changes_numerics and not allow):
+                continue
+            if choice.saved_bytes > (best[lever].choice.saved_bytes if lever in best else least):
+                best[lever] = tried
+        order = {lever.name: at for at, lever in enumerate(levers)}
+        ranked = sorted(best.values(), key=lambda tried: -tried.choice.saved_bytes)
+        for count in range(2, min(len(ranked), _TOGETHER) + 1):
+            together = sorted(ranked[:count], key=lambda tried: order[tried.options[0].lever])
+            self._try(tuple(option for tried in together for option in tried.options))
+
+    def _choice(
+        self,
+        options: tuple[Option, ...],
+        candidate: Candidate,
+        plan: Plan | None,
+        *,
+        as_is_bytes: int | None,
+    ) -> Choice:
+        reserved = candidate.reserved(self._reference)
+        return Choice(
+            options=tuple(option.label for option in options),
+            what=tuple(option.what for option in options),
+            code=tuple(option.code for option in options),
+            trainer=tuple(option.trainer or "" for option in options),
+            changes_numerics=any(option.changes_numerics for option in options),
+            fits=plan is not None,
+            reference_bytes=reserved,
+            saved_bytes=0 if as_is_bytes is None else as_is_bytes - reserved,
+            ceiling=0 if plan is None else plan.ceiling_at_least,
+            micro_batch=0 if plan is None else plan.micro_batch,
+            accumulation_steps=0 if plan is None else plan.accumulation_steps,
+            likelihood=None if plan is None else plan.likelihood,
+            window_seconds=None if plan is None else candidate.window_seconds(plan),
+        )
+
+    def _needs(self, resized: tuple[str, int, Resized] | None) -> Iterator[Need]:
+        """Yield what would let the run fit without a lever."""
+        for tell in (self._larger_card, self._more_cards):
+            if (need := tell()) is not None:
+                yield need
+        if resized is not None and (need := self._smaller(*resized)) is not None:
+            yield need
+
+    def _larger_card(self) -> Need | None:
+        """Return the smallest card of the catalogue on which the run fits."""
+        assert self._as_is is not None
+        capacity = self.setup.gpu.capacity_bytes
+        for card in sorted(CATALOGUE.values(), key=lambda card: card.capacity_bytes):
+            usable = card.capacity_bytes - card.context_bytes
+            # kernels of another card take other scratch memory, never half of the whole
+            if card.capacity_bytes > capacity and usable > self._as_is.reference_bytes / 2:
+                self._tell(f"a larger card, {card.name}")
+                candidate = self._candidate(replace(self.setup, gpu=card))
+                if candidate.fits(1):
+                    return Need(
+                        what="a larger card",
+                        value=card.name,
+                        reserved_bytes=candidate.reserved(1),
+                    )
+        return None
+
+    def _more_cards(self) -> Need | None:
+        """Return how many cards share the run by FSDP2 where it fits."""
+        if self.setup.workload.is_sharded:
+            return None
+        ranks = max(2, 2 * self.setup.workload.world_size)
+        while ranks <= min(self.target, _MOST_RANKS):
+            self._tell(f"{ranks} cards with FSDP2")
+            candidate = self._candidate(self.setup.having(world_size=ranks, sharding="fsdp"))
+            try:
+                if candidate.fits(1):
+                    reserved = candidate.reserved(1)
+                    value = f"{ranks} of {self.setup.gpu.name}"
+                    return Need(what="cards with FSDP2", value=value, reserved_bytes=reserved)
+            except AutobatchError as error:
+                self.notes.append(f"sharing by FSDP2 was not tried: {one_line(error)}")
+                return None
+            ranks *= 2
+        return None
+
+    def _smaller(self, name: str, size: int, resized: Resized) -> Need | None:
+        """Return the largest size below the present one that fits, to a sixteenth of it."""
+
+        def candidate(smaller: int) -> Candidate:
+            self._tell(f"{name} of {smaller:,}")
+            other = workload_of(
+                replace(self.asked, model=partial(resized, smaller)), self.setup.gpu
+            )
+            return self._candidate(replace(self.setup, workload=other))
+
+        step = max(size // 16, 1)
+        low, high = 0, -(-size // step)  # in steps; the larger one does not fit
+        fitting: tuple[int, int] | None = None
+        while high - low > 1:
+            middle = (low + high) // 2
+            one = candidate(middle * step)
+            if one.fits(1):
+                low, fitting = middle, (middle * step, one.reserved(1))
+            else:
+                high = middle
+        if fitting is None:
+            return None
+        return Need(what=f"{name} of at most", value=f"{fitting[0]:,}", reserved_bytes=fitting[1])
+
+    def _is_late(self) -> bool:
+        return self.seconds is not None and time.perf_counter() - self._started > self.seconds
+
+    def _candidate(self, setup: Setup) -> Candidate:
+        return Candidate(setup, self.target, self.headroom)
+
+    def _tell(self, what: str) -> None:
+        count = len(self.tried)
+        self.progress(Progress(step=f"trying {what}", executions=count, expected=count + 1))
+
+
+def _rank(choice: Choice) -> tuple[Any, ...]:
+    """Order what fits before the rest, then by time, ceiling and memory."""
+    seconds = math.inf if choice.window_seconds is None else choice.window_seconds
+    return (not choice.fits, seconds, -choice.ceiling, choice.reference_bytes, choice.label)

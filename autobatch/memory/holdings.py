@@ -21,13 +21,13 @@ Basis = Literal["stack", "stack and lifetime", "lifetime", "annotation", "profil
 
 UNKNOWN: Final = "unknown (no stack)"
 _SILENT: Final = "unknown (the stack does not tell)"
-_BEFORE: Final = "made before the recording (parameters, optimizer state or other)"
-_BEFORE_FREED: Final = "made before the recording, freed in it"
-_OUTSIDE: Final = "made outside of modules (inputs, loss or other)"
+_BEFORE: Final = "from before the recording"
+_BEFORE_FREED: Final = "from before, freed in the recording"
+_OUTSIDE: Final = "outside of modules"
 _EARLIER: Final = {
     "optimizer": "optimizer state",
     "backward": "gradients",
-    "forward": "activations or outputs from before the recording",
+    "forward": "activations or outputs from before",
     "outside": _OUTSIDE,
 }
 
@@ -215,7 +215,7 @@ def _from_before(life: Life, parts: _Parts) -> tuple[str, Basis]:
     if by.part == "backward":
         return "activations", "lifetime"
     if by.part == "optimizer":
-        return "made before the recording, freed in the optimizer step", "lifetime"
+        return "from before, freed in the optimizer step", "lifetime"
     return _BEFORE_FREED, "lifetime"
 
 
@@ -225,10 +225,10 @@ def _of_step(life: Life, parts: _Parts, events: Sequence[TraceEvent]) -> tuple[s
     if life.step and life.step.end_us is not None:
         kept = life.freed is None or events[life.freed].time_us > life.step.end_us
     elif life.freed is None and end is None:
-        return "optimizer step (the recording ends in it)", "stack"
+        return "optimizer state or temporaries", "stack"
     else:
         kept = life.freed is None or (end is not None and life.freed > end)
-    category = "optimizer state" if kept else "temporaries of the optimizer step"
+    category = "optimizer state" if kept else "optimizer temporaries"
     return category, "stack and lifetime"
 
 
@@ -240,10 +240,10 @@ def _of_backward(life: Life, parts: _Parts) -> tuple[str, Basis]:
     if life.freed is None and end is None:
         if life.origin.purpose == "gradients":
             return "gradients", "stack"
-        return "backward pass (the recording ends in it)", "stack"
+        return "gradients or temporaries", "stack"
     if life.freed is None or (end is not None and life.freed > end):
         return "gradients", "stack and lifetime"
-    return "temporaries of the backward pass", "stack and lifetime"
+    return "backward temporaries", "stack and lifetime"
 
 
 def _of_forward(life: Life, parts: _Parts) -> tuple[str, Basis]:
@@ -256,7 +256,7 @@ def _of_forward(life: Life, parts: _Parts) -> tuple[str, Basis]:
         return (
             ("activations", "stack")
             if ended is None
-            else ("outputs kept after the forward pass", "stack and lifetime")
+            else ("outputs kept after forward", "stack and lifetime")
         )
     part = parts.freed(life.freed)
     if part == "backward":
@@ -265,7 +265,7 @@ def _of_forward(life: Life, parts: _Parts) -> tuple[str, Basis]:
         return _OUTSIDE, "stack"
     end = parts.end(life.born, "forward")
     if end is None or life.freed <= end:
-        return "temporaries of the forward pass", "stack and lifetime"
+        return "forward temporaries", "stack and lifetime"
     if part is None:
-        return "activations or outputs (where they were freed is not known)", "stack"
-    return "outputs kept after the forward pass", "stack and lifetime"
+        return "activations or outputs", "stack"
+    return "outputs kept after forward", "stack and lifetime"

@@ -45,11 +45,11 @@ SCHEMA_VERSION = 1
 _PLACES = 10
 _WORTH_SAYING = 0.01  # of the reserve
 _BASES = {
-    "stack": "stack frames",
-    "stack and lifetime": "stack frames and lifetime",
+    "stack": "stack",
+    "stack and lifetime": "stack and lifetime",
     "lifetime": "lifetime",
-    "annotation": "PyTorch's annotation",
-    "profiler": "PyTorch's profiler",
+    "annotation": "annotation",
+    "profiler": "profiler",
     "nothing": "-",
 }
 
@@ -115,21 +115,22 @@ def explanation_summary(explanation: ExplanationRecord) -> Document:
             f"{format_bytes(most.reserve.reserved_bytes)} reserved"
         ),
         subtitle=(
-            f"{printable(explanation.source)}, "
-            + (f"device {devices[0].device}" if len(devices) == 1 else f"{len(devices)} devices")
-            + ": measured by PyTorch's allocator"
+            (f"device {devices[0].device}" if len(devices) == 1 else f"{len(devices)} devices")
+            + ", measured by PyTorch's allocator"
         ),
         sections=tuple(
             section
             for each in devices
-            for section in _sections(each, f"Device {each.device}: " if len(devices) > 1 else "")
+            for section in _sections(
+                each, explanation.source, f"Device {each.device}: " if len(devices) > 1 else ""
+            )
         ),
     )
 
 
-def _sections(device: DeviceExplanation, prefix: str) -> Iterator[Section]:
+def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[Section]:
     moment = "peak" if device.moment == "peak" else "final state"
-    yield Section(prefix.rstrip(": "), (_facts(device),))
+    yield Section(prefix.rstrip(": "), (_facts(device, source),))
     if device.shortage:
         yield Section(f"{prefix}Out of memory", _shortage(device.shortage, device.alternatives))
     yield Section(f"{prefix}What held the {moment} (measured)", (_account(device),))
@@ -146,7 +147,7 @@ def _sections(device: DeviceExplanation, prefix: str) -> Iterator[Section]:
         yield Section(f"{prefix}Notes", (Bullets(notes),))
 
 
-def _facts(device: DeviceExplanation) -> Facts:
+def _facts(device: DeviceExplanation, source: str) -> Facts:
     reserve = device.reserve
     allocated = format_bytes(reserve.allocated_bytes)
     if device.moment == "end":
@@ -167,6 +168,7 @@ def _facts(device: DeviceExplanation) -> Facts:
                 f"{device.events:,}{asked}",
             )
         ]
+    pairs.insert(0, ("snapshot", printable(source)))
     reserved = f"{format_bytes(reserve.reserved_bytes)} then"
     if device.peak_reserved_bytes != reserve.reserved_bytes:
         reserved += f", {format_bytes(device.peak_reserved_bytes)} at most"
@@ -265,16 +267,12 @@ def _line(place: Place | LargeBlock) -> str:
     if place.where:
         return printable(place.where) + label
     # The backward pass of PyTorch runs in a thread of its own, which no line of Python started.
-    missing = "no line of Python" if place.operator else _short(place.category)
+    missing = "no line of Python" if place.operator else printable(place.category)
     return missing + label
 
 
 def _operator(place: Place | LargeBlock) -> str:
     return printable(place.operator) or "-"
-
-
-def _short(category: str) -> str:
-    return category.partition(" (")[0]
 
 
 def _largest(blocks: Sequence[LargeBlock]) -> Table:
@@ -283,7 +281,7 @@ def _largest(blocks: Sequence[LargeBlock]) -> Table:
     for block in blocks:
         key = (
             format_bytes(block.requested_bytes),
-            printable(_short(block.category)),
+            printable(block.category),
             _line(block) if block.where or block.label else "-",
             _operator(block),
             "" if block.age_events is None else "recorded",

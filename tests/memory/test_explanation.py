@@ -43,7 +43,7 @@ from tests.support.training_recordings import (
     training_steps,
 )
 
-OUTSIDE = "made outside of modules (inputs, loss or other)"
+OUTSIDE = "outside of modules"
 
 
 def explained(content: dict[str, Any], **options: Any) -> DeviceExplanation:
@@ -83,7 +83,7 @@ def test_the_parts_of_a_training_step_are_told_by_stack_and_lifetime() -> None:
         "activations": 24 * MIB,
         "gradients": 16 * MIB,
         "workspace": 8 * MIB,
-        "temporaries of the backward pass": 5 * MIB,
+        "backward temporaries": 5 * MIB,
         OUTSIDE: 512,
     }
     assert {each.category: each.basis for each in device.held} == {
@@ -92,7 +92,7 @@ def test_the_parts_of_a_training_step_are_told_by_stack_and_lifetime() -> None:
         "activations": "stack and lifetime",
         "gradients": "stack and lifetime",
         "workspace": "stack",
-        "temporaries of the backward pass": "stack and lifetime",
+        "backward temporaries": "stack and lifetime",
         OUTSIDE: "stack",
     }
     check_sums(device)
@@ -106,7 +106,7 @@ def test_the_line_is_the_users_and_the_operator_pytorchs() -> None:
         (each.where, each.operator): each.category for each in explained(made.content()).places
     }
     assert places["run/model.py:12 forward", "relu"] in ("activations", "workspace")
-    assert places["", "MmBackward0: mm"] in ("gradients", "temporaries of the backward pass")
+    assert places["", "MmBackward0: mm"] in ("gradients", "backward temporaries")
     assert places["run/train.py:30 train", "mse_loss"] == OUTSIDE
     assert places["run/train.py:30 train", "torch/optim/adam.py:170 _init_group"] == (
         "optimizer state"
@@ -142,7 +142,7 @@ def test_lines_that_a_compiled_backward_pass_names_are_no_second_forward_pass() 
     graph = frame("call", "/tmp/torchinductor_me/ab/cxy.py", 9)
     scratch = made.at([graph, frame("forward", "/home/me/run/model.py", 7), *ENGINE[2:]], MIB)
     made.free_at(ENGINE, scratch)
-    assert sizes(explained(made.content())) == {"temporaries of the backward pass": MIB}
+    assert sizes(explained(made.content())) == {"backward temporaries": MIB}
 
 
 def test_a_block_without_a_stack_is_unknown_and_ends_what_is_known_of_others() -> None:
@@ -153,7 +153,7 @@ def test_a_block_without_a_stack_is_unknown_and_ends_what_is_known_of_others() -
     device = explained(made.content())
     assert sizes(device) == {
         "unknown (no stack)": 3 * MIB,
-        "activations or outputs (where they were freed is not known)": 20 * MIB,
+        "activations or outputs": 20 * MIB,
     }
     assert "1 block of 2 came without a stack" in " ".join(device.notes)
 
@@ -165,7 +165,7 @@ def test_a_recording_without_stacks_tells_nothing_but_age() -> None:
     made.alloc(3 * MIB)
     device = explained(plain(made.dump()))
     assert sizes(device) == {
-        "made before the recording (parameters, optimizer state or other)": 2 * MIB,
+        "from before the recording": 2 * MIB,
         "unknown (no stack)": 3 * MIB,
     }
     assert {each.basis for each in device.held} == {"lifetime", "nothing"}
@@ -183,8 +183,8 @@ def test_what_was_there_before_is_told_by_how_it_ends() -> None:
     assert sizes(explained(made.content())) == {
         "gradients": 2 * MIB,
         "activations": 3 * MIB,
-        "made before the recording, freed in the optimizer step": 4 * MIB,
-        "made before the recording, freed in it": 5 * MIB,
+        "from before, freed in the optimizer step": 4 * MIB,
+        "from before, freed in the recording": 5 * MIB,
     }
 
 
@@ -209,7 +209,7 @@ def test_the_state_of_an_optimizer_of_ones_own_needs_the_end_of_its_step() -> No
     made = stack_recorder()
     made.at(STEP, 6 * MIB)
     content = made.content()
-    assert sizes(explained(content)) == {"optimizer step (the recording ends in it)": 6 * MIB}
+    assert sizes(explained(content)) == {"optimizer state or temporaries": 6 * MIB}
     content["external_annotations"] = [
         {"stage": stage, "name": "Optimizer.step#Mine.step", "device": 0, "time_us": time}
         for stage, time in (("START", 1), ("END", 99))

@@ -62,7 +62,8 @@ class Efficiency:
     """How near kernels come to a card's peaks, and what they cost beside.
 
     Attributes:
-        compute: share of the peak FLOP/s by kind of op, and by family of cards: "" is any other.
+        compute: share of the peak FLOP/s by kind of op, and by family of cards: "" is any other,
+            and "fp32" any where no tensor cores run it.
         memory: share of the peak bandwidth by kind of op.
         waves: idle multiprocessors in the last wave of blocks, as a share of all of them.
         kernel_seconds: between two kernels of a stream, at least.
@@ -95,20 +96,31 @@ class Efficiency:
 EFFICIENCY = Efficiency(
     compute=MappingProxyType(
         {
-            "matmul": {"": 0.75, "volta": 0.7, "ampere": 0.8, "ampere-small": 0.9, "hopper": 0.65},
-            "convolution": {"": 0.6},
-            "depthwise": {"": 0.3},
+            "matmul": {"": 0.7, "ampere": 0.7, "ampere-small": 0.95, "hopper": 0.57, "fp32": 0.85},
+            "convolution": {
+                "": 0.6,
+                "volta": 0.5,
+                "ampere": 0.5,
+                "ampere-small": 0.9,
+                "fp32": 0.85,
+            },
+            "grouped_convolution": {"": 0.4, "fp32": 0.5},
+            "depthwise_convolution": {"": 0.3},
             "recurrent": {"": 0.4},
-            "attention": {"": 0.55, "hopper": 0.4},
+            "attention": {"": 0.55, "hopper": 0.3},
+            "cudnn_attention": {"": 0.5},
         }
     ),
     memory=MappingProxyType(
         {
             "matmul": 0.8,
             "convolution": 0.7,
-            "depthwise": 0.4,
+            "grouped_convolution": 0.7,
+            "depthwise_convolution": 0.4,
+            "conversion": 0.7,
             "recurrent": 0.5,
             "attention": 0.7,
+            "cudnn_attention": 0.7,
             "norm": 0.75,
             "reduction": 0.75,
             "indexing": 0.5,
@@ -279,7 +291,6 @@ class _Card:
     def part(self, work: Work, communication: Iterable[Communication] | None = None) -> _Sum | None:
         """Return what a part of a window takes; None where a peak is not known."""
         found = _Sum()
-        kernels = host = 0.0
         for op in work.ops:
             limited = self._kernel(op)
             if limited is None:
@@ -287,10 +298,11 @@ class _Card:
             limit, seconds = limited
             found.limits[limit] += seconds * op.calls
             found.by_op[op.op] += seconds * op.calls
-            kernels += seconds * op.calls
-            host += self._efficiency.call_seconds * op.calls
+        kernels = sum(found.limits.values())
+        host = self._efficiency.call_seconds * work.calls
         if host > kernels:
-            found.limits["launch"] += host
+            found.limits.clear()
+            found.limits["launch"] = host
         beside = waited = 0.0
         for one in work.communication if communication is None else communication:
             seconds = self._collective(one) * one.calls
@@ -309,28 +321,39 @@ class _Card:
         """Return what limits a call of an op, and its seconds; None where that is not known."""
         bandwidth = self._gpu.bandwidth_bytes_per_s
         assert bandwidth is not None
+        if op.kind == "conversion" and not self._has_tensor_cores(op.precision):
+            return "memory", 0.0
         gaps = op.launches * self._efficiency.kernel_seconds
         memory = op.bytes / (bandwidth * self._efficiency.memory[op.kind])
         if not op.flops:
             return ("memory" if memory > gaps else "launch"), memory + gaps
-        peak = self._peak(op)
-        if peak is None:
+        compute = self._compute(op)
+        if compute is None:
             return None
-        compute = op.flops / (peak * self._efficiency.of_compute(op.kind, self._family))
-        if op.product is not None and op.kind != "depthwise":
-            compute /= self._filled(op.product)
         if max(compute, memory) < gaps:
             return "launch", max(compute, memory) + gaps
         return ("compute" if compute > memory else "memory"), max(compute, memory) + gaps
 
-    def _peak(self, op: OpWork) -> float | None:
-        """Return the peak FLOP/s that an op is held against."""
-        if op.kind == "depthwise":  # no tensor cores
-            return self._gpu.flops["fp32"]
+    def _compute(self, op: OpWork) -> float | None:
+        """Return the seconds that the FLOPs of a call take; None where the peak is not known."""
         precision: str | None = op.precision
         while precision is not None and precision not in self._gpu.flops:
             precision = _FALLBACKS.get(precision)
-        return None if precision is None else self._gpu.flops[precision]
+        if precision is None:
+            return None
+        if op.kind == "depthwise_convolution" and precision in _TENSOR_CORES:
+            precision = "fp32"
+        family = self._family if self._has_tensor_cores(precision) else "fp32"
+        share = self._efficiency.of_compute(op.kind, family)
+        filled = 1.0
+        if op.product is not None and op.kind != "depthwise_convolution":
+            filled = self._filled(op.product)
+        return op.flops / (self._gpu.flops[precision] * share * filled)
+
+    def _has_tensor_cores(self, precision: str) -> bool:
+        """Whether tensor cores of the card compute in a precision."""
+        has_any = self._gpu.compute_capability >= (7, 0)
+        return has_any and precision in _TENSOR_CORES and precision in self._gpu.flops
 
     def _filled(self, product: tuple[float, float, float, float]) -> float:
         """Return the share of a card's work that goes into elements of a product.

@@ -20,9 +20,12 @@ __all__ = ["Collective", "Communication", "Kind", "LinearWork", "OpWork", "Windo
 Kind = Literal[
     "matmul",
     "convolution",
-    "depthwise",
+    "grouped_convolution",
+    "depthwise_convolution",
+    "conversion",
     "recurrent",
     "attention",
+    "cudnn_attention",
     "norm",
     "reduction",
     "indexing",
@@ -30,7 +33,10 @@ Kind = Literal[
     "elementwise",
     "optimizer",
 ]
-"""What an op's kernels have in common: how near to a card's peaks they come."""
+"""What an op's kernels have in common: how near to a card's peaks they come.
+
+A conversion is what a convolution in NCHW does beside itself where tensor cores run it.
+"""
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from autobatch.devices.virtual.kernels.convolutions import convolution_settings
+from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.gpus.work import Kind, OpWork
 from autobatch.support.torch_private import OpOverload
 
@@ -150,7 +151,9 @@ def traits_of(func: OpOverload) -> Traits:
     written = frozenset(
         argument.name
         for argument in schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if argument.alias_info is not None
+        and argument.alias_info.is_write
+        and not (name.startswith("_fused_") and argument.name == "grads")  # with a scale only
     )
     aliases = [result.alias_info for result in schema.returns if result.alias_info is not None]
     is_view = not written and bool(aliases)
@@ -170,7 +173,7 @@ def _kind(name: str) -> Kind:
     if name.startswith(("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad", "_amp_")):
         return "optimizer"
     if "_attention" in name:
-        return "attention"
+        return "cudnn_attention" if "cudnn" in name else "attention"
     return _KINDS.get(name, "elementwise")
 
 
@@ -193,7 +196,7 @@ def costs_of(
         output: what it returned.
     """
     if traits.name == "convolution":
-        return [_convolution(named, output)]
+        return _convolution(named, output)
     if traits.name == "convolution_backward":
         return _convolution_backward(named, output)
     made = sum(map(_touched, results))
@@ -203,7 +206,7 @@ def costs_of(
     flops, product = 0.0, None
     if traits.kind == "matmul":
         flops, product = _matmul(traits.name, named)
-    elif traits.kind == "attention":
+    elif traits.kind in ("attention", "cudnn_attention"):
         flops = _attention(func, named, output)
     elif traits.kind == "recurrent":
         flops = _recurrent(traits.name, named)
@@ -304,57 +307,54 @@ def _matmul(
     return flops, (float(batch), float(rows), float(columns), float(depth))
 
 
-def _convolution(named: Mapping[str, Any], output: Tensor) -> OpWork:
+def _convolution(named: Mapping[str, Any], output: Tensor) -> list[OpWork]:
     """Return the work of a forward convolution, a product over patches (implicit GEMM)."""
     data, weight, groups = named["input"], named["weight"], named["groups"]
-    flops = _formula(aten.convolution)(*named.values(), out_val=output)
-    bias = named["bias"]
-    size_bytes = sum(map(_touched, (data, weight, output)))
-    transposed = named["transposed"]
-    channels = output.shape[1]
-    places = output.numel() // max(channels, 1)
+    bias, transposed = named["bias"], named["transposed"]
     if transposed:
-        places = data.numel() // max(data.shape[1], 1)
-        channels = weight.shape[1] * groups * math.prod(weight.shape[2:])
+        rows, columns = _places(data), math.prod(weight.shape[1:])
+    else:
+        rows, columns = _places(output), weight.shape[0] // groups
+    extra = 0 if bias is None else 2 * _touched(output)
     return _convolved(
         "convolution",
-        data,
-        weight,
-        groups,
-        float(flops),
-        size_bytes + (0 if bias is None else 2 * _touched(output)),
-        rows=places,
-        columns=channels // groups,
+        named,
+        _convolution_flops(named, output),
+        [data, weight, output],
+        extra_bytes=extra,
+        rows=rows,
+        columns=columns,
         launches=1.0 if bias is None else 2.0,
     )
 
 
 def _convolution_backward(named: Mapping[str, Any], output: Sequence[Any]) -> list[OpWork]:
-    """Return the work of the gradients of data and of weight, each a product of its own."""
+    """Return the work of the gradients of data and of weight, each a product of its own.
+
+    Each has the FLOPs of the forward pass: it multiplies the same pairs of places. The formula of
+    `torch.utils.flop_counter` for both does not divide by the groups.
+    """
     gradient, data, weight = named["grad_output"], named["input"], named["weight"]
     groups, wanted = named["groups"], named["output_mask"]
-    given = list(named.values())[:-1]
+    flops = _convolution_flops(named, gradient)
     found: list[OpWork] = []
-    for place, made in enumerate(output[:2]):
-        if not wanted[place] or made is None:
-            continue
-        mask = [place == 0, place == 1, False]
-        flops = _formula(aten.convolution_backward)(*given, mask, out_val=output)
-        read = (gradient, weight) if place == 0 else (gradient, data)
-        is_data = place == 0
-        rows = data.numel() // max(data.shape[1], 1) if is_data else gradient.shape[1] // groups
-        columns = data.shape[1] // groups if is_data else math.prod(weight.shape[1:])
-        found.append(
-            _convolved(
-                "convolution_backward_data" if is_data else "convolution_backward_weight",
-                data,
-                weight,
-                groups,
-                float(flops),
-                sum(map(_touched, (*read, made))),
-                rows=rows,
-                columns=columns,
-            )
+    if wanted[0] and output[0] is not None:
+        found += _convolved(
+            "convolution_backward_data",
+            named,
+            flops,
+            [gradient, weight, output[0]],
+            rows=_places(data),
+            columns=data.shape[1] // groups,
+        )
+    if wanted[1] and output[1] is not None:
+        found += _convolved(
+            "convolution_backward_weight",
+            named,
+            flops,
+            [gradient, data, output[1]],
+            rows=gradient.shape[1] // groups,
+            columns=weight.numel() // max(gradient.shape[1], 1),
         )
     if wanted[2] and output[2] is not None:
         found.append(
@@ -369,32 +369,59 @@ def _convolution_backward(named: Mapping[str, Any], output: Sequence[Any]) -> li
     return found
 
 
+def _convolution_flops(named: Mapping[str, Any], result: Tensor) -> float:
+    how = [named[name] for name in ("stride", "padding", "dilation", "transposed")]
+    formula = _formula(aten.convolution)
+    return float(formula(named["input"], named["weight"], None, *how, out_val=result))
+
+
+def _places(tensor: Tensor) -> int:
+    """Return how many places a tensor of features has, in all of its samples."""
+    return tensor.numel() // max(tensor.shape[1], 1)
+
+
 def _convolved(
     op: str,
-    data: Tensor,
-    weight: Tensor,
-    groups: int,
+    named: Mapping[str, Any],
     flops: float,
-    size_bytes: int,
+    tensors: Sequence[Tensor],
     *,
     rows: int,
     columns: int,
+    extra_bytes: int = 0,
     launches: float = 1.0,
-) -> OpWork:
+) -> list[OpWork]:
+    """Return the work of one direction of a convolution, and what it converts beside."""
+    data, weight, groups = named["input"], named["weight"], named["groups"]
     precision = _PRECISIONS.get(weight.dtype, "other")
     if precision == "fp32" and _allows_tf32("convolution"):
         precision = "tf32"
-    is_depthwise = groups > 1 and weight.shape[1] == 1
+    kind: Kind = "convolution" if groups == 1 else "grouped_convolution"
+    if groups > 1 and weight.shape[1] == 1:
+        kind = "depthwise_convolution"
     depth = flops / max(2.0 * groups * rows * columns, 1.0)
-    return OpWork(
+    work = OpWork(
         op=op,
-        kind="depthwise" if is_depthwise else "convolution",
+        kind=kind,
         precision=precision,
         flops=flops,
-        bytes=float(size_bytes),
+        bytes=float(sum(map(_touched, tensors)) + extra_bytes),
         product=(float(groups), float(rows), float(columns), depth),
         launches=launches,
     )
+    is_nhwc = layout_of(data, weight) is not torch.contiguous_format
+    if is_nhwc or kind == "depthwise_convolution" or precision not in ("fp16", "bf16", "tf32"):
+        return [work]
+    converted = [tensor for tensor in tensors if tensor.shape != weight.shape]
+    conversion = OpWork(
+        op="convolution_conversion",
+        kind="conversion",
+        precision=precision,
+        flops=0.0,
+        bytes=2.0 * sum(map(_touched, converted)),
+        launches=float(len(converted)),
+    )
+    return [work, conversion]
 
 
 def _attention(func: OpOverload, named: Mapping[str, Any], output: Any) -> float:
@@ -402,7 +429,7 @@ def _attention(func: OpOverload, named: Mapping[str, Any], output: Any) -> float
     if formula is None:
         return 0.0
     flops = float(formula(*named.values(), out_val=output))
-    return flops / 2 if named.get("is_causal") else flops
+    return flops * (0.5 if named.get("is_causal") else 1.0)
 
 
 def _recurrent(name: str, named: Mapping[str, Any]) -> float:
@@ -410,7 +437,7 @@ def _recurrent(name: str, named: Mapping[str, Any]) -> float:
     weights, data = named["weight"], named["input"]
     steps = data.numel() // max(data.shape[-1], 1)
     elements = sum(weight.numel() for weight in weights if weight.dim() == 2)
-    return 2.0 * elements * steps * (2 if name.endswith("_backward") else 1)
+    return float(2 * elements * steps * (2 if name.endswith("_backward") else 1))
 
 
 def _launches(name: str, inputs: Mapping[str, list[Tensor]], named: Mapping[str, Any]) -> float:

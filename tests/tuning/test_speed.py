@@ -1,0 +1,147 @@
+"""Windows of any size are estimated from the counted ones, and the knee is found."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.errors import UsageError
+from autobatch.gpus.catalogue import find_gpu
+from autobatch.tuning.speed import SpeedModel, knee, window_estimate, window_estimates
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.workload import Workload
+
+A100 = find_gpu("a100-40gb")
+
+
+def workload(**options) -> Workload:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 32 * 32, 64),
+    )
+    return Workload(
+        model=model,
+        batch=batch_builder(torch.zeros(2, 3, 32, 32)),
+        loss=lambda model, batch: model(batch).mean(),
+        autocast="bf16",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("micro_batch", [3, 16, 200])
+def test_a_speed_model_says_what_counting_that_size_says(micro_batch, steps):
+    model = SpeedModel.of(workload(), A100)
+    direct = window_estimate(workload(), A100, micro_batch=micro_batch, accumulation_steps=steps)
+    found = model.estimate(micro_batch, steps)
+    assert found.seconds == pytest.approx(direct.seconds)
+    assert (found.bound, found.samples) == (direct.bound, direct.samples)
+    assert model.seconds(micro_batch, steps) == found.seconds
+
+
+def test_a_speed_model_runs_two_windows_for_any_number_of_sizes(monkeypatch):
+    sizes = []
+    run = VirtualGpu.run
+
+    def counted(self, workload, *, micro_batch, **more):
+        sizes.append(micro_batch)
+        return run(self, workload, micro_batch=micro_batch, **more)
+
+    monkeypatch.setattr(VirtualGpu, "run", counted)
+    model = SpeedModel.of(workload(), A100)
+    started = time.perf_counter()
+    taken = [model.seconds(n, 2) for n in range(1, 101)]
+    assert time.perf_counter() - started < 2
+    assert sizes == [2, 3]
+    assert taken == sorted(taken)
+
+
+def test_a_batch_that_can_only_have_one_sample_is_counted_at_that():
+    model = SpeedModel.of(workload(sample_limit=1), A100)
+    assert model.seconds(1, 4) > 0
+
+
+def test_windows_that_change_their_calls_are_counted_at_every_size():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            for _ in range(x.shape[0]):
+                x = self.layer(x)
+            return x.mean()
+
+    branching = Workload(
+        model=Branching(),
+        batch=batch_builder(torch.zeros(2, 8)),
+        loss=lambda model, batch: model(batch),
+    )
+    model = SpeedModel.of(branching, A100)
+    direct = window_estimate(branching, A100, micro_batch=5, accumulation_steps=2)
+    assert model.seconds(5, 2) == pytest.approx(direct.seconds)
+
+
+def test_cards_of_one_family_share_a_run(monkeypatch):
+    cards = []
+    run = VirtualGpu.run
+
+    def counted(self, *args, **more):
+        cards.append(self.spec.name)
+        return run(self, *args, **more)
+
+    monkeypatch.setattr(VirtualGpu, "run", counted)
+    gpus = [find_gpu(name) for name in ("a100-40gb", "a100-80gb", "t4", "24GiB")]
+    found = window_estimates(workload(), gpus, micro_batch=64, accumulation_steps=1)
+    assert cards == ["a100-40gb", "t4"]
+    assert found[3] is None
+    fast, faster, slow = (one.seconds for one in found[:3])
+    assert faster < fast < slow
+
+
+def test_a_card_without_figures_has_no_estimate_and_runs_nothing(monkeypatch):
+    monkeypatch.setattr(VirtualGpu, "run", None)
+    card = find_gpu("24GiB")
+    assert window_estimate(workload(), card, micro_batch=4, accumulation_steps=1) is None
+    assert SpeedModel.of(workload(), card).seconds(4, 1) is None
+
+
+def test_ranks_take_longer_for_the_same_samples():
+    def seconds(world_size):
+        made = Workload(
+            model=nn.Linear(4096, 4096),
+            batch=batch_builder(torch.zeros(2, 4096)),
+            loss=lambda model, batch: model(batch).mean(),
+            world_size=world_size,
+        )
+        return window_estimate(made, A100, micro_batch=8, accumulation_steps=1).seconds
+
+    assert seconds(1) < seconds(2) < seconds(16)
+
+
+@given(
+    st.dictionaries(st.integers(1, 512), st.floats(1e-6, 1e3), min_size=1),
+    st.floats(0, 1),
+)
+def test_the_knee_is_the_smallest_size_that_is_nearly_the_best(seconds, within):
+    rates = {size: taken / size for size, taken in seconds.items()}
+    found = knee(seconds, within)
+    limit = min(rates.values()) * (1 + within)
+    assert rates[found] <= limit
+    assert all(rate > limit for size, rate in rates.items() if size < found)
+
+
+def test_a_knee_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="0 sizes"):
+        knee({})
+    with pytest.raises(UsageError, match="share"):
+        knee({1: 1.0}, within=-0.1)

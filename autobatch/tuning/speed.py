@@ -36,6 +36,8 @@ def window_estimate(
 ) -> SpeedEstimate | None:
     """Estimate the seconds of a training window on a card, which need not be in the machine.
 
+    A compiled model is estimated as its eager original, which takes longer.
+
     Args:
         workload: what is trained.
         gpu: the card.

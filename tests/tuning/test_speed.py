@@ -101,7 +101,7 @@ def test_cards_of_one_family_share_a_run(monkeypatch):
 
     monkeypatch.setattr(VirtualGpu, "run", counted)
     gpus = [find_gpu(name) for name in ("a100-40gb", "a100-80gb", "t4", "24GiB")]
-    found = window_estimates(workload(), gpus, micro_batch=64, accumulation_steps=1)
+    found = window_estimates(workload(), gpus, micro_batch=4096, accumulation_steps=1)
     assert cards == ["a100-40gb", "t4"]
     assert found[3] is None
     fast, faster, slow = (one.seconds for one in found[:3])

@@ -6,9 +6,10 @@ No weight is read, moved or materialised, unless the function that makes memory 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -209,22 +210,33 @@ class Copier(Walk):
             self.remember(value, torch.empty_like(shard, dtype=value.dtype, requires_grad=False))
         return True
 
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Copy to the CPU in the block, and not to the device: what is copied is moved later."""
+        device, self._device = self._device, torch.device("cpu")
+        try:
+            yield
+        finally:
+            self._device = device
+
     def changed(self, duplicate: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """Apply `change` to a copied module, and return what it returns.
 
-        Parameters that `change` puts in the place of others become the originals' counterparts;
-        those that it flattens into others have none.
+        Parameters and buffers that `change` puts in the place of others become the originals'
+        counterparts; those that it flattens into others have none.
         """
         places = [
-            (module._parameters, name, parameter)
+            (held, name, tensor)
             for module in duplicate.modules()
-            for name, parameter in module._parameters.items()
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
         ]
         result = change(duplicate)
         new = {id(old): now[name] for now, name, old in places if now.get(name, old) is not old}
         for key, known in self._memo.items():
             if id(known) in new:
                 self._memo[key] = new[id(known)]
+        self._made.update(map(id, new.values()))
         return result
 
     def move(self, original: Tensor, device: torch.device | None = None) -> Tensor:

@@ -99,14 +99,17 @@ class Session:
         def tagged(copied: nn.Module) -> nn.Module:
             for change in workload.changes:
                 copied = change(copied) or copied
-            wrapped = wrap(copied)
+            wrapped = wrap(copied.to(device) if workload.changes else copied)
             for parameter in wrapped.parameters():
                 recorder.tag(parts_of(parameter), "parameters")
             for buffer in wrapped.buffers():
                 recorder.tag(parts_of(buffer), "buffers")
             return wrapped
 
-        self._model = copier.changed(copier.model(model).train(), tagged)
+        # a model is changed before it is on the card, where a change would leave holes
+        with copier.on_host() if workload.changes else contextlib.nullcontext():
+            copied = copier.model(model).train()
+        self._model = copier.changed(copied, tagged)
         if workload.model is not model:  # code may know the model by its wrapper
             copier.remember(workload.model, self._model)
         evaluate, window = copier.any(workload.evaluate), copier.any(workload.window)
@@ -196,6 +199,12 @@ class Session:
         if isinstance(self._loss, DefaultLoss):
             self._loss.forget()
         self._tag()
+
+    def let_go(self) -> None:
+        """Let optimizers that hooks step go of what steps them: no more windows will run."""
+        for optimizer in self.optimizers:
+            if callable(let_go := getattr(optimizer, "let_go", None)):
+                let_go()
 
     def _run(self, micro_batch: int, accumulation_steps: int, windows: int, evaluate: bool) -> None:
         workload = self._workload

@@ -1,49 +1,208 @@
-"""Activation checkpointing: blocks recompute in the backward pass what they do not keep."""
+"""Activation checkpointing: blocks recompute in the backward pass what they do not keep.
+
+Blocks are those that FSDP2 would share out one by one (`workload/blocks.py`). Where a model of
+Transformers can checkpoint its own blocks it is asked to, as Trainer does; others are wrapped.
+"""
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
+from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
+from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
+from autobatch.levers.naming import blocks_in_order, expression_of
 from autobatch.levers.setup import Setup
-from autobatch.workload.blocks import repeated_blocks
+from autobatch.support.torch_private import BatchNorm
 
 __all__ = ["CHECKPOINTING"]
 
+_STRIDES = {1: "every block", 2: "every 2nd block", 3: "every 3rd block", 4: "every 4th block"}
+_FEWEST = 2
+"""Blocks that have to be left to be checkpointed."""
+
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+_PRODUCTS = (*_ATTENTION, "mm", "addmm", "bmm", "baddbmm", "convolution")
+"""Ops with most FLOPs for a byte that they return: hundreds, where others have a few."""
+
+_SELECTIONS = {
+    "selective": (
+        _PRODUCTS,
+        "keep the results of matrix products, convolutions and attention, and recompute what is "
+        "cheap: normalizations, activations and dropout",
+    ),
+    "selective, attention": (
+        _ATTENTION,
+        "keep the results of attention, whose FLOPs grow with the square of the length, and "
+        "recompute all else",
+    ),
+}
+
 
 def _options(setup: Setup) -> list[Option]:
-    blocks = repeated_blocks(setup.workload.model)
-    if not blocks:
+    model = setup.model
+    blocks = blocks_in_order(model)
+    if not blocks or setup.has("checkpointing") or _is_checkpointed(model):
         return []
-    names = " | ".join(sorted({type(block).__name__ for block in blocks}))
-    return [
-        Option(
-            lever="checkpointing",
-            value="every block",
-            what=f"Each of the {len(blocks)} blocks keeps its input alone and is run once more in "
-            "the backward pass.",
-            code=_CODE.format(names=names),
-            trainer="gradient_checkpointing=True",
-            apply=lambda setup: setup.changed(partial(_checkpointed, stride=1)),
-        )
+    kept = _Blocks(model, blocks)
+    options = [
+        kept.every(stride)
+        for stride in _STRIDES
+        if stride == 1 or -(-len(blocks) // stride) >= _FEWEST
+    ]
+    return options + [
+        kept.selective(value)
+        for value, (ops, _) in _SELECTIONS.items()
+        if ops is not _ATTENTION or _attends(model)
     ]
 
 
-_CODE = """\
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing)
-apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in "{names}")"""
+class _Blocks:
+    """The blocks of a model, and the code that checkpoints them."""
+
+    def __init__(self, model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._names = expression_of(model, blocks)
+        self._own = _own_method(model, blocks)
+
+    def every(self, stride: int) -> Option:
+        """Return the option that checkpoints every nth block."""
+        count = -(-len(self._blocks) // stride)
+        how = '{"use_reentrant": False}'
+        trainer = None
+        if self._own is None:
+            code = self._wrapping(stride)
+        else:
+            method, counts = self._own
+            code = f"model.{method}({how})"
+            if stride > 1 and counts:
+                code = f"model.{method}({how}, every_n_layers={stride})"
+            elif stride > 1:
+                code += (
+                    f"\nblocks = {self._names}\nfor block in blocks:\n"
+                    f"    block.gradient_checkpointing = block in blocks[::{stride}]"
+                )
+            else:
+                name = method.removesuffix("_enable")
+                trainer = f"{name}=True, {name}_kwargs={how}"
+        return self._option(
+            _STRIDES[stride],
+            f"{count} of {len(self._blocks)} blocks keep their inputs alone and are run once more "
+            "in the backward pass.",
+            code,
+            trainer,
+        )
+
+    def selective(self, value: str) -> Option:
+        """Return the option whose blocks keep the results of some ops."""
+        ops, what = _SELECTIONS[value]
+        lines = ",\n".join(f"    torch.ops.aten.{op}.default" for op in ops)
+        head = (
+            "import torch\n"
+            "from functools import partial\n"
+            "from torch.utils.checkpoint import create_selective_checkpoint_contexts\n"
+            f"kept = [\n{lines},\n]\n"
+            "contexts = partial(create_selective_checkpoint_contexts, kept)\n"
+        )
+        if self._own is None:
+            code = head + self._wrapping(1, selective=True)
+        else:
+            code = (
+                f'{head}how = {{"use_reentrant": False, "context_fn": contexts}}\n'
+                f"model.{self._own[0]}(how)"
+            )
+        return self._option(value, f"The {len(self._blocks)} blocks {what}.", code, None)
+
+    def _wrapping(self, stride: int, *, selective: bool = False) -> str:
+        """Return the code that wraps every nth block."""
+        some = f"[::{stride}]" if stride > 1 else ""
+        wrapper = (
+            "    checkpoint_wrapper_fn=partial(checkpoint_wrapper, context_fn=contexts),\n"
+            if selective
+            else ""
+        )
+        names = "apply_activation_checkpointing" + (", checkpoint_wrapper" if selective else "")
+        lines = [
+            "from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (",
+            f"    {names})",
+            f"blocks = {self._names}{some}",
+        ]
+        if any(_averages(block) for block in self._blocks.values()):
+            lines += [
+                "for block in blocks:  # a block that runs twice updates its averages twice",
+                "    for layer in block.modules():",
+                '        if getattr(layer, "running_mean", None) is not None and layer.momentum:',
+                "            layer.momentum = 1 - (1 - layer.momentum) ** 0.5",
+            ]
+        if getattr(getattr(self._model, "config", None), "use_cache", False):
+            lines.append("model.config.use_cache = False")
+        lines.append(
+            "apply_activation_checkpointing(\n"
+            f"    model,\n{wrapper}    check_fn=lambda module: module in blocks)"
+        )
+        return "\n".join(lines)
+
+    def _option(self, value: str, what: str, code: str, trainer: str | None) -> Option:
+        change = ModelCode("checkpointing", code)
+        return Option(
+            lever="checkpointing",
+            value=value,
+            what=what,
+            code=code,
+            trainer=trainer,
+            apply=partial(Setup.changed, change=change),
+        )
 
 
-def _checkpointed(model: nn.Module, *, stride: int) -> None:
-    blocks = repeated_blocks(model)
-    chosen = set(map(id, blocks[::stride]))
-    apply_activation_checkpointing(model, check_fn=lambda module: id(module) in chosen)
+def _own_method(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[str, bool] | None:
+    """Return a model's own method that checkpoints its blocks, and whether it takes every nth."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return None
+    if not all(hasattr(block, "gradient_checkpointing") for block in blocks.values()):
+        return None
+    method = next(
+        name
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        if hasattr(model, name)
+    )
+    return method, "every_n_layers" in inspect.signature(getattr(model, method)).parameters
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    """Whether a part of a model is checkpointed already."""
+    return any(
+        isinstance(module, CheckpointWrapper)
+        or getattr(module, "gradient_checkpointing", False) is True
+        or getattr(module, "grad_checkpointing", False) is True
+        for module in model.modules()
+    )
+
+
+def _averages(block: nn.Module) -> bool:
+    """Whether a block has running averages that a second run would update again."""
+    return any(
+        isinstance(layer, BatchNorm) and layer.track_running_stats for layer in block.modules()
+    )
+
+
+def _attends(model: nn.Module) -> bool:
+    """Whether a model runs PyTorch's fused attention, as far as its modules tell."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "_attn_implementation"):
+        return bool(config._attn_implementation == "sdpa")
+    return any(
+        isinstance(module, nn.MultiheadAttention) or getattr(module, "fused_attn", False) is True
+        for module in model.modules()
+    )
 
 
 CHECKPOINTING = Lever(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from autobatch.errors import UsageError
 from autobatch.levers.setup import Setup
 
 __all__ = ["Lever", "Option", "applied"]
@@ -21,10 +22,12 @@ class Option:
         lever: the name of its lever, such as "checkpointing".
         value: the setting, such as "every block".
         what: what it does, in one sentence.
-        code: lines of plain PyTorch that do it to `model`, `optimizer` or the loop.
+        code: lines of plain PyTorch that do it to `model`, `optimizer`, `batch` or the loop.
         trainer: arguments of Transformers' `TrainingArguments` that do it, or None.
         changes_numerics: whether training computes something else than without it.
         apply: gives the setup that has it.
+        excludes: names of levers, or labels of options, that it cannot be combined with; another
+            option of its own lever never can be.
     """
 
     lever: str
@@ -34,11 +37,20 @@ class Option:
     apply: Callable[[Setup], Setup]
     trainer: str | None = None
     changes_numerics: bool = False
+    excludes: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
         """The lever and its setting, as tables name them."""
         return f"{self.lever}: {self.value}"
+
+    def goes_with(self, other: Option) -> bool:
+        """Whether a training run can have this option and another one."""
+        return not (
+            self.lever == other.lever
+            or self.excludes & {other.lever, other.label}
+            or other.excludes & {self.lever, self.label}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +70,18 @@ class Lever:
 
 
 def applied(setup: Setup, options: Iterable[Option]) -> Setup:
-    """Return a setup that has all of some options, applied in their order."""
+    """Return a setup that has all of some options, applied in their order.
+
+    Raises:
+        UsageError: two of them cannot be combined.
+    """
+    had: list[Option] = []
     for option in options:
+        for other in had:
+            if not option.goes_with(other):
+                raise UsageError(
+                    f"{other.label} and {option.label} cannot be combined: leave one of them out"
+                )
         setup = option.apply(setup)
+        had.append(option)
     return setup

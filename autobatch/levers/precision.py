@@ -2,27 +2,150 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from autobatch.levers.code import BatchCode, ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.setup import Setup
+from autobatch.workload.sample import Built
+from autobatch.workload.tree import map_tensors, tensors
 
-__all__ = ["PRECISION"]
+__all__ = ["PRECISION", "in_dtype"]
+
+_TENSOR_CORES = (8, 0)
+"""The compute capability from which on cards multiply in bfloat16 and TF32."""
+
+_WEIGHTS = "import torch\nmodel = model.to(torch.bfloat16)"
+
+_BATCH = (
+    "import torch\nfrom autobatch.levers.precision import in_dtype\n"
+    "batch = in_dtype(batch, torch.bfloat16)"
+)
+
+_BF16_AUTOCAST = 'with torch.autocast("cuda", torch.bfloat16):  # around forward and loss'
+
+_FP16_AUTOCAST = """\
+scaler = torch.amp.GradScaler("cuda")
+with torch.autocast("cuda", torch.float16):  # around forward and loss
+scaler.scale(loss).backward()  # in the place of loss.backward()
+scaler.step(optimizer)  # in the place of optimizer.step()
+scaler.update()"""
+
+
+def in_dtype(batch: object, dtype: torch.dtype) -> object:
+    """Return a batch whose floating-point tensors have another dtype.
+
+    >>> image, label = in_dtype((torch.ones(2), torch.ones(2).long()), torch.bfloat16)
+    >>> image.dtype, label.dtype
+    (torch.bfloat16, torch.int64)
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return map_tensors(cast, batch)
 
 
 def _options(setup: Setup) -> list[Option]:
     workload = setup.workload
-    if workload.autocast is not None or workload.window is not None:
+    if workload.window is not None or setup.has("precision"):
         return []
-    return [
-        Option(
-            lever="precision",
-            value="bf16 autocast",
-            what="Matrix products and convolutions run in bfloat16, weights stay in float32.",
-            code='with torch.autocast("cuda", torch.bfloat16):  # around forward and loss',
-            trainer="bf16=True",
-            changes_numerics=True,
-            apply=lambda setup: setup.having(autocast="bf16"),
+    dtypes = {p.dtype for p in setup.model.parameters() if p.is_floating_point()}
+    if torch.float32 not in dtypes:
+        return []
+    has_tensor_cores = setup.gpu.compute_capability >= _TENSOR_CORES
+    options = []
+    if workload.autocast != "bf16" and has_tensor_cores:
+        options.append(
+            _option(
+                "bf16 autocast",
+                "Matrix products and convolutions run in bfloat16, weights stay in float32.",
+                _BF16_AUTOCAST,
+                "bf16=True",
+                autocast="bf16",
+            )
         )
-    ]
+    if workload.autocast != "fp16":
+        options.append(
+            _option(
+                "fp16 autocast",
+                "Matrix products and convolutions run in float16, weights stay in float32, and the "
+                "loss is scaled so that small gradients do not vanish.",
+                _FP16_AUTOCAST,
+                "fp16=True",
+                autocast="fp16",
+            )
+        )
+    if workload.autocast is not None:
+        options.append(
+            _option(
+                "fp32",
+                "All runs in float32, the format of the weights.",
+                "# leave torch.autocast and GradScaler out",
+                "bf16=False, fp16=False",
+                autocast=None,
+            )
+        )
+    elif has_tensor_cores and not setup.tf32:
+        options.append(
+            Option(
+                lever="precision",
+                value="tf32",
+                what="Float32 matrix products are rounded to 10 bits of mantissa and run on tensor "
+                "cores: faster, with the same memory.",
+                code='torch.set_float32_matmul_precision("high")',
+                trainer="tf32=True",
+                changes_numerics=True,
+                apply=partial(replace, tf32=True),
+            )
+        )
+    if dtypes == {torch.float32} and has_tensor_cores:
+        options.append(_bf16_weights(setup))
+    return options
+
+
+def _option(value: str, what: str, code: str, trainer: str, *, autocast: str | None) -> Option:
+    return Option(
+        lever="precision",
+        value=value,
+        what=what,
+        code=code,
+        trainer=trainer,
+        changes_numerics=True,
+        apply=partial(Setup.having, autocast=autocast),
+    )
+
+
+def _bf16_weights(setup: Setup) -> Option:
+    takes_floats = _takes_floats(setup)
+    return Option(
+        lever="precision",
+        value="bf16 weights",
+        what="Weights, gradients and optimizer state are in bfloat16, too; small updates may be "
+        "rounded away.",
+        code="\n".join((_WEIGHTS, _BATCH.removeprefix("import torch\n")))
+        if takes_floats
+        else _WEIGHTS,
+        changes_numerics=True,
+        apply=partial(_with_bf16_weights, takes_floats=takes_floats),
+    )
+
+
+def _takes_floats(setup: Setup) -> bool:
+    """Whether batches may have floating-point tensors; only those at hand are looked at."""
+    make = setup.workload.batch
+    if not isinstance(make, Built):
+        return True
+    return any(tensor.is_floating_point() for tensor in tensors(make.rows.batch))
+
+
+def _with_bf16_weights(setup: Setup, *, takes_floats: bool) -> Setup:
+    setup = setup.changed(ModelCode("precision", _WEIGHTS)).having(autocast=None)
+    return setup.with_batches(partial(BatchCode, text=_BATCH)) if takes_floats else setup
 
 
 PRECISION = Lever(

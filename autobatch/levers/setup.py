@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.workload.workload import Change, Workload
+from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["Setup"]
 
@@ -20,16 +25,32 @@ class Setup:
         workload: what is trained; its model stays as it is, changes are made to copies.
         gpu: the card that is simulated.
         settings: of the caching allocator.
+        tf32: whether float32 matrix products run in TF32; at first as this process has it.
     """
 
     workload: Workload
     gpu: GpuSpec
     settings: AllocatorSettings = field(default_factory=AllocatorSettings.of_environment)
+    tf32: bool = field(default_factory=lambda: torch.get_float32_matmul_precision() != "highest")
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module, below wrappers of compilers and data parallelism; only to look at."""
+        return unwrapped(self.workload.model)
+
+    def has(self, lever: str) -> bool:
+        """Return whether a lever has changed the model already.
+
+        >>> from autobatch.gpus.catalogue import find_gpu
+        >>> plain = Setup(workload=Workload(model=nn.Linear(1, 1), batch=list), gpu=find_gpu("t4"))
+        >>> plain.has("lora")
+        False
+        """
+        return any(getattr(change, "lever", None) == lever for change in self.workload.changes)
 
     def having(self, **changes: Any) -> Setup:
         """Return a setup whose workload has other attributes.
 
-        >>> from torch import nn
         >>> from autobatch.gpus.catalogue import find_gpu
         >>> plain = Setup(workload=Workload(model=nn.Linear(1, 1), batch=list), gpu=find_gpu("t4"))
         >>> plain.having(autocast="fp16").workload.autocast
@@ -40,3 +61,10 @@ class Setup:
     def changed(self, change: Change) -> Setup:
         """Return a setup whose copied model goes through one more change."""
         return self.having(changes=(*self.workload.changes, change))
+
+    def with_batches(self, wrap: Callable[[Any], Any]) -> Setup:
+        """Return a setup whose makers of batches are in wrappers."""
+        workload = self.workload
+        return self.having(
+            batch=wrap(workload.batch), stream=tuple(wrap(one) for one in workload.stream)
+        )

@@ -74,7 +74,7 @@ def probe_of(
         device=device,
         workload=workload,
         # from the second micro-batch of a window on all are alike
-        accumulation_steps=1 if target <= workload.world_size else 2,
+        accumulation_steps=2 if workload.accumulates and target > workload.world_size else 1,
         headroom=device.default_headroom if headroom is None else headroom,
         progress=progress,
     )
@@ -148,6 +148,14 @@ def make_plan(
     )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
+    if not workload.accumulates:
+        if found.micro_batch < samples_per_rank:
+            raise DoesNotFitError(
+                "an optimizer that steps in the backward pass needs all samples of an update at "
+                f"once: {samples_per_rank} are asked for, and {found.micro_batch} fit; use a "
+                "smaller target, or let it step after the last micro-batch"
+            )
+        objective = "largest"
     rate = None if loader is None else samples_per_second(loader, workload)
     speed = (
         () if objective == "largest" and rate is None else timed(probe, target, found.micro_batch)

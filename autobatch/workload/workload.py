@@ -79,6 +79,8 @@ class Workload:
         changes: functions that are applied, in order, to the copy of the model that runs, before it
             is shared out and before optimizers are made; each changes the module in place, or
             returns another one. The model itself stays as it is.
+        accumulates: whether a window may have several micro-batches; one whose optimizer steps in
+            the backward pass may not.
         notes: what a plan made from this is to tell its user, such as what was inferred.
     """
 
@@ -96,6 +98,7 @@ class Workload:
     sample_limit: int | None = None
     stream: tuple[Callable[[int], Any], ...] = ()
     changes: tuple[Change, ...] = ()
+    accumulates: bool = True
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

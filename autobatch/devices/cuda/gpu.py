@@ -265,14 +265,17 @@ class CudaGpu:
         device, model = self._runtime.device, unwrapped(workload.model)
         prepared = partial(_prepared_like, workload.model)
         session = Session(workload, model, device, copier, recorder, prepared)
-        session.train(micro_batch, accumulation_steps, windows=WINDOWS)
-        recorder.stop()
-        peak, notes, grown_bytes = self._runtime.stats(), session.notes, session.grown_bytes
-        seconds: list[float] = []
-        while len(seconds) < _TIMED_WINDOWS and sum(seconds) < _TIMED_SECONDS:
-            clock = self._runtime.clock()
-            session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
-            seconds.append(clock.seconds())
+        try:
+            session.train(micro_batch, accumulation_steps, windows=WINDOWS)
+            recorder.stop()
+            peak, notes, grown_bytes = self._runtime.stats(), session.notes, session.grown_bytes
+            seconds: list[float] = []
+            while len(seconds) < _TIMED_WINDOWS and sum(seconds) < _TIMED_SECONDS:
+                clock = self._runtime.clock()
+                session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
+                seconds.append(clock.seconds())
+        finally:
+            session.let_go()
         return _Facts(peak, seconds, session.loss_kind, session.optimizer_name, notes, grown_bytes)
 
     def _put_back_peaks(self, before: Stats) -> None:

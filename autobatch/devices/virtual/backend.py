@@ -351,7 +351,9 @@ def _apply_to_fakes(
     the parameter. A parameter of several modules becomes one of all of them. A real module that
     user code moves to the GPU stays where it is; an op that uses its tensors moves copies.
     """
-    made: dict[int, tuple[Tensor, nn.Parameter]] = getattr(change, "__dict__", {}).setdefault("_made", {})
+    made: dict[int, tuple[Tensor, nn.Parameter]] = getattr(change, "__dict__", {}).setdefault(
+        "_made", {}
+    )
     parameters: dict[str, Any] = module._parameters
     buffers: dict[str, Any] = module._buffers
     if recurse:

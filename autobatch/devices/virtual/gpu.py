@@ -281,6 +281,7 @@ class VirtualGpu:
                 return copied
 
             session = Session(workload, original, device, copier, recorder, wrapped)
+            afterwards.callback(session.let_go)
             if counter is not None:
                 afterwards.enter_context(counter.following(session.buckets))
             session.train(job.micro_batch, job.accumulation_steps, windows=job.windows)

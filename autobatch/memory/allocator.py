@@ -32,7 +32,7 @@ from autobatch.support.units import format_bytes
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Block", "CachingAllocator", "OutOfMemory"]
+__all__ = ["ADDRESS_BITS", "Block", "CachingAllocator", "OutOfMemory"]
 
 _STATES: Final[tuple[BlockState, ...]] = ("free", "allocated", "awaiting_free")
 _FREE, _ALLOCATED, _AWAITING, _UNMAPPED = range(4)
@@ -40,8 +40,8 @@ _FREE, _ALLOCATED, _AWAITING, _UNMAPPED = range(4)
 _UNLIMITED: Final = 1 << 62
 _UNBOUNDED_RESERVE: Final = 1 << 42
 _FIRST_ADDRESS: Final = 1 << 40
-_ADDRESS_BITS: Final = 64
-_ADDRESS_MASK: Final = (1 << _ADDRESS_BITS) - 1
+ADDRESS_BITS: Final = 64
+_ADDRESS_MASK: Final = (1 << ADDRESS_BITS) - 1
 
 
 class OutOfMemory(Exception):
@@ -215,7 +215,7 @@ class CachingAllocator:
         small = size <= SMALL_BYTES
         pool = self._pools.get((small, stream, pool_id)) or self._pool(small, stream, pool_id)
         keys = pool.keys
-        index = bisect_left(keys, size << _ADDRESS_BITS)
+        index = bisect_left(keys, size << ADDRESS_BITS)
         if self._selective:
             index = self._select(pool, size, index)
         if index < len(keys):
@@ -228,7 +228,7 @@ class CachingAllocator:
             splits = block.size_bytes - size > SMALL_BYTES and size < self._oversize
         if splits:
             rest = self._split(block, size)
-            insort(keys, rest.size_bytes << _ADDRESS_BITS | rest.address)
+            insort(keys, rest.size_bytes << ADDRESS_BITS | rest.address)
         block.state = _ALLOCATED
         block.requested_bytes = size_bytes
         allocated = self.allocated_bytes = self.allocated_bytes + block.size_bytes
@@ -446,7 +446,7 @@ class CachingAllocator:
         if self._oversize == _UNLIMITED:
             return False
         needed = max(size, self._oversize)
-        oversize = pool.keys[bisect_left(pool.keys, self._oversize << _ADDRESS_BITS) :]
+        oversize = pool.keys[bisect_left(pool.keys, self._oversize << ADDRESS_BITS) :]
         blocks = [self._blocks[key & _ADDRESS_MASK] for key in oversize]
         blocks = [block for block in blocks if block.base is None]
         enough = next((block for block in blocks if block.size_bytes >= needed), None)
@@ -462,17 +462,17 @@ class CachingAllocator:
         keys = block.pool.keys
         after = block.next
         if after and after.state == _FREE:
-            del keys[bisect_left(keys, after.size_bytes << _ADDRESS_BITS | after.address)]
+            del keys[bisect_left(keys, after.size_bytes << ADDRESS_BITS | after.address)]
             self._absorb(block, after)
         before = block.prev
         if before and before.state == _FREE:
-            del keys[bisect_left(keys, before.size_bytes << _ADDRESS_BITS | before.address)]
+            del keys[bisect_left(keys, before.size_bytes << ADDRESS_BITS | before.address)]
             self._absorb(before, block)
             block = before
         block.state = _FREE
         block.requested_bytes = 0
         block.searches = self._searches
-        insort(keys, block.size_bytes << _ADDRESS_BITS | block.address)
+        insort(keys, block.size_bytes << ADDRESS_BITS | block.address)
         return block
 
     def _absorb(self, block: Block, after: Block) -> None:
@@ -501,7 +501,7 @@ class CachingAllocator:
 
     def _uncache(self, block: Block) -> None:
         keys = block.pool.keys
-        del keys[bisect_left(keys, block.size_bytes << _ADDRESS_BITS | block.address)]
+        del keys[bisect_left(keys, block.size_bytes << ADDRESS_BITS | block.address)]
 
     def _page_size(self, pool: _Pool) -> int:
         return SMALL_SEGMENT_BYTES if pool.small else self.settings.large_segment_bytes
@@ -565,10 +565,10 @@ class CachingAllocator:
         self._uncache(block)
         if last < end:
             rest = self._split(block, last - block.address)
-            insort(pool.keys, rest.size_bytes << _ADDRESS_BITS | rest.address)
+            insort(pool.keys, rest.size_bytes << ADDRESS_BITS | rest.address)
         if block.address < first:
             rest = self._split(block, first - block.address)
-            insort(pool.keys, block.size_bytes << _ADDRESS_BITS | block.address)
+            insort(pool.keys, block.size_bytes << ADDRESS_BITS | block.address)
             block = rest
         del self._blocks[block.address]
         block.state = _UNMAPPED
@@ -592,7 +592,7 @@ class CachingAllocator:
         block.requested_bytes = info.requested_bytes
         block.state = _STATES.index(info.state)
         if block.state == _FREE:
-            insort(pool.keys, block.size_bytes << _ADDRESS_BITS | block.address)
+            insort(pool.keys, block.size_bytes << ADDRESS_BITS | block.address)
         elif block.state == _ALLOCATED:
             self.allocated_bytes += block.size_bytes
         else:

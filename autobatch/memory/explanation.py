@@ -160,6 +160,8 @@ class Replay:
     Attributes:
         requests: allocations that were replayed, one after the other from the recorded state.
         requests_matched: those that got the recorded block.
+        ties: of those, how many the recording decides between free blocks of one size, of which
+            PyTorch's versions take different ones.
         recorded_reserved_bytes: most bytes in segments, as recorded.
         replayed_reserved_bytes: the same where the simulation runs from the first event to the
             last without being told what was recorded.
@@ -168,6 +170,7 @@ class Replay:
 
     requests: int
     requests_matched: int
+    ties: int
     recorded_reserved_bytes: int
     replayed_reserved_bytes: int
     first_difference: str | None
@@ -421,6 +424,7 @@ class _Device:
         return Replay(
             requests=run.run.blocks,
             requests_matched=run.run.blocks_matched,
+            ties=run.run.ties,
             recorded_reserved_bytes=run.peak_reserved,
             replayed_reserved_bytes=free.peak_reserved_bytes,
             first_difference=difference,

@@ -7,12 +7,13 @@ difference is one count.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autobatch.memory.allocator import Block, CachingAllocator
+from autobatch.memory.allocator import ADDRESS_BITS, Block, CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import SegmentInfo
 from autobatch.memory.recording import MemoryMap, Recording
@@ -28,6 +29,7 @@ class Score:
     Attributes:
         events: events that were replayed.
         blocks, blocks_matched: allocations, and those served by the recorded block.
+        ties: of those, how many the recording decides between free blocks of one size.
         segments, segments_matched: segments (or mapped ranges) that were made, and those that the
             simulation made for the same allocation in the same size.
         segments_unused: those, not counted above, that no allocation followed at once.
@@ -41,6 +43,7 @@ class Score:
     events: int
     blocks: int
     blocks_matched: int
+    ties: int
     segments: int
     segments_matched: int
     segments_unused: int
@@ -70,20 +73,35 @@ class _DifferenceError(Exception):
 class _RecordedDriver(CachingAllocator):
     """The allocator with the driver's answers taken from a recording."""
 
-    def expect(self, made: Iterable[TraceEvent], *, from_cache: bool) -> None:
+    def expect(self, made: Iterable[TraceEvent], address: int, *, from_cache: bool) -> None:
         """Name the segments that were made for the next allocation.
 
         Args:
             made: in order.
+            address: where the allocation was recorded. It decides between free blocks of one size:
+                PyTorch 2.11 took the lowest address, 2.12 and 2.14 go by the age of blocks or of
+                their segments (pull requests 183489 and 183591), which recordings need not show.
             from_cache: whether the allocation may be served by a block that is free already.
         """
+        self._address = address
         self.expected = deque(made)
         self.confirmed = 0
+        self.tied = False
         self._from_cache = from_cache
-        self._selective |= not from_cache
+        self._selective = True
 
     def _select(self, pool: Any, size: int, index: int) -> int:
-        return super()._select(pool, size, index) if self._from_cache else len(pool.keys)
+        keys = pool.keys
+        if not self._from_cache:
+            return len(keys)
+        index = super()._select(pool, size, index)
+        if index < len(keys):
+            equal = self._cached(pool, index).size_bytes << ADDRESS_BITS | self._address
+            recorded = bisect_left(keys, equal)
+            if recorded != index and recorded < len(keys) and keys[recorded] == equal:
+                self.tied = True
+                return recorded
+        return index
 
     def cuda_malloc(self, size_bytes: int) -> int | None:
         return self._confirm(size_bytes).address
@@ -135,7 +153,7 @@ class RecordedRun:
         self.late = False  # since the program's last action, a free that waited has ended
         self.released = False  # since then, a segment was given back
         self.events = 0
-        self.blocks = self.blocks_matched = 0
+        self.blocks = self.blocks_matched = self.ties = 0
         self.segments = self.segments_matched = self.segments_unused = 0
         self.releases = self.releases_matched = 0
         self.ooms = 0
@@ -184,6 +202,7 @@ class RecordedRun:
             events=self.events,
             blocks=self.blocks,
             blocks_matched=self.blocks_matched,
+            ties=self.ties,
             segments=self.segments,
             segments_matched=self.segments_matched,
             segments_unused=self.segments_unused,
@@ -212,6 +231,7 @@ class RecordedRun:
             return
         self.memory.apply(event, block.size_bytes)
         self.blocks_matched += 1
+        self.ties += self.allocator.tied
         self.segments_matched += len(self.made)
 
     def _choose(self, event: TraceEvent, *, from_cache: bool = True) -> Block:
@@ -221,7 +241,7 @@ class RecordedRun:
             _DifferenceError: it is not the recorded one, or other segments were made for it.
         """
         allocator = self.allocator
-        allocator.expect(self.made, from_cache=from_cache)
+        allocator.expect(self.made, event.address, from_cache=from_cache)
         block = allocator.malloc(event.size_bytes, event.stream, event.pool_id)
         if allocator.expected:
             raise _DifferenceError(f"block at {block.address:#x}, recorded a new segment")

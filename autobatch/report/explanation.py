@@ -189,10 +189,15 @@ def _facts(device: DeviceExplanation, source: str) -> Facts:
 
 def _replay(replay: Replay) -> str:
     reserved = format_bytes(replay.recorded_reserved_bytes)
+    ties = (
+        f" ({count(replay.ties, 'choice')} between free blocks of one size as recorded)"
+        if replay.ties
+        else ""
+    )
     if replay.exact:
         return (
             f"the simulated allocator makes all {count(replay.requests, 'allocation')} as recorded"
-            f" and reserves the same {replay.recorded_reserved_bytes:,} bytes"
+            f" and reserves the same {replay.recorded_reserved_bytes:,} bytes" + ties
         )
     difference = replay.replayed_reserved_bytes - replay.recorded_reserved_bytes
     parts = [
@@ -205,7 +210,7 @@ def _replay(replay: Replay) -> str:
     else:
         parts.append(f"and reserves the same {reserved}")
     because = f": {printable(replay.first_difference)}" if replay.first_difference else ""
-    return " ".join(parts) + because
+    return " ".join(parts) + ties + because
 
 
 def _account(device: DeviceExplanation) -> Table:
@@ -468,7 +473,10 @@ def _what_would_help(shortage: Shortage, rows: Sequence[Alternative]) -> str:
             + (f" So would {names}." if names else "")
         )
     if helping:
-        return f"{limit}, it would have been met with {names} (simulated)."
+        return (
+            f"{limit}, it would have been met with {names} (simulated). Requests that come after "
+            "it are not recorded."
+        )
     return (
         f"{limit}, no setting tried here meets it (simulated): less has to be alive at once, see "
         "what held the peak."

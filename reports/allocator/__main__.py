@@ -105,6 +105,8 @@ def _notes(row: Row) -> Iterator[str]:
         )
     if row.score and row.score.first_difference:
         yield f"{row.name}: first difference: {row.score.first_difference}"
+    if row.score and row.score.ties:
+        yield f"{row.name}: {row.score.ties} choices of free blocks of one size were taken over"
     if row.score and row.score.segments_unused:
         yield f"{row.name}: {row.score.segments_unused} new segments served no allocation at once"
 

@@ -117,6 +117,21 @@ def test_a_replay_finds_a_worse_choice_and_goes_on_from_the_recorded_state(tmp_p
     assert f"recorded {taken.address:#x}" in score.first_difference
 
 
+def test_the_recording_decides_between_free_blocks_of_one_size(tmp_path: Path) -> None:
+    made = recorder()
+    pair = [made.alloc(30 * MIB), made.alloc(30 * MIB)]
+    for block in pair:
+        made.free(block)
+    before = len(made.events)
+    low, high = made.alloc(30 * MIB), made.alloc(30 * MIB)
+    made.free(low)
+    made.events[before:] = [made.events[before + 1]]  # as if only the higher one had been taken
+    assert made.events[-1]["addr"] == high.address
+    score = scored(tmp_path, made)
+    assert score.agrees
+    assert score.ties == 1
+
+
 def test_a_replay_finds_a_segment_of_the_wrong_size(tmp_path: Path) -> None:
     made = recorder(AllocatorSettings(large_segment_bytes=24 * MIB))  # not among the settings saved
     made.alloc(3 * MIB)

@@ -1,4 +1,4 @@
-"""A plan's numbers as data frames and CSV; the only user of pandas.
+"""Numbers of plans, comparisons and frontiers as data frames and CSV; the only user of pandas.
 
 Invariant: columns of bytes end in `_bytes` and hold whole numbers; each row is one observation.
 """
@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from autobatch.records.codec import encode
+from autobatch.records.comparison import ComparisonRecord, FrontierRecord, Outcome
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import write_text
 
-__all__ = ["breakdown", "curve", "timeline", "trials", "write_csv"]
+__all__ = ["breakdown", "comparison", "curve", "frontier", "timeline", "trials", "write_csv"]
 
 
 def trials(plan: PlanRecord) -> pd.DataFrame:
@@ -84,6 +85,63 @@ def timeline(plan: PlanRecord) -> pd.DataFrame:
             for sample in plan.timeline.samples
         ]
     )
+
+
+_WHOLE = ("ceiling", "micro_batch", "accumulation_steps", "short_bytes")
+"""Columns of outcomes that are whole numbers, also where some are unknown."""
+
+
+def comparison(compared: ComparisonRecord) -> pd.DataFrame:
+    """Return one row per card of a comparison, in order; seconds and costs are estimates."""
+    frame = pd.DataFrame(
+        [
+            {
+                "gpu": card.gpu.name,
+                "capacity_bytes": card.gpu.capacity_bytes,
+                **_outcome(card.outcome),
+                "price_per_hour": card.price_per_hour,
+                "estimated_cost_per_million": card.cost_per_million,
+            }
+            for card in compared.cards
+        ]
+    )
+    return frame.astype(dict.fromkeys(_WHOLE, "Int64"))
+
+
+def frontier(found: FrontierRecord) -> pd.DataFrame:
+    """Return one row per value of a parameter, the smallest first."""
+    frame = pd.DataFrame(
+        [
+            {
+                found.parameter: point.value,
+                **_outcome(point.outcome),
+                f"{found.unit}_per_second": found.throughput(point),
+                "bucket": point.bucket,
+            }
+            for point in found.points
+        ]
+    )
+    return frame.astype(dict.fromkeys((*_WHOLE, "bucket"), "Int64"))
+
+
+def _outcome(outcome: Outcome) -> dict[str, object]:
+    window = outcome.window
+    return {
+        "fits": outcome.fits,
+        "ceiling": outcome.ceiling,
+        "ceiling_at_least": outcome.ceiling_at_least,
+        "micro_batch": outcome.micro_batch,
+        "accumulation_steps": outcome.accumulation_steps,
+        "likelihood": outcome.likelihood,
+        "ceiling_likelihood": outcome.ceiling_likelihood,
+        "short_bytes": outcome.short_bytes,
+        "window_seconds": None if window is None else window.seconds,
+        "window_seconds_low": None if window is None else window.low,
+        "window_seconds_high": None if window is None else window.high,
+        "bound": None if window is None else window.bound,
+        "window_evidence": None if window is None else window.evidence,
+        "failure": outcome.failure,
+    }
 
 
 def write_csv(plan: PlanRecord, folder: Path) -> None:

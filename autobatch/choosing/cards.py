@@ -1,0 +1,67 @@
+"""The cards that a comparison is asked for, and their prices; no torch is needed to refuse them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from autobatch.errors import UsageError
+from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
+from autobatch.support.wording import argument, for_reader
+
+__all__ = ["distinct_cards", "prices_of"]
+
+
+def distinct_cards(gpus: Iterable[str | GpuSpec]) -> tuple[GpuSpec, ...]:
+    """Return the cards that are named.
+
+    Raises:
+        UsageError: there is none, one is named twice or is in this machine, or one is not known.
+    """
+    if isinstance(gpus, (str, GpuSpec)):
+        gpus = (gpus,)
+    cards: dict[str, GpuSpec] = {}
+    for given in gpus:
+        is_named = isinstance(given, str) and not is_device(given)
+        if not is_named and not isinstance(given, GpuSpec):
+            raise UsageError(
+                f"{argument('gpus')} names {given!r}: cards are compared simulated, so use a name "
+                "such as a100-40gb, or a size such as 24GiB"
+            )
+        card = given if isinstance(given, GpuSpec) else find_gpu(given)
+        if card.name in cards:
+            raise UsageError(f"{argument('gpus')} names {card.name} twice: name each card once")
+        cards[card.name] = card
+    if not cards:
+        raise UsageError(
+            f"{argument('gpus')} names no card: use "
+            + for_reader('gpus=["t4", "l4"]', "--gpus t4,l4")
+        )
+    return tuple(cards.values())
+
+
+def prices_of(prices: Mapping[str, float], cards: Sequence[GpuSpec]) -> dict[str, float]:
+    """Return prices by the names of the cards.
+
+    Raises:
+        UsageError: a price is for a card that is not compared, or no price.
+    """
+    named = {card.name for card in cards}
+    found: dict[str, float] = {}
+    for given, price in prices.items():
+        name = given if given in named else find_gpu(given).name
+        if name not in named:
+            raise UsageError(
+                f"there is a price for {name}, which is not compared: "
+                f"{argument('gpus')} names {', '.join(card.name for card in cards)}"
+            )
+        if name in found:
+            raise UsageError(f"there are two prices for {name}: give one")
+        is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
+        if not is_number or not math.isfinite(price) or price < 0:
+            raise UsageError(
+                f"the price of {name} is {price!r}: give a number of at least 0, what one such "
+                "card costs for an hour"
+            )
+        found[name] = float(price)
+    return found

@@ -1,0 +1,283 @@
+"""`compare`: the same training on several cards, simulated: what fits, how fast, at which cost.
+
+Invariant: every ceiling is the one that `tune` finds for that card.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from autobatch.choosing.cards import distinct_cards, prices_of
+from autobatch.choosing.comparison import Comparison
+from autobatch.choosing.outcomes import (
+    Told,
+    created_now,
+    first_error,
+    outcome_of,
+    shared_warnings,
+    versions,
+    window_time,
+)
+from autobatch.devices.virtual.questions import questions
+from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
+from autobatch.errors import AutobatchError, UsageError, WorkloadError
+from autobatch.gpus.catalogue import CATALOGUE, GpuSpec
+from autobatch.memory.trace import Trace
+from autobatch.plan.plan import Plan
+from autobatch.records.comparison import ComparedCard, Outcome, WindowTime
+from autobatch.records.plan_record import Objective
+from autobatch.records.progress import ProgressCallback, silent
+from autobatch.records.split import split
+from autobatch.support.interrupts import arriving
+from autobatch.support.wording import one_line
+from autobatch.tuning.objective import require_objective
+from autobatch.tuning.planning import LARGEST, probe_of
+from autobatch.tuning.probe import Probe
+from autobatch.tuning.speed import window_estimates
+from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["compare"]
+
+_LASTING = frozenset({"parameters", "buffers", "gradients", "optimizer_state"})
+"""What takes as much memory on every card."""
+
+
+@arriving()
+def compare(
+    model: nn.Module | Workload | Callable[[], nn.Module | Workload],
+    *,
+    target: int,
+    gpus: Iterable[str | GpuSpec],
+    prices: Mapping[str, float] | None = None,
+    objective: Objective = "largest",
+    headroom: float | None = None,
+    progress: ProgressCallback = silent,
+    **options: Unpack[WorkloadOptions],
+) -> Comparison:
+    """Say for each of several cards what fits, how fast it is and what it costs; all simulated.
+
+    Cards of one compute capability share what is executed, unless the code asks for the name or the
+    memory of its card.
+
+    Args:
+        model: as in `tune`.
+        target: effective batch: samples per optimizer update over all GPUs.
+        gpus: catalogue names, sizes such as "24GiB", or GpuSpecs.
+        prices: of one card for an hour, by its name, in any one currency; for some or all cards.
+        objective: which of the micro-batches that fit is planned, as in `tune`.
+        headroom: share of the usable memory to leave free, in [0, 1); None leaves what
+            `autobatch.gpus.uncertainty` asks for.
+        progress: told of each step.
+        **options: how the model trains, as `tune` takes it: sample, batch_dims, loss, optimizer,
+            autocast, clip_norm, world_size and sharding.
+
+    Returns:
+        The comparison; `print` shows it as a table. Seconds and costs are estimates. A card that is
+        too small tells by how much; one on which the code fails tells why.
+
+    Raises:
+        UsageError: an argument cannot be understood; the subclass says which kind.
+        WorkloadError: the model, loss or optimizer failed on every card.
+
+    >>> compared = compare(nn.Linear(64, 8), target=32, gpus=["t4", "l4"], prices={"l4": 0.7})
+    >>> [card.outcome.micro_batch for card in compared.cards]
+    [32, 32]
+    >>> compared.cheapest.gpu.name
+    'l4'
+    """
+    started = time.perf_counter()
+    cards = distinct_cards(gpus)
+    priced = prices_of(prices or {}, cards)
+    asked = Asked(model=model, **{"world_size": 1} | _stated(options))
+    target = whole(target)
+    split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
+    if headroom is not None:
+        require_share(headroom)
+    require_objective(objective)
+    told = Told(progress, len(cards))
+    search = _Search(_Builder(asked), target, objective, headroom, told)
+    return replace(search.comparison(cards, priced), seconds=time.perf_counter() - started)
+
+
+class _Builder:
+    """Builds the workload, once for all cards that the code does not tell apart."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._built: dict[Hashable, Workload] = {}
+
+    def on(self, gpu: GpuSpec) -> Workload:
+        """Return the workload as it is built where a card is found.
+
+        Raises:
+            UsageError: an argument cannot be understood; the subclass says which kind.
+            WorkloadError: the function that builds it failed.
+        """
+        for known in ("anywhere", gpu.compute_capability, gpu.name):
+            if known in self._built:
+                return self._built[known]
+        with questions() as asked:
+            workload = workload_of(self._asked, gpu)
+        key: Hashable = "anywhere"
+        if asked:
+            key = gpu.name if "card" in asked else gpu.compute_capability
+        self._built[key] = workload
+        return workload
+
+
+class _Search:
+    """Finds what each card can do."""
+
+    def __init__(
+        self,
+        builder: _Builder,
+        target: int,
+        objective: Objective,
+        headroom: float | None,
+        told: Told,
+    ) -> None:
+        self._builder = builder
+        self._target = target
+        self._objective: Objective = objective
+        self._headroom = headroom
+        self._told = told
+        self._shared = SharedRuns()
+        self._probes: dict[str, Probe] = {}
+        self._notes: list[str] = []
+
+    def comparison(self, cards: Sequence[GpuSpec], prices: Mapping[str, float]) -> Comparison:
+        """Go through the cards, and put the answer together.
+
+        Raises:
+            UsageError: as `_Builder.on`, on every card.
+            WorkloadError: the workload failed on every card.
+        """
+        plans: dict[str, Plan] = {}
+        outcomes: dict[str, Outcome] = {}
+        errors: list[AutobatchError] = []
+        for gpu in cards:
+            self._told.begin(gpu.name)
+            try:
+                plan, outcome = outcome_of(self._probe(gpu), self._target, self._objective)
+            except (UsageError, WorkloadError) as error:
+                errors.append(error)
+                outcome = Outcome(failure=str(error))
+            else:
+                if plan is not None:
+                    plans[gpu.name] = plan
+            outcomes[gpu.name] = outcome
+        first_error(errors, of=len(cards))
+        windows = self._windows(plans)
+        workload = next(iter(self._probes.values())).workload
+        return Comparison(
+            model=type(workload.model).__name__,
+            parameters=sum(parameter.numel() for parameter in workload.model.parameters()),
+            target=self._target,
+            world_size=workload.world_size,
+            sharding=workload.shares,
+            headroom=next(iter(self._probes.values())).headroom,
+            cards=tuple(
+                ComparedCard.of(
+                    gpu,
+                    replace(outcomes[gpu.name], window=windows.get(gpu.name)),
+                    prices.get(gpu.name),
+                    target=self._target,
+                    world_size=workload.world_size,
+                )
+                for gpu in cards
+            ),
+            smallest_card=self._smallest_card(outcomes),
+            executions=self._shared.executions,
+            warnings=(
+                *shared_warnings({name: plan.warnings for name, plan in plans.items()}),
+                *self._notes,
+            ),
+            versions=versions(),
+            created=created_now(),
+            seconds=0.0,
+            plans=plans,
+        )
+
+    def _probe(self, gpu: GpuSpec) -> Probe:
+        probe = probe_of(
+            self._builder.on(gpu),
+            SharingGpu(gpu, self._shared),
+            target=self._target,
+            headroom=self._headroom,
+            progress=self._told,
+        )
+        self._probes[gpu.name] = probe
+        return probe
+
+    def _windows(self, plans: Mapping[str, Plan]) -> dict[str, WindowTime]:
+        """Estimate the windows of the plans, those of one size on all their cards together."""
+        alike: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+        for name, plan in plans.items():
+            workload = self._probes[name].workload
+            alike[id(workload.batch), plan.micro_batch, plan.accumulation_steps].append(name)
+        found: dict[str, WindowTime] = {}
+        for (_, micro_batch, steps), names in alike.items():
+            try:
+                estimates = window_estimates(
+                    self._probes[names[0]].workload,
+                    [plans[name].gpu for name in names],
+                    micro_batch=micro_batch,
+                    accumulation_steps=steps,
+                )
+            except WorkloadError as error:
+                self._notes.append(
+                    f"{', '.join(names)}: the time of a window could not be estimated "
+                    f"({one_line(error)})"
+                )
+                continue
+            for name, estimate in zip(names, estimates, strict=True):
+                if estimate is not None:
+                    found[name] = window_time(estimate)
+        return found
+
+    def _smallest_card(self, outcomes: Mapping[str, Outcome]) -> str | None:
+        """Return the smallest card of the catalogue on which the smallest micro-batch fits."""
+        short = {name: each for name, each in outcomes.items() if each.short_bytes is not None}
+        if not short:
+            return None
+        lasting = min(
+            _lasting_bytes(self._probes[name].runs[each.tried_micro_batch or 1].trace)
+            for name, each in short.items()
+        )
+        tried = max(each.tried_micro_batch or 1 for each in short.values())
+        for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.capacity_bytes):
+            known = outcomes.get(gpu.name)
+            if known is not None and known.fits:
+                return gpu.name
+            if known is not None or gpu.capacity_bytes - gpu.context_bytes < lasting:
+                continue
+            self._told.begin(gpu.name)
+            try:
+                if self._probe(gpu).fits(tried):
+                    return gpu.name
+            except AutobatchError:  # the code fails there
+                continue
+        return None
+
+
+def _lasting_bytes(trace: Trace) -> int:
+    """Return the most bytes of parameters, gradients and optimizer state that are alive at once."""
+    sizes = [block.size_bytes if block.category in _LASTING else 0 for block in trace.blocks]
+    return max(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in trace.events), default=0)
+
+
+def _stated(options: WorkloadOptions) -> WorkloadOptions:
+    """Return the options without those that are None, which mean the Workload's own."""
+    return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]

@@ -1,0 +1,145 @@
+"""The command `compare`: the same training on several cards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli.options import SPEC_HELP, add_workload_options
+from autobatch.cli.running import run_apart, subject, workload_options
+from autobatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from autobatch.choosing.comparison import Comparison
+    from autobatch.records.progress import ProgressCallback
+
+__all__ = ["add", "run"]
+
+
+def add(verbs: Any) -> None:
+    """Add the command to a parser's sub-parsers."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "compare",
+        help="say what fits on each of several GPUs, how fast it is estimated to be, and its cost",
+        description="Simulate the same training on several GPUs: what fits, the ceiling, and "
+        "estimates of the seconds a window and, with prices, of the cost of a million samples.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    parser.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    parser.add_argument(
+        "--gpus",
+        required=True,
+        metavar="A,B",
+        help="GPUs to simulate: names from `autobatch gpus`, or sizes such as 24GiB",
+    )
+    parser.add_argument(
+        "--price",
+        action="append",
+        default=[],
+        metavar="GPU=X",
+        help="what one such GPU costs for an hour, in any currency; once for each GPU",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=["largest", "fastest", "balanced"],
+        default="largest",
+        help="which micro-batch of those that fit, as of `autobatch probe`",
+    )
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default: what 95 of 100 published runs "
+        "needed)",
+    )
+    add_workload_options(parser, gpu=False)
+    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare, and show the table."""
+    from autobatch.cli.terminal import follow, show
+    from autobatch.report.comparison import comparison_document
+    from autobatch.support.files import check_writable, prepared_folder
+
+    with prepared_folder(arguments.report) if arguments.report else nullcontext():
+        if arguments.json and arguments.json != "-":
+            check_writable(arguments.json)
+        options = {
+            "target": arguments.target,
+            "gpus": _names(arguments.gpus),
+            "prices": _prices(arguments.price),
+            "objective": arguments.objective,
+            "headroom": arguments.headroom,
+            **workload_options(arguments),
+        }
+        _check_cards(options)
+        with follow(sys.stderr) as progress:
+            work = partial(_compare_spec, arguments.spec, options)
+            compared = run_apart(arguments, work, progress, on_gpu=False)
+        if arguments.json == "-":
+            sys.stdout.write(compared.to_json())
+        else:
+            show(comparison_document(compared), sys.stdout)
+        if arguments.json and arguments.json != "-":
+            compared.save(arguments.json)
+        if arguments.report:
+            page = compared.report(arguments.report)
+            print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+
+
+def _compare_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Comparison:
+    from autobatch.choosing.compare import compare
+
+    return compare(partial(subject, spec), progress=progress, **options)
+
+
+def _check_cards(options: dict[str, Any]) -> None:
+    """Refuse cards and prices before anything else is imported or built."""
+    from autobatch.choosing.cards import distinct_cards, prices_of
+
+    prices_of(options["prices"], distinct_cards(options["gpus"]))
+
+
+def _names(text: str) -> list[str]:
+    """Return the names in a list; an empty one stays, and is refused by name.
+
+    >>> _names("t4, l4")
+    ['t4', 'l4']
+    """
+    return [name.strip() for name in text.split(",")] if text.strip() else []
+
+
+def _prices(given: Sequence[str]) -> dict[str, float]:
+    """Return prices by name of the card.
+
+    Raises:
+        UsageError: one is not written GPU=NUMBER, or there are two for one card.
+
+    >>> _prices(["h100-80gb=2.5"])
+    {'h100-80gb': 2.5}
+    """
+    prices: dict[str, float] = {}
+    for text in (part for each in given for part in each.split(",")):
+        name, equals, number = text.partition("=")
+        name = name.strip()
+        try:
+            price = float(number) if equals and name else None
+        except ValueError:
+            price = None
+        if price is None:
+            raise UsageError(
+                f"--price is {text!r}: write GPU=NUMBER, such as h100-80gb=2.5, what one such GPU "
+                "costs for an hour"
+            )
+        if name in prices:
+            raise UsageError(f"there are two prices for {name}: give one")
+        prices[name] = price
+    return prices

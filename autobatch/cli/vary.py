@@ -1,0 +1,148 @@
+"""The command `vary`, and the option `--vary`: the micro-batch along a parameter of a SPEC."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli.options import SPEC_HELP, add_workload_options
+from autobatch.cli.running import named_gpu, run_apart, workload_options
+from autobatch.errors import UsageError
+
+if TYPE_CHECKING:
+    from autobatch.choosing.frontier import Frontier
+    from autobatch.records.progress import ProgressCallback
+
+__all__ = ["add", "add_option", "run"]
+
+
+def add(verbs: Any) -> None:
+    """Add the command to a parser's sub-parsers."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "vary",
+        help="find the micro-batch along a parameter of the SPEC, such as seq or img_size",
+        description="Plan a run for each value of a parameter of the SPEC: the largest "
+        "micro-batch, its throughput (an estimate on a simulated GPU), and a bucket table for a "
+        "loader.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    parser.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    add_option(parser, required=True)
+    parser.add_argument(
+        "--objective",
+        choices=["largest", "fastest", "balanced"],
+        default="largest",
+        help="which micro-batch of those that fit, as of `autobatch probe`",
+    )
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default: as of `autobatch probe`)",
+    )
+    add_workload_options(parser)
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="seconds that one trial may take on the GPU in this machine (default 900)",
+    )
+    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+
+
+def add_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the option that says what varies; `run` takes the arguments of a parser that has it."""
+    parser.add_argument(
+        "--vary",
+        required=required,
+        metavar="NAME=N,N",
+        help="a parameter of the SPEC of a library's model and its values, such as "
+        "seq=512,1024,2048",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Find the micro-batch for each value, and show the table.
+
+    It takes the arguments of `vary`, or those of `probe` with the option that `add_option` adds.
+    """
+    from autobatch.cli.terminal import follow, show
+    from autobatch.gpus.catalogue import is_device
+    from autobatch.report.comparison import frontier_document
+    from autobatch.support.files import check_writable, prepared_folder
+
+    with prepared_folder(arguments.report) if arguments.report else nullcontext():
+        if arguments.json and arguments.json != "-":
+            check_writable(arguments.json)
+        name, values = _parameter(arguments.vary)
+        _check_spec(arguments.spec)
+        if getattr(arguments, "prove", False):
+            raise UsageError("--prove runs the size above one ceiling: leave it out with --vary")
+        gpu = named_gpu(arguments)
+        options = {
+            "values": values,
+            "name": name,
+            "target": arguments.target,
+            "gpu": gpu,
+            "objective": arguments.objective,
+            "headroom": arguments.headroom,
+            **workload_options(arguments),
+        }
+        on_gpu = is_device(gpu)
+        with follow(sys.stderr) as progress:
+            found = run_apart(
+                arguments,
+                partial(_vary_spec, arguments.spec, options),
+                progress,
+                time_limit=arguments.time_limit if on_gpu else None,
+                on_gpu=on_gpu,
+            )
+        if arguments.json == "-":
+            sys.stdout.write(found.to_json())
+        else:
+            show(frontier_document(found), sys.stdout)
+        if arguments.json and arguments.json != "-":
+            found.save(arguments.json)
+        if arguments.report:
+            page = found.report(arguments.report)
+            print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+
+
+def _vary_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Frontier:
+    from autobatch.choosing.vary import vary
+
+    return vary(spec, progress=progress, **options)
+
+
+def _check_spec(spec: str) -> None:
+    """Refuse a SPEC without parameters before a process is started for it."""
+    from autobatch.choosing.values import require_parameters
+
+    require_parameters(spec)
+
+
+def _parameter(text: str) -> tuple[str, tuple[int, ...]]:
+    """Return the name of a parameter and its values, the smallest first.
+
+    Raises:
+        UsageError: it is not written NAME=N,N, or a value is none, or given twice.
+
+    >>> _parameter("seq=1024,512")
+    ('seq', (512, 1024))
+    """
+    from autobatch.choosing.values import whole_values
+
+    name, equals, listed = text.partition("=")
+    name = name.strip()
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--vary is {text!r}: write NAME=N,N, such as seq=512,1024")
+    parts = [part.strip() for part in listed.split(",") if part.strip()]
+    values = [int(part) if part.isdecimal() else part for part in parts]  # text is refused by name
+    return name, whole_values(values)

@@ -1,0 +1,162 @@
+"""Charts of choices: cards side by side, and micro-batch and throughput along a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+from autobatch.records.comparison import ComparisonRecord, FrontierRecord
+from autobatch.report.charts.frame import FAINT, INK, add_legend, new_figure
+
+__all__ = [
+    "ComparisonChart",
+    "FrontierChart",
+    "comparison_chart",
+    "draw_comparison",
+    "draw_frontier",
+    "frontier_chart",
+]
+
+_BAR, _SIZE, _PACE = "#44AA99", "#332288", "#CC6677"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonChart:
+    """Estimated samples a second by card, the fastest first, as (name, likely, low, high, note)."""
+
+    bars: tuple[tuple[str, float, float, float, str], ...]
+
+
+def comparison_chart(compared: ComparisonRecord) -> ComparisonChart:
+    """Collect the cards whose time is estimated."""
+    bars: list[tuple[str, float, float, float, str]] = []
+    for card in compared.fitting:
+        window = card.outcome.window
+        if window is None or window.low is None or window.high is None:
+            continue
+        note = f"{card.outcome.accumulation_steps:,} x {card.outcome.micro_batch:,}"
+        if card.cost_per_million is not None:
+            note += f", {card.cost_per_million:,.2f} a million samples"
+        likely, low, high = (
+            compared.target / seconds for seconds in (window.seconds, window.high, window.low)
+        )
+        bars.append((card.gpu.name, likely, low, high, note))
+    return ComparisonChart(bars=tuple(sorted(bars, key=lambda bar: -bar[1])))
+
+
+def draw_comparison(chart: ComparisonChart) -> Figure:
+    """Draw a bar for each card with the range of its estimate, and what the plan is beside it."""
+    height = 1.5 + 0.42 * len(chart.bars)
+    figure, axes = new_figure(
+        8.6, height, "Estimated samples a second", bottom=0.62 / height, left=0.17
+    )
+    places = range(len(chart.bars))
+    likely = [bar[1] for bar in chart.bars]
+    axes.barh(places, likely, color=_BAR, height=0.6)
+    for place, (_, rate, low, high, note) in enumerate(chart.bars):
+        axes.plot([low, high], [place, place], color=INK, lw=1.2, marker="|", ms=7)
+        axes.annotate(
+            note,
+            (max(high, rate), place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=FAINT,
+        )
+    axes.set_yticks(places, [bar[0] for bar in chart.bars])
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="samples/s (roofline estimate; lines: four of five windows)",
+        xlim=(0, 1.45 * max((bar[3] for bar in chart.bars), default=1.0)),
+    )
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    return figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierChart:
+    """Points of a frontier, by value.
+
+    Attributes:
+        parameter: on the horizontal axis.
+        ceilings: largest micro-batch by value.
+        planned: micro-batch of the plan by value.
+        paces: tokens or samples a second by value, where known.
+        unit: of the paces, "tokens" or "samples".
+        evidence: how the paces are known.
+    """
+
+    parameter: str
+    ceilings: tuple[tuple[int, int], ...]
+    planned: tuple[tuple[int, int], ...]
+    paces: tuple[tuple[int, float], ...]
+    unit: str
+    evidence: str
+
+
+def frontier_chart(found: FrontierRecord) -> FrontierChart:
+    """Collect the values that fit."""
+    fitting = [point for point in found.points if point.outcome.fits]
+    paces = [(point.value, found.throughput(point)) for point in fitting]
+    windows = [point.outcome.window for point in fitting]
+    return FrontierChart(
+        parameter=found.parameter,
+        ceilings=tuple((point.value, point.outcome.ceiling_at_least) for point in fitting),
+        planned=tuple((point.value, point.outcome.micro_batch or 0) for point in fitting),
+        paces=tuple((value, pace) for value, pace in paces if pace is not None),
+        unit=found.unit,
+        evidence=next((window.evidence for window in windows if window is not None), "estimate"),
+    )
+
+
+def draw_frontier(chart: FrontierChart) -> Figure:
+    """Draw micro-batches against the parameter, and throughput on an axis of its own."""
+    figure, axes = new_figure(
+        8.6, 4.9, f"Micro-batch and throughput along {chart.parameter}", bottom=0.23
+    )
+    right = 0.09 if chart.paces else 0.0
+    box = axes.get_position()
+    axes.set_position((box.x0, box.y0, box.width - right, box.height))
+    ceiling: dict[str, Any] = {"color": _SIZE, "lw": 1.8, "marker": "o", "ms": 6}
+    planned: dict[str, Any] = {
+        "color": _SIZE,
+        "lw": 1.2,
+        "ls": ":",
+        "marker": "D",
+        "ms": 5,
+        "mfc": "white",
+    }
+    pace: dict[str, Any] = {"color": _PACE, "lw": 1.6, "ls": "--", "marker": "s", "ms": 5}
+    axes.plot(*_columns(chart.ceilings), **ceiling)
+    axes.plot(*_columns(chart.planned), **planned)
+    values = [value for value, _ in chart.ceilings]
+    if min(values, default=1) * 4 <= max(values, default=1):
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=chart.parameter, ylabel="micro-batch (samples)", ylim=(0, None))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    handles = [
+        Line2D([], [], label="ceiling: the largest that fits", **ceiling),
+        Line2D([], [], label="plan", **planned),
+    ]
+    if chart.paces:
+        other = axes.twinx()
+        other.plot(*_columns(chart.paces), **pace)
+        other.set(ylabel=f"{chart.unit}/s ({chart.evidence})", ylim=(0, None))
+        other.spines["right"].set_visible(True)
+        other.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        handles.append(Line2D([], [], label=f"{chart.unit}/s ({chart.evidence})", **pace))
+    add_legend(figure, handles, columns=3)
+    return figure
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

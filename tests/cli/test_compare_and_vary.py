@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from autobatch.choosing.comparison import Comparison
+from autobatch.choosing.frontier import Frontier
+from autobatch.cli import compare, entry_point, vary
+from autobatch.cli.options import SPEC_HELP, add_workload_options
+
+CODE = """
+import torch
+from torch import nn
+from autobatch import Workload
+
+def model():
+    print("the user's own words")
+    return Workload(
+        model=nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        batch=lambda n: torch.zeros(n, 3, 64, 64),
+    )
+"""
+
+GPT2 = "hf:gpt2?n_layer=1&n_embd=64&n_head=2&vocab_size=1000"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="autobatch")
+    verbs = parser.add_subparsers(required=True)
+    compare.add(verbs)
+    vary.add(verbs)
+    probe = verbs.add_parser("probe")  # as far as `vary` reads its options
+    probe.set_defaults(run=vary.run)
+    probe.add_argument("spec", help=SPEC_HELP)
+    probe.add_argument("--target", type=int)
+    probe.add_argument("--headroom", type=float)
+    probe.add_argument("--objective", default="largest")
+    probe.add_argument("--prove", action="store_true")
+    probe.add_argument("--time-limit", type=float, default=900.0)
+    probe.add_argument("--report")
+    add_workload_options(probe)
+    vary.add_option(probe)
+    return parser
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry_point, "parser", _parser)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    (tmp_path / "code.py").write_text(CODE)
+    return f"{tmp_path / 'code.py'}:model"
+
+
+def main(arguments: Sequence[str]) -> int:
+    return entry_point.main(arguments)
+
+
+CARDS = ["--target", "64", "--gpus", "t4, a100-40gb"]
+
+
+def test_compare_answers_on_stdout_and_reports_progress_on_stderr(
+    spec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", spec, *CARDS, "--price", "t4=0.35"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("2 of 2 cards can train an effective batch of 64\n")
+    assert "t4" in out and "est. cost/1M" in out and "estimate" in out
+    assert "a100-40gb: simulating two training windows" in err
+    assert "the user's own words" in err and "the user's own words" not in out
+
+
+def test_the_comparison_is_written_as_json_and_as_a_report(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "c.json", tmp_path / "r"
+    options = ["--no-isolate", "--json", str(file), "--report", str(folder)]
+    assert main(["compare", spec, *CARDS, *options]) == 0
+    assert Comparison.load(file) == Comparison.load(folder / "comparison.json")
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    assert main(["compare", spec, *CARDS, "--no-isolate", "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [card["gpu"]["name"] for card in document["cards"]] == ["t4", "a100-40gb"]
+    assert all(card["outcome"]["window"]["evidence"] == "estimate" for card in document["cards"])
+
+
+def test_options_of_the_workload_reach_the_comparison(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--world-size", "2", "--optimizer", "sgd", "--headroom", "0.3", "--no-isolate"]
+    assert main(["compare", spec, *CARDS, *options, "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["world_size"], document["sharding"]) == (2, "ddp")
+    assert document["headroom"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "t4,t5"], "'t5' is not in the catalogue"),
+        (["--gpus", "t4,T4"], "--gpus names t4 twice"),
+        (["--gpus", ""], "--gpus names no card"),
+        (["--gpus", "cuda:0"], "--gpus names 'cuda:0'"),
+        (["--gpus", "t4", "--price", "l4=1"], "a price for l4, which is not compared"),
+        (["--gpus", "t4", "--price", "t4=abc"], "--price is 't4=abc': write GPU=NUMBER"),
+        (["--gpus", "t4", "--price", "t4"], "--price is 't4': write GPU=NUMBER"),
+        (["--gpus", "t4", "--price", "=3"], "--price is '=3': write GPU=NUMBER"),
+        (["--gpus", "t4", "--price", "t4=-2"], "the price of t4 is -2.0"),
+        (["--gpus", "t4", "--price", "t4=inf"], "the price of t4 is inf"),
+        (["--gpus", "t4", "--price", "t4=1", "--price", "t4=2"], "two prices for t4"),
+        (["--gpus", "t4", "--json", "/no/such/folder/x.json"], "cannot write the file"),
+    ],
+)
+def test_what_compare_cannot_understand_is_one_line_and_code_2(
+    options: list[str], message: str, spec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", spec, "--target", "64", *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1  # nothing was begun
+    assert err.startswith("autobatch: error: ") and message in err
+
+
+@pytest.mark.parametrize("command", ["vary", "probe"])
+def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    options = ["--target", "32", "--gpu", "t4", "--vary", "seq=64,32"]
+    assert main([command, GPT2, *options]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("Micro-batch along seq, for an effective batch of 32\n")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("32", "64")] == ["32", "64"]
+    assert "est. tokens/s" in out and "bucket" in out
+    assert "seq=64: simulating two training windows" in err
+
+
+def test_the_frontier_is_written_as_json_and_as_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    file, folder = tmp_path / "f.json", tmp_path / "r"
+    options = ["--target", "32", "--gpu", "t4", "--vary", "n_layer=1,2", "--no-isolate"]
+    assert main(["vary", GPT2, *options, "--json", str(file), "--report", str(folder)]) == 0
+    assert Frontier.load(file) == Frontier.load(folder / "frontier.json")
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "message"),
+    [
+        (GPT2, "seq", "--vary is 'seq': write NAME=N,N"),
+        (GPT2, "=5", "--vary is '=5': write NAME=N,N"),
+        (GPT2, "seq=", "there are no values to vary"),
+        (GPT2, "seq=a,b", "a value is 'a': use whole numbers"),
+        (GPT2, "seq=1.5", "a value is '1.5': use whole numbers"),
+        (GPT2, "seq=-4", "a value is '-4': use whole numbers"),
+        (GPT2, "seq=0", "a value is 0: use whole numbers"),
+        (GPT2, "seq=8,8", "the value 8 is given twice"),
+        ("code.py:model", "seq=8", "'code.py:model' has no parameters to vary"),
+    ],
+)
+def test_what_vary_cannot_understand_is_one_line_and_code_2(
+    spec: str, given: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vary", spec, "--target", "8", "--gpu", "t4", "--vary", given]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("autobatch: error: ") and message in err
+
+
+def test_a_parameter_that_the_model_does_not_have_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    options = ["--target", "8", "--gpu", "t4", "--vary", "n_layers=1,2", "--no-isolate"]
+    assert main(["vary", GPT2, *options]) == 2
+    assert "has no 'n_layers'; did you mean" in capsys.readouterr().err
+
+
+def test_probe_refuses_to_prove_a_frontier(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--target", "8", "--gpu", "t4", "--vary", "seq=8", "--prove"]
+    assert main(["probe", GPT2, *options]) == 2
+    assert "leave it out with --vary" in capsys.readouterr().err

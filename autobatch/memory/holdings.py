@@ -256,7 +256,7 @@ def _of_forward(life: Life, parts: _Parts) -> tuple[str, Basis]:
         return (
             ("activations", "stack")
             if ended is None
-            else ("outputs kept after forward", "stack and lifetime")
+            else ("kept after forward", "stack and lifetime")
         )
     part = parts.freed(life.freed)
     if part == "backward":
@@ -268,4 +268,4 @@ def _of_forward(life: Life, parts: _Parts) -> tuple[str, Basis]:
         return "forward temporaries", "stack and lifetime"
     if part is None:
         return "activations or outputs", "stack"
-    return "outputs kept after forward", "stack and lifetime"
+    return "kept after forward", "stack and lifetime"

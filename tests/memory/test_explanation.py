@@ -524,3 +524,10 @@ def test_under_the_recorded_settings_the_same_is_reserved(made: Recorder) -> Non
     assert found.peak_reserved_bytes == made.peak_reserved_bytes
     assert found.peak_allocated_bytes == made.peak_allocated_bytes
     assert found.failed_event is None
+
+
+def test_what_outlives_the_forward_pass_is_not_called_an_output() -> None:
+    made = stack_recorder()
+    made.at(FORWARD[1:], 8 * MIB)  # without C++ stacks, a workspace of cuBLAS looks so, too
+    made.free_at(ENGINE, made.at(ENGINE, MIB))
+    assert sizes(explained(made.content()))["kept after forward"] == 8 * MIB

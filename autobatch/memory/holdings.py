@@ -24,6 +24,12 @@ _SILENT: Final = "unknown (the stack does not tell)"
 _BEFORE: Final = "from before the recording"
 _BEFORE_FREED: Final = "from before, freed in the recording"
 _OUTSIDE: Final = "outside of modules"
+_FINAL: Final = {
+    "optimizer": "optimizer state or temporaries",
+    "backward": "gradients or temporaries",
+    "forward": "activations or outputs",
+    "outside": _OUTSIDE,
+}
 _EARLIER: Final = {
     "optimizer": "optimizer state",
     "backward": "gradients",
@@ -189,7 +195,7 @@ def _classify(life: Life, parts: _Parts, events: Sequence[TraceEvent]) -> tuple[
     if origin.purpose == "optimizer state":
         return "optimizer state", "stack"
     if life.born is None:
-        return _from_before(life, parts)
+        return _from_before(life, parts) if events else _in_last_state(life)
     if life.step and not life.has_stack:
         category, _ = _of_step(life, parts, events)
         return category, "annotation"
@@ -204,6 +210,13 @@ def _classify(life: Life, parts: _Parts, events: Sequence[TraceEvent]) -> tuple[
     return _SILENT, "nothing"
 
 
+def _in_last_state(life: Life) -> tuple[str, Basis]:
+    """Say what a stack tells where nothing is known of lifetimes."""
+    if life.origin.part is not None:
+        return _FINAL[life.origin.part], "stack"
+    return (_SILENT if life.has_stack else UNKNOWN), "nothing"
+
+
 def _from_before(life: Life, parts: _Parts) -> tuple[str, Basis]:
     if life.origin.part is not None:
         return _EARLIER[life.origin.part], "stack and lifetime"
@@ -213,7 +226,7 @@ def _from_before(life: Life, parts: _Parts) -> tuple[str, Basis]:
     if by.purpose == "zeroing":
         return "gradients", "lifetime"
     if by.part == "backward":
-        return "activations", "lifetime"
+        return "from before, freed in the backward pass", "lifetime"
     if by.part == "optimizer":
         return "from before, freed in the optimizer step", "lifetime"
     return _BEFORE_FREED, "lifetime"

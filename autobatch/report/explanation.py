@@ -138,7 +138,8 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
         yield Section(f"{prefix}By line of code", (_places(device),))
         yield Section(f"{prefix}Largest blocks", (_largest(device.largest),))
     yield Section(
-        f"{prefix}Reserved, but not allocated (measured)", _unused(device.reserve, moment)
+        f"{prefix}Reserved, but not allocated (measured)",
+        _unused(device.reserve, "at the peak" if device.moment == "peak" else "in the final state"),
     )
     if device.alternatives:
         yield Section(f"{prefix}Other allocator settings (simulated)", _alternatives(device))
@@ -321,7 +322,7 @@ def _unused(reserve: Reserve, moment: str) -> tuple[ContentBlock, ...]:
         ("= reserved, not allocated", f"{unused:,}", format_bytes(unused), share(unused, total))
     )
     table = Table(
-        ("at the " + moment, "bytes", "size", "of reserved"),
+        (moment, "bytes", "size", "of reserved"),
         "lrrr",
         tuple(rows),
         totals=frozenset({len(rows) - 1}),

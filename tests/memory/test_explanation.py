@@ -182,7 +182,7 @@ def test_what_was_there_before_is_told_by_how_it_ends() -> None:
     made.free_at([TRAIN], fourth)
     assert sizes(explained(made.content())) == {
         "gradients": 2 * MIB,
-        "activations": 3 * MIB,
+        "from before, freed in the backward pass": 3 * MIB,
         "from before, freed in the optimizer step": 4 * MIB,
         "from before, freed in the recording": 5 * MIB,
     }
@@ -193,13 +193,16 @@ def test_what_was_there_before_is_told_by_the_stack_that_the_last_state_keeps() 
     made.at(INIT_STATE, 2 * MIB)
     made.at(MODULE_TO, 3 * MIB)
     made.at(STEP, 4 * MIB)
+    made.at([], 5 * MIB)
     content = made.content()
     content["device_traces"] = [[]]
     device = explained(content)
     assert (device.moment, device.events, device.replay) == ("end", 0, None)
     assert sizes(device) == {
-        "optimizer state": 6 * MIB,
+        "optimizer state": 2 * MIB,
         "parameters and buffers": 3 * MIB,
+        "optimizer state or temporaries": 4 * MIB,
+        "unknown (no stack)": 5 * MIB,
     }
     assert "final state" in device.notes[0]
     check_sums(device)

@@ -518,7 +518,7 @@ class _Device:
 
     def _note_what_is_missing(self, lives: Sequence[Life]) -> None:
         recording = self.recording
-        if not self.events:
+        if not self.events and not recording.skipped:
             self.notes.append(
                 "the snapshot holds no events of this device, so there is no peak to explain and"
                 " nothing to replay: this is its final state. Call"
@@ -528,6 +528,7 @@ class _Device:
             self.notes.append(
                 f"{count(recording.skipped, 'event')} at the beginning could not be placed and"
                 f" are left out: {recording.contradiction}"
+                + ("" if self.events else "; nothing is left to replay: this is the final state")
             )
         older = [life for life in lives if life.born is None and not life.has_stack]
         if older and self.events:

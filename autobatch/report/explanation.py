@@ -152,7 +152,7 @@ def _facts(device: DeviceExplanation, source: str) -> Facts:
     reserve = device.reserve
     allocated = format_bytes(reserve.allocated_bytes)
     if device.moment == "end":
-        pairs = [("final state", f"{allocated} allocated; the snapshot holds no events")]
+        pairs = [("final state", f"{allocated} allocated; there are no events to replay")]
     elif device.moment_event is None:
         pairs = [
             (

@@ -534,3 +534,12 @@ def test_what_outlives_the_forward_pass_is_not_called_an_output() -> None:
     made.at(FORWARD[1:], 8 * MIB)  # without C++ stacks, a workspace of cuBLAS looks so, too
     made.free_at(ENGINE, made.at(ENGINE, MIB))
     assert sizes(explained(made.content()))["kept after forward"] == 8 * MIB
+
+
+def test_events_of_which_none_can_be_placed_leave_the_last_state() -> None:
+    stray = {"action": "alloc", "addr": 1 << 30, "size": 512, "stream": 0}
+    device = explained({"segments": [], "device_traces": [[stray] * 3]})
+    assert (device.moment, device.events) == ("end", 0)
+    (note,) = device.notes
+    assert note.startswith("3 events at the beginning could not be placed")
+    assert note.endswith("this is the final state")

@@ -157,7 +157,7 @@ def test_a_snapshot_without_events_explains_its_last_state(tmp_path: Path) -> No
     content["device_traces"] = [[]]
     text = str(explain(write(tmp_path / "state.pickle", content)))
     assert text.startswith("56.0 MiB allocated in the final state")
-    assert "the snapshot holds no events" in text
+    assert "there are no events to replay" in text
     assert "What held the final state (measured)" in text
     assert "simulated" not in text
 

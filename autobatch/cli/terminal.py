@@ -27,7 +27,7 @@ from autobatch.support.units import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["follow", "is_rich", "show"]
+__all__ = ["follow", "follow_all", "is_rich", "show"]
 
 
 def is_rich(stream: TextIO) -> bool:
@@ -71,6 +71,35 @@ def follow(stream: TextIO) -> Iterator[ProgressCallback]:
 
     with Console(file=stream).status("preparing") as status:
         yield lambda step: status.update(_progress_line(step))
+
+
+@contextmanager
+def follow_all(stream: TextIO) -> Iterator[ProgressCallback]:
+    """Yield a callback for work of many steps: a bar on a terminal, else a line per step."""
+    if not is_rich(stream):
+        with follow(stream) as progress:
+            yield progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Bar(*columns, console=Console(file=stream), transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+        yield lambda step: bar.update(
+            task, completed=step.executions, total=step.expected, description=_doing(step)
+        )
+
+
+def _doing(progress: Progress) -> str:
+    size = "" if progress.micro_batch is None else f", micro-batch {progress.micro_batch:,}"
+    return f"{progress.step}{size}"
 
 
 def _progress_line(progress: Progress) -> str:

@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from autobatch.support.wording import near, said_by
 from autobatch.workload.spec.library import model_names
 from autobatch.workload.workload import Workload
 
-__all__ = ["load_function"]
+__all__ = ["load_function", "named_object"]
 
 T = TypeVar("T")
 
@@ -41,6 +42,30 @@ def load_function(spec: str) -> nn.Module | Workload:
         SpecError: there is no such file, module or function, or it makes neither of the two.
         WorkloadError: the user's code raised; the original error is chained.
     """
+    with _imported(spec) as named:
+        made = _made_by(named, spec)
+    if isinstance(made, (nn.Module, Workload)):
+        return made
+    raise SpecError(
+        f"{spec} returned {type(made).__name__}: it must return a torch.nn.Module or an "
+        "autobatch.Workload"
+    )
+
+
+def named_object(spec: str) -> Any:
+    """Return what file.py:name or package.module:name names, without calling it.
+
+    Raises:
+        SpecError: there is no such file, module or name.
+        WorkloadError: the user's code raised; the original error is chained.
+    """
+    with _imported(spec) as named:
+        return named
+
+
+@contextmanager
+def _imported(spec: str) -> Iterator[Any]:
+    """Import what a SPEC names; its folder is on `sys.path` in the block."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise SpecError(f"{spec!r} is no SPEC{_meant(spec)}: write {FORMS}")
@@ -51,13 +76,7 @@ def load_function(spec: str) -> nn.Module | Workload:
         if not hasattr(module, name):
             known = [key for key in vars(module) if not key.startswith("_")]
             raise SpecError(f"{source} has no function {name!r}{near(name, known)}")
-        made = _made_by(getattr(module, name), spec)
-    if isinstance(made, (nn.Module, Workload)):
-        return made
-    raise SpecError(
-        f"{spec} returned {type(made).__name__}: it must return a torch.nn.Module or an "
-        "autobatch.Workload"
-    )
+        yield getattr(module, name)
 
 
 def _meant(spec: str) -> str:

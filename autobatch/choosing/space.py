@@ -1,0 +1,238 @@
+"""What a sweep chooses from: settings of levers, levers of the user's own, and micro-batches.
+
+Invariant: a configuration is decided by its parameters alone, so that every worker that reads them
+from a study builds the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autobatch.errors import AutobatchError, UsageError, WorkloadError
+from autobatch.levers.known import LEVERS, levers_named
+from autobatch.levers.lever import Lever, Option
+from autobatch.levers.setup import Setup
+from autobatch.records.split import Split, split
+from autobatch.support.wording import one_line
+
+__all__ = ["AS_IT_IS", "MICRO_BATCH", "Configuration", "OwnLever", "Space", "planned_sizes"]
+
+OwnLever = Callable[[Any], Callable[[Setup], Setup]]
+"""Takes an Optuna trial, asks it for values, and returns what changes a setup by them."""
+
+AS_IT_IS = "as it is"
+MICRO_BATCH = "micro-batch"
+
+_MOST_SIZES = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One configuration, ready to run.
+
+    Attributes:
+        setup: with all that is changed.
+        split: of the target into micro-batches.
+        settings: by parameter, as text; without the micro-batch.
+        options: of the levers that change something, in the order in which they were applied.
+    """
+
+    setup: Setup
+    split: Split
+    settings: Mapping[str, str]
+    options: tuple[Option, ...]
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward/backward on one GPU."""
+        return self.split.micro_batch
+
+    @property
+    def combination(self) -> tuple[tuple[str, str], ...]:
+        """What is the same for all micro-batches."""
+        return tuple(self.settings.items())
+
+    @property
+    def changes_numerics(self) -> bool:
+        """Whether training computes something else than as it is."""
+        return any(option.changes_numerics for option in self.options)
+
+
+class Space:
+    """Settings of levers times micro-batches, for one training run."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        target: int,
+        levers: Iterable[str | Lever | OwnLever] | None,
+        *,
+        allow_numerics: bool,
+        keeps_settings: bool,
+        limit: int | None = None,
+    ) -> None:
+        """Look at what each lever offers; nothing runs.
+
+        Args:
+            setup: the training run as it is.
+            target: effective batch: samples per update over all GPUs.
+            levers: names, levers, and functions that take the trial; None is all levers whose
+                settings keep the numbers.
+            allow_numerics: also take settings that change numbers where no lever is named.
+            keeps_settings: leave out what changes the allocator, as a process that runs must.
+            limit: largest micro-batch to consider; None is the Workload's own.
+
+        Raises:
+            UsageError: there is no lever of a name, or one of them is none.
+        """
+        given = None if levers is None else list(levers)
+        _require_levers(given)
+        known = [each for each in given or () if isinstance(each, (str, Lever))]
+        self._setup = setup
+        self._target = target
+        self._own = [each for each in given or () if not isinstance(each, (str, Lever))]
+        self._levers = list(LEVERS.values()) if given is None else levers_named(known)
+        allow_numerics = allow_numerics or given is not None
+        self._values: dict[str, list[str]] = {}
+        for lever in self._levers:
+            values = [
+                option.value
+                for option in lever.options(setup)
+                if (allow_numerics or not option.changes_numerics)
+                and not (keeps_settings and option.apply(setup).settings != setup.settings)
+            ]
+            if values:
+                self._values[lever.name] = [AS_IT_IS, *values]
+        self.sizes = planned_sizes(target, setup.workload.world_size, limit)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The space in plain values, which decide what a study is about."""
+        own = [f"{each.__module__}.{each.__qualname__}" for each in self._own]
+        return {"levers": self._values, "own levers": own, "micro-batches": list(self.sizes)}
+
+    def suggest(self, trial: Any) -> None:
+        """Ask a trial for the value of every parameter."""
+        for name, values in self._values.items():
+            trial.suggest_categorical(name, values)
+        for own in self._own:
+            _change_of(own, trial)
+        trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there are levers of the user's own."""
+        return bool(self._own)
+
+    @property
+    def as_it_is(self) -> list[dict[str, Any]]:
+        """The parameters of the training run without any lever, by micro-batch."""
+        unchanged = dict.fromkeys(self._values, AS_IT_IS)
+        return [{**unchanged, MICRO_BATCH: size} for size in self.sizes]
+
+    def configuration(self, trial: Any) -> Configuration | str:
+        """Return the configuration of a trial that has all values; or why there is none.
+
+        Args:
+            trial: anything that answers `suggest_categorical` and its like, and has `params` once
+                it was asked.
+
+        Raises:
+            UsageError: a lever of the user's own returned no function.
+        """
+        setup = self._setup
+        options: list[Option] = []
+        by_name = {lever.name: lever for lever in self._levers}
+        for name, values in self._values.items():
+            value = trial.suggest_categorical(name, values)
+            if value == AS_IT_IS:
+                continue
+            try:
+                offered = {option.value: option for option in by_name[name].options(setup)}
+                if value not in offered:
+                    return f"{name}: {value} cannot be had with the levers before it"
+                for other in options:
+                    if not offered[value].goes_with(other):
+                        return f"{other.label} and {name}: {value} cannot be combined"
+                setup = offered[value].apply(setup)
+            except AutobatchError as error:
+                return f"{name}: {value}: {one_line(error)}"
+            options.append(offered[value])
+        for own in self._own:
+            setup = _applied(own, trial, setup)
+        size = trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
+        settings = {name: str(v) for name, v in trial.params.items() if name != MICRO_BATCH}
+        try:
+            divided = split(self._target, ceiling=size, world_size=setup.workload.world_size)
+        except UsageError as error:
+            return str(error)
+        if divided.micro_batch != size:
+            return f"no update of {self._target} samples has micro-batch {size} on these GPUs"
+        return Configuration(setup=setup, split=divided, settings=settings, options=tuple(options))
+
+
+def planned_sizes(target: int, world_size: int, limit: int | None = None) -> tuple[int, ...]:
+    """Return the micro-batches that a plan for a target could have, the largest first.
+
+    Where a target has many, as primes do, sizes that are close to a larger one are left out.
+
+    >>> planned_sizes(96, 1)
+    (96, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+    >>> planned_sizes(256, 4, limit=20)
+    (16, 8, 4, 2, 1)
+    """
+    ceiling = -(-target // world_size)
+    ceiling = ceiling if limit is None else min(ceiling, limit)
+    sizes: list[int] = []
+    while ceiling:
+        try:
+            size = split(target, ceiling=ceiling, world_size=world_size).micro_batch
+        except UsageError:  # so many steps that nobody wants them
+            if not sizes:
+                raise
+            break
+        sizes.append(size)
+        ceiling = size - 1
+    ratio = 1.0
+    thinned = sizes
+    while len(thinned) > _MOST_SIZES:
+        ratio += 0.05
+        thinned = sizes[:1]
+        for size in sizes[1:]:
+            if size * ratio <= thinned[-1] or size == sizes[-1]:
+                thinned.append(size)
+    return tuple(thinned)
+
+
+def _require_levers(given: Sequence[Any] | None) -> None:
+    for each in given or ():
+        if not isinstance(each, (str, Lever)) and not callable(each):
+            raise UsageError(
+                f"levers holds a {type(each).__name__}: use names, such as {', '.join(LEVERS)}, or "
+                "functions that take the Optuna trial"
+            )
+
+
+def _change_of(own: OwnLever, trial: Any) -> Callable[[Setup], Setup]:
+    try:
+        change = own(trial)
+    except Exception as error:
+        raise WorkloadError(f"the lever {own.__qualname__} raised {one_line(error)}") from error
+    if not callable(change):
+        raise UsageError(
+            f"the lever {own.__qualname__} returned a {type(change).__name__}: it must return a "
+            "function that takes a Setup and returns another one"
+        )
+    return change
+
+
+def _applied(own: OwnLever, trial: Any, setup: Setup) -> Setup:
+    changed: Any = _change_of(own, trial)(setup)
+    if not isinstance(changed, Setup):
+        raise UsageError(
+            f"the lever {own.__qualname__} made a {type(changed).__name__} of a Setup: let it "
+            "return setup.having(...), setup.changed(...) or the setup itself"
+        )
+    return changed

@@ -1,0 +1,136 @@
+"""The command `sweep`: the fastest configuration, and the front of speed against memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from autobatch.cli.options import SPEC_HELP, add_workload_options
+from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
+
+if TYPE_CHECKING:
+    from autobatch.choosing.sweep import Sweep
+    from autobatch.records.progress import ProgressCallback
+
+__all__ = ["add", "run"]
+
+
+def add(verbs: Any) -> None:
+    """Add the command to a parser's sub-parsers."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "sweep",
+        help="find the fastest levers and micro-batch, and the front of speed against memory",
+        description="Try levers and micro-batches together: on a simulated card each costs about "
+        "a second, and its time is an estimate; on the card in this machine, time is measured. "
+        "What cannot fit, or is slower and larger than another one, is not run.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    parser.add_argument(
+        "--target", type=int, required=True, metavar="N", help="effective batch per update"
+    )
+    parser.add_argument(
+        "--levers",
+        metavar="A,B",
+        help="names from docs/levers.md, with all their settings, and levers of your own as "
+        "file.py:function (default: all levers, with settings that keep the numbers)",
+    )
+    parser.add_argument(
+        "--allow-numerics",
+        action="store_true",
+        help="with all levers, also take settings with which training computes something else",
+    )
+    parser.add_argument(
+        "--headroom",
+        type=float,
+        metavar="SHARE",
+        help="share of the usable memory to leave free (default: as `probe` does)",
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help="configurations to run at most (default: all of a small space, 100 of a larger one)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", help="begin no more configurations after this long"
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="where to keep the study, so that it can be resumed and shared by several workers: "
+        "sqlite:///sweep.db, or the path of a journal file",
+    )
+    parser.add_argument(
+        "--study", default="autobatch", metavar="NAME", help="name of the study in the storage"
+    )
+    parser.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="tpe, nsga2, nsga3, random or qmc of Optuna, or grid for the whole space (default: "
+        "grid for a small space, tpe for a larger one)",
+    )
+    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+    add_workload_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Sweep, and show the front."""
+    from autobatch.cli.terminal import follow_all, show
+    from autobatch.gpus.catalogue import is_device
+    from autobatch.report.sweep import sweep_summary
+    from autobatch.support.files import check_writable, prepared_folder
+
+    with prepared_folder(arguments.report) if arguments.report else nullcontext():
+        if arguments.json and arguments.json != "-":
+            check_writable(arguments.json)
+        gpu = named_gpu(arguments)
+        options = {
+            "target": arguments.target,
+            "gpu": gpu,
+            "allow_numerics": arguments.allow_numerics,
+            "headroom": arguments.headroom,
+            "trials": arguments.trials,
+            "timeout": arguments.timeout,
+            "storage": arguments.storage,
+            "study": arguments.study,
+            "sampler": arguments.sampler,
+            **workload_options(arguments),
+        }
+        work = partial(_sweep_spec, arguments.spec, arguments.levers, options)
+        with follow_all(sys.stderr) as progress:
+            found: Sweep = run_apart(arguments, work, progress, on_gpu=is_device(gpu))
+        if arguments.json == "-":
+            sys.stdout.write(found.to_json())
+        else:
+            show(sweep_summary(found), sys.stdout)
+            if arguments.json:
+                found.save(arguments.json)
+        if arguments.report:
+            to = sys.stderr if arguments.json == "-" else sys.stdout
+            print(f"report: {found.report(arguments.report)}", file=to)
+
+
+def _sweep_spec(
+    spec: str, levers: str | None, options: dict[str, Any], *, progress: ProgressCallback
+) -> Sweep:
+    from autobatch.choosing.sweep import sweep
+
+    return sweep(
+        partial(subject, spec),
+        levers=None if levers is None else [_lever(name.strip()) for name in levers.split(",")],
+        progress=progress,
+        **options,
+    )
+
+
+def _lever(name: str) -> Any:
+    """Return a lever's name as it is, and load one of the user's own."""
+    if ":" not in name:
+        return name
+    from autobatch.workload.spec.user_code import named_object
+
+    return named_object(name)

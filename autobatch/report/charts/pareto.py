@@ -1,0 +1,120 @@
+"""Seconds of a window against bytes reserved: every configuration of a sweep, and the front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from autobatch.records.sweep import SweepRecord
+from autobatch.report.charts.frame import (
+    BUDGET,
+    FAINT,
+    INK,
+    add_legend,
+    byte_unit,
+    name_lines,
+    new_figure,
+)
+from autobatch.support.units import format_bytes, format_seconds
+
+__all__ = ["ParetoChart", "ParetoPoint", "draw_pareto", "pareto_chart"]
+
+_FRONT, _UNCHANGED = "#332288", "#CC6677"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoPoint:
+    """A configuration that finished."""
+
+    seconds: float
+    reserved_bytes: int
+    is_as_it_is: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoChart:
+    """All points, and those of the front, the fastest first."""
+
+    points: tuple[ParetoPoint, ...]
+    front: tuple[ParetoPoint, ...]
+    budget_bytes: int
+    time: str
+    memory: str
+
+
+def pareto_chart(record: SweepRecord) -> ParetoChart:
+    """Collect the finished trials of a sweep."""
+
+    def points(trials: object) -> tuple[ParetoPoint, ...]:
+        return tuple(
+            ParetoPoint(
+                seconds=trial.seconds,
+                reserved_bytes=trial.reserved_bytes,
+                is_as_it_is=trial.is_as_it_is,
+            )
+            for trial in trials  # type: ignore[attr-defined]
+            if trial.seconds is not None
+        )
+
+    return ParetoChart(
+        points=points(record.trials),
+        front=points(record.front),
+        budget_bytes=record.budget_bytes,
+        time=record.time,
+        memory=record.memory,
+    )
+
+
+def draw_pareto(chart: ParetoChart) -> Figure:
+    """Draw memory to the right and time upwards, both from nothing: lower left is better."""
+    figure, axes = new_figure(8.6, 4.9, "Speed against memory", bottom=0.22)
+    most_bytes = max(chart.budget_bytes, *(point.reserved_bytes for point in chart.points))
+    unit, scale = byte_unit(most_bytes)
+    groups = (
+        (False, FAINT, "o", "with levers"),
+        (True, _UNCHANGED, "s", "as it is"),
+    )
+    handles = []
+    for unchanged, colour, marker, name in groups:
+        chosen = [point for point in chart.points if point.is_as_it_is == unchanged]
+        if chosen:
+            axes.plot(
+                [point.reserved_bytes / scale for point in chosen],
+                [point.seconds for point in chosen],
+                marker,
+                color=colour,
+                ms=5,
+                alpha=0.75,
+                mec="none",
+            )
+            handles.append(Line2D([], [], marker=marker, ls="", color=colour, label=name))
+    front = [(point.reserved_bytes / scale, point.seconds) for point in reversed(chart.front)]
+    axes.step(*zip(*front, strict=True), where="post", color=_FRONT, lw=1.6, zorder=3)
+    axes.plot(*zip(*front, strict=True), "o", mfc="none", mec=_FRONT, mew=1.6, ms=9, zorder=4)
+    handles.append(Line2D([], [], marker="o", mfc="none", mec=_FRONT, color=_FRONT, label="front"))
+    budget = chart.budget_bytes / scale
+    name_lines(axes, [(budget, f"budget {format_bytes(chart.budget_bytes)}", BUDGET)])
+    best = chart.front[0]
+    right = best.reserved_bytes / scale > budget / 2
+    axes.annotate(
+        f"fastest: {format_seconds(best.seconds)}, {format_bytes(best.reserved_bytes)}",
+        (best.reserved_bytes / scale, best.seconds),
+        xytext=(-10 if right else 10, -14),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top",
+        fontsize=9,
+        color=INK,
+        fontweight="bold",
+    )
+    slowest = max(point.seconds for point in chart.points)
+    axes.set(
+        xlabel=f"reserved ({unit}, {chart.memory})",
+        ylabel=f"seconds of a training window ({chart.time})",
+        xlim=(0, most_bytes / scale * 1.05),
+        ylim=(0, slowest * 1.06),
+    )
+    add_legend(figure, handles, columns=3)
+    return figure

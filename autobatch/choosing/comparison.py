@@ -97,6 +97,13 @@ class Comparison(ComparisonRecord):
 
         return write_comparison(self, folder)
 
+    def __repr__(self) -> str:
+        """Name the answer; `print(comparison)` shows the whole."""
+        return (
+            f"<Comparison of {self.model} on {len(self.cards)} cards, {len(self.fitting)} of which "
+            f"can train {self.target:,} samples an update, simulated>"
+        )
+
     def __str__(self) -> str:
         """Render the comparison as plain text."""
         from autobatch.report.comparison import comparison_document

@@ -100,6 +100,18 @@ class Frontier(FrontierRecord):
 
         return write_frontier(self, folder)
 
+    def __repr__(self) -> str:
+        """Name the answer; `print(frontier)` shows the whole."""
+        fitting = ", ".join(
+            f"{point.value}: {point.outcome.micro_batch}"
+            for point in self.points
+            if point.outcome.fits
+        )
+        return (
+            f"<Frontier of {self.model} on {self.gpu.name}: micro-batch by {self.parameter} "
+            f"{{{fitting}}}>"
+        )
+
     def __str__(self) -> str:
         """Render the frontier as plain text."""
         from autobatch.report.comparison import frontier_document

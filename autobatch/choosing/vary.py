@@ -52,7 +52,7 @@ from autobatch.workload.workload import Workload
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["vary"]
+__all__ = ["measured_window", "vary"]
 
 Build = Callable[[int], "nn.Module | Workload"]
 
@@ -346,7 +346,7 @@ def _tokens(workload: Workload) -> int | None:
 def _window(workload: Workload, device: Device, plan: Plan) -> WindowTime | None:
     """Return the time of the planned window: measured where it ran, else estimated."""
     if not device.is_simulated:
-        return _measured(plan)
+        return measured_window(plan)
     try:
         estimate = window_estimate(
             workload,
@@ -359,7 +359,7 @@ def _window(workload: Workload, device: Device, plan: Plan) -> WindowTime | None
     return None if estimate is None else window_time(estimate)
 
 
-def _measured(plan: Plan) -> WindowTime | None:
+def measured_window(plan: Plan) -> WindowTime | None:
     """Return the measured time of a window, in proportion to its micro-batches."""
     for trial in reversed(plan.trials):
         if trial.micro_batch == plan.micro_batch and trial.window_seconds is not None:

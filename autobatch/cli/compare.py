@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.options import SPEC_HELP, add_workload_options
 from autobatch.cli.running import run_apart, subject, workload_options
-from autobatch.errors import UsageError
+from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from autobatch.choosing.comparison import Comparison
@@ -63,8 +63,8 @@ def add(verbs: Any) -> None:
     parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Compare, and show the table."""
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, and show the table; the code of `DoesNotFitError` where no card fits."""
     from autobatch.cli.terminal import follow, show
     from autobatch.report.comparison import comparison_document
     from autobatch.support.files import check_writable, prepared_folder
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.report:
             page = compared.report(arguments.report)
             print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+    return 0 if compared.fitting else DoesNotFitError.exit_code
 
 
 def _compare_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Comparison:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.options import SPEC_HELP, add_workload_options
 from autobatch.cli.running import named_gpu, run_apart, workload_options
-from autobatch.errors import UsageError
+from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from autobatch.choosing.frontier import Frontier
@@ -68,9 +68,10 @@ def add_option(parser: argparse.ArgumentParser, *, required: bool = False) -> No
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Find the micro-batch for each value, and show the table.
 
+    The code of `DoesNotFitError` is returned where no value fits.
     It takes the arguments of `vary`, or those of `probe` with the option that `add_option` adds.
     """
     from autobatch.cli.terminal import follow, show
@@ -113,6 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.report:
             page = found.report(arguments.report)
             print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+    fits = any(point.outcome.fits for point in found.points)
+    return 0 if fits else DoesNotFitError.exit_code
 
 
 def _vary_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Frontier:

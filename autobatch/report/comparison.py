@@ -174,7 +174,7 @@ def _figures(value: float) -> str:
     for limit, digits in ((100, 0), (10, 1), (1, 2)):
         if value >= limit:
             return f"{value:,.{digits}f}"
-    return f"{value:.3g}" if value >= 1e-4 else f"{value:.1e}"
+    return f"{value:#.3g}" if value >= 1e-4 else f"{value:.1e}"
 
 
 def _money(amount: float | None) -> str:

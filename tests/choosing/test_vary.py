@@ -9,11 +9,13 @@ from torch import nn
 import autobatch
 from autobatch import FileError, NoGpuError, UsageError, Workload, WorkloadError
 from autobatch.choosing.frontier import Frontier
-from autobatch.choosing.vary import vary
+from autobatch.choosing.vary import measured_window, vary
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.records.comparison import WindowTime
 from autobatch.support.units import MIB
 from autobatch.tuning.speed import window_estimate
+from tests.support.plans import example_plan
 
 CARD = replace(find_gpu("t4"), name="small-t4", capacity_bytes=700 * MIB, context_bytes=20 * MIB)
 
@@ -172,6 +174,20 @@ def test_the_users_model_is_as_before() -> None:
     before = {name: tensor.clone() for name, tensor in MODEL.state_dict().items()}
     vary(reading, [64, 128], target=12, gpu="t4")
     assert all(torch.equal(before[name], tensor) for name, tensor in MODEL.state_dict().items())
+
+
+def test_a_measured_window_takes_the_time_of_its_micro_batches() -> None:
+    plan = example_plan()
+    trial = replace(
+        plan.trials[0], micro_batch=plan.micro_batch, accumulation_steps=2, window_seconds=0.5
+    )
+    window = measured_window(replace(plan, trials=(trial, *plan.trials[1:])))
+    assert window == WindowTime(seconds=0.25 * plan.accumulation_steps, evidence="measured")
+    assert measured_window(replace(plan, trials=())) is None
+
+
+def test_a_frontier_names_itself_in_one_line(found: Frontier) -> None:
+    assert repr(found).startswith("<Frontier of Reader on small-t4: micro-batch by seq {64: ")
 
 
 def test_a_saved_frontier_loads_as_it_was(found: Frontier, tmp_path) -> None:

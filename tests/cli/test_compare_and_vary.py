@@ -126,6 +126,16 @@ def test_what_compare_cannot_understand_is_one_line_and_code_2(
     assert err.startswith("autobatch: error: ") and message in err
 
 
+def test_where_no_card_fits_the_table_says_so_and_the_code_is_3(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--target", "64", "--gpus", "505MiB", "--headroom", "0.9", "--no-isolate"]
+    assert main(["compare", spec, *options]) == 3
+    out = capsys.readouterr().out
+    assert out.startswith("0 of 1 card can train")
+    assert "short" in out and "the smallest card of the catalogue that would do: rtx-3060" in out
+
+
 @pytest.mark.parametrize("command", ["vary", "probe"])
 def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")

@@ -150,7 +150,8 @@ def draw_frontier(chart: FrontierChart) -> Figure:
     if chart.paces:
         other = axes.twinx()
         other.plot(*_columns(chart.paces), **pace)
-        other.set(ylabel=f"{chart.unit}/s ({chart.evidence})", ylim=(0, None))
+        top = 1.12 * max(rate for _, rate in chart.paces)
+        other.set(ylabel=f"{chart.unit}/s ({chart.evidence})", ylim=(0, top))
         other.spines["right"].set_visible(True)
         other.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         handles.append(Line2D([], [], label=f"{chart.unit}/s ({chart.evidence})", **pace))

@@ -12,6 +12,7 @@ import pandas as pd
 from autobatch.records.codec import encode
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord, Outcome
 from autobatch.records.plan_record import PlanRecord
+from autobatch.records.sweep import SweepRecord
 from autobatch.support.files import write_text
 
 __all__ = ["breakdown", "comparison", "curve", "frontier", "timeline", "trials", "write_csv"]
@@ -142,6 +143,21 @@ def _outcome(outcome: Outcome) -> dict[str, object]:
         "window_evidence": None if window is None else window.evidence,
         "failure": outcome.failure,
     }
+
+
+def sweep_trials(record: SweepRecord) -> pd.DataFrame:
+    """Return the trials of a sweep, with a column for each lever."""
+    rows = []
+    for trial in record.trials:
+        row = encode(trial)
+        rows.append({"number": row.pop("number"), **row.pop("settings"), **row})
+    front = {trial.number for trial in record.front}
+    frame = pd.DataFrame(rows)
+    return frame.assign(
+        # whole numbers, also where some are unknown
+        reserved_bytes=frame["reserved_bytes"].astype("Int64"),
+        on_front=frame["number"].isin(front),
+    )
 
 
 def write_csv(plan: PlanRecord, folder: Path) -> None:

@@ -25,6 +25,7 @@ from autobatch.support.units import GIB, MIB
 from tests.support.random_recordings import recordings
 from tests.support.recordings import EXPANDABLE, Recorder, plain, recorder, write
 from tests.support.training_recordings import (
+    ACCUMULATE,
     EMPTY_CACHE,
     ENGINE,
     FORWARD,
@@ -543,3 +544,24 @@ def test_events_of_which_none_can_be_placed_leave_the_last_state() -> None:
     (note,) = device.notes
     assert note.startswith("3 events at the beginning could not be placed")
     assert note.endswith("this is the final state")
+
+
+def test_the_innermost_purpose_counts() -> None:
+    made = stack_recorder()
+    made.at([WORKSPACE[0], *ACCUMULATE], 8 * MIB)
+    assert sizes(explained(made.content())) == {"workspace": 8 * MIB}
+
+
+def test_a_free_that_a_shortage_completed_early_is_not_completed_again() -> None:
+    made = stack_recorder()
+    block = made.at(FORWARD, 30 * MIB)
+    made.record_stream(block, 99)
+    made.free(block)
+    other = made.at(FORWARD, 50 * MIB)
+    made.complete_free(block)
+    made.free(other)
+    recording = rewind(read_snapshot(made.content()), 0)
+    outcome = rerun(recording, AllocatorSettings(), released={}, capacity_bytes=60 * MIB)
+    assert (outcome.alloc_retries, outcome.failed_event) == (1, None)
+    assert outcome.peak_reserved_bytes == 50 * MIB
+    assert rerun(recording, AllocatorSettings(), released={}).peak_reserved_bytes == 80 * MIB

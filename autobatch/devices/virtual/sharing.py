@@ -118,7 +118,7 @@ class SharingGpu(VirtualGpu):
     def _taken_over(self, kept: _Kept) -> Run:
         """Return a run as it is on this card."""
         bare = kept.run.trace.bare
-        if bare is None or _counts(kept.spec) == _counts(self.spec):
+        if bare is None or _are_alike(kept.spec, self.spec):
             return kept.run
         kernels = tuple(on_card(kernel, self.spec) for kernel in bare.kernels)
         trace = with_scratch(Bare(bare.trace, kernels))
@@ -132,6 +132,13 @@ def _identity(workload: Workload) -> Hashable:
     )
 
 
-def _counts(spec: GpuSpec) -> Hashable:
-    """Return what rules of kernels ask of a card beside its compute capability."""
-    return spec.multiprocessors, tuple(sorted(spec.flops.items()))
+def _are_alike(one: GpuSpec, other: GpuSpec) -> bool:
+    """Whether cards of one compute capability only differ in what no kernel's rule asks for."""
+    return other == replace(
+        one,
+        name=other.name,
+        capacity_bytes=other.capacity_bytes,
+        context_bytes=other.context_bytes,
+        bandwidth_bytes_per_s=other.bandwidth_bytes_per_s,
+        sources=other.sources,
+    )

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.accumulate.agreement import At, Ranks, Tally
 from autobatch.accumulate.batches import Piece, handed
-from autobatch.accumulate.ranks import Ranks, Tally
 from autobatch.accumulate.rewind import Mark, Rewind
 from autobatch.accumulate.update import Updater, free_caches
 from autobatch.accumulate.watch import Watch, versions
@@ -77,7 +77,7 @@ class Training:
     sums: bool
     retries: int
     backward: Backward | None
-    _seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    _seeds: dict[float, Tensor] = field(default_factory=dict)
 
     def weigh(self, piece: Piece) -> float:
         """Return the weight of some samples.
@@ -112,12 +112,12 @@ class Training:
             return None
         if type(loss) is not Tensor:
             return torch.full_like(loss.detach(), factor)
-        key = factor, loss.dtype, loss.device
-        seed = self._seeds.get(key)
-        if seed is None:
+        seed = self._seeds.get(factor)
+        if seed is None or seed.dtype != loss.dtype or seed.device != loss.device:
             if len(self._seeds) > 64:
                 self._seeds.clear()
-            seed = self._seeds[key] = torch.full((), factor, dtype=loss.dtype, device=loss.device)
+            seed = torch.full((), factor, dtype=loss.dtype, device=loss.device)
+            self._seeds[factor] = seed
         return seed.expand(loss.shape) if loss.dim() else seed
 
     def check_unscaled(self, loss: Tensor, steps: int) -> None:
@@ -207,6 +207,11 @@ class Window:
         self._scale = 1.0  # what gradients were multiplied by, where micro-batches were skipped
 
     @property
+    def has_run(self) -> bool:
+        """Whether all micro-batches have run, or the window will have no update."""
+        return self._is_whole or self.stepped
+
+    @property
     def micro_batches(self) -> tuple[int, ...]:
         """Samples of the micro-batches that ran on this rank, repeated ones left out."""
         return tuple(m.piece.samples for m in self._ran if not m.repeats and not m.is_skipped)
@@ -234,23 +239,29 @@ class Window:
                 changed gradients or parameters.
         """
         self._begin()
-        ranks = self._training.ranks
-        while self._todo:
-            micro = self._todo.popleft()
+        ranks, todo = self._training.ranks, self._todo
+        is_shared = ranks.size > 1
+        while todo:
+            micro = todo.popleft()
             try:
-                with ranks.syncing(not self._todo, watched=False):
-                    self._current, self._in_backward = micro, False
-                    batch, tensors = handed(micro.piece.batch)
-                    before = versions(tensors)
-                    yield batch
-                    micro.wrote = versions(tensors) != before
-                    self._end(micro)
+                if is_shared:
+                    ranks.begin_micro_batch(not todo)
+                self._current, self._in_backward = micro, False
+                batch, tensors = handed(micro.piece.batch)
+                before = versions(tensors)
+                yield batch
+                micro.wrote = versions(tensors) != before
+                self._end(micro)
             except GeneratorExit:
+                ranks.end_micro_batch()
                 self._leave(micro)
                 raise
             except Exception as error:
+                ranks.end_micro_batch()
                 ranks.give_up(error, in_pass=True)
                 raise
+            if is_shared:
+                ranks.end_micro_batch()
         self._complete()
 
     def run(self, loss: Callable[[Any], Tensor]) -> None:
@@ -281,7 +292,7 @@ class Window:
             while True:
                 spoiled = self._pass(loss)
                 in_pass = False
-                if not ranks.recovers or not ranks.any(spoiled):
+                if not ranks.recovers or not ranks.any(spoiled, At.PASSED):
                     break
                 in_pass = True
                 self._repeat()
@@ -325,7 +336,8 @@ class Window:
         training, ranks = self._training, self._training.ranks
         share = (0.0 if micro.repeats else 1.0) if training.sums else micro.weight
         factor = share / self.weight * ranks.size  # DDP and FSDP2 average over the ranks
-        averages, watch = ranks.averages(not self._todo), training.watch
+        averages = ranks.size > 1 and ranks.averages(not self._todo)
+        watch = training.watch
         watch.before_backward()
         if averages:
             watch.before_move()
@@ -371,6 +383,8 @@ class Window:
         if micro is not None:
             self._check_whole()
         if micro is None:
+            if not self._is_whole:
+                ranks.give_up(self._left(), in_pass=True)
             self._todo.clear()
             self._drop()
             return
@@ -417,13 +431,14 @@ class Window:
         """
         if self.stepped:
             raise WorkloadError("window.again() after window.step(): the update is done")
-        if not self._is_whole:
+        if not self._is_whole or self._is_left:
             raise WorkloadError("window.again() before all micro-batches of the window have run")
         if any(micro.wrote for micro in self._ran):
             raise WorkloadError(
                 "window.again() cannot give micro-batches again whose tensors were written to in "
                 "place: write to copies"
             )
+        self._training.ranks.any(False, At.AGAIN)
         self._rewound()
 
     def step(self) -> None:
@@ -455,10 +470,10 @@ class Window:
             return
         self.weight /= self._scale
         try:
+            self.grad_norm, self.skipped = training.update(partial(ranks.any, at=At.UNSCALED))
+            ranks.any(False, At.UPDATED)  # whether all ranks did their update
             if ranks.size > 1:
                 self._loss = ranks.sum(self._total().double() / ranks.size)
-            self.grad_norm, self.skipped = training.update(ranks.any)
-            ranks.any(False)  # whether all ranks did their update
         except Exception as error:
             ranks.give_up(error, in_pass=False)
             raise
@@ -481,8 +496,12 @@ class Window:
     def _begin_gradients(self) -> None:
         self._has_begun = True
         self._is_broken = False
-        update = self._training.update
-        self._training.ranks.begin_window(update.parameters)
+        update, ranks = self._training.update, self._training.ranks
+        try:
+            ranks.begin_window(update.parameters)
+        except UsageError as error:
+            ranks.give_up(error, in_pass=True)
+            raise
         if self._training.watch.begin(update.parameters):
             update.zero()
         update.is_open = True
@@ -517,18 +536,23 @@ class Window:
         ranks = self._training.ranks
         self._current, self._is_left = None, True
         if ranks.size > 1:
-            error = WorkloadError(f"it left window {self._number} before the end of its loop")
-            ranks.give_up(error, in_pass=True)
+            ranks.give_up(self._left(), in_pass=True)
         elif micro.losses and not self._todo:  # as zip(range(n), window) leaves it
             with contextlib.suppress(WorkloadError):
                 self._end(micro)
                 self._complete()
                 self._is_left = False
 
+    def _left(self) -> WorkloadError:
+        return WorkloadError(f"it left window {self._number} before the end of its loop")
+
     def _complete(self) -> None:
         """Agree on what was skipped when all have run, and weight the gradients accordingly."""
         ranks = self._training.ranks
         skipped = [m for m in self._ran if m.is_skipped and not m.repeats]
+        if ranks.size == 1 and not skipped:
+            self._is_whole = True
+            return
         weight, samples = ranks.sums(
             math.fsum(micro.weight for micro in skipped), sum(m.piece.samples for m in skipped)
         )
@@ -546,6 +570,7 @@ class Window:
         self._training.update.zero()
         self._is_left = False
         self.stepped = self.skipped = True
+        self._training.ranks.end_window()
         self._finish(self._shortages, self._smallest)
 
     def _total(self) -> Tensor:
@@ -577,7 +602,7 @@ class Window:
             halves = self._halved(micro)
             free_caches()
             self._todo.extendleft(reversed(halves))
-            if self._training.ranks.leave(in_backward=self._in_backward):
+            if self._training.ranks.recover():
                 return True
             if self._in_backward:
                 self._repeat()
@@ -586,7 +611,9 @@ class Window:
         return False
 
     def _forward_backward(self, micro: Micro, loss: Callable[[Any], Tensor], last: bool) -> None:
-        with self._training.ranks.syncing(last, watched=True):
+        ranks = self._training.ranks
+        ranks.begin_micro_batch(last)
+        try:
             self._current, self._in_backward = micro, False
             batch, tensors = handed(micro.piece.batch)
             before = versions(tensors)
@@ -604,6 +631,8 @@ class Window:
             finally:
                 micro.wrote = versions(tensors) != before
             self._end(micro)
+        finally:
+            ranks.end_micro_batch()
 
     def _repeat(self) -> None:
         """Go back to the window's beginning, to run the micro-batches that ran once more."""

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autobatch.accumulate.agreement import Tally
 from autobatch.accumulate.batches import Count, Cut, Pieces, Position, Reader
-from autobatch.accumulate.ranks import Sync, Tally, group_of, ranks_of
+from autobatch.accumulate.ranks import Sync, group_of, ranks_of
 from autobatch.accumulate.rewind import Rewind
 from autobatch.accumulate.update import Updater
 from autobatch.accumulate.watch import Watch
@@ -154,21 +155,30 @@ class Windows:
         self._resumes = False
         pieces = Pieces(self._loader, self._reader, self._position)
         ranks = self._training.ranks
+        ranks.begin()
         with self._training.update.guarding(), ranks.watching(self._training.watch):
             while True:
                 try:
                     window = self._next(pieces)
                 except Exception as error:
-                    ranks.give_up(error, in_pass=False)
+                    ranks.part(f"{type(error).__name__}: {error}", in_pass=False)
                     raise
                 if window is None:
                     break
-                yield window
+                ranks.open_window()
+                try:
+                    yield window
+                except BaseException:  # GeneratorExit where the loop over windows is left
+                    why = f"it left the loop over windows after {self._done} of them"
+                    ranks.part(why, in_pass=not window.has_run)
+                    raise
                 if not window.stepped:
-                    raise WorkloadError(
+                    left = WorkloadError(
                         f"window {self._done} was left before window.step(): its gradients would "
                         "be lost; window.skip() leaves a window without an update"
                     )
+                    ranks.part(f"WorkloadError: {left}", in_pass=not window.has_run)
+                    raise left
         self._position, self._done = Position(), 0
 
     def state_dict(self) -> dict[str, Any]:

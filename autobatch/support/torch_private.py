@@ -203,6 +203,33 @@ def check_reduced(model: Any) -> None:
     check()
 
 
+def has_begun_learning(model: Any) -> bool:
+    """Whether a backward pass from which DistributedDataParallel learns its graph has begun."""
+    with _known("DistributedDataParallel of "):
+        return bool(model._static_graph_delay_allreduce_enqueued)
+
+
+def finish_learning(model: Any) -> None:
+    """Do what DistributedDataParallel does at the end of that pass, where this was cut short.
+
+    It averages all gradients there.
+    """
+    with _known("DistributedDataParallel of "):
+        average = model.reducer._delay_all_reduce
+    average()
+
+
+def rebuild_buckets(model: Any) -> None:
+    """Let DistributedDataParallel put gradients into buckets in the order in which they came.
+
+    It does so once, on all ranks together, in the first forward pass after its first average.
+    """
+    with _known("DistributedDataParallel of "):
+        rebuild = model.reducer._rebuild_buckets
+        if rebuild():
+            model._has_rebuilt_buckets = True
+
+
 def replicated_count(model: Any) -> int:
     """Return of how many parameters DistributedDataParallel averages the gradients."""
     with _known("DistributedDataParallel of "):

@@ -13,9 +13,13 @@ SECONDS = 120.0
 
 
 class Ranks:
-    """Runs a function of an importable module in every rank, and returns what each returned."""
+    """Runs a function of an importable module in every rank, and returns what each returned.
 
-    def __init__(self, size: int = 2) -> None:
+    `seconds` is how long a run may take; the first one also starts the processes.
+    """
+
+    def __init__(self, size: int = 2, *, seconds: float = SECONDS) -> None:
+        self._seconds, self._limit = seconds, SECONDS
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,7 +39,7 @@ class Ranks:
             pipe.send((work, arguments))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(SECONDS):
+            if not pipe.poll(self._limit):
                 self.stop()
                 raise TimeoutError(f"rank {rank} hangs in {work.__name__}({arguments})")
             good, result = pipe.recv()
@@ -43,6 +47,7 @@ class Ranks:
                 self.stop()
                 raise RuntimeError(f"rank {rank} failed in {work.__name__}({arguments})\n{result}")
             results.append(result)
+        self._limit = self._seconds
         return results
 
     def stop(self) -> None:

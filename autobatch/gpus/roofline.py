@@ -33,16 +33,12 @@ Bound = Literal["compute", "memory", "launch", "communication"]
 _FALLBACKS = {"tf32": "fp32", "bf16": "fp32", "fp16": "fp32"}
 """What a card does that lacks a precision: TF32 is then off, and halves are converted."""
 
-_FAMILIES = {
-    (6, 0): "pascal",
-    (7, 0): "volta",
-    (7, 5): "turing",
-    (8, 0): "ampere",
-    (8, 6): "ampere-small",
-    (8, 9): "ada",
-    (9, 0): "hopper",
-    (10, 0): "blackwell",
-}
+_FAMILIES = {(7, 0): "volta", (8, 0): "ampere", (9, 0): "hopper"}
+"""By compute capability: families of cards with efficiencies of their own."""
+
+_HALF_RATE = 2.2
+"""Tensor cores that are at most so many times as fast as the other cores, as those of GeForce cards
+are where they add up in fp32, are kept busy more easily."""
 
 _TILE = 128
 """Rows and columns that one block of a product computes, at most."""
@@ -62,8 +58,8 @@ class Efficiency:
     """How near kernels come to a card's peaks, and what they cost beside.
 
     Attributes:
-        compute: share of the peak FLOP/s by kind of op, and by family of cards: "" is any other,
-            and "fp32" any where no tensor cores run it.
+        compute: share of the peak FLOP/s by kind of op and family of cards: "half-rate" are those
+            with slow tensor cores, "" is any other, and "fp32" any where no tensor cores run it.
         memory: share of the peak bandwidth by kind of op.
         waves: idle multiprocessors in the last wave of blocks, as a share of all of them.
         kernel_seconds: between two kernels of a stream, at least.
@@ -99,28 +95,28 @@ class Efficiency:
 EFFICIENCY = Efficiency(
     compute=MappingProxyType(
         {
-            "matmul": {"": 0.7, "ampere": 0.7, "ampere-small": 0.95, "hopper": 0.57, "fp32": 0.85},
+            "matmul": {"": 0.7, "ampere": 0.69, "half-rate": 0.95, "hopper": 0.56, "fp32": 0.85},
             "convolution": {
-                "": 0.6,
-                "volta": 0.5,
+                "": 0.5,
+                "volta": 0.73,
                 "ampere": 0.5,
-                "ampere-small": 0.9,
-                "fp32": 0.85,
+                "half-rate": 0.95,
+                "fp32": 0.78,
             },
             "grouped_convolution": {"": 0.4, "fp32": 0.5},
             "depthwise_convolution": {"": 0.3},
             "recurrent": {"": 0.4},
-            "attention": {"": 0.55, "hopper": 0.3},
+            "attention": {"": 0.5, "ampere": 0.47, "hopper": 0.35},
             "cudnn_attention": {"": 0.5},
         }
     ),
     memory=MappingProxyType(
         {
             "matmul": 0.8,
-            "convolution": 0.7,
-            "grouped_convolution": 0.7,
-            "depthwise_convolution": 0.4,
-            "conversion": 0.7,
+            "convolution": 0.73,
+            "grouped_convolution": 0.73,
+            "depthwise_convolution": 0.17,
+            "conversion": 0.88,
             "recurrent": 0.5,
             "attention": 0.7,
             "cudnn_attention": 0.7,
@@ -138,10 +134,16 @@ EFFICIENCY = Efficiency(
     link=0.75,
     collective_seconds=50e-6,
     interference=0.1,
-    low=0.8,
-    high=1.4,
+    low=0.88,
+    high=1.14,
 )
-"""The constants that estimates are made with."""
+"""The constants that estimates are made with.
+
+Fitted to rows of `reports/throughput`: the shares of products, of convolutions, of attention on an
+A100; of memory those of convolutions, conversions, norms and elementwise ops. Those of attention on
+an H100 are of the figures of FlashAttention-3 (Shah et al., 2024). The others, links and latencies
+are what is usual, and no row tells of them.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,8 +290,8 @@ class _Card:
         self._links = links
         self._world_size = world_size
         self._efficiency = efficiency
-        capability = gpu.compute_capability
-        self._family = _FAMILIES.get(capability, "blackwell" if capability[0] >= 10 else "")
+        is_half_rate = gpu.flops.get("fp16", math.inf) <= _HALF_RATE * gpu.flops["fp32"]
+        self._family = "half-rate" if is_half_rate else _FAMILIES.get(gpu.compute_capability, "")
 
     def part(self, work: Work, communication: Iterable[Communication] | None = None) -> _Sum | None:
         """Return what a part of a window takes; None where a peak is not known."""

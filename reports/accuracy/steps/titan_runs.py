@@ -11,9 +11,9 @@ from torch import nn
 
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.workload.workload import Workload
-from reports.accuracy.steps import llama
 from reports.accuracy.steps.configuration import IncompleteError, Step, StepRow, card_of
 from reports.accuracy.steps.published import CONFIGS, published
+from reports.common import llama
 
 
 def titan_step(row: StepRow) -> Step:

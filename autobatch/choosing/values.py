@@ -1,4 +1,4 @@
-"""What may vary, and over which values; no torch is needed to refuse it."""
+"""The values that a parameter takes; no torch is needed to refuse them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,7 @@ from typing import Any
 from autobatch.errors import UsageError
 from autobatch.support.wording import for_reader
 
-__all__ = ["require_parameters", "whole_values"]
-
-_LIBRARIES = ("hf", "timm", "torchvision")
-"""Whose SPECs have parameters."""
-
-
-def require_parameters(spec: str) -> None:
-    """Refuse a SPEC that has no parameters.
-
-    Raises:
-        UsageError: it names a function of the user's.
-
-    >>> require_parameters("hf:gpt2")
-    """
-    if spec.partition(":")[0] in _LIBRARIES:
-        return
-    raise UsageError(
-        f"{spec!r} has no parameters to vary: use the SPEC of a library's model, such as hf:gpt2, "
-        "or autobatch.vary(build, values) in Python, where build(value) makes your model"
-    )
+__all__ = ["whole_values"]
 
 
 def whole_values(values: Iterable[Any]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from autobatch.choosing.outcomes import (
     versions,
     window_time,
 )
-from autobatch.choosing.values import require_parameters, whole_values
+from autobatch.choosing.values import whole_values
 from autobatch.devices.base import Device
 from autobatch.devices.choose import Gpu, choose_device
 from autobatch.devices.copies import batch_of
@@ -46,6 +46,7 @@ from autobatch.tuning.streams import Stream
 from autobatch.tuning.workloads import require_share, whole, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions
 from autobatch.workload.spec.load import load_spec, with_option
+from autobatch.workload.spec.user_code import PREFIXES, load_function
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
@@ -77,7 +78,8 @@ def vary(
 
     Args:
         build: `build(value)` returns the module to train, or a Workload whose batches are of that
-            size; or the SPEC of a library's model, such as "hf:gpt2", with `name`.
+            size; or a SPEC with `name`: of a library's model, such as "hf:gpt2", or of a function
+            of yours that takes an argument of that name.
         values: of the parameter, positive whole numbers.
         target: effective batch: samples per optimizer update over all GPUs.
         name: of the parameter; by default that of the first argument of `build`.
@@ -372,12 +374,11 @@ def _builder(build: Build | str, name: str | None) -> tuple[Build, str]:
     """Return what builds the model for a value, and the name of the parameter.
 
     Raises:
-        UsageError: it is no function, or a SPEC without parameters.
+        UsageError: it is no function, or a SPEC without the name of a parameter.
     """
     if isinstance(build, str):
         if not name:
             raise UsageError('name the parameter of the SPEC to vary, such as name="seq"')
-        require_parameters(build)
         return partial(_of_spec, build, name), name
     if not callable(build):
         raise UsageError(
@@ -402,7 +403,9 @@ def _built(build: Build, value: int) -> nn.Module | Workload:
 
 
 def _of_spec(spec: str, name: str, value: int) -> nn.Module | Workload:
-    return load_spec(with_option(spec, name, value))
+    if spec.partition(":")[0] in PREFIXES:
+        return load_spec(with_option(spec, name, value))
+    return load_function(spec, **{name: value})
 
 
 def _first_argument(build: Build) -> str:

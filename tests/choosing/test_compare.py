@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import autobatch
 from autobatch import FileError, GpuSpec, UnknownGpuError, UsageError, Workload, WorkloadError
@@ -128,6 +129,24 @@ def test_every_ceiling_is_what_tune_gives(name: str) -> None:
         ours = compared.plan(card.gpu.name)
         for each in ("footprint", "ceiling_footprint", "curve", "timeline", "warnings", "method"):
             assert getattr(ours, each) == getattr(plan, each), each
+
+
+def padded(samples):
+    return nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+
+def test_batches_of_many_lengths_are_compared_as_tune_plans_them() -> None:
+    lengths = [24, 100, 180, 256] * 64
+    texts = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+    loader = DataLoader(texts, batch_size=8, collate_fn=padded)
+    model, cards = Attention(), [small("l4", 1500 * MIB), small("l40s", 1500 * MIB)]
+    compared = compare(model, target=512, gpus=cards, sample=loader)
+    for card in compared.cards:
+        plan = autobatch.tune(model, target=512, gpu=card.gpu, sample=loader)
+        assert card.outcome.ceiling == plan.ceiling
+        assert card.outcome.micro_batch == plan.micro_batch
+        assert card.outcome.peak_reserved_bytes == plan.footprint.peak_reserved_bytes
+        assert compared.plan(card.gpu.name).warnings == plan.warnings
 
 
 def test_cards_of_one_compute_capability_share_executions() -> None:

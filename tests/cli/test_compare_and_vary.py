@@ -23,6 +23,18 @@ def model():
         model=nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
         batch=lambda n: torch.zeros(n, 3, 64, 64),
     )
+
+def sized(size=64, *, depth=1):
+    layers = [nn.Conv2d(3 if i == 0 else 32, 32, 3) for i in range(depth)]
+    return Workload(
+        model=nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        batch=lambda n: torch.zeros(n, 3, size, size),
+    )
+
+def needs(seq, width):
+    return nn.Linear(seq, width)
+
+made = nn.Linear(8, 8)
 """
 
 GPT2 = "hf:gpt2?n_layer=1&n_embd=64&n_head=2&vocab_size=1000"
@@ -149,6 +161,37 @@ def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]
     assert "seq=64: simulating two training windows" in err
 
 
+@pytest.mark.parametrize("name", ["size", "depth"])
+def test_an_argument_of_the_users_function_varies(
+    name: str, spec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--target", "32", "--gpu", "t4", "--vary", f"{name}=3,5", "--json", "-"]
+    assert main(["vary", spec.replace(":model", ":sized"), *options]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert (document["parameter"], [p["value"] for p in document["points"]]) == (name, [3, 5])
+    small, large = (point["outcome"]["peak_reserved_bytes"] for point in document["points"])
+    assert small <= large
+    assert [p["bucket"] is None for p in document["points"]] == [name == "depth"] * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("model", "cannot be called with seq=8 alone (got an unexpected keyword argument 'seq')"),
+        ("needs", "cannot be called with seq=8 alone (missing a required argument: 'width')"),
+        ("made", "is a Linear: name a function that takes seq=8"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_a_function_that_does_not_take_the_parameter_is_refused_in_one_line(
+    function: str, message: str, spec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--target", "8", "--gpu", "t4", "--vary", "seq=8"]
+    assert main(["vary", spec.replace(":model", f":{function}"), *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
 def test_the_frontier_is_written_as_json_and_as_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +214,6 @@ def test_the_frontier_is_written_as_json_and_as_a_report(
         (GPT2, "seq=-4", "a value is '-4': use whole numbers"),
         (GPT2, "seq=0", "a value is 0: use whole numbers"),
         (GPT2, "seq=8,8", "the value 8 is given twice"),
-        ("code.py:model", "seq=8", "'code.py:model' has no parameters to vary"),
     ],
 )
 def test_what_vary_cannot_understand_is_one_line_and_code_2(

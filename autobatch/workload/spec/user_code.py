@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,15 +35,20 @@ PREFIXES = ("timm", "torchvision", "hf")
 FORMS = "file.py:function, package.module:function, timm:NAME, torchvision:NAME or hf:TYPE"
 
 
-def load_function(spec: str) -> nn.Module | Workload:
+def load_function(spec: str, **sizes: int) -> nn.Module | Workload:
     """Call the function file.py:function or package.module:function, and return what it makes.
 
+    Args:
+        spec: names the function.
+        sizes: arguments that it is called with, such as seq=512; none as a rule.
+
     Raises:
-        SpecError: there is no such file, module or function, or it makes neither of the two.
+        SpecError: there is no such file, module or function, it does not take these arguments, or
+            it makes neither of the two.
         WorkloadError: the user's code raised; the original error is chained.
     """
     with _imported(spec) as named:
-        made = _made_by(named, spec)
+        made = _made_by(named, spec, sizes)
     if isinstance(made, (nn.Module, Workload)):
         return made
     raise SpecError(
@@ -132,19 +137,27 @@ def _import_module(source: str) -> ModuleType:
         raise
 
 
-def _made_by(maker: Any, spec: str) -> Any:
+def _made_by(maker: Any, spec: str, sizes: Mapping[str, int]) -> Any:
     """Call a user's function; a model or Workload kept in a variable is taken as it is."""
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if isinstance(maker, (nn.Module, Workload)):
+        if sizes:
+            raise SpecError(
+                f"{spec} is a {type(maker).__name__}: name a function that takes {given}"
+            )
         return maker
     if not callable(maker):
         raise SpecError(f"{spec} is a {type(maker).__name__}: name a function that returns a model")
     try:
-        inspect.signature(maker).bind()
+        inspect.signature(maker).bind(**sizes)
     except TypeError as error:
         raise SpecError(
-            f"{spec} needs arguments ({error}): name a function that can be called without any"
+            f"{spec} cannot be called with {given} alone ({error}): let it take that, with "
+            "defaults for all other arguments"
+            if sizes
+            else f"{spec} needs arguments ({error}): name a function that can be called without any"
         ) from None
-    return _run_user_code(spec, maker)
+    return _run_user_code(spec, partial(maker, **sizes))
 
 
 def _run_user_code(what: str, run: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ import re
 from typing import NoReturn
 
 from autobatch._version import __version__
-from autobatch.cli import advise, commands
+from autobatch.cli import advise, commands, explain
 from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_isolation, add_workload_options
 from autobatch.support.wording import near
 
@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
     gpus = verbs.add_parser("gpus", help="list the known GPUs and those in this machine")
     gpus.set_defaults(run=commands.gpus)
+
+    explain.add(verbs)
 
     report = verbs.add_parser("report", help="render a saved plan again, without a GPU")
     report.set_defaults(run=commands.report)

@@ -196,8 +196,9 @@ def _row(advice: Advice, choice: Choice) -> tuple[str, ...]:
         plan = f"{choice.micro_batch:,} x {choice.accumulation_steps:,}"
         ceiling = f"{choice.ceiling:,}"
     else:
-        over = max(choice.reference_bytes - advice.budget_bytes, 0)
-        plan, ceiling = f"{format_bytes(over)} too much", "-"
+        over = choice.reference_bytes - advice.budget_bytes
+        plan = f"{format_bytes(over)} too much" if over > 0 else f"{advice.target:,} at once do not"
+        ceiling = "-"
     return (
         choice.label,
         ceiling,

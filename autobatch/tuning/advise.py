@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -48,6 +49,9 @@ _TOGETHER = 4
 
 _REMEDY_SECONDS = 15.0
 """So long are levers tried where a plan was asked for and nothing fits."""
+
+_PAIRED = 3
+"""So many of those that save most are tried in pairs."""
 
 _REMEDIES = 3
 """So many of them are told."""
@@ -226,11 +230,14 @@ class _Search:
             self._reference = plan.micro_batch
         return self._choice((), candidate, plan, as_is_bytes=None)
 
-    def _try(self, options: tuple[Option, ...]) -> None:
-        """Run the setup with some options, unless time is up or they were tried."""
+    def _try(self, options: tuple[Option, ...]) -> Choice | None:
+        """Return the setup with some options, tried once; None where it fails, or time is up."""
         labels = tuple(option.label for option in options)
-        if self._is_late() or any(tried.choice.options == labels for tried in self.tried):
-            return
+        for tried in self.tried:
+            if tried.choice.options == labels:
+                return tried.choice
+        if self._is_late():
+            return None
         assert self._as_is is not None
         self._tell(" + ".join(labels))
         try:
@@ -241,8 +248,9 @@ class _Search:
             choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
         except AutobatchError as error:
             self.notes.append(f"{' + '.join(labels)} cannot be had here: {one_line(error)}")
-            return
+            return None
         self.tried.append(_Tried(choice, options))
+        return choice
 
     def _combine(self, levers: Sequence[Lever], *, allow: bool) -> None:
         """Try the best option of each lever together with those of the others that save most."""
@@ -257,9 +265,21 @@ class _Search:
                 best[lever] = tried
         order = {lever.name: at for at, lever in enumerate(levers)}
         ranked = sorted(best.values(), key=lambda tried: -tried.choice.saved_bytes)
-        for count in range(2, min(len(ranked), _TOGETHER) + 1):
-            together = sorted(ranked[:count], key=lambda tried: order[tried.options[0].lever])
-            self._try(tuple(option for tried in together for option in tried.options))
+
+        def together(*options: Option) -> Choice | None:
+            return self._try(tuple(sorted(options, key=lambda one: order[one.lever])))
+
+        had: list[Option] = []
+        saved = 0
+        for (option,) in (tried.options for tried in ranked):
+            if len(had) == _TOGETHER or not all(map(option.goes_with, had)):
+                continue
+            found = together(*had, option)
+            if found is not None and found.saved_bytes >= saved + least:
+                had, saved = [*had, option], found.saved_bytes
+        for (one,), (other,) in combinations([tried.options for tried in ranked[:_PAIRED]], 2):
+            if one.goes_with(other):
+                together(one, other)
 
     def _choice(
         self,
@@ -342,6 +362,8 @@ class _Search:
             return self._candidate(replace(self.setup, workload=other))
 
         step = max(size // 16, 1)
+        if not candidate(step).fits(1):
+            return None
         low, high = 0, -(-size // step)  # in steps; the larger one does not fit
         fitting: tuple[int, int] | None = None
         while high - low > 1:

@@ -5,13 +5,17 @@ Invariant: its plan is the one that `tune` makes for the same workload and card.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import DoesNotFitError
+from autobatch.gpus.roofline import can_estimate
 from autobatch.levers.setup import Setup
+from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.plan.plan import Plan
 from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.tuning.probe import Probe
-from autobatch.tuning.speed import window_estimate
+from autobatch.tuning.speed import SpeedModel
 
 __all__ = ["Candidate"]
 
@@ -32,19 +36,17 @@ class Candidate:
         """
         self._setup = setup
         self._target = target
-        self._device = VirtualGpu(setup.gpu, setup.settings)
-        # apart from that of the plan, whose evidence is that of `tune`
-        self._probe = self._new_probe(headroom)
         self._headroom = headroom
+        counts_work = can_estimate(setup.gpu)
+        self._device = VirtualGpu(setup.gpu, setup.settings, counts_work=counts_work)
+        # apart from that of the plan, whose evidence is that of `tune`
+        self._probe = self._new_probe()
+        self._planned: Probe | None = None
 
     @property
     def budget_bytes(self) -> int:
         """What the run may reserve."""
         return self._probe.budget_bytes
-
-    def reserved(self, micro_batch: int) -> int:
-        """Return the reserved peak at a micro-batch."""
-        return self._probe.run(micro_batch).replay.peak_reserved_bytes
 
     def fits(self, micro_batch: int) -> bool:
         """Whether a micro-batch fits."""
@@ -52,21 +54,31 @@ class Candidate:
 
     def plan(self) -> Plan | None:
         """Return the plan; None where not even micro-batch 1 fits."""
+        self._planned = self._new_probe()
         try:
-            return plan_of(self._new_probe(self._headroom), target=self._target)
+            return plan_of(self._planned, target=self._target)
         except DoesNotFitError:
             return None
 
-    def window_seconds(self, plan: Plan) -> float | None:
-        """Return the estimated time of one update by a plan."""
-        estimate = window_estimate(
-            self._setup.workload,
-            self._setup.gpu,
-            micro_batch=plan.micro_batch,
-            accumulation_steps=plan.accumulation_steps,
-            settings=self._setup.settings,
-        )
-        return None if estimate is None else estimate.seconds
+    def reserved(self, micro_batch: int) -> int:
+        """Return the reserved peak at a micro-batch, by the plan's trace model where that is."""
+        if self._planned is not None and micro_batch not in self._probe.runs:
+            runs = {n: run for n, run in self._planned.runs.items() if run.shortage is None}
+            if micro_batch in runs:
+                return runs[micro_batch].replay.peak_reserved_bytes
+            with suppress(Misaligned):
+                model = TraceModel.fit([run.trace for _, run in sorted(runs.items())])
+                return self._planned.predict(model, micro_batch).peak_reserved_bytes
+        return self._probe.run(micro_batch).replay.peak_reserved_bytes
 
-    def _new_probe(self, headroom: float | None) -> Probe:
-        return probe_of(self._setup.workload, self._device, target=self._target, headroom=headroom)
+    def window_seconds(self, plan: Plan) -> float | None:
+        """Return the estimated time of one update by the plan."""
+        setup = self._setup
+        runs = {} if self._planned is None else self._planned.runs
+        speed = SpeedModel.of_runs(setup.workload, setup.gpu, runs, setup.settings)
+        return speed.seconds(plan.micro_batch, plan.accumulation_steps)
+
+    def _new_probe(self) -> Probe:
+        return probe_of(
+            self._setup.workload, self._device, target=self._target, headroom=self._headroom
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autobatch.devices.base import Run
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import GpuSpec
@@ -134,6 +135,26 @@ class SpeedModel:
                 first, second = model._work(low), model._work(high)
                 if first is not None and second is not None:
                     model._lines = _Lines.through(first, second)
+        return model
+
+    @classmethod
+    def of_runs(
+        cls,
+        workload: Workload,
+        gpu: GpuSpec,
+        runs: Mapping[int, Run],
+        settings: AllocatorSettings | None = None,
+    ) -> SpeedModel:
+        """Take windows of two micro-batches that ran with their work counted, by micro-batch.
+
+        Other sizes are counted where these do not tell.
+        """
+        model = cls(workload, gpu, settings)
+        works = [(n, run.work) for n, run in sorted(runs.items()) if n >= min(_SIZES) and run.work]
+        model._counts |= dict(works)
+        if len(works) > 1:
+            (_, first), (_, second) = works[:2]
+            model._lines = _Lines.through(first, second)
         return model
 
     def estimate(self, micro_batch: int, accumulation_steps: int) -> SpeedEstimate | None:

@@ -72,8 +72,8 @@ def test_every_ceiling_is_that_of_the_plan_for_the_changed_workload(mib: int) ->
 def test_what_is_saved_is_reserved_memory_at_the_reference() -> None:
     training, gpu = workload(), card(4000)
     advice = advise(training, target=64, gpu=gpu, levers=["checkpointing"])
-    (choice,) = advice.choices[:1]
-    option = options_of(training, gpu, ["checkpointing"])[choice.options[0]]
+    (choice,) = [c for c in advice.choices if c.label == "checkpointing: every block"]
+    option = options_of(training, gpu, ["checkpointing"])[choice.label]
     changed = option.apply(Setup(workload=training, gpu=gpu)).workload
     assert advice.reference == advice.as_it_is.micro_batch == 64
     steps = advice.as_it_is.accumulation_steps

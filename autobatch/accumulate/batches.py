@@ -90,6 +90,10 @@ class Reader:
         Raises:
             SampleError: its number of samples is unknown or not positive.
         """
+        if self.count is None and self._last and type(batch) is Tensor:
+            shapes, layout = self._last[0]
+            if batch.shape == shapes:  # as most are
+                return Piece(batch, layout.size, partial(_cut, batch, layout))
         if _is_empty(batch):
             return None
         if self.count is None:
@@ -225,10 +229,14 @@ class Pieces:
             batch = next(self._batches, self)
             if batch is self:
                 return None
-            self._current = self._reader(batch)
-            if self._current is None:
+            whole = self._reader(batch)
+            if whole is None:
                 self.position = Position(self.position.batches + 1)
                 return self.take(most)
+            if whole.samples <= most and not self.position.samples:
+                self.position = Position(self.position.batches + 1)
+                return whole
+            self._current = whole
         current, start = self._current, self.position.samples
         stop = min(current.samples, start + most)
         piece = current.part(start, stop)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` is what runs
     from autobatch.accumulate.window import Window as Window
     from autobatch.accumulate.windows import Windows as Windows
     from autobatch.accumulate.windows import windows as windows
+    from autobatch.choosing.compare import compare as compare
+    from autobatch.choosing.comparison import Comparison as Comparison
+    from autobatch.choosing.frontier import Frontier as Frontier
+    from autobatch.choosing.sweep import Sweep as Sweep
+    from autobatch.choosing.sweep import sweep as sweep
+    from autobatch.choosing.vary import vary as vary
     from autobatch.equivalence.check import check_equivalence as check_equivalence
     from autobatch.equivalence.result import Equivalence as Equivalence
     from autobatch.errors import AutobatchError as AutobatchError
@@ -31,9 +37,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` is what runs
     from autobatch.errors import WorkloadError as WorkloadError
     from autobatch.gpus.catalogue import GpuSpec as GpuSpec
     from autobatch.gpus.catalogue import find_gpu as find_gpu
+    from autobatch.plan.advice import Advice as Advice
     from autobatch.plan.plan import Plan as Plan
     from autobatch.records.footprint import Footprint as Footprint
     from autobatch.records.progress import Progress as Progress
+    from autobatch.report.explanation import Explanation as Explanation
+    from autobatch.report.explanation import explain as explain
+    from autobatch.tuning.advise import advise as advise
     from autobatch.tuning.tuner import predict as predict
     from autobatch.tuning.tuner import tune as tune
     from autobatch.workload.sample import batch_builder as batch_builder
@@ -42,6 +52,11 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` is what runs
 _HOMES = {
     "autobatch.accumulate.window": "Window",
     "autobatch.accumulate.windows": "Windows windows",
+    "autobatch.choosing.compare": "compare",
+    "autobatch.choosing.comparison": "Comparison",
+    "autobatch.choosing.frontier": "Frontier",
+    "autobatch.choosing.sweep": "Sweep sweep",
+    "autobatch.choosing.vary": "vary",
     "autobatch.equivalence.check": "check_equivalence",
     "autobatch.equivalence.result": "Equivalence",
     "autobatch.errors": """
@@ -49,9 +64,12 @@ _HOMES = {
         SampleError SpecError UnknownGpuError UsageError WorkloadError
     """,
     "autobatch.gpus.catalogue": "GpuSpec find_gpu",
+    "autobatch.plan.advice": "Advice",
     "autobatch.plan.plan": "Plan",
     "autobatch.records.footprint": "Footprint",
     "autobatch.records.progress": "Progress",
+    "autobatch.report.explanation": "Explanation explain",
+    "autobatch.tuning.advise": "advise",
     "autobatch.tuning.tuner": "predict tune",
     "autobatch.workload.sample": "batch_builder",
     "autobatch.workload.workload": "Workload",

@@ -9,17 +9,18 @@ import sys
 import autobatch
 
 NAMES = """
-    AutobatchError AutobatchWarning DoesNotFitError Equivalence FileError Footprint GpuSpec
-    NoGpuError Plan ProbeDiedError Progress SampleError SpecError UnknownGpuError UsageError Window
-    Windows Workload WorkloadError __version__ batch_builder check_equivalence find_gpu predict tune
-    windows
+    Advice AutobatchError AutobatchWarning Comparison DoesNotFitError Equivalence Explanation
+    FileError Footprint Frontier GpuSpec NoGpuError Plan ProbeDiedError Progress SampleError
+    SpecError Sweep UnknownGpuError UsageError Window Windows Workload WorkloadError __version__ advise
+    batch_builder check_equivalence compare explain find_gpu predict sweep tune vary windows
 """.split()
 
 PLAN = """
     accumulation_steps allowed_bytes batch_dims budget_bytes ceiling ceiling_at_least
     ceiling_footprint ceiling_likelihood created curve effective_batch executions footprint
-    from_json gpu headroom is_sharded likelihood load method micro_batch model ooms others_bytes
-    otherwise proven report save scale_lr seconds sharding slack_bytes split target timeline
+    from_json gpu headroom is_sharded likelihood load loader_samples_per_s method micro_batch model
+    objective ooms others_bytes otherwise proven report save scale_lr seconds sharding slack_bytes
+    speed split target timeline
     to_accelerate to_deepspeed to_env to_json to_lightning to_training_arguments to_yaml trials
     versions warnings windows world_size
 """.split()
@@ -52,7 +53,7 @@ def test_tune_and_predict_take_these_arguments() -> None:
     shared = "sample batch_dims loss optimizer gpu world_size sharding".split()
     assert parameters(autobatch.tune) == [
         *("model", "target", *shared, "headroom", "autocast", "clip_norm"),
-        *("prove", "isolate", "time_limit", "cache", "progress"),
+        *("prove", "objective", "loader", "isolate", "time_limit", "cache", "progress"),
     ]
     assert parameters(autobatch.predict) == [
         *("model", "micro_batch", "accumulation_steps", *shared),

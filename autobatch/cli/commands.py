@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["check", "gpus", "predict", "probe", "report"]
 
 
-def probe(arguments: argparse.Namespace) -> None:
+def probe(arguments: argparse.Namespace) -> int | None:
     """Plan a run: micro-batch and accumulation steps for an effective batch."""
+    if arguments.vary:
+        from autobatch.cli import vary
+
+        return vary.run(arguments)
     from autobatch.cli.terminal import follow, show
     from autobatch.report.content import summary
     from autobatch.support.files import check_writable, prepared_folder
@@ -58,6 +62,7 @@ def probe(arguments: argparse.Namespace) -> None:
             plan.save(arguments.json)
         if arguments.report:
             _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
+    return None
 
 
 def _plan(

@@ -7,7 +7,7 @@ import re
 from typing import NoReturn
 
 from autobatch._version import __version__
-from autobatch.cli import advise, commands, explain
+from autobatch.cli import advise, commands, compare, explain, sweep, vary
 from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_isolation, add_workload_options
 from autobatch.support.wording import near
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that one trial may take on the GPU in this machine (default 900)",
     )
+    vary.add_option(probe)
     probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
 
     predict = verbs.add_parser("predict", help="account for the memory of one micro-batch")
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     add_workload_options(predict)
 
     advise.add(verbs)
+    compare.add(verbs)
+    vary.add(verbs)
+    sweep.add(verbs)
 
     check = verbs.add_parser(
         "check", help="compare accumulated gradients with those of the whole batch, on the CPU"

@@ -82,6 +82,9 @@ _LOCK_S = 60.0
 _CHOOSING_S = 0.02
 """Seconds between two looks at earlier trials that have no configuration yet."""
 
+_FINISHED: type[Exception] = getattr(optuna.exceptions, "UpdateFinishedTrialError", RuntimeError)
+"""What storages raise when a trial that has ended is changed; RuntimeError in older Optunas."""
+
 _QUESTION, _WORKER, _BEAT, _POINT, _OUTCOME = (
     "question",
     "worker",
@@ -252,14 +255,14 @@ class SweepStudy:
             with _reaching(self.where):
                 self._storage.create_new_trial(self._study_id, template_trial=trial)
 
-    def sample(self, suggest: Callable[[Trial], object]) -> tuple[int, Point] | None:
+    def sample(self, suggest: Callable[[Trial], object]) -> tuple[int | None, Point]:
         """Let the sampler propose a configuration, and begin its trial.
 
         Args:
             suggest: asks the trial for the value of each parameter.
 
         Returns:
-            The trial's id and configuration; None where another has it.
+            The trial's id, or None where another has its configuration; and the configuration.
         """
         with _quiet(), _reaching(self.where):
             trial = self._study.ask()
@@ -272,13 +275,13 @@ class SweepStudy:
                 raise
         point = Point(params=trial.params, distributions=trial.distributions)
         self.keep(id_, {_POINT: point.key})
-        return (id_, point) if self._is_first(id_, point.key) else None
+        return (id_ if self._is_first(id_, point.key) else None), point
 
     @contextlib.contextmanager
     def running(self, id_: int) -> Iterator[None]:
         """Give signs of life while the block runs; where it raises, the trial counts as cut.
 
-        An error that the block has told with `fail` before stays what it is.
+        A trial that has ended by then stays what it is.
         """
         over = threading.Event()
 
@@ -307,12 +310,12 @@ class SweepStudy:
         return self._end(id_, TrialState.COMPLETE, values, {_OUTCOME: "finished", **facts})
 
     def prune(self, id_: int, outcome: str, facts: Mapping[str, Any]) -> bool:
-        """End a trial without values: it does not fit, or is not worth a run."""
-        return self._end(id_, TrialState.PRUNED, None, {_OUTCOME: outcome, **facts})
+        """End a trial without values: it does not fit, need not run, or failed.
 
-    def fail(self, id_: int, facts: Mapping[str, Any]) -> bool:
-        """End a trial whose workload failed; it is not run again."""
-        return self._end(id_, TrialState.FAIL, None, {_OUTCOME: "failed", **facts})
+        Samplers of Optuna take it for worse than all that finished; FAIL, which they ignore, is for
+        trials that hold no configuration.
+        """
+        return self._end(id_, TrialState.PRUNED, None, {_OUTCOME: outcome, **facts})
 
     def release_cut(self) -> int:
         """Count trials of workers that died as cut, and return how many there were."""
@@ -386,7 +389,7 @@ class SweepStudy:
             with _reaching(self.where):
                 self.keep(id_, facts)
                 self._storage.set_trial_state_values(id_, state, values)
-        except optuna.exceptions.UpdateFinishedTrialError:
+        except _FINISHED:
             return False
         return True
 

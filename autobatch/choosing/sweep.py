@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -427,7 +427,10 @@ class _Work:
         return min(ranked, key=lambda each: each[:3])[3] if ranked else None
 
     def _sampled(self) -> None:
-        """Let the sampler propose configurations."""
+        """Let the sampler propose configurations.
+
+        Where what it proposes is known, the next micro-batch of the same combination runs instead.
+        """
         repeats = 0
         most = self.most or _TRIALS
         while repeats < _REPEATS:
@@ -435,25 +438,54 @@ class _Work:
             if self._is_over():
                 break
             repeats += 1
-            claimed = self.study.sample(self.space.suggest)
-            if claimed is None:
-                continue
-            id_, point = claimed
+            id_, point = self.study.sample(self.space.suggest)
             configuration = self._of(point.params)
-            if isinstance(configuration, str):
-                self._end(id_, point.params, "pruned", reason=configuration)
-                continue
-            reason = known.why_not(configuration.combination, configuration.micro_batch)
-            if reason is not None:
+            reason = (
+                configuration
+                if isinstance(configuration, str)
+                else known.why_not(configuration.combination, configuration.micro_batch)
+            )
+            if id_ is not None and reason is not None:
                 self._end(id_, point.params, "pruned", reason=reason)
+                id_ = None
+            if isinstance(configuration, str):
                 continue
-            self.study.keep(id_, _facts(configuration))
+            if id_ is None:
+                other = self._other_size(known, point)
+                if other is None or (id_ := self.study.claim(*other)) is None:
+                    continue
+                point = other[0]
+            else:
+                self.study.keep(id_, _facts(configuration))
             self._run(id_, point.params, most)
             repeats = 0
         if repeats >= _REPEATS:
             self._notes.append(
                 f"the sampler proposed nothing new {_REPEATS} times in a row, and the sweep ended"
             )
+
+    def _other_size(self, known: Known, point: Point) -> tuple[Point, Mapping[str, Any]] | None:
+        """Return the micro-batch to run of a combination that was proposed with one that is known.
+
+        With it come the facts of the configuration; None where all of them are known.
+        """
+        seen = {each.key for each in self.study.seen() if each.is_running or each.is_done}
+        open_: dict[int, tuple[Point, Configuration]] = {}
+        for size in self.space.sizes:
+            other = replace(point, params={**point.params, MICRO_BATCH: size})
+            configuration = self._of(other.params)
+            if (
+                isinstance(configuration, Configuration)
+                and other.key not in seen
+                and known.why_not(configuration.combination, size) is None
+            ):
+                open_[size] = other, configuration
+        if not open_:
+            return None
+        combination = next(iter(open_.values()))[1].combination
+        _, size = known.next_size(combination, [*open_], known.guess())
+        chosen, configuration = open_[size]
+        return chosen, _facts(configuration)
 
     def _run(self, id_: int, params: Mapping[str, Any], expected: int) -> None:
         """Run a configuration whose trial is ours."""
@@ -502,8 +534,6 @@ class _Work:
         if outcome == "finished":
             assert seconds is not None and reserved_bytes is not None
             kept = self.study.finish(id_, (seconds, float(reserved_bytes)), facts)
-        elif outcome == "failed":
-            kept = self.study.fail(id_, facts)
         else:
             kept = self.study.prune(id_, outcome, facts)
         if not kept:
@@ -597,7 +627,7 @@ class _Work:
 
 def _label(configuration: Configuration) -> str:
     changes = [f"{name}: {v}" for name, v in configuration.settings.items() if v != "as it is"]
-    return ", ".join(changes) or "as it is"
+    return " + ".join(changes) or "as it is"
 
 
 def _facts(configuration: Configuration) -> dict[str, Any]:

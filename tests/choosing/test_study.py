@@ -126,8 +126,8 @@ def test_a_sampler_waits_for_earlier_trials_that_have_not_chosen(
         monkeypatch.setattr(module.time, "sleep", sleep)
         chosen.append(second.claim(wanted, {}))
 
-    claimed = first.sample(choose)
-    assert claimed is not None
+    id_, _ = first.sample(choose)
+    assert id_ is not None
     assert chosen == [None, None]
 
 
@@ -145,7 +145,7 @@ def test_what_failed_or_was_pruned_is_not_claimed_again(storage: str) -> None:
     study = opened(storage)
     study.skip([(point("a"), {"reason": "too large"}), (point("a"), {})])
     id_ = study.claim(point("b"), {})
-    assert id_ is not None and study.fail(id_, {"reason": "it raised"})
+    assert id_ is not None and study.prune(id_, "failed", {"reason": "it raised"})
     assert study.claim(point("a"), {}) is None
     assert study.claim(point("b"), {}) is None
     outcomes = [each.facts["outcome"] for each in study.seen()]

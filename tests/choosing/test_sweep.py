@@ -179,10 +179,10 @@ def test_the_users_model_stays_as_it_is() -> None:
 def test_a_space_that_is_not_small_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WHOLE", 10)
     bench = FakeBench()
-    found = fake_sweep(bench, monkeypatch, trials=9, seed=1)
+    found = fake_sweep(bench, monkeypatch, trials=20, seed=1)
     assert (found.sampler, found.configurations, found.left) == ("TPESampler", None, 0)
-    assert len(bench.ran) == len(set(bench.ran)) == 9
-    assert sum(trial.executions for trial in found.trials) == 9
+    assert len(bench.ran) == len(set(bench.ran)) == 20
+    assert sum(trial.executions for trial in found.trials) == 20
     assert found.as_it_is is not None  # what the others are compared with comes first
     assert bench.ran[0] == ("checkpointing: as it is", 64)
 
@@ -191,6 +191,8 @@ def test_a_sampler_that_has_nothing_new_ends_the_sweep(monkeypatch: pytest.Monke
     bench = FakeBench()
     found = fake_sweep(bench, monkeypatch, sampler="random", trials=10_000, seed=1)
     assert found.sampler == "RandomSampler"
+    whole = fake_sweep(FakeBench(), monkeypatch)
+    assert [t.label for t in found.front] == [t.label for t in whole.front]
     assert any("nothing new 100 times in a row" in note for note in found.notes)
     assert len(bench.ran) == len(set(bench.ran))
 

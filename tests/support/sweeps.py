@@ -118,9 +118,10 @@ def _worker(what: str, storage: str, log: str, seconds: float) -> None:
                 ran(point.key)
                 study.finish(id_, (1.0, 1.0), {})
     while what == "sample" and sum(each.is_done for each in study.seen()) < 15:
-        if (claimed := study.sample(suggest)) is not None:
-            ran(claimed[1].key)
-            study.finish(claimed[0], (1.0, 1.0), {})
+        id_, proposed = study.sample(suggest)
+        if id_ is not None:
+            ran(proposed.key)
+            study.finish(id_, (1.0, 1.0), {})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from autobatch.records.sweep import SweepRecord
 from autobatch.report.charts.frame import (
@@ -68,28 +70,31 @@ def pareto_chart(record: SweepRecord) -> ParetoChart:
 
 
 def draw_pareto(chart: ParetoChart) -> Figure:
-    """Draw memory to the right and time upwards, both from nothing: lower left is better."""
+    """Draw memory to the right and time upwards, both as ratios: lower left is better."""
     figure, axes = new_figure(8.6, 4.9, "Speed against memory", bottom=0.22)
-    most_bytes = max(chart.budget_bytes, *(point.reserved_bytes for point in chart.points))
-    unit, scale = byte_unit(most_bytes)
-    groups = (
-        (False, FAINT, "o", "with levers"),
-        (True, _UNCHANGED, "s", "as it is"),
-    )
+    least, most = _span([point.reserved_bytes for point in chart.points])
+    unit, scale = byte_unit(most)
+    groups = ((False, FAINT, "o", "with levers"), (True, _UNCHANGED, "s", "as it is"))
     handles = []
     for unchanged, colour, marker, name in groups:
         chosen = [point for point in chart.points if point.is_as_it_is == unchanged]
         if chosen:
-            axes.plot(
-                [point.reserved_bytes / scale for point in chosen],
-                [point.seconds for point in chosen],
-                marker,
-                color=colour,
-                ms=5,
-                alpha=0.75,
-                mec="none",
-            )
+            sizes = [point.reserved_bytes / scale for point in chosen]
+            times = [point.seconds for point in chosen]
+            axes.plot(sizes, times, marker, color=colour, ms=5, alpha=0.75, mec="none")
             handles.append(Line2D([], [], marker=marker, ls="", color=colour, label=name))
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"reserved ({unit}, {chart.memory})",
+        ylabel=f"seconds of a training window ({chart.time})",
+        xlim=(least / scale, max(most, 1.1 * chart.budget_bytes) / scale),
+        ylim=_span([point.seconds for point in chart.points]),
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
     front = [(point.reserved_bytes / scale, point.seconds) for point in reversed(chart.front)]
     axes.step(*zip(*front, strict=True), where="post", color=_FRONT, lw=1.6, zorder=3)
     axes.plot(*zip(*front, strict=True), "o", mfc="none", mec=_FRONT, mew=1.6, ms=9, zorder=4)
@@ -97,24 +102,25 @@ def draw_pareto(chart: ParetoChart) -> Figure:
     budget = chart.budget_bytes / scale
     name_lines(axes, [(budget, f"budget {format_bytes(chart.budget_bytes)}", BUDGET)])
     best = chart.front[0]
-    right = best.reserved_bytes / scale > budget / 2
+    at = best.reserved_bytes / scale, best.seconds
+    is_right = axes.transAxes.inverted().transform(axes.transData.transform(at))[0] > 0.4
     axes.annotate(
         f"fastest: {format_seconds(best.seconds)}, {format_bytes(best.reserved_bytes)}",
-        (best.reserved_bytes / scale, best.seconds),
-        xytext=(-10 if right else 10, -14),
+        at,
+        xytext=(-12 if is_right else 12, -4),
         textcoords="offset points",
-        ha="right" if right else "left",
+        ha="right" if is_right else "left",
         va="top",
         fontsize=9,
         color=INK,
         fontweight="bold",
     )
-    slowest = max(point.seconds for point in chart.points)
-    axes.set(
-        xlabel=f"reserved ({unit}, {chart.memory})",
-        ylabel=f"seconds of a training window ({chart.time})",
-        xlim=(0, most_bytes / scale * 1.05),
-        ylim=(0, slowest * 1.06),
-    )
     add_legend(figure, handles, columns=3)
     return figure
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis of ratios, with room for what is written below the lowest."""
+    low, high = min(values), max(values)
+    room = max(high / low, 1.5) ** 0.14
+    return low / room, high * room

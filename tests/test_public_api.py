@@ -11,8 +11,8 @@ import autobatch
 NAMES = """
     Advice AutobatchError AutobatchWarning Comparison DoesNotFitError Equivalence Explanation
     FileError Footprint Frontier GpuSpec NoGpuError Plan ProbeDiedError Progress SampleError
-    SpecError Sweep UnknownGpuError UsageError Window Windows Workload WorkloadError __version__ advise
-    batch_builder check_equivalence compare explain find_gpu predict sweep tune vary windows
+    SpecError Sweep UnknownGpuError UsageError Window Windows Workload WorkloadError __version__
+    advise batch_builder check_equivalence compare explain find_gpu predict sweep tune vary windows
 """.split()
 
 PLAN = """

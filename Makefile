@@ -38,7 +38,7 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[timm,hf,lightning,examples,test,lint]"
+	$(BIN)/python -m pip install --quiet --editable ".[timm,hf,lightning,lora,examples,test,lint]"
 	touch $@ $(VENV)/demo.stamp
 
 $(CPU_VENV)/test.stamp: pyproject.toml

@@ -130,7 +130,7 @@ def is_chunkable(model: nn.Module) -> bool:
 
 def _inner(model: Any) -> Any:
     """Return the model of Transformers that peft wraps."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _forward(model: Any, chunks: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ def _loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
     shift_labels = shift_labels.to(logits.device)
-    total = _summed(logits, head, shift_labels, chunks, ignore_index)
+    total = _summed(logits, lambda part: head(part).float(), shift_labels, chunks, ignore_index)
     if num_items_in_batch is None:
         return total / (shift_labels != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):

@@ -38,9 +38,10 @@ _ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 _EIGHT_BITS = (
     # library, where the class is, what it is called, arguments that it takes, Trainer's name
-    ("torchao", "torchao.optim", "{}8bit", _ADAM, 'optim="adamw_torch_8bit"'),
     ("bitsandbytes", "bitsandbytes.optim", "{}8bit", _ADAM[:4], 'optim="adamw_bnb_8bit"'),
+    ("torchao", "torchao.optim", "{}8bit", _ADAM, 'optim="adamw_torch_8bit"'),
 )
+"""Libraries whose 8-bit optimizers take as much memory; the first that is installed is offered."""
 
 
 def _options(setup: Setup) -> list[Option]:
@@ -50,11 +51,8 @@ def _options(setup: Setup) -> list[Option]:
         return []
     options = _ways_to_run(setup, known)
     if known.is_pytorchs and known.kind.__name__ in ("Adam", "AdamW") and workload.world_size == 1:
-        options += [
-            _eight_bits(setup, known, *row)
-            for row in _EIGHT_BITS
-            if importlib.util.find_spec(row[0]) is not None
-        ]
+        installed = [row for row in _EIGHT_BITS if importlib.util.find_spec(row[0]) is not None]
+        options += [_eight_bits(setup, known, *row) for row in installed[:1]]
     if known.kind.__name__ != "Adafactor":
         options.append(
             _replaced(

@@ -1,0 +1,1 @@
+"""Levers: what they promise, what they change, and what they leave alone."""

@@ -1,0 +1,285 @@
+"""Options are there where they make sense, and nowhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
+from autobatch.levers.code import ModelCode
+from autobatch.levers.known import LEVERS, levers_named
+from autobatch.levers.lever import Lever, Option, applied
+from autobatch.levers.lora import lora
+from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.tuning.planning import plan_of, probe_of
+from autobatch.workload.sample import batch_builder
+from autobatch.workload.workload import Workload
+from tests.levers.setups import (
+    convnet,
+    llama,
+    options_of,
+    peaks,
+    setup_of,
+    squared,
+    transformer,
+    with_instance,
+)
+
+
+def of_lever(name: str, workload: Workload, **where) -> list[str]:
+    return [option.value for option in LEVERS[name].options(setup_of(workload, **where))]
+
+
+def test_a_model_without_blocks_is_not_checkpointed() -> None:
+    plain = Workload(model=nn.Linear(4, 4), batch=batch_builder(torch.ones(2, 4)))
+    assert of_lever("checkpointing", plain) == []
+    assert of_lever("checkpointing", transformer())[:3] == [
+        "every block",
+        "every 2nd block",
+        "every 3rd block",
+    ]
+
+
+def test_a_model_that_is_checkpointed_already_is_not_again() -> None:
+    workload = llama()
+    workload.model.gradient_checkpointing = True
+    assert of_lever("checkpointing", workload) == []
+
+
+@pytest.mark.parametrize("name", ["checkpointing", "loss", "lora", "precision"])
+def test_a_lever_that_has_been_applied_is_not_offered_again(name: str) -> None:
+    setup = setup_of(llama())
+    for option in LEVERS[name].options(setup):
+        if option.value not in ("bf16 autocast", "fp16 autocast", "tf32"):
+            assert LEVERS[name].options(option.apply(setup)) == []
+
+
+def test_attention_alone_is_kept_only_where_a_fused_kernel_runs() -> None:
+    assert "selective, attention" in of_lever("checkpointing", transformer())
+    assert "selective, attention" not in of_lever("checkpointing", convnet())
+    assert "selective, attention" not in of_lever(
+        "checkpointing", llama(attn_implementation="eager")
+    )
+
+
+def test_formats_are_those_that_the_card_and_the_model_leave_open() -> None:
+    assert of_lever("precision", transformer(), gpu="t4") == ["fp16 autocast"]
+    assert of_lever("precision", transformer()) == [
+        "bf16 autocast",
+        "fp16 autocast",
+        "tf32",
+        "bf16 weights",
+    ]
+    casting = replace(transformer(), autocast="bf16")
+    assert of_lever("precision", casting) == ["fp16 autocast", "fp32", "bf16 weights"]
+    halves = transformer()
+    halves.model.to(torch.bfloat16)
+    assert of_lever("precision", halves) == []
+
+
+def test_tf32_is_a_property_of_the_setup() -> None:
+    setup = setup_of(transformer())
+    option = options_of(setup)["precision: tf32"]
+    assert not setup.tf32 and option.apply(setup).tf32
+    assert peaks(option.apply(setup)) == peaks(setup)
+
+
+def test_channels_last_is_for_convolutions_that_are_not() -> None:
+    assert of_lever("memory-format", transformer()) == []
+    assert of_lever("memory-format", convnet()) == ["channels last"]
+    workload = convnet()
+    workload.model.to(memory_format=torch.channels_last)
+    assert of_lever("memory-format", workload) == []
+
+
+def test_the_other_ways_of_an_optimizer_are_offered() -> None:
+    def ways(optimizer):
+        return of_lever("optimizer", replace(transformer(), optimizer=optimizer))[:2]
+
+    assert ways(torch.optim.AdamW) == ["for-loop", "fused"]
+    assert ways(partial(torch.optim.AdamW, fused=True)) == ["foreach", "for-loop"]
+    assert ways(partial(torch.optim.AdamW, foreach=False)) == ["foreach", "fused"]
+    assert ways(lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True)) == [
+        "foreach",
+        "for-loop",
+    ]
+    assert ways(partial(torch.optim.RMSprop, lr=0.1)) == ["for-loop", "Adafactor"]
+
+
+def test_an_optimizer_keeps_its_settings() -> None:
+    workload = replace(transformer(), optimizer=partial(torch.optim.AdamW, lr=0.5, foreach=True))
+    options = options_of(setup_of(workload))
+    assert (
+        "torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)"
+        in options["optimizer: fused"].code
+    )
+    given = with_instance(transformer())
+    made = options_of(setup_of(given))["optimizer: fused"].apply(setup_of(given))
+    optimizer = made.workload.optimizer(given.model)
+    assert optimizer.param_groups[0]["lr"] == 3e-4 and optimizer.param_groups[0]["fused"]
+    assert optimizer is not given.optimizer and not given.optimizer.param_groups[0]["fused"]
+
+
+def test_several_optimizers_and_unknown_ones_are_left_alone() -> None:
+    workload = transformer()
+    several = [torch.optim.SGD(p for p in workload.model.layers.parameters()), torch.optim.SGD]
+    assert of_lever("optimizer", replace(workload, optimizer=several)) == []
+    assert of_lever("optimizer", replace(workload, optimizer=lambda model: 1 / 0)) == []
+
+
+def test_eight_bits_are_those_of_a_library_that_is_installed(monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not [value for value in of_lever("optimizer", transformer()) if "8-bit" in value]
+    assert of_lever("lora", transformer()) == []
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: found("torch") if name == "torchao" else None
+    )
+    assert "8-bit (torchao)" in of_lever("optimizer", transformer())
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 1.0}, {"autocast": "fp16"}, {"world_size": 2}])
+def test_no_optimizer_steps_in_a_backward_pass_whose_gradients_are_not_final(options) -> None:
+    assert "in backward" in of_lever("optimizer", transformer())
+    assert "in backward" not in of_lever("optimizer", replace(transformer(), **options))
+
+
+def test_an_optimizer_in_the_backward_pass_needs_all_samples_at_once() -> None:
+    layers = [nn.Linear(2048, 2048) for _ in range(3)]
+    workload = Workload(
+        model=nn.Sequential(*layers), batch=batch_builder(torch.ones(2, 2048)), loss=squared
+    )
+    setup = options_of(setup_of(workload, "t4"))["optimizer: in backward"].apply(
+        setup_of(workload, "t4")
+    )
+    device = VirtualGpu(setup.gpu, setup.settings)
+    plan = plan_of(probe_of(setup.workload, device, target=300), target=300)
+    assert (plan.micro_batch, plan.accumulation_steps) == (300, 1)
+    target = 2**22
+    with pytest.raises(DoesNotFitError, match="all samples of an update at once"):
+        plan_of(probe_of(setup.workload, device, target=target), target=target)
+    with pytest.raises(WorkloadError, match="once for each micro-batch"):
+        device.run(setup.workload, micro_batch=2, accumulation_steps=2)
+
+
+def test_lora_takes_ranks_and_layers_of_ones_own() -> None:
+    pytest.importorskip("peft")
+    setup = setup_of(llama())
+    lever = lora(ranks=[4, 64], modules=["q_proj", "down_proj"])
+    thin, thick = lever.options(setup)
+    assert (thin.value, thick.value) == (
+        "rank 4, q_proj, down_proj",
+        "rank 64, q_proj, down_proj",
+    )
+    assert peaks(thin.apply(setup)) < peaks(thick.apply(setup)) < peaks(setup)
+    assert lora(modules=["nothing"]).options(setup) == []
+    with pytest.raises(UsageError, match="rank of LoRA is 0"):
+        lora(ranks=[0])
+
+
+def test_lora_makes_the_users_optimizer_anew_over_the_adapters() -> None:
+    pytest.importorskip("peft")
+    plain, given = setup_of(llama()), setup_of(with_instance(llama()))
+    option = options_of(given)["lora: rank 16, all linear"]
+    assert peaks(option.apply(given)) == peaks(
+        options_of(plain)["lora: rank 16, all linear"].apply(plain)
+    )
+    model = given.workload.model
+    groups = [{"params": list(model.model.parameters())}, {"params": [model.lm_head.weight]}]
+    halves = replace(given.workload, optimizer=torch.optim.AdamW(groups))
+    assert of_lever("lora", halves) == []  # which group an adapter belongs to is not known
+
+
+def test_a_loss_of_the_users_own_is_not_replaced() -> None:
+    assert of_lever("loss", llama()) == ["8 chunks"]
+    assert of_lever("loss", replace(llama(), loss=lambda model, batch: model(**batch).loss)) == []
+    assert of_lever("loss", transformer()) == []
+
+
+def test_sharing_is_for_several_gpus() -> None:
+    assert of_lever("sharding", transformer()) == []
+    shared = replace(transformer(), world_size=2)
+    assert of_lever("sharding", shared) == ["FSDP2", "FSDP2, kept after forward"]
+    assert of_lever("sharding", replace(shared, sharding="fsdp")) == [
+        "DDP",
+        "FSDP2, kept after forward",
+    ]
+    assert of_lever("sharding", replace(shared, sharding=lambda model: None)) == []
+
+
+def test_expandable_segments_are_offered_where_they_are_off() -> None:
+    setup = setup_of(transformer())
+    [option] = LEVERS["allocator"].options(setup)
+    assert option.apply(setup).settings == AllocatorSettings(expandable_segments=True)
+    assert LEVERS["allocator"].options(option.apply(setup)) == []
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    setup = setup_of(transformer())
+    options = options_of(setup)
+    pairs = [
+        ("optimizer: fused", "optimizer: for-loop"),
+        ("precision: fp16 autocast", "optimizer: in backward"),
+    ]
+    for first, second in pairs:
+        assert not options[first].goes_with(options[second])
+        with pytest.raises(UsageError, match="cannot be combined"):
+            applied(setup, (options[first], options[second]))
+    assert options["precision: bf16 autocast"].goes_with(options["optimizer: in backward"])
+
+
+def test_levers_go_together() -> None:
+    pytest.importorskip("peft")
+    setup = setup_of(llama())
+    options = options_of(setup)
+    labels = (
+        "precision: bf16 autocast",
+        "loss: 8 chunks",
+        "lora: rank 16, all linear",
+        "checkpointing: every block",
+        "optimizer: fused",
+        "allocator: expandable segments",
+    )
+    smallest = peaks(setup)
+    for count in range(1, len(labels) + 1):
+        together = peaks(applied(setup, [options[label] for label in labels[:count]]))
+    assert together[0] < 0.7 * smallest[0]
+
+
+def _halved(setup):
+    return setup.changed(lambda model: model.half() and None)
+
+
+HALVES = Lever(
+    name="halves",
+    what="Half precision.",
+    options=lambda setup: [
+        Option(lever="halves", value="all", what="", code="model.half()", apply=_halved)
+    ],
+)
+
+
+def test_a_lever_of_ones_own_is_taken_where_names_are() -> None:
+    found = levers_named([HALVES, "loss", lora(ranks=[2])])
+    assert [lever.name for lever in found] == ["loss", "lora", "halves"]
+    assert found[1] is not LEVERS["lora"]
+    workload = llama()
+    [option] = HALVES.options(setup_of(workload))
+    assert peaks(option.apply(setup_of(workload))) < peaks(setup_of(workload))
+
+
+def test_an_unknown_lever_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match=r"no lever 'checkpoint'.*checkpointing.*levers: "):
+        levers_named(["checkpoint"])
+
+
+def test_code_that_fails_says_which() -> None:
+    setup = setup_of(transformer()).changed(ModelCode("own", "model.no_such_thing()"))
+    with pytest.raises(WorkloadError, match=r"'model.no_such_thing\(\)' failed"):
+        peaks(setup)

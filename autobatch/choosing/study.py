@@ -79,6 +79,10 @@ _GRACE_S = 60.0
 _LOCK_S = 60.0
 """Seconds that a worker waits while others write to a SQLite file."""
 
+_OPENINGS, _OPENING_S = 20, 0.25
+_HALF_MADE = ("already exists", "no such table", "UNIQUE constraint", "database is locked")
+"""What SQLite says where another process is just making the same tables."""
+
 _CHOOSING_S = 0.02
 """Seconds between two looks at earlier trials that have no configuration yet."""
 
@@ -487,7 +491,14 @@ def _storage_of(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSto
         return optuna.storages.JournalStorage(backend)
     is_sqlite = text.startswith("sqlite")
     options = {"connect_args": {"timeout": _LOCK_S}} if is_sqlite else {}
-    return optuna.storages.RDBStorage(text, engine_kwargs=options)
+    for left in reversed(range(_OPENINGS)):
+        try:
+            return optuna.storages.RDBStorage(text, engine_kwargs=options)
+        except Exception as error:  # noqa: PERF203 — one worker finds what another half made
+            if not left or not any(said in _said(error) for said in _HALF_MADE):
+                raise
+            time.sleep(_OPENING_S)
+    raise AssertionError
 
 
 def _named(storage: str | os.PathLike[str] | BaseStorage) -> str:

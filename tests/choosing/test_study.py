@@ -90,7 +90,6 @@ def test_processes_at_one_study_never_run_a_configuration_twice(
     storage: str, what: str, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    opened(storage)
     command = [sys.executable, "-m", "tests.support.sweeps", what, storage, str(log), "0.002"]
     workers = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     while sum(Path(f"{log}.{worker.pid}").exists() for worker in workers) < 3:

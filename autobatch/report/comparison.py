@@ -192,7 +192,7 @@ def _misfits(compared: ComparisonRecord, others: list[ComparedCard]) -> Section:
             if smallest is not None
             else "no card of the catalogue would do"
         )
-    return Section("Cards that do not fit", (Bullets(tuple(items)),))
+    return Section("Cards without a plan", (Bullets(tuple(items)),))
 
 
 def _why_not(outcome: Outcome) -> str:
@@ -233,7 +233,7 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
             *(
                 [
                     Section(
-                        "Values that do not fit",
+                        "Values without a plan",
                         (Bullets(tuple(f"{p.value:,}: {_why_not(p.outcome)}" for p in others)),),
                     )
                 ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.devices.virtual.kernels.calls import on_card
+from autobatch.devices.virtual.kernels.calls import Hashed, on_card
 from autobatch.devices.virtual.questions import questions
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
@@ -120,7 +120,8 @@ class SharingGpu(VirtualGpu):
         bare = kept.run.trace.bare
         if bare is None or _are_alike(kept.spec, self.spec):
             return kept.run
-        kernels = tuple(on_card(kernel, self.spec) for kernel in bare.kernels)
+        gpu = Hashed(self.spec)
+        kernels = tuple(on_card(kernel, gpu) for kernel in bare.kernels)
         trace = with_scratch(Bare(bare.trace, kernels))
         return replace(kept.run, trace=trace, replay=replay(trace, self.allocator()))
 

@@ -74,12 +74,12 @@ def steps_of(
     return tuple(rule(func, args, kwargs, gpu.spec))
 
 
-def on_card(kernel: Kernel, spec: GpuSpec) -> Kernel:
+def on_card(kernel: Kernel, gpu: Hashed) -> Kernel:
     """Return a kernel that ran on one card as it runs on another, whose rules are asked."""
     takes = kernel.takes
     assert isinstance(takes, functools.partial) and takes.func is steps_of
     rule, func, shape, _ = takes.args
-    return replace(kernel, takes=functools.partial(steps_of, rule, func, shape, Hashed(spec)))
+    return replace(kernel, takes=functools.partial(steps_of, rule, func, shape, gpu))
 
 
 def _restored(shape: Any, numbers: Iterator[int]) -> Any:
@@ -100,9 +100,12 @@ class Hashed:
     def __init__(self, spec: GpuSpec) -> None:
         """Stand for a card."""
         self.spec = spec
+        self._hash = hash((spec.name, spec.compute_capability, spec.multiprocessors))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Hashed) and other.spec == self.spec
+        if not isinstance(other, Hashed):
+            return False
+        return other.spec is self.spec or other.spec == self.spec
 
     def __hash__(self) -> int:
-        return hash((self.spec.name, self.spec.compute_capability, self.spec.multiprocessors))
+        return self._hash

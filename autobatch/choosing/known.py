@@ -46,7 +46,7 @@ class Known:
             _Combination
         )
         for trial in trials:
-            one = self._combinations[tuple(trial.settings.items())]
+            one = self._combinations[tuple(sorted(trial.settings.items()))]
             if trial.outcome == "finished":
                 one.finished[trial.micro_batch] = trial
                 self._finished.append(trial)

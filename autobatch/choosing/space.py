@@ -51,8 +51,8 @@ class Configuration:
 
     @property
     def combination(self) -> tuple[tuple[str, str], ...]:
-        """What is the same for all micro-batches."""
-        return tuple(self.settings.items())
+        """What is the same for all micro-batches, in an order that storages do not decide."""
+        return tuple(sorted(self.settings.items()))
 
     @property
     def changes_numerics(self) -> bool:

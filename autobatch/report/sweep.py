@@ -7,6 +7,7 @@ measured.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ __all__ = ["sweep_document", "sweep_summary", "write_sweep"]
 
 _FRONT_ROWS = 12
 """Rows of the front that one screen shows."""
+
+_REASON = 160
+"""Characters of a reason that one screen shows."""
 
 _CHART = Chart(
     "pareto",
@@ -136,8 +140,9 @@ def _gain(record: SweepRecord) -> str:
     if unchanged == best:
         return ""
     share = 1 - best.seconds / unchanged.seconds
+    less = f"{share:.0%} less than" if share >= 0.005 else "no less than"
     return (
-        f", {share:.0%} less than as it is at its fastest, micro-batch {unchanged.micro_batch:,} "
+        f", {less} as it is at its fastest, micro-batch {unchanged.micro_batch:,} "
         f"({_seconds(unchanged)}, {_reserved(unchanged)})"
     )
 
@@ -240,7 +245,7 @@ def _warnings(record: SweepRecord) -> tuple[Section, ...]:
         one = failed[0]
         notes.append(
             f"{count(len(failed), 'configuration')} failed, such as {one.label} at micro-batch "
-            f"{one.micro_batch:,}: {one.reason}"
+            f"{one.micro_batch:,}: {textwrap.shorten(one.reason or '', _REASON, placeholder=' …')}"
         )
     return (Section("Warnings", (Bullets(tuple(map(printable, notes))),)),) if notes else ()
 

@@ -476,3 +476,16 @@ def test_without_optuna_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delattr("autobatch.choosing.study", raising=False)
     with pytest.raises(UsageError, match=r"optuna is not installed: pip install .*\[sweep\]"):
         sweep(nn.Linear(4, 4), target=4, gpu="t4")
+
+
+def test_a_gain_that_is_none_is_not_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autobatch.choosing.bench import Tried
+
+    def run(self: Any, configuration: Any) -> Any:
+        is_changed = "every block" in configuration.settings.values()
+        return Tried(fits=True, reserved_bytes=MIB if is_changed else GIB, seconds=1.0)
+
+    monkeypatch.setattr(FakeBench, "run", run)
+    text = " ".join(str(fake_sweep(FakeBench(), monkeypatch)).split())
+    assert text.startswith("fastest: checkpointing: every block, micro-batch")
+    assert "window 1 s (estimate), no less than as it is at its fastest" in text

@@ -489,3 +489,14 @@ def test_a_gain_that_is_none_is_not_called_one(monkeypatch: pytest.MonkeyPatch) 
     text = " ".join(str(fake_sweep(FakeBench(), monkeypatch)).split())
     assert text.startswith("fastest: checkpointing: every block, micro-batch")
     assert "window 1 s (estimate), no less than as it is at its fastest" in text
+
+
+def test_the_chart_shows_what_finished_and_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autobatch.report.charts.pareto import pareto_chart
+
+    found = fake_sweep(FakeBench(), monkeypatch)
+    chart = pareto_chart(found)
+    assert len(chart.points) == found.count("finished")
+    assert [point.seconds for point in chart.front] == [trial.seconds for trial in found.front]
+    assert {point.is_as_it_is for point in chart.points} == {True, False}
+    assert (chart.time, chart.memory) == ("estimate", "simulated")

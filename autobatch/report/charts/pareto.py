@@ -91,8 +91,9 @@ def draw_pareto(chart: ParetoChart) -> Figure:
         xlim=(least / scale, max(most, 1.1 * chart.budget_bytes) / scale),
         ylim=_span([point.seconds for point in chart.points]),
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        marks = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+        axis.set_major_locator(LogLocator(subs=marks))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     front = [(point.reserved_bytes / scale, point.seconds) for point in reversed(chart.front)]

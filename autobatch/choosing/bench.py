@@ -6,12 +6,8 @@ batches of all shapes that the data has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
-
-import torch
 
 from autobatch.choosing.space import Configuration
 from autobatch.devices.base import Device, Run
@@ -130,7 +126,7 @@ class SimulatedBench:
         """Run two windows with their work counted."""
         setup, steps = configuration.setup, configuration.split.accumulation_steps
         card = self._card(setup)
-        with _float32_as(setup):
+        with setup.in_force():
             run = card.run(
                 setup.workload,
                 micro_batch=configuration.micro_batch,
@@ -199,7 +195,7 @@ class GpuBench:
                 "a process cannot change the allocator's settings once it uses the card: set "
                 "PYTORCH_CUDA_ALLOC_CONF before it starts"
             )
-        with _float32_as(configuration.setup):
+        with configuration.setup.in_force():
             return self._run(configuration)
 
     def _run(self, configuration: Configuration) -> Tried:
@@ -280,22 +276,8 @@ def _plan(configuration: Configuration, device: Device, target: int, headroom: f
     def planned(workload: Workload) -> Plan:
         return plan_of(probe_of(workload, device, target=target, headroom=headroom), target=target)
 
-    with _float32_as(configuration.setup):
+    with configuration.setup.in_force():
         plan = planned(workload)
         if plan.micro_batch <= configuration.micro_batch:
             return plan
         return planned(replace(workload, sample_limit=configuration.micro_batch))
-
-
-@contextmanager
-def _float32_as(setup: Setup) -> Iterator[None]:
-    """Let float32 matrix products be as a setup has them, which is a setting of the process."""
-    before = torch.get_float32_matmul_precision()
-    if setup.tf32 == (before != "highest"):
-        yield
-        return
-    torch.set_float32_matmul_precision("high" if setup.tf32 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

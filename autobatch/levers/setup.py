@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,3 +69,16 @@ class Setup:
         return self.having(
             batch=wrap(workload.batch), stream=tuple(wrap(one) for one in workload.stream)
         )
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Let float32 matrix products be as this setup has them: a setting of the process."""
+        before = torch.get_float32_matmul_precision()
+        if self.tf32 == (before != "highest"):
+            yield
+            return
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

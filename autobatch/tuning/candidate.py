@@ -50,13 +50,15 @@ class Candidate:
 
     def fits(self, micro_batch: int) -> bool:
         """Whether a micro-batch fits."""
-        return self._probe.fits(micro_batch)
+        with self._setup.in_force():
+            return self._probe.fits(micro_batch)
 
     def plan(self) -> Plan | None:
         """Return the plan; None where not even micro-batch 1 fits."""
         self._planned = self._new_probe()
         try:
-            return plan_of(self._planned, target=self._target)
+            with self._setup.in_force():
+                return plan_of(self._planned, target=self._target)
         except DoesNotFitError:
             return None
 
@@ -69,14 +71,16 @@ class Candidate:
             with suppress(Misaligned):
                 model = TraceModel.fit([run.trace for _, run in sorted(runs.items())])
                 return self._planned.predict(model, micro_batch).peak_reserved_bytes
-        return self._probe.run(micro_batch).replay.peak_reserved_bytes
+        with self._setup.in_force():
+            return self._probe.run(micro_batch).replay.peak_reserved_bytes
 
     def window_seconds(self, plan: Plan) -> float | None:
         """Return the estimated time of one update by the plan."""
         setup = self._setup
         runs = {} if self._planned is None else self._planned.runs
         speed = SpeedModel.of_runs(setup.workload, setup.gpu, runs, setup.settings)
-        return speed.seconds(plan.micro_batch, plan.accumulation_steps)
+        with self._setup.in_force():
+            return speed.seconds(plan.micro_batch, plan.accumulation_steps)
 
     def _new_probe(self) -> Probe:
         return probe_of(

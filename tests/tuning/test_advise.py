@@ -211,3 +211,13 @@ def test_an_advice_survives_json_and_prints_its_lines_of_code() -> None:
     assert "as it is" in text
     for choice in advice.fitting[:3]:
         assert all(line in text for code in choice.code for line in code.splitlines())
+
+
+def test_tf32_costs_no_memory_and_less_time() -> None:
+    before = torch.get_float32_matmul_precision()
+    advice = advise(workload(), target=64, gpu="a100-40gb", levers=["precision"])
+    (choice,) = [choice for choice in advice.choices if choice.options == ("precision: tf32",)]
+    assert choice.saved_bytes == 0
+    slowdown = advice.slowdown(choice)
+    assert slowdown is not None and slowdown < 0.9
+    assert torch.get_float32_matmul_precision() == before

@@ -236,7 +236,8 @@ class Copier(Walk):
         for key, known in self._memo.items():
             if id(known) in new:
                 self._memo[key] = new[id(known)]
-        self._made.update(map(id, new.values()))
+        # the ids of those that are replaced will be given to other objects
+        self._made = (self._made - new.keys()) | set(map(id, new.values()))
         return result
 
     def move(self, original: Tensor, device: torch.device | None = None) -> Tensor:

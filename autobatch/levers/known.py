@@ -12,6 +12,7 @@ from autobatch.levers.lever import Lever
 from autobatch.levers.lora import LORA
 from autobatch.levers.loss import LOSS
 from autobatch.levers.memory_format import MEMORY_FORMAT
+from autobatch.levers.offload import OFFLOAD
 from autobatch.levers.optimizer import OPTIMIZER
 from autobatch.levers.precision import PRECISION
 from autobatch.levers.sharding import SHARDING
@@ -28,6 +29,7 @@ LEVERS = {
         LOSS,
         LORA,
         CHECKPOINTING,
+        OFFLOAD,
         SHARDING,
         OPTIMIZER,
         ALLOCATOR,

@@ -40,6 +40,18 @@ def _options(setup: Setup) -> list[Option]:
         options.append(
             _option("DDP", "Each GPU keeps all of the model and its state.", _DDP, "ddp")
         )
+    offloaded = _code(setup, ", offload_policy=CPUOffloadPolicy()").replace(
+        "import fully_shard", "import CPUOffloadPolicy, fully_shard"
+    )
+    options.append(
+        _option(
+            "FSDP2, offloaded",
+            "As FSDP2, and each GPU's share waits in the host's memory, where the update runs: "
+            "slow, and little is left on the card.",
+            offloaded,
+            ShardingCode(offloaded),
+        )
+    )
     kept = _code(setup, ", reshard_after_forward=False")
     options.append(
         _option(

@@ -157,6 +157,8 @@ def by_hand(option: Option, make: Callable[[], Workload]) -> Setup:
         return setup.having(sharding=lambda model: executed(code, model=model) and None)
     if "autocast" in code and lever == "precision":
         return _in_autocast(setup, code)
+    if option.label == "offload: optimizer state":  # torchao makes it on a card alone
+        return setup.having(optimizer=lambda model: executed(code, model=model)["optimizer"])
     if option.value == "in backward":
         made = executed(code, model=workload.model)
         return (

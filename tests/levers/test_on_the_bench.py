@@ -18,6 +18,7 @@ CASES = [
     ("transformer", "optimizer: for-loop"),
     ("transformer", "optimizer: fused"),
     ("transformer", "allocator: expandable segments"),
+    ("transformer", "offload: activations"),
     ("llama", "none"),
     ("llama", "loss: 8 chunks"),
     ("llama", "lora: rank 16, all linear"),

@@ -21,6 +21,7 @@ from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 from tests.levers.setups import (
+    by_hand,
     convnet,
     llama,
     options_of,
@@ -205,12 +206,38 @@ def test_a_loss_of_the_users_own_is_not_replaced() -> None:
 def test_sharing_is_for_several_gpus() -> None:
     assert of_lever("sharding", transformer()) == []
     shared = replace(transformer(), world_size=2)
-    assert of_lever("sharding", shared) == ["FSDP2", "FSDP2, kept after forward"]
+    assert of_lever("sharding", shared) == [
+        "FSDP2",
+        "FSDP2, offloaded",
+        "FSDP2, kept after forward",
+    ]
     assert of_lever("sharding", replace(shared, sharding="fsdp")) == [
         "DDP",
+        "FSDP2, offloaded",
         "FSDP2, kept after forward",
     ]
     assert of_lever("sharding", replace(shared, sharding=lambda model: None)) == []
+
+
+@pytest.mark.parametrize("value", ["FSDP2", "FSDP2, offloaded", "FSDP2, kept after forward"])
+def test_sharing_by_hand_takes_what_was_promised(value: str) -> None:
+    def shared() -> Workload:
+        return replace(transformer(), world_size=2)
+
+    option = options_of(setup_of(shared()))[f"sharding: {value}"]
+    promised = peaks(option.apply(setup_of(shared())))
+    assert peaks(by_hand(option, shared)) == promised
+    assert promised[0] < peaks(setup_of(shared()))[0]
+
+
+def test_less_is_on_the_card_when_it_is_offloaded() -> None:
+    setup = setup_of(transformer())
+    options = options_of(setup)
+    assert peaks(options["offload: activations"].apply(setup))[0] < peaks(setup)[0]
+    clipped = setup_of(replace(transformer(), clip_norm=1.0))
+    assert "offload: optimizer state" not in options_of(clipped)
+    if importlib.util.find_spec("torchao") is not None:
+        assert peaks(options["offload: optimizer state"].apply(setup))[0] < peaks(setup)[0]
 
 
 def test_expandable_segments_are_offered_where_they_are_off() -> None:

@@ -199,15 +199,16 @@ def _in_autocast(setup: Setup, code: str) -> Setup:
 
 def _without_step(workload: Workload) -> Callable[..., None]:
     loss = workload.loss
-    kept: list[Any] = []  # as a loop keeps the last output
+    last: dict[str, Any] = {}  # as a loop that is no function keeps them
 
     def window(model: nn.Module, optimizer: Any, batches: Any) -> None:
         for batch in batches:
             if loss is None:
-                kept[:] = [model(**batch)]
-                kept[0].loss.backward()
+                last["output"] = model(**batch)
+                last["loss"] = last["output"].loss / 1  # of one micro-batch
             else:
-                loss(model, batch).backward()
+                last["loss"] = loss(model, batch)
+            last["loss"].backward()
 
     return window
 

@@ -49,7 +49,14 @@ def with_scratch(bare: Bare) -> Trace:
     """
     trace = bare.trace
     count = len(trace.blocks)
-    mixed = interleaved(trace.events, zip(bare.kernels, map(_steps, bare.kernels)), count)
+    asked: dict[tuple[int, tuple[int, ...]], Steps] = {}  # by rule, which the kernels hold
+    steps = []
+    for kernel in bare.kernels:
+        question = id(kernel.takes), kernel.numbers
+        if question not in asked:
+            asked[question] = kernel.takes(kernel.numbers)
+        steps.append(asked[question])
+    mixed = interleaved(trace.events, zip(bare.kernels, steps, strict=True), count)
     order = [event for event in mixed.events if event >= 0]
     numbers = [0] * len(order)
     for number, block in enumerate(order):
@@ -147,10 +154,6 @@ def _played(steps: tuple[Step, ...], name: str) -> tuple[tuple[int, int, int, st
             played.append((when, piece, 0, name))
     played += [(_AT_END, piece, 0, name) for piece in alive if piece is not None]
     return tuple(played)
-
-
-def _steps(kernel: Kernel) -> Steps:
-    return kernel.takes(kernel.numbers)
 
 
 def _moved(marks: Sequence[Mark], places: Sequence[tuple[int, int]]) -> Iterator[Mark]:

@@ -29,6 +29,7 @@ from autobatch.devices.virtual.kernels.orders import order_of
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.placeholders import MASKS
 from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.results import Recipe, plain_recipe
 from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.errors import WorkloadError
 from autobatch.support.interrupts import let_through
@@ -52,15 +53,7 @@ class _Uncacheable(Exception):
     """A call whose answer depends on more than the layout of its arguments."""
 
 
-_Recipe = tuple[Any, ...]
-"""How to make one output without running its op.
-
-("same", i) is tensor i of the arguments, ("view", i, shape, stride, offset, dtype) aliases its
-storage, ("new", shape, stride, dtype) owns a new storage, ("list", kind, recipes) holds several,
-("value", v) is a plain Python value.
-"""
-
-_Repeated = tuple[_Recipe, Any, str, OpOverload]
+_Repeated = tuple[Recipe, Any, str, OpOverload]
 """Of calls with the same layouts: the recipe, what `Workspaces.call_of` returned, the op's name.
 
 The op is held so that its id is no other's.
@@ -228,13 +221,15 @@ class VirtualMode(FakeTensorMode):
         kwargs: Mapping[str, Any],
         key: tuple[Any, ...] | None,
         tensors: list[Any],
-    ) -> tuple[Any, _Recipe | None]:
+    ) -> tuple[Any, Recipe | None]:
         """Answer as FakeTensorMode does; also return how to make the output again, if that is known.
 
         Without a `key` the answer depends on more than the layouts of `tensors`.
         """
         if key is None:
             args, kwargs = self._adopted(args, kwargs)
+        elif (plain := plain_recipe(func, args, tensors)) is not None:
+            return self._build(plain, tensors), plain
         elif _runs_on_meta(func):
             try:
                 recipe = self._work_out(func, args, kwargs)
@@ -352,7 +347,7 @@ class VirtualMode(FakeTensorMode):
 
     def _work_out(
         self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> _Recipe:
+    ) -> Recipe:
         """Run an op on plain meta tensors over the arguments' storages, and describe the result."""
         metas: list[Any] = []
         plain = _with_metas(args, metas)
@@ -363,7 +358,7 @@ class VirtualMode(FakeTensorMode):
             raise _Uncacheable from None
         return self._describe(output, metas)
 
-    def _recipe_of(self, func: OpOverload, output: Any, tensors: list[Any]) -> _Recipe | None:
+    def _recipe_of(self, func: OpOverload, output: Any, tensors: list[Any]) -> Recipe | None:
         """Return how to make an output again, or None where that depends on values."""
         if _CHANGING.intersection(func.tags) and not _has_shape_of_indices(func, tensors):
             return None
@@ -372,14 +367,14 @@ class VirtualMode(FakeTensorMode):
         except _Uncacheable:
             return None
 
-    def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
+    def _describe(self, output: Any, tensors: list[Any]) -> Recipe:
         """Say what an output is, given the tensors among the arguments."""
         numbered = [*enumerate(tensors)][::-1]  # the first of several that are alike wins
         same = {id(tensor): index for index, tensor in numbered}
         storages = {tensor.untyped_storage()._cdata: index for index, tensor in numbered}
         return self._described(output, same, storages)
 
-    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> _Recipe:
+    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> Recipe:
         if isinstance(output, Tensor):
             if id(output) in same:
                 return ("same", same[id(output)])
@@ -401,7 +396,7 @@ class VirtualMode(FakeTensorMode):
             return ("value", output)
         raise _Uncacheable
 
-    def _build(self, recipe: _Recipe, tensors: list[Any]) -> Any:
+    def _build(self, recipe: Recipe, tensors: list[Any]) -> Any:
         kind = recipe[0]
         if kind == "new":
             _, shape, stride, dtype = recipe

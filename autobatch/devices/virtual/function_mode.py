@@ -26,6 +26,7 @@ from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
 from autobatch.devices.virtual.elements import (
     forget_values,
     is_certain,
+    known_number,
     placeholder_of,
     values_of,
     was_upper_bound,
@@ -141,6 +142,8 @@ class CudaCalls(TorchFunctionMode):
         tensor[key] = value
 
     def _item(self, tensor: Tensor) -> Any:
+        if type(tensor) is FakeTensor and (known := known_number(tensor)) is not None:
+            return known  # counters of optimizers are asked twice for each parameter
         value = _first(tensor).item()
         if type(value) is not float or not isinstance(tensor, FakeTensor):
             return value

@@ -26,6 +26,7 @@ from autobatch.devices.virtual.kernels.convolutions import (
 )
 from autobatch.devices.virtual.kernels.layouts import relaid
 from autobatch.devices.virtual.kernels.orders import order_of
+from autobatch.devices.virtual.kernels.outputs import BY_LAYOUT
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.placeholders import MASKS
 from autobatch.devices.virtual.recorder import StorageRecorder
@@ -159,7 +160,8 @@ class VirtualMode(FakeTensorMode):
             return self._in_place(func, args, kwargs)
         tensors: list[Any] = []
         key = None
-        if not self._unknown.has_rule(func):
+        is_ruled = self._unknown.has_rule(func)
+        if not is_ruled or func in BY_LAYOUT:
             try:
                 key = self._key_of(func, args, kwargs, tensors)
             except _Uncacheable:
@@ -173,10 +175,13 @@ class VirtualMode(FakeTensorMode):
         call = self._workspaces.call_of(func, args, kwargs)
         after = self._workspaces.begun(call)
         output = self._unknown.answer(self, func, args, kwargs)
+        recipe = None
         if output is NotImplemented:
             output, recipe = self._answer(func, args, kwargs, key, tensors)
-            if recipe is not None:
-                self._recipes[key] = (recipe, call, func.name(), func)
+        elif key is not None:
+            recipe = self._recipe_of(func, output, tensors)
+        if recipe is not None:
+            self._recipes[key] = (recipe, call, func.name(), func)
         self._created(output, func, args)
         if after is not None:
             after()
@@ -276,13 +281,12 @@ class VirtualMode(FakeTensorMode):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """Make a tensor on `like`'s device from inside a rule."""
-        elem = torch.empty(shape, dtype=dtype, device="meta")
-        return FakeTensor(self, elem, like.device)
+        return self._like(like, torch.empty(shape, dtype=dtype, device=_META))
 
     def strided(self, tensor: Tensor, shape: Any, stride: Any) -> Tensor:
         """Make a tensor of a dense layout from inside a rule, like another in all else."""
         elem = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=_META)
-        return FakeTensor(self, elem, tensor.device)
+        return self._like(tensor, elem)
 
     def part(self, buffer: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
         """Make a contiguous view of a buffer from inside a rule, from an element on."""
@@ -293,7 +297,7 @@ class VirtualMode(FakeTensorMode):
         """Make a tensor of the same layout from inside a rule."""
         shape, stride, _, dtype = _layout(tensor)
         elem = torch.empty_like(_alias(tensor, shape, stride, 0, dtype))
-        return FakeTensor(self, elem, tensor.device)
+        return self._like(tensor, elem)
 
     def fake_of(self, value: Tensor) -> Tensor:
         """Make a fake of a real tensor, on the device where that is."""
@@ -409,6 +413,10 @@ class VirtualMode(FakeTensorMode):
         if kind == "list":
             return recipe[1](self._build(item, tensors) for item in recipe[2])
         return recipe[1]
+
+    def _like(self, tensor: Tensor, elem: Tensor) -> FakeTensor:
+        """Make a tensor of a layout on the device of another one."""
+        return self._wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
 
     def _wrap(self, elem: Tensor) -> FakeTensor:
         """Do what FakeTensor's constructor does, without its many checks."""

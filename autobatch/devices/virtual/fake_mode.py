@@ -160,8 +160,8 @@ class VirtualMode(FakeTensorMode):
             return self._in_place(func, args, kwargs)
         tensors: list[Any] = []
         key = None
-        is_ruled = self._unknown.has_rule(func)
-        if not is_ruled or func in BY_LAYOUT:
+        unknown = self._unknown
+        if not unknown.has_rule(func) or func in BY_LAYOUT or unknown.is_plain(func, args):
             try:
                 key = self._key_of(func, args, kwargs, tensors)
             except _Uncacheable:
@@ -174,7 +174,7 @@ class VirtualMode(FakeTensorMode):
             check_dtypes(func, args, kwargs)
         call = self._workspaces.call_of(func, args, kwargs)
         after = self._workspaces.begun(call)
-        output = self._unknown.answer(self, func, args, kwargs)
+        output = unknown.answer(self, func, args, kwargs)
         recipe = None
         if output is NotImplemented:
             output, recipe = self._answer(func, args, kwargs, key, tensors)
@@ -185,7 +185,7 @@ class VirtualMode(FakeTensorMode):
         self._created(output, func, args)
         if after is not None:
             after()
-        self._unknown.follow(func, args, kwargs, output)
+        unknown.follow(func, args, kwargs, output)
         return output
 
     def _repeated(

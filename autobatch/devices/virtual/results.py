@@ -109,6 +109,13 @@ def _normalized(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None
     return ("list", tuple, [_contiguous(shape, data.dtype), statistics, statistics])
 
 
+def _normalized_by_mean_square(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        return None
+    made = _normalized(args, tensors)
+    return None if made is None else ("list", tuple, made[2][:2])
+
+
 def _contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Recipe:
     return ("new", shape, _row_strides(shape), dtype)
 
@@ -159,3 +166,5 @@ _RULES: dict[Any, _Rule] = {
     CONVOLUTION_BACKWARD: _convolved_backward,
     aten.native_layer_norm.default: _normalized,
 }
+if hasattr(aten, "_fused_rms_norm"):  # not in every version
+    _RULES[aten._fused_rms_norm.default] = _normalized_by_mean_square

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from autobatch.devices.virtual.elements import (
     bounds_of,
+    has_values,
     is_certain,
     is_unbounded,
     mark_upper_bound,
@@ -50,6 +51,8 @@ _Rule = Callable[..., Any]
 
 _MOST_READS = 10_000
 _MOST_READS_TRYING = 200
+_INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor)
+
 _WITH_INFO = frozenset(
     """
     linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex linalg_ldl_factor_ex _linalg_solve_ex
@@ -117,6 +120,17 @@ class UnknownValues:
             has = func in self._rules or _is_nms(func) or _is_silent(func)
             known = self._ruled[id(func)] = has, func
         return known[0]
+
+    def is_plain(self, func: Any, args: Sequence[Any]) -> bool:
+        """Whether the rule of an op leaves this call to what says it of layouts alone."""
+        if len(args) < 2:
+            return False
+        if func is aten.split_with_sizes.default:
+            dim = args[2] if len(args) > 2 else 0
+            return bool(sum(args[1]) == args[0].shape[dim])
+        if func in _INDEXED:
+            return not _has_mask(args[1]) and not has_values(args[0])
+        return False
 
     def answer(self, mode: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer one op, or return NotImplemented where values do not matter."""

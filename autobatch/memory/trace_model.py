@@ -8,7 +8,7 @@ the micro-batch, three give quadratic ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -204,10 +204,7 @@ class TraceModel:
         firsts, shared = self._questions
         numbers = {first: tuple(map(value_of, self.numbers[first])) for first in firsts}
         return tuple(
-            [
-                kernel.at(numbers[first])
-                for kernel, first in zip(self.kernels, shared, strict=True)
-            ]
+            [kernel.at(numbers[first]) for kernel, first in zip(self.kernels, shared, strict=True)]
         )
 
     def difference(self, trace: Trace) -> str | None:

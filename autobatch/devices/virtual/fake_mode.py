@@ -227,7 +227,7 @@ class VirtualMode(FakeTensorMode):
         key: tuple[Any, ...] | None,
         tensors: list[Any],
     ) -> tuple[Any, Recipe | None]:
-        """Answer as FakeTensorMode does; also return how to make the output again, if that is known.
+        """Answer as FakeTensorMode does; also return how to make the output again, if known.
 
         Without a `key` the answer depends on more than the layouts of `tensors`.
         """
@@ -349,9 +349,7 @@ class VirtualMode(FakeTensorMode):
                 raise _Uncacheable
         return tuple(parts)
 
-    def _work_out(
-        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Recipe:
+    def _work_out(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recipe:
         """Run an op on plain meta tensors over the arguments' storages, and describe the result."""
         metas: list[Any] = []
         plain = _with_metas(args, metas)
@@ -416,7 +414,9 @@ class VirtualMode(FakeTensorMode):
 
     def _like(self, tensor: Tensor, elem: Tensor) -> FakeTensor:
         """Make a tensor of a layout on the device of another one."""
-        return self._wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
+        return (
+            self._wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
+        )
 
     def _wrap(self, elem: Tensor) -> FakeTensor:
         """Do what FakeTensor's constructor does, without its many checks."""

@@ -233,7 +233,7 @@ class VirtualMode(FakeTensorMode):
         """
         if key is None:
             args, kwargs = self._adopted(args, kwargs)
-        elif (plain := plain_recipe(func, args, tensors)) is not None:
+        elif (plain := plain_recipe(func, args, kwargs, tensors)) is not None:
             return self._build(plain, tensors), plain
         elif _runs_on_meta(func):
             try:

@@ -9,7 +9,7 @@ Invariant: where a rule answers, it answers as FakeTensorMode and `kernels/layou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,15 +33,23 @@ _Rule = Callable[[Sequence[Any], Sequence[Tensor]], "Recipe | None"]
 aten = torch.ops.aten
 
 
-def plain_recipe(func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
+def plain_recipe(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
+) -> Recipe | None:
     """Return how to make the output of a call, or None where no rule here says it.
 
+    `tensors` are those among the arguments, in order.
+
     >>> data = torch.empty(2, 3, device="meta")
-    >>> plain_recipe(torch.ops.aten.gelu.default, (data,), (data,))
+    >>> plain_recipe(torch.ops.aten.gelu.default, (data,), {}, (data,))
     ('new', (2, 3), (3, 1), torch.float32)
     """
     rule = _RULES.get(func)
     if rule is None or not tensors or not all(t.is_floating_point() for t in tensors):
+        return None
+    if any(value is not _USUAL.get(name, value) for name, value in kwargs.items()):
+        return None
+    if kwargs.keys() - _USUAL.keys():
         return None
     return rule(args, tensors)
 
@@ -56,6 +64,15 @@ def _alike(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
         if tuple(other.shape) != shape or other.stride() != stride or other.dtype != dtype:
             return None
     return ("new", shape, stride, dtype)
+
+
+def _in_place(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
+    return None if _alike(args, tensors) is None else ("same", 0)
+
+
+def _each_alike(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
+    made = [_alike(args, (tensor,)) for tensor in tensors]
+    return None if None in made else ("list", list, made)
 
 
 def _convolved(args: Sequence[Any], tensors: Sequence[Tensor]) -> Recipe | None:
@@ -157,11 +174,31 @@ _OF_ELEMENTS = """
     tanh_backward.default threshold_backward.default
 """
 
+_IN_PLACE = """
+    add_.Tensor mul_.Tensor elu_.default hardswish_.default hardtanh_.default leaky_relu_.default
+    relu_.default sigmoid_.default silu_.default tanh_.default
+"""
+
+_USUAL = {
+    "alpha": 1,
+    "approximate": "none",
+    "memory_format": torch.preserve_format,
+    "pin_memory": False,
+}
+"""Named arguments that change nothing about a layout, with the values that a rule here knows."""
+
 _RULES: dict[Any, _Rule] = {
     **{
         getattr(getattr(aten, name), overload): _alike
         for name, overload in (op.split(".") for op in _OF_ELEMENTS.split())
     },
+    **{
+        getattr(getattr(aten, name), overload): _in_place
+        for name, overload in (op.split(".") for op in _IN_PLACE.split())
+    },
+    aten.ones_like.default: _alike,
+    aten.zeros_like.default: _alike,
+    aten._foreach_sqrt.default: _each_alike,
     CONVOLUTION: _convolved,
     CONVOLUTION_BACKWARD: _convolved_backward,
     aten.native_layer_norm.default: _normalized,

@@ -92,6 +92,9 @@ _ATOMS: tuple[type, ...] = (
 )
 """Types whose values hold nothing that a run could change."""
 
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.device, torch.dtype))
+"""The most frequent of them."""
+
 _MOST_ELEMENTS = 10_000
 """Elements of a container from which on it is a table or a data set, and shared."""
 
@@ -149,11 +152,15 @@ class Walk:
 
     def copied(self, value: Any, *, is_bound: bool = False) -> Any:
         """Return the counterpart of any value; of functions, classes and what is kept, itself."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
         known = self._memo.get(id(value), self)
         if known is not self:
             return known
-        kind = type(value)
-        if issubclass(kind, _ATOMS) or kind is bool:
+        if kind in _CONTAINERS:
+            return _MAKERS[kind](self, value)
+        if issubclass(kind, _ATOMS):
             return value
         if isinstance(value, Tensor):
             return value if self._shares_state else self.tensor(value, is_bound=is_bound)
@@ -403,7 +410,7 @@ class Walk:
             duplicate.default_factory = self.copied(value.default_factory)  # type: ignore[attr-defined]
         self.remember(value, duplicate)
         for key, part in list(value.items()):
-            duplicate[self._key(key)] = self.copied(part)
+            duplicate[key if type(key) is str else self._key(key)] = self.copied(part)
         return duplicate
 
     def _set(self, value: Any) -> Any:
@@ -466,6 +473,9 @@ _MAKERS: dict[type, Callable[[Walk, Any], Any]] = {
     weakref.ref: Walk._reference,
     functools._lru_cache_wrapper: Walk._cache,
 }
+
+_CONTAINERS = frozenset((list, tuple, dict, OrderedDict, set))
+"""The most frequent kinds, which nothing else is said of."""
 
 _DESCRIPTORS = (
     FunctionType,

@@ -23,6 +23,7 @@ from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.trace import Category, Phase
 from autobatch.support.interrupts import let_through
 from autobatch.support.tensor_parts import parts_of
+from autobatch.support.torch_private import DisableTorchFunction
 from autobatch.support.wording import said_by
 from autobatch.workload.histories import with_full_history
 from autobatch.workload.loss import DefaultLoss
@@ -237,12 +238,17 @@ class Session:
         self._grown.append(self._recorder.live_bytes())
 
     def _tag(self) -> None:
+        with DisableTorchFunction():  # a mode would be asked for each attribute of each tensor
+            self._tag_all()
+
+    def _tag_all(self) -> None:
         # a sharded parameter is in the optimizer also while the model has the whole one
         self._tag_gradients(itertools.chain(self._model.parameters(), self._trained()))
         self._tag_optimizer_state()
 
     def _stepped(self, optimizer: Any) -> None:
-        self._tag_gradients(parameters_of([optimizer]))
+        with DisableTorchFunction():
+            self._tag_gradients(parameters_of([optimizer]))
 
     def _tag_gradients(self, parameters: Iterable[Tensor]) -> None:
         learned = {id(p): p for p in parameters if p.grad is not None}

@@ -47,12 +47,15 @@ def with_frees_in_order(trace: Trace) -> Trace:
     """
     events = list(trace.events)
     begins = {mark.event for mark in trace.marks}
-    start = 0
-    for place in range(len(events) + 1):
-        ends = place == len(events) or events[place] >= 0 or place in begins
-        if ends:
-            events[start:place] = sorted(events[start:place])
-            start = place if place < len(events) and events[place] < 0 else place + 1
+    start = len(events)  # of frees that follow one another
+    for place, event in enumerate(trace.events):
+        if event >= 0 or place in begins:
+            if place - start > 1:
+                events[start:place] = sorted(events[start:place])
+            start = place if event < 0 else len(events)
+        elif start > place:
+            start = place
+    events[start:] = sorted(events[start:])
     ordered = tuple(events)
     return trace if ordered == trace.events else replace(trace, events=ordered)
 

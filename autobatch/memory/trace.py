@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 __all__ = [
     "CATEGORIES",
@@ -20,6 +20,7 @@ __all__ = [
     "Kernel",
     "Mark",
     "Phase",
+    "Requests",
     "Trace",
     "running_bytes",
 ]
@@ -151,6 +152,21 @@ class Kernel:
     numbers: tuple[int, ...]
     takes: Callable[[tuple[int, ...]], Sequence[int | str]]
 
+    def at(self, numbers: tuple[int, ...]) -> Kernel:
+        """Return the same kernel with other numbers."""
+        return Kernel(
+            kind=self.kind,
+            name=self.name,
+            phase=self.phase,
+            stream=self.stream,
+            start=self.start,
+            results=self.results,
+            end=self.end,
+            marks=self.marks,
+            numbers=numbers,
+            takes=self.takes,
+        )
+
     @property
     def place(self) -> tuple[object, ...]:
         """What is the same of a kernel at every micro-batch, unless traces do not align."""
@@ -163,6 +179,20 @@ class Bare:
 
     trace: Trace
     kernels: tuple[Kernel, ...]
+
+
+class Requests(NamedTuple):
+    """What a trace asks an allocator for.
+
+    Attributes:
+        sizes: requested bytes of each block.
+        events: as in `Trace.events`.
+        streams: of each block; None where all are on the first.
+    """
+
+    sizes: Sequence[int]
+    events: Sequence[int]
+    streams: Sequence[int] | None
 
 
 def running_bytes(sizes: Sequence[int], events: Sequence[int]) -> list[int]:

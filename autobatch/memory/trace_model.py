@@ -7,12 +7,14 @@ the micro-batch, three give quadratic ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from autobatch.memory.alignment import counterparts, same_kind, with_frees_in_order
-from autobatch.memory.scratch import with_scratch
-from autobatch.memory.trace import Bare, Kernel, Trace, running_bytes
+from autobatch.memory.scratch import interleaved, with_scratch
+from autobatch.memory.trace import Allocation, Bare, Kernel, Requests, Trace, running_bytes
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
@@ -24,7 +26,7 @@ class Misaligned(ValueError):
     """Two traces are not the same sequence of allocations and frees."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TraceModel:
     """Sizes of every block as a polynomial in the micro-batch; make one with `fit`.
 
@@ -124,9 +126,15 @@ class TraceModel:
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block of the template, to the nearest byte."""
+        terms, places = self._terms
         value_of = self._evaluator(micro_batch)
-        terms = zip(self.bases, self.slopes, self.bends, strict=True)
-        return [max(0, value_of(term)) for term in terms]
+        values = [max(0, value_of(term)) for term in terms]
+        return [values[place] for place in places]
+
+    @cached_property
+    def _terms(self) -> tuple[list[_Term], list[int]]:
+        """The terms of blocks, each once, and the place among them of each block's."""
+        return _distinct(zip(self.bases, self.slopes, self.bends, strict=True))
 
     def _evaluator(self, micro_batch: int) -> Callable[[_Term], int]:
         """Return what evaluates the terms of a polynomial, to the nearest whole number."""
@@ -144,8 +152,12 @@ class TraceModel:
     def trace(self, micro_batch: int) -> Trace:
         """Return the whole trace at a micro-batch, executed or not."""
         blocks = tuple(
-            block if block.size_bytes == size else replace(block, size_bytes=size)
-            for block, size in zip(self.template.blocks, self.sizes(micro_batch), strict=True)
+            [
+                block
+                if block.size_bytes == size
+                else Allocation(size, block.category, block.phase, block.op, block.stream)
+                for block, size in zip(self.template.blocks, self.sizes(micro_batch), strict=True)
+            ]
         )
         trace = Trace(
             micro_batch=micro_batch,
@@ -156,11 +168,43 @@ class TraceModel:
         )
         return with_scratch(Bare(trace, self._kernels(micro_batch))) if self.kernels else trace
 
+    def requests(self, micro_batch: int) -> Requests:
+        """Return what the trace at a micro-batch asks the allocator for, event by event.
+
+        It is the same as that of `trace`, but for the numbers of blocks, in a tenth of the time.
+        """
+        sizes = self.sizes(micro_batch)
+        streams = [block.stream for block in self.template.blocks]
+        events: Sequence[int] = self.template.events
+        if self.kernels:
+            value_of = self._evaluator(micro_batch)
+            firsts, shared = self._questions
+            steps = {
+                first: self.kernels[first].takes(tuple(map(value_of, self.numbers[first])))
+                for first in firsts
+            }
+            taking = zip(self.kernels, [steps[first] for first in shared], strict=True)
+            mixed = interleaved(events, taking, len(sizes))
+            events = mixed.events
+            sizes += [size_bytes for _, size_bytes, _ in mixed.pieces]
+            streams += [kernel.stream for kernel, _, _ in mixed.pieces]
+        return Requests(sizes, events, streams if any(streams) else None)
+
+    @cached_property
+    def _questions(self) -> tuple[list[int], list[int]]:
+        """The first kernel of each kind with the same numbers, and whose answer each one shares."""
+        firsts: dict[Hashable, int] = {}
+        shared = []
+        for index, (kernel, terms) in enumerate(zip(self.kernels, self.numbers, strict=True)):
+            shared.append(firsts.setdefault((kernel.kind, terms), index))
+        return sorted(firsts.values()), shared
+
     def _kernels(self, micro_batch: int) -> tuple[Kernel, ...]:
         value_of = self._evaluator(micro_batch)
+        firsts, shared = self._questions
+        numbers = {first: tuple(map(value_of, self.numbers[first])) for first in firsts}
         return tuple(
-            replace(kernel, numbers=tuple(map(value_of, terms)))
-            for kernel, terms in zip(self.kernels, self.numbers, strict=True)
+            [kernel.at(numbers[first]) for kernel, first in zip(self.kernels, shared, strict=True)]
         )
 
     def difference(self, trace: Trace) -> str | None:
@@ -212,6 +256,16 @@ class TraceModel:
 
 _Term = tuple[int, int, int]
 """Base, slope and bend."""
+
+_T = TypeVar("_T", bound=Hashable)
+
+
+def _distinct(values: Iterable[_T]) -> tuple[list[_T], list[int]]:
+    """Return each of many values once, and the place among those of each one."""
+    places: dict[_T, int] = {}
+    of = [places.setdefault(value, len(places)) for value in values]
+    return list(places), of
+
 
 _ABSENT = -1
 """Stands for the size of a block that a trace does not have."""

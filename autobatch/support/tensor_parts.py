@@ -15,10 +15,12 @@ __all__ = ["is_composed", "parts_of", "recomposed"]
 
 def is_composed(value: Any) -> bool:
     """Whether a value is a tensor whose class keeps its numbers in other tensors."""
-    kind = type(value)
+    return isinstance(value, Tensor) and _takes_apart(type(value))
+
+
+def _takes_apart(kind: type) -> bool:
     return (
-        isinstance(value, Tensor)
-        and kind not in (Tensor, nn.Parameter)
+        kind not in (Tensor, nn.Parameter)
         and hasattr(kind, "__tensor_flatten__")
         and hasattr(kind, "__tensor_unflatten__")
     )

@@ -35,6 +35,7 @@ from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
+from autobatch.support.collection import collection_paused
 from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, what_is_missing
@@ -80,6 +81,7 @@ def probe_of(
     )
 
 
+@collection_paused()  # what runs leave is collected by their devices
 def plan_of(
     probe: Probe,
     *,

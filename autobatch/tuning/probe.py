@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from autobatch.devices.base import Device, Run
 from autobatch.gpus.budget import budget_bytes
-from autobatch.memory.accounting import replay
-from autobatch.memory.replay import Replay
+from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace_model import TraceModel
 from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback
@@ -94,4 +93,5 @@ class Probe:
 
     def predict(self, model: TraceModel, micro_batch: int) -> Replay:
         """Return what the allocator would do with the model's trace at a size."""
-        return replay(model.trace(micro_batch), self.device.allocator())
+        sizes, events, streams = model.requests(micro_batch)
+        return simulate(sizes, events, allocator=self.device.allocator(), streams=streams)

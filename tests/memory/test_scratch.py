@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from autobatch.memory.replay import simulate
 from autobatch.memory.scratch import RESULT, RESULTS, with_scratch
 from autobatch.memory.trace import Allocation, Bare, Kernel, Mark, Trace
 from autobatch.memory.trace_model import Misaligned, TraceModel
@@ -73,3 +76,48 @@ def test_other_kernels_do_not_align():
         TraceModel.fit([whole(2, lambda n: []), whole(3, lambda n: [], count=2)])
     with pytest.raises(Misaligned, match="differ in a kernel"):
         TraceModel.fit([whole(2, lambda n: []), whole(3, lambda n: [], end=4)])
+
+
+def asked(sizes, events) -> list[int]:
+    """Return what each event asks for, or gives back as a negative number."""
+    return [sizes[event] if event >= 0 else -sizes[~event] for event in events]
+
+
+@pytest.mark.parametrize("n", [4, 7, 11])
+def test_requests_of_a_model_are_those_of_its_trace(n):
+    def steps(n: int):
+        return [1, 2, ~0, RESULT, 1000, RESULTS, 5] if n >= 7 else [2, ~0]
+
+    model = TraceModel.fit([whole(2, steps, count=3), whole(3, steps, count=3)])
+    trace = model.trace(n)
+    requests = model.requests(n)
+    assert asked(requests.sizes, requests.events) == asked(trace.sizes, trace.events)
+    assert requests.streams is None
+
+
+def test_a_kernel_is_asked_once_for_all_calls_with_the_same_numbers():
+    calls = []
+
+    def steps(n: int):
+        calls.append(n)
+        return [n]
+
+    model = TraceModel.fit([whole(2, steps, count=5), whole(3, steps, count=5)])
+    calls.clear()
+    model.requests(9)
+    assert calls == [9]
+
+
+def test_scratch_of_another_stream_is_asked_for_there():
+    bare = whole(2, lambda n: [4]).bare
+    other = whole(3, lambda n: [4]).bare
+    moved = [
+        with_scratch(Bare(one.trace, tuple(replace(kernel, stream=1) for kernel in one.kernels)))
+        for one in (bare, other)
+    ]
+    model = TraceModel.fit(moved)
+    sizes, events, streams = model.requests(5)
+    assert streams == [0, 0, 0, 1]
+    assert simulate(sizes, events, streams=streams) == simulate(
+        model.trace(5).sizes, model.trace(5).events, streams=model.trace(5).streams
+    )

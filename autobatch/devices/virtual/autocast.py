@@ -146,8 +146,14 @@ _libraries: list[Any] = []  # a Library unregisters its kernels when it is colle
 
 
 def register(device_type: str) -> None:
-    """Install the policy for a PrivateUse1 device type; once per process."""
-    policy = _policies[device_type] = _Policy(device_type)
+    """Make the policy for a PrivateUse1 device type; once per process."""
+    _policies[device_type] = _Policy(device_type)
+
+
+def _install(policy: _Policy) -> None:
+    """Tell the dispatcher of a policy, when something is cast for the first time."""
+    if _libraries:
+        return
     fallthrough = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
     fallthrough.fallback(torch.library.fallthrough_kernel)
     kernels = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
@@ -203,6 +209,8 @@ def follows_cuda(device_type: str) -> Iterator[None]:
     clear_cache = torch.clear_autocast_cache
 
     def set_enabled_of_both(*args: Any) -> None:
+        if args[-1]:
+            _install(policy)
         set_enabled(*args)
         if args[0] == "cuda" or len(args) == 1:  # the older form without a device means CUDA
             set_enabled(device_type, args[-1])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.support.torch_private import FakeTensor, no_dispatch
+from autobatch.support.torch_private import DisableTorchFunction, FakeTensor, no_dispatch
 
 __all__ = [
     "KEPT_ELEMENTS",
@@ -29,6 +29,7 @@ __all__ = [
     "is_mixed",
     "is_unbounded",
     "is_varied",
+    "known_number",
     "mark_upper_bound",
     "mixed_share",
     "most_of",
@@ -253,6 +254,18 @@ def values_of(tensor: Tensor) -> Tensor | None:
         return None
     with no_dispatch():
         return _over(mirror, tensor)
+
+
+def known_number(fake: FakeTensor) -> Any:
+    """Return the one element of a tensor without memory; None if it has more, or is unknown."""
+    with DisableTorchFunction():
+        if fake.dim() or "mirror" not in vars(fake.untyped_storage()):
+            return None
+        known = values_of(fake)
+        if known is None:
+            return None
+        with no_dispatch():
+            return known.item()
 
 
 def _over(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:

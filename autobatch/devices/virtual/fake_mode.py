@@ -19,10 +19,18 @@ from torch import Tensor
 
 from autobatch.devices.virtual.dtype_checks import check_dtypes
 from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
+from autobatch.devices.virtual.kernels.convolutions import (
+    CONVOLUTION,
+    CONVOLUTION_BACKWARD,
+    convolution_settings,
+)
 from autobatch.devices.virtual.kernels.layouts import relaid
 from autobatch.devices.virtual.kernels.orders import order_of
+from autobatch.devices.virtual.kernels.outputs import BY_LAYOUT
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
+from autobatch.devices.virtual.placeholders import MASKS
 from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.results import Recipe, plain_recipe
 from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.errors import WorkloadError
 from autobatch.support.interrupts import let_through
@@ -46,12 +54,10 @@ class _Uncacheable(Exception):
     """A call whose answer depends on more than the layout of its arguments."""
 
 
-_Recipe = tuple[Any, ...]
-"""How to make one output without running its op.
+_Repeated = tuple[Recipe, Any, str, OpOverload]
+"""Of calls with the same layouts: the recipe, what `Workspaces.call_of` returned, the op's name.
 
-("same", i) is tensor i of the arguments, ("view", i, shape, stride, offset, dtype) aliases its
-storage, ("new", shape, stride, dtype) owns a new storage, ("list", kind, recipes) holds several,
-("value", v) is a plain Python value.
+The op is held so that its id is no other's.
 """
 
 # ops that change a tensor's layout, or whose result depends on values
@@ -59,6 +65,10 @@ _CHANGING = frozenset(
     (torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 )
 _META = torch.device("meta")
+_DEVICE = torch.ops.prim.device.default
+_MAY_WRITE_IN_PLACE = frozenset(map(id, MAY_WRITE_IN_PLACE))  # an op's own hash is slow
+_CONVOLUTIONS = (CONVOLUTION, CONVOLUTION_BACKWARD)
+_INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
 _IMMUTABLE = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -124,18 +134,18 @@ class VirtualMode(FakeTensorMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer by a rule, from the cache, or as FakeTensorMode does; then record."""
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # half of all calls: C++ asks where tensors are
+        if func is _DEVICE:  # half of all calls: C++ asks where tensors are
             return _META if self.in_kernel_invocation else args[0].fake_device
-        if any(map(_is_composed, types)):  # quantized weights: again with what they are made of
-            return NotImplemented
+        for kind in types:  # quantized weights: again with what they are made of
+            if kind is not FakeTensor and _is_composed(kind):
+                return NotImplemented
         if self.is_inside:  # a decomposition inside FakeTensorMode: no kernel, no memory
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
         let_through()
         self.is_inside = True
         try:
             with DisableTorchFunction():  # what happens in here is no call of the user's
-                return self._dispatch(func, args, kwargs)
+                return self._dispatch(func, args, kwargs or {})
         finally:
             self.is_inside = False
 
@@ -144,17 +154,56 @@ class VirtualMode(FakeTensorMode):
         if place is not None and place.type == "cuda" != self.virtual_device.type:
             # PyTorch's own Python functions ask a tensor where it is, and are told of CUDA
             kwargs = {**kwargs, "device": self.virtual_device}
-        if func in MAY_WRITE_IN_PLACE and writes_in_place(
+        if id(func) in _MAY_WRITE_IN_PLACE and writes_in_place(
             func, args, self._recorder.latest(args[0]), self._sole_holders
         ):
             return self._in_place(func, args, kwargs)
+        tensors: list[Any] = []
+        key = None
+        unknown = self._unknown
+        if not unknown.has_rule(func) or func in BY_LAYOUT or unknown.is_plain(func, args):
+            try:
+                key = self._key_of(func, args, kwargs, tensors)
+            except _Uncacheable:
+                pass
+            else:
+                known = self._recipes.get(key)
+                if known is not None:
+                    return self._repeated(known, func, args, kwargs, tensors)
         if args and self._is_virtual(args[0]):
             check_dtypes(func, args, kwargs)
-        after = self._workspaces.before(func, args, kwargs)
-        output = self._unknown.answer(self, func, args, kwargs)
+        call = self._workspaces.call_of(func, args, kwargs)
+        after = self._workspaces.begun(call)
+        output = unknown.answer(self, func, args, kwargs)
+        recipe = None
         if output is NotImplemented:
-            output = self._answer(func, args, kwargs)
-        else:
+            output, recipe = self._answer(func, args, kwargs, key, tensors)
+        elif key is not None:
+            recipe = self._recipe_of(func, output, tensors)
+        if recipe is not None:
+            self._recipes[key] = (recipe, call, func.name(), func)
+        self._created(output, func, args)
+        if after is not None:
+            after()
+        unknown.follow(func, args, kwargs, output)
+        return output
+
+    def _repeated(
+        self,
+        known: _Repeated,
+        func: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[Any],
+    ) -> Any:
+        """Answer a call as one before it with arguments of the same layouts."""
+        recipe, call, name, _ = known
+        after = self._workspaces.begun(call)
+        kind = recipe[0]
+        output = self._build(recipe, tensors)
+        if kind == "new":
+            self._recorder.created(output, name)
+        elif kind == "list":
             self._created(output, func, args)
         if after is not None:
             after()
@@ -163,34 +212,39 @@ class VirtualMode(FakeTensorMode):
 
     def _in_place(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the first argument's memory as the result of an op."""
-        after = self._workspaces.before(func, args, kwargs)
+        after = self._workspaces.begun(self._workspaces.call_of(func, args, kwargs))
         if after is not None:
             after()
         if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled():
             return args[0]  # the engine's sum
         return self._wrap(_alias(args[0], *_layout(args[0])))
 
-    def _answer(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Answer from the cache or as FakeTensorMode does, and record what came to life."""
-        tensors: list[Any] = []
-        try:
-            key = (func, self._key(args, tensors), self._key(tuple(kwargs.items()), tensors))
-            recipe = self._recipes.get(key)
-            if recipe is None and _runs_on_meta(func):
-                recipe = self._recipes[key] = self._work_out(func, args, kwargs)
-        except _Uncacheable:
+    def _answer(
+        self,
+        func: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        key: tuple[Any, ...] | None,
+        tensors: list[Any],
+    ) -> tuple[Any, Recipe | None]:
+        """Answer as FakeTensorMode does; also return how to make the output again, if known.
+
+        Without a `key` the answer depends on more than the layouts of `tensors`.
+        """
+        if key is None:
             args, kwargs = self._adopted(args, kwargs)
-            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
-        else:
-            if recipe is not None:
-                output = self._build(recipe, tensors)
-                if recipe[0] in ("new", "list"):
-                    self._created(output, func, args)
-                return output
-            output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
-            self._remember(key, func, output, tensors)
-        self._created(output, func, args)
-        return output
+        elif (plain := plain_recipe(func, args, kwargs, tensors)) is not None:
+            return self._build(plain, tensors), plain
+        elif _runs_on_meta(func):
+            try:
+                recipe = self._work_out(func, args, kwargs)
+            except _Uncacheable:
+                args, kwargs = self._adopted(args, kwargs)
+                key = None
+            else:
+                return self._build(recipe, tensors), recipe
+        output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
+        return output, None if key is None else self._recipe_of(func, output, tensors)
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move real tensors that user code holds (class weights, say) to where the others are."""
@@ -227,13 +281,12 @@ class VirtualMode(FakeTensorMode):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """Make a tensor on `like`'s device from inside a rule."""
-        elem = torch.empty(shape, dtype=dtype, device="meta")
-        return FakeTensor(self, elem, like.device)
+        return self._like(like, torch.empty(shape, dtype=dtype, device=_META))
 
     def strided(self, tensor: Tensor, shape: Any, stride: Any) -> Tensor:
         """Make a tensor of a dense layout from inside a rule, like another in all else."""
         elem = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=_META)
-        return FakeTensor(self, elem, tensor.device)
+        return self._like(tensor, elem)
 
     def part(self, buffer: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
         """Make a contiguous view of a buffer from inside a rule, from an element on."""
@@ -244,7 +297,7 @@ class VirtualMode(FakeTensorMode):
         """Make a tensor of the same layout from inside a rule."""
         shape, stride, _, dtype = _layout(tensor)
         elem = torch.empty_like(_alias(tensor, shape, stride, 0, dtype))
-        return FakeTensor(self, elem, tensor.device)
+        return self._like(tensor, elem)
 
     def fake_of(self, value: Tensor) -> Tensor:
         """Make a fake of a real tensor, on the device where that is."""
@@ -256,16 +309,36 @@ class VirtualMode(FakeTensorMode):
         self._unknown.known.give(fake, tensor)
         return fake
 
+    def _key_of(
+        self,
+        func: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tensors: list[Any],
+    ) -> tuple[Any, ...]:
+        """Describe a call by its layouts; collect the tensors among the arguments in order.
+
+        Raises:
+            _Uncacheable: its answer depends on more.
+        """
+        key = self._key(args, tensors)
+        if kwargs:
+            key = (key, self._key(tuple(kwargs.items()), tensors))
+        if func in _CONVOLUTIONS:
+            return (id(func), key, convolution_settings())
+        return (id(func), key)
+
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
-        """Describe arguments by layout; collect the tensors among them in order."""
         parts: list[Any] = []
+        device = self.virtual_device
         for value in values:
             kind = type(value)
             if kind is FakeTensor:
-                if value.dtype.is_complex or not self._is_virtual(value):
+                dtype, place = value.dtype, value.fake_device
+                if dtype.is_complex or (place is not device and place != device):
                     raise _Uncacheable
                 tensors.append(value)
-                parts.append(_layout(value))
+                parts.append((value.shape, value.stride(), value.storage_offset(), dtype))
             elif kind in (list, tuple):
                 parts.append((kind, self._key(value, tensors)))
             elif kind in (int, float, bool):
@@ -276,9 +349,7 @@ class VirtualMode(FakeTensorMode):
                 raise _Uncacheable
         return tuple(parts)
 
-    def _work_out(
-        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> _Recipe:
+    def _work_out(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recipe:
         """Run an op on plain meta tensors over the arguments' storages, and describe the result."""
         metas: list[Any] = []
         plain = _with_metas(args, metas)
@@ -289,22 +360,23 @@ class VirtualMode(FakeTensorMode):
             raise _Uncacheable from None
         return self._describe(output, metas)
 
-    def _remember(self, key: Any, func: OpOverload, output: Any, tensors: list[Any]) -> None:
+    def _recipe_of(self, func: OpOverload, output: Any, tensors: list[Any]) -> Recipe | None:
+        """Return how to make an output again, or None where that depends on values."""
+        if _CHANGING.intersection(func.tags) and not _has_shape_of_indices(func, tensors):
+            return None
         try:
-            recipe = self._describe(output, tensors)
+            return self._describe(output, tensors)
         except _Uncacheable:
-            return
-        if not _CHANGING.intersection(func.tags):
-            self._recipes[key] = recipe
+            return None
 
-    def _describe(self, output: Any, tensors: list[Any]) -> _Recipe:
+    def _describe(self, output: Any, tensors: list[Any]) -> Recipe:
         """Say what an output is, given the tensors among the arguments."""
         numbered = [*enumerate(tensors)][::-1]  # the first of several that are alike wins
         same = {id(tensor): index for index, tensor in numbered}
         storages = {tensor.untyped_storage()._cdata: index for index, tensor in numbered}
         return self._described(output, same, storages)
 
-    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> _Recipe:
+    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> Recipe:
         if isinstance(output, Tensor):
             if id(output) in same:
                 return ("same", same[id(output)])
@@ -326,7 +398,7 @@ class VirtualMode(FakeTensorMode):
             return ("value", output)
         raise _Uncacheable
 
-    def _build(self, recipe: _Recipe, tensors: list[Any]) -> Any:
+    def _build(self, recipe: Recipe, tensors: list[Any]) -> Any:
         kind = recipe[0]
         if kind == "new":
             _, shape, stride, dtype = recipe
@@ -339,6 +411,12 @@ class VirtualMode(FakeTensorMode):
         if kind == "list":
             return recipe[1](self._build(item, tensors) for item in recipe[2])
         return recipe[1]
+
+    def _like(self, tensor: Tensor, elem: Tensor) -> FakeTensor:
+        """Make a tensor of a layout on the device of another one."""
+        return (
+            self._wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
+        )
 
     def _wrap(self, elem: Tensor) -> FakeTensor:
         """Do what FakeTensor's constructor does, without its many checks."""
@@ -362,6 +440,11 @@ class VirtualMode(FakeTensorMode):
             order = order_of(func, args)
             for item in output if order is None else [output[place] for place in order]:
                 self._created(item, func, args)
+
+
+def _has_shape_of_indices(func: OpOverload, tensors: Sequence[Tensor]) -> bool:
+    """Whether an op reads at places that are numbers, however many of them a mask would choose."""
+    return func in _INDEXED and not any(tensor.dtype in MASKS for tensor in tensors[1:])
 
 
 @functools.cache

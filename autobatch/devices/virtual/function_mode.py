@@ -26,6 +26,7 @@ from autobatch.devices.virtual.cuda_types import LEGACY_TYPES, CudaGenerator
 from autobatch.devices.virtual.elements import (
     forget_values,
     is_certain,
+    known_number,
     placeholder_of,
     values_of,
     was_upper_bound,
@@ -44,7 +45,8 @@ from autobatch.support.torch_private import (
 __all__ = ["CudaCalls"]
 
 _plain_array: Any = Tensor.__array__
-_NAMES = (str, torch.device)
+_Device = torch.device  # a name of this module is looked up faster
+_TO: Any = Tensor.to
 _CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -112,7 +114,8 @@ class CudaCalls(TorchFunctionMode):
         if route is not None:
             return route(*args, **(kwargs or {}))
         for arg in args:  # fast, because there are a great many calls and few name a device
-            if type(arg) in _NAMES:
+            kind = type(arg)
+            if kind is str or kind is _Device:
                 args = [self._landed(arg) for arg in args]
                 break
         if kwargs:
@@ -120,7 +123,7 @@ class CudaCalls(TorchFunctionMode):
             if type(kwargs.get("generator")) is CudaGenerator:
                 del kwargs["generator"]  # there is no noise to draw
             require_card(kwargs.get("device"), self._index)  # may be an index, too
-        if func is Tensor.to and len(args) > 1:
+        if func is _TO and len(args) > 1:
             require_card(args[1], self._index)
         if type(func) is FunctionType:
             return self._in_python(func, args, kwargs or {})
@@ -141,6 +144,8 @@ class CudaCalls(TorchFunctionMode):
         tensor[key] = value
 
     def _item(self, tensor: Tensor) -> Any:
+        if type(tensor) is FakeTensor and (known := known_number(tensor)) is not None:
+            return known  # counters of optimizers are asked twice for each parameter
         value = _first(tensor).item()
         if type(value) is not float or not isinstance(tensor, FakeTensor):
             return value

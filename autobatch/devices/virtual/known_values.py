@@ -10,9 +10,8 @@ Invariant: an op that writes what is not known to a tensor ends its mirror.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,21 +97,21 @@ class KnownValues:
 
     def result(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an op for real, on the CPU; return NotImplemented where a value is unknown."""
-        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._opname:
-            return NotImplemented
-        values = _values_in(args, self._most) if _reads_tensors(func) else None
+        traits = _TRAITS.get(id(func)) or _traits(func)
+        values = _values_in(args, self._most) if traits.is_sure else None
         return NotImplemented if values is None else _run(func, values, kwargs)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Remember what an op that has just run made known, or made unknown."""
-        if func.namespace == "c10d":  # collectives write, and do not say so
+        traits = _TRAITS.get(id(func)) or _traits(func)
+        if traits.is_collective:  # collectives write, and do not say so
             for leaf in tree_leaves(args):
                 if type(leaf) is FakeTensor:
                     note_write(leaf)
-        if written := _written(func):
-            self._write(func, args, kwargs, written)
+        if traits.written:
+            self._write(func, args, kwargs, traits.written)
         elif isinstance(output, (list, tuple)):
             if any(map(self._may_be_known, output)):
                 made = self.result(func, args, kwargs)
@@ -120,7 +119,7 @@ class KnownValues:
                     for part, real in zip(output, made, strict=True):
                         self._remember(part, real)
         elif self._may_be_known(output):
-            if func._opname in _MAKERS:
+            if traits.is_maker:
                 self._remember(output, _made(func, args, kwargs, output))
             else:
                 self._remember(output, self.result(func, args, kwargs))
@@ -187,20 +186,45 @@ def _is_real(tensor: Tensor) -> bool:
     return is_plain and bool(tensor.untyped_storage().nbytes())
 
 
-@functools.cache
-def _written(func: Any) -> tuple[Any, ...]:
-    """Return the positions, or names, of the arguments that an op writes to."""
-    return tuple(
+class _Traits(NamedTuple):
+    """What counts of an op.
+
+    Attributes:
+        written: the positions, or names, of the arguments that it writes to.
+        is_sure: whether its results follow from the tensors that it takes; numbers may be in their
+            place, as in `torch.div(7, 2)`.
+        is_maker: whether it reads the value of no tensor.
+        is_collective: whether it belongs to `torch.distributed`.
+        func: the op, held so that its id is no other's.
+    """
+
+    written: tuple[Any, ...]
+    is_sure: bool
+    is_maker: bool
+    is_collective: bool
+    func: Any
+
+
+_TRAITS: dict[int, _Traits] = {}
+"""By the id of an op, whose own hash is slow."""
+
+
+def _traits(func: Any) -> _Traits:
+    written = tuple(
         argument.name if argument.kwarg_only else position
         for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-
-
-@functools.cache
-def _reads_tensors(func: Any) -> bool:
-    """Whether an op takes tensors; numbers may be in their place, as in `torch.div(7, 2)`."""
-    return any("Tensor" in str(argument.type) for argument in func._schema.arguments)
+    is_random = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._opname
+    reads = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
+    _TRAITS[id(func)] = traits = _Traits(
+        written=written,
+        is_sure=reads and not is_random,
+        is_maker=func._opname in _MAKERS,
+        is_collective=func.namespace == "c10d",
+        func=func,
+    )
+    return traits
 
 
 def _values_in(args: Sequence[Any], most: int) -> list[Any] | None:

@@ -27,7 +27,7 @@ from autobatch.memory.trace import (
 )
 from autobatch.support.tensor_parts import parts_of
 
-__all__ = ["StorageRecorder"]
+__all__ = ["StorageRecorder", "Takes"]
 
 
 @dataclass(slots=True)

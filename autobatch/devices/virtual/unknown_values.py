@@ -23,6 +23,7 @@ from torch import Tensor
 
 from autobatch.devices.virtual.elements import (
     bounds_of,
+    has_values,
     is_certain,
     is_unbounded,
     mark_upper_bound,
@@ -50,6 +51,8 @@ _Rule = Callable[..., Any]
 
 _MOST_READS = 10_000
 _MOST_READS_TRYING = 200
+_INDEXED = (aten.index.Tensor, aten._unsafe_index.Tensor)
+
 _WITH_INFO = frozenset(
     """
     linalg_cholesky_ex linalg_inv_ex linalg_lu_factor_ex linalg_ldl_factor_ex _linalg_solve_ex
@@ -76,6 +79,7 @@ class UnknownValues:
         self._exact_shapes: set[str] = set()
         self._split_equally = False
         self._reads = 0
+        self._ruled: dict[int, tuple[bool, Any]] = {}  # by id, with the op that it is of
         self._rules: dict[Any, _Rule] = {
             aten._local_scalar_dense.default: self._read,
             aten.equal.default: self._equal,
@@ -109,18 +113,35 @@ class UnknownValues:
             **rules,
         }
 
+    def has_rule(self, func: Any) -> bool:
+        """Whether `answer` may answer an op."""
+        known = self._ruled.get(id(func))
+        if known is None:
+            has = func in self._rules or _is_nms(func) or _is_silent(func)
+            known = self._ruled[id(func)] = has, func
+        return known[0]
+
+    def is_plain(self, func: Any, args: Sequence[Any]) -> bool:
+        """Whether the rule of an op leaves this call to what says it of layouts alone."""
+        if len(args) < 2:
+            return False
+        if func is aten.split_with_sizes.default:
+            dim = args[2] if len(args) > 2 else 0
+            return bool(sum(args[1]) == args[0].shape[dim])
+        if func in _INDEXED:
+            return not _has_mask(args[1]) and not has_values(args[0])
+        return False
+
     def answer(self, mode: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Answer one op, or return NotImplemented where values do not matter."""
         rule = self._rules.get(func)
-        if rule is None and func.namespace == "torchvision" and func._opname == "nms":
+        if rule is None and _is_nms(func):
             rule = self._nms
         if rule is not None:
             exact = self._exact(mode, func, args, kwargs)
             return rule(mode, *args, **kwargs) if exact is NotImplemented else exact
-        name = func._opname
-        if name.endswith("_") and name.startswith(("_foreach_", "_fused_")):
-            return None  # in place: no memory, and nothing else to do for hundreds of tensors
-        return NotImplemented
+        # in place: no memory, and nothing else to do for hundreds of tensors
+        return None if _is_silent(func) else NotImplemented
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -286,6 +307,16 @@ class UnknownValues:
         size, rest = divmod(total, len(sizes))
         equal = [size + (part < rest) for part in range(len(sizes))]
         return mode.run(aten.split_with_sizes.default, tensor, equal, dim)
+
+
+def _is_nms(func: Any) -> bool:
+    return bool(func.namespace == "torchvision" and func._opname == "nms")
+
+
+def _is_silent(func: Any) -> bool:
+    """Whether an op writes to lists of tensors."""
+    name = func._opname
+    return bool(name.endswith("_") and name.startswith(("_foreach_", "_fused_")))
 
 
 def _unscale(mode: Any, grads: Any, found_inf: Tensor, inv_scale: Any) -> None:

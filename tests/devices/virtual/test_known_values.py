@@ -141,3 +141,33 @@ def test_lists_of_sizes_that_are_filled_one_by_one_are_known():
 
     run(mlp(), loss=loss)
     assert seen[:2] == [True, [[3, 3], [2, 2]]]
+
+
+class IndexesTwice(nn.Module):
+    """Reads rows at places that are not known, and then at places that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(5, WIDTH))
+        self.read = Seen()
+
+    def forward(self, x):
+        numbers = torch.tensor([2, 4], device=x.device)
+        unknown = x[:2, 0].long()
+        self.read.append(int(numbers[torch.tensor([1, 0], device=x.device)][0]))
+        self.read.append(int(x.long()[0, :2][torch.tensor([1, 0], device=x.device)][0]))
+        return x + self.table[unknown].sum() + self.table[numbers].sum()
+
+
+def test_numbers_read_at_known_places_are_known_in_every_run_of_a_device():
+    model = IndexesTwice()
+    workload = Workload(
+        model=model,
+        batch=batch_builder(torch.zeros(2, WIDTH)),
+        loss=lambda model, batch: model(batch).sum(),
+    )
+    device = VirtualGpu(find_gpu("a100-40gb"))
+    runs = [device.run(workload, micro_batch=4, accumulation_steps=1) for _ in range(2)]
+    assert runs[0].notes == runs[1].notes
+    assert runs[0].trace == runs[1].trace
+    assert any("(index)" in note for note in runs[1].notes)

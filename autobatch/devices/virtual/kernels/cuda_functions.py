@@ -20,7 +20,7 @@ from autobatch.devices.virtual.kernels.attention import attend
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 from autobatch.support.patching import patched
-from autobatch.support.torch_private import VF, FakeTensor
+from autobatch.support.torch_private import VF, DisableTorchFunction, FakeTensor
 
 __all__ = ["cuda_kernels"]
 
@@ -31,8 +31,10 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
 
     def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
-            given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            first = next(given, None)  # any of them may be named: query=…, key=…
+            first = args[0] if args else None
+            if not isinstance(first, Tensor):  # any of them may be named: query=…, key=…
+                given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                first = next(given, None)
             is_ours = isinstance(first, FakeTensor) and first.fake_device == device
             return (ours if is_ours else original)(*args, **kwargs)
 
@@ -68,8 +70,10 @@ def _batch_norm(
 
     From `_batch_norm_impl_index` in `ATen/native/Normalization.cpp`.
     """
-    if runs_on_cudnn(input, weight):
-        input = input.contiguous(memory_format=layout_of(input))
+    with DisableTorchFunction():  # a mode would be asked for each size and stride
+        layout = layout_of(input) if runs_on_cudnn(input, weight) else None
+    if layout is not None:
+        input = input.contiguous(memory_format=layout)
     return original(input, weight, *how, **named)
 
 

@@ -23,12 +23,13 @@ def layout_of(*tensors: Tensor) -> torch.memory_format:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    if tensor.dim() not in (4, 5) or not tensor.stride(1):
+    shape, strides = tensor.shape, tensor.stride()
+    if len(shape) not in (4, 5) or not strides[1]:
         return False
     least = 0
-    for place in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        size, stride = tensor.shape[place], tensor.stride(place)
-        if not size or stride < least or (place == 0 and least == tensor.stride(1)):
+    for place in (1, *range(len(shape) - 1, 1, -1), 0):
+        size, stride = shape[place], strides[place]
+        if not size or stride < least or (place == 0 and least == strides[1]):
             return False
         least = stride * size
     return True

@@ -19,7 +19,7 @@ from autobatch.devices.virtual.kernels import columns, losses, rnn
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
 
-__all__ = ["FUSED", "RULES", "register"]
+__all__ = ["BY_LAYOUT", "FUSED", "RULES", "register"]
 
 aten = torch.ops.aten
 
@@ -134,3 +134,13 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten._cudnn_rnn_backward.default: rnn.backward_outputs,
 }
 """By op, what makes its results from the mode and the op's arguments, or NotImplemented."""
+
+BY_LAYOUT = frozenset(
+    (
+        aten.log_sigmoid_forward.default,
+        aten.native_layer_norm_backward.default,
+        aten.native_batch_norm.default,
+        aten.native_batch_norm_backward.default,
+    )
+)
+"""The ops whose results depend on nothing but the layouts of their arguments."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,12 +40,31 @@ from autobatch.devices.virtual.kernels.matrix_products import (
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
-from autobatch.devices.virtual.recorder import StorageRecorder
+from autobatch.devices.virtual.recorder import StorageRecorder, Takes
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, RESULTS, Steps
 from autobatch.support.torch_private import FakeTensor
 
 __all__ = ["Workspaces"]
+
+
+class _Product(NamedTuple):
+    """A matrix product: the bytes of what is copied for it, and whether it runs in cuBLASLt."""
+
+    copies: Sequence[int]
+    takes_cublaslt: bool
+
+
+class _Scratch(NamedTuple):
+    """A kernel that may take scratch; as in `Kernel`."""
+
+    kind: Hashable
+    name: str
+    numbers: tuple[int, ...]
+    takes: Takes
+
+
+_Call = _Product | _Scratch
 
 
 class Workspaces:
@@ -59,29 +78,37 @@ class Workspaces:
         self._device = device
         self._kept: set[tuple[str, bool]] = set()  # by library, and whether it runs backward
 
-    def before(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Callable[[], None] | None:
-        """Log what an op takes before its results; return what to call when it has run, if any."""
+    def call_of(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+        """Return what a call of an op takes beside its results, if anything.
+
+        It depends on nothing but the layouts of the arguments, and the settings of convolutions.
+        """
         if is_product(func):
-            if any(map(self._is_on_device, args)) and not self._recorder.is_muted:
-                return lambda: self._multiplied(func, args)
+            if any(map(self._is_on_device, args)):
+                return _Product(copied_operands(func, args), uses_cublaslt(func, args))
             return None
         found = _RULES.get(func)
-        if found is None or not self._is_here(args) or self._recorder.is_muted:
+        if found is None or not self._is_here(args):
             return None
         name, rule = found
         if rule is _convolution:  # the rule may be asked again when they are others
             kwargs = {**kwargs, "settings": convolution_settings()}
         shape, numbers = described(args, kwargs)
         takes = functools.partial(steps_of, rule, func, shape, self._key)
-        self._recorder.runs((func, shape), name, numbers, takes)
+        return _Scratch((func, shape), name, numbers, takes)
+
+    def begun(self, call: _Call | None) -> Callable[[], None] | None:
+        """Log what a call takes before its results; return what to call when it has run, if any."""
+        if call is None or self._recorder.is_muted:
+            return None
+        if type(call) is _Product:
+            return lambda: self._multiplied(call)
+        self._recorder.runs(*call)
         return self._recorder.ended
 
-    def _multiplied(self, func: Any, args: Sequence[Any]) -> None:
-        copies = copied_operands(func, args)
-        taken = [self._recorder.hidden(size_bytes, "contiguous") for size_bytes in copies]
-        self._keep_workspaces(uses_cublaslt(func, args))
+    def _multiplied(self, product: _Product) -> None:
+        taken = [self._recorder.hidden(size_bytes, "contiguous") for size_bytes in product.copies]
+        self._keep_workspaces(product.takes_cublaslt)
         self._recorder.free(taken)
 
     def _keep_workspaces(self, takes_cublaslt: bool) -> None:

@@ -72,7 +72,9 @@ class SweepTrial:
         ... ).label
         'checkpointing: every block'
         """
-        return " + ".join(f"{lever}: {value}" for lever, value in self.changes.items()) or "as it is"
+        return (
+            " + ".join(f"{lever}: {value}" for lever, value in self.changes.items()) or "as it is"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,14 @@ import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from autobatch.devices.copies import Copier
-from autobatch.devices.ddp_buckets import gradient_buckets
+from autobatch.devices.ddp_buckets import GradientBuckets, gradient_buckets
 from autobatch.devices.steps import Steps
 from autobatch.devices.warnings import of_data_parallel, without_gradients
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
@@ -130,12 +131,18 @@ class Session:
             recorder.claim(None)
             recorder.keep()
         _require_training(list(filter(is_optimizer, each_of(made))), self._model)
-        self.buckets = gradient_buckets(workload, self._model)  # held, as DDP holds them
+        buckets = gradient_buckets(workload, self._model)
+        self.buckets = buckets.tensors  # held, as DDP holds them
         recorder.tag(self.buckets, "gradients")
+        self._in_buckets = buckets.views.keys()
+        for parameter in self._model.parameters():
+            if id(parameter) in buckets.views:
+                hook = partial(self._averaged, buckets)
+                parameter.register_post_accumulate_grad_hook(hook)
         self._steps = Steps(recorder, self._begin_step, self._stepped)
         self._grown: list[int] = []
         self._with_gradients: set[int] = set()
-        self._where = (0, 0)
+        self._where, self._last = (0, 0), 0
         self._phase: Phase = "setup"
         for optimizer in self._optimizers():
             self._steps.watch(optimizer)
@@ -179,8 +186,14 @@ class Session:
 
     def _has_learned(self, parameter: Tensor) -> bool:
         """Whether a parameter got a gradient; what hooks do with it at once is not seen."""
-        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        return id(parameter) in self._with_gradients or bool(hooks)
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or ()
+        own = id(parameter) in self._in_buckets
+        return id(parameter) in self._with_gradients or len(hooks) > own
+
+    def _averaged(self, buckets: GradientBuckets, parameter: Tensor) -> None:
+        """Put a gradient into its bucket in the last micro-batch, in which DDP averages."""
+        if self._phase != "backward" or self._where[1] == self._last:
+            buckets.move(parameter)
 
     def _optimizers(self) -> list[Any]:
         """Return the optimizers that run, and those that the user's code steps by itself."""
@@ -195,6 +208,7 @@ class Session:
         self, micro_batch: int, accumulation_steps: int, *, windows: int, evaluate: bool = True
     ) -> None:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
+        self._last = accumulation_steps - 1
         with self._stage, self._steps.of_others():
             self._run(micro_batch, accumulation_steps, windows, evaluate)
         if isinstance(self._loss, DefaultLoss):

@@ -40,6 +40,17 @@ def _options(setup: Setup) -> list[Option]:
         options.append(
             _option("DDP", "Each GPU keeps all of the model and its state.", _DDP, "ddp")
         )
+    if not workload.gradient_as_bucket_view:
+        options.append(
+            Option(
+                lever="sharding",
+                value="DDP, gradients in its buckets",
+                what="Gradients are views of the buckets in which DDP averages them, instead of "
+                "copies beside them.",
+                code=_DDP.replace("(model)", "(model, gradient_as_bucket_view=True)"),
+                apply=lambda setup: setup.having(sharding="ddp", gradient_as_bucket_view=True),
+            )
+        )
     offloaded = _code(setup, ", offload_policy=CPUOffloadPolicy()").replace(
         "import fully_shard", "import CPUOffloadPolicy, fully_shard"
     )

@@ -72,6 +72,8 @@ class Workload:
             function that shares the model out in a policy of its own: it applies `fully_shard` or a
             tensor parallel plan to it, or returns it wrapped in FSDP1; None is "ddp" on several
             GPUs and nothing on one.
+        gradient_as_bucket_view: whether DistributedDataParallel, which the workload has no wrapper
+            of, lets gradients live in its buckets.
         loss_name: how a plan names `loss` where it is given.
         sample_limit: most samples that one micro-batch can have, such as a dataset's length.
         stream: makers of micro-batches of the other shapes that training has, as `batch` is one;
@@ -94,6 +96,7 @@ class Workload:
     clip_norm: float | None = None
     world_size: int = 1
     sharding: Sharding | None = None
+    gradient_as_bucket_view: bool = False
     loss_name: str = "user"
     sample_limit: int | None = None
     stream: tuple[Callable[[int], Any], ...] = ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.bench.children import needs_bench, run
 
 pytestmark = needs_bench
@@ -30,3 +32,14 @@ def test_ranks_meet_train_under_ddp_and_fsdp2_and_agree_on_a_plan() -> None:
     assert first[:2] == ["(4, 2, 2, 4, 4)", "(4, 4, 4, 4)"] and second[:2] == ["(4, 4, 4, 4)"] * 2
     assert first[-1].startswith("a micro-batch of one sample runs out of memory")
     assert second[-1].startswith("rank 0 cannot go on") and first[-1] in second[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("where", ["beside", "in_buckets"])
+def test_gradients_beside_the_buckets_of_ddp_and_in_them_are_foretold(
+    where: str, steps: int
+) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS]
+    program = [*torchrun, "-m", "tests.bench.programs.buckets", where, steps]
+    found = json.loads(run(program, cards=RANKS, capacity="8GiB").splitlines()[-1])
+    assert found["promised"] == pytest.approx(found["ran"], rel=0.01)

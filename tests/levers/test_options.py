@@ -208,11 +208,13 @@ def test_sharing_is_for_several_gpus() -> None:
     shared = replace(transformer(), world_size=2)
     assert of_lever("sharding", shared) == [
         "FSDP2",
+        "DDP, gradients in its buckets",
         "FSDP2, offloaded",
         "FSDP2, kept after forward",
     ]
     assert of_lever("sharding", replace(shared, sharding="fsdp")) == [
         "DDP",
+        "DDP, gradients in its buckets",
         "FSDP2, offloaded",
         "FSDP2, kept after forward",
     ]

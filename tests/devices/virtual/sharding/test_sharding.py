@@ -391,6 +391,19 @@ def test_ddp_adds_buckets_of_all_gradients(options):
     assert largest(ranked, "parameters") == weights
 
 
+def test_gradients_in_ddps_buckets_take_nothing_more_once_they_are_averaged():
+    model = Net()
+    weights = sum(p.nbytes for p in model.parameters())
+    beside = run(model, sharding="ddp")
+    inside = run(model, sharding="ddp", gradient_as_bucket_view=True)
+    assert largest(inside, "gradients") <= largest(beside, "gradients") == 2 * weights
+    step = max(mark.event for mark in inside.marks if mark.phase == "step")
+    before = inside.events[:step]
+    alive = {event for event in before if event >= 0} - {~event for event in before if event < 0}
+    blocks = [inside.blocks[at] for at in alive]
+    assert sum(b.size_bytes for b in blocks if b.category == "gradients") == weights
+
+
 def test_ddp_buckets_have_the_size_of_the_wrapper():
     class Wrapper(nn.Module):
         gradient_as_bucket_view = False
@@ -401,10 +414,10 @@ def test_ddp_buckets_have_the_size_of_the_wrapper():
             self.module = module
 
     model = Net()
-    buckets = gradient_buckets(workload(Wrapper(model), sharding=None), model)
+    buckets = gradient_buckets(workload(Wrapper(model), sharding=None), model).tensors
     assert len(buckets) > 3
     assert sum(bucket.nbytes for bucket in buckets) == sum(p.nbytes for p in model.parameters())
-    assert gradient_buckets(workload(Wrapper(model)), model) == []  # FSDP2 takes its place
+    assert gradient_buckets(workload(Wrapper(model)), model).tensors == []  # FSDP2 takes its place
 
 
 # -- which modules are blocks

@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.naming import blocks_in_order, expression_of
 from autobatch.levers.setup import Setup
-from autobatch.support.torch_private import BatchNorm
+from autobatch.support.torch_private import BatchNorm, CheckpointWrapper
 
 __all__ = ["CHECKPOINTING"]
 

@@ -30,6 +30,7 @@ __all__ = [
     "SUPPORTED_NODES",
     "VF",
     "BatchNorm",
+    "CheckpointWrapper",
     "DataDependentOutputException",
     "DeviceGuard",
     "DisableTorchFunction",
@@ -129,6 +130,7 @@ with _known():
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.cuda.memory import _record_memory_history as record_memory_history
     from torch.cuda.memory import _snapshot as memory_snapshot
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._mode_utils import no_dispatch
     from torch.utils._python_dispatch import TorchDispatchMode

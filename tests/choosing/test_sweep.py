@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,9 +370,7 @@ class Card:
         return SimpleNamespace(run=self._simulate, spec=None, evidence="simulated")
 
     def hosting(self, workload: Any) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def run(self, workload: Any, *, micro_batch: int, accumulation_steps: int) -> Any:
         self.measured.append(micro_batch)
@@ -395,7 +394,7 @@ def configuration(size: int, steps: int) -> Any:
     split = SimpleNamespace(accumulation_steps=steps)
     settings = AllocatorSettings.of_environment()
     workload = SimpleNamespace(stream=())
-    setup = SimpleNamespace(workload=workload, settings=settings, tf32=False)
+    setup = SimpleNamespace(workload=workload, settings=settings, in_force=nullcontext)
     return SimpleNamespace(setup=setup, split=split, micro_batch=size)
 
 

@@ -5,11 +5,11 @@ The loop is written by hand, and the code of the levers is run over the model as
 
 from __future__ import annotations
 
-import json
 import sys
 
 import torch
 
+from tests.bench.programs import tell
 from tests.levers.setups import RUNS, SAMPLES, executed, options_of, setup_of
 
 
@@ -43,4 +43,4 @@ def peaks(name: str, label: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(peaks(sys.argv[1], sys.argv[2])))
+    tell(peaks(sys.argv[1], sys.argv[2]))

@@ -51,8 +51,10 @@ def private_parts(source: str) -> list[str]:
 
 _WORDS = re.compile(r"\btorch(?:\.\w+)*?\._[A-Za-z]\w*|\bfrom torch[\w.]* import .*\b_[A-Za-z]\w*")
 # https://docs.pytorch.org/docs/stable/torch_cuda_memory.html
+# https://docs.pytorch.org/tutorials/intermediate/FSDP_advanced_tutorial.html
 _DOCUMENTED = re.compile(
-    r"torch\.(ops\.|cuda\.memory\._(snapshot|dump_snapshot|record_memory_history)\b)"
+    r"torch\.(ops\.|cuda\.memory\._(snapshot|dump_snapshot|record_memory_history)\b"
+    r"|distributed\.algorithms\._checkpoint\b)"
 )
 
 

@@ -261,6 +261,8 @@ class _Search:
             choice, lever = tried.choice, tried.options[0].lever
             if len(tried.options) > 1 or (choice.changes_numerics and not allow):
                 continue
+            if not self._as_is.fits and not tried.options[0].apply(self.setup).workload.accumulates:
+                continue  # what does not fit as it is needs small micro-batches
             if choice.saved_bytes > (best[lever].choice.saved_bytes if lever in best else least):
                 best[lever] = tried
         order = {lever.name: at for at, lever in enumerate(levers)}

@@ -92,6 +92,7 @@ def test_the_constants_and_their_range_are_those_of_the_report() -> None:
 
 
 def test_a_published_figure_is_estimated_today_as_in_the_report() -> None:
+    pytest.importorskip("timm")
     document = json.loads((REPORT / RESULTS).read_text())
     row = next(row for row in of("timm nchw") if row.model == "resnet18")
     kept = next(
@@ -105,6 +106,7 @@ def test_a_published_figure_is_estimated_today_as_in_the_report() -> None:
 
 
 def test_the_command_goes_on_and_its_results_are_rendered(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("timm")
     out = tmp_path / "out"
     arguments = ["--match", "v100*", "--out", str(out)]
     assert main(arguments) == 1  # two rows that nothing was fitted to have no order

@@ -193,7 +193,8 @@ def test_gradient_buckets_of_data_parallelism_are_in_the_account():
     gradients = (WIDTH * WIDTH + WIDTH) * 4
     extra = sum(b.size_bytes for b in parallel.blocks) - sum(b.size_bytes for b in plain.blocks)
     assert extra == gradients
-    assert [b.size_bytes for b in viewed.blocks] == [b.size_bytes for b in plain.blocks]
+    # gradients that live in the buckets leave these on the card, too
+    assert sum(b.size_bytes for b in viewed.blocks) == sum(b.size_bytes for b in parallel.blocks)
 
 
 def test_buckets_are_closed_at_25_mib():

@@ -50,6 +50,9 @@ _TOGETHER = 4
 _REMEDY_SECONDS = 15.0
 """So long are levers tried where a plan was asked for and nothing fits."""
 
+_ENOUGH = 2
+"""After so many that fit, one more lever is not added."""
+
 _PAIRED = 3
 """So many of those that save most are tried in pairs."""
 
@@ -272,13 +275,14 @@ class _Search:
             return self._try(tuple(sorted(options, key=lambda one: order[one.lever])))
 
         had: list[Option] = []
-        saved = 0
+        saved, fitting = 0, 0
         for (option,) in (tried.options for tried in ranked):
-            if len(had) == _TOGETHER or not all(map(option.goes_with, had)):
+            if len(had) == _TOGETHER or fitting == _ENOUGH or not all(map(option.goes_with, had)):
                 continue
             found = together(*had, option)
             if found is not None and found.saved_bytes >= saved + least:
                 had, saved = [*had, option], found.saved_bytes
+                fitting += found.fits and len(had) > 1
         for (one,), (other,) in combinations([tried.options for tried in ranked[:_PAIRED]], 2):
             if one.goes_with(other):
                 together(one, other)

@@ -58,7 +58,7 @@ class Candidate:
         self._planned = self._new_probe()
         try:
             with self._setup.in_force():
-                return plan_of(self._planned, target=self._target)
+                return plan_of(self._planned, target=self._target, is_drawn=False)
         except DoesNotFitError:
             return None
 

@@ -30,7 +30,7 @@ from autobatch.memory.accounting import (
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.plan.plan import Plan
-from autobatch.records.evidence import MemoryPoint, ModelFacts, WindowMemory
+from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
@@ -53,6 +53,9 @@ LARGEST = 2**16
 
 _RETREAT = 0.9
 """The share of a micro-batch that is tried next where batches of all shapes do not fit."""
+
+
+_NOT_DRAWN = Timeline(samples=(), marks=(), peak_event=0)
 
 
 def probe_of(
@@ -89,6 +92,7 @@ def plan_of(
     prove: bool = False,
     objective: Objective = "largest",
     loader: Iterable[Any] | None = None,
+    is_drawn: bool = True,
 ) -> Plan:
     """Return the plan of a probe, with the seconds that it took.
 
@@ -98,6 +102,8 @@ def plan_of(
         prove: also run the size above the ceiling.
         objective: which of the micro-batches that fit is planned.
         loader: what gives training its batches, to be timed.
+        is_drawn: whether the plan has what charts show: memory by micro-batch and over time, and
+            the same update without accumulation. Of many plans, nobody looks at that.
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
@@ -107,7 +113,9 @@ def plan_of(
     device = probe.device
     with device.hosting(probe.workload):
         probe.workload = with_heaviest_batch(probe.workload, device)
-        plan = make_plan(target, probe, prove=prove, objective=objective, loader=loader)
+        plan = make_plan(
+            target, probe, prove=prove, objective=objective, loader=loader, is_drawn=is_drawn
+        )
     # what is known only when the user's state is back
     notes = tuple(note for note in device.notes() if note not in plan.warnings)
     seconds = time.perf_counter() - started
@@ -121,6 +129,7 @@ def make_plan(
     prove: bool,
     objective: Objective = "largest",
     loader: Iterable[Any] | None = None,
+    is_drawn: bool = True,
 ) -> Plan:
     """Search for the ceiling, and put the answer together.
 
@@ -130,6 +139,7 @@ def make_plan(
         prove: also run the size above the ceiling.
         objective: which of the micro-batches that fit is planned.
         loader: what gives training its batches, to be timed.
+        is_drawn: whether the plan has what charts show.
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
@@ -179,11 +189,11 @@ def make_plan(
         footprint=footprint,
         ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
-        curve=_curve(probe, found),
-        timeline=timeline_of(window, device.allocator()),
+        curve=_curve(probe, found) if is_drawn else (),
+        timeline=timeline_of(window, device.allocator()) if is_drawn else _NOT_DRAWN,
         sharding=workload.shares,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
-        otherwise=_otherwise(planned, probe, found),
+        otherwise=_otherwise(planned, probe, found) if is_drawn else None,
         method=found.method,
         warnings=(
             *plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps),

@@ -7,8 +7,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import SPEC_HELP, add_workload_options
-from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
+from autobatch.cli.options import add_question, add_workload_options
+from autobatch.cli.running import named_gpu, outputs, run_apart, subject, tell, workload_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,10 +32,7 @@ def add(verbs: Any) -> None:
         "estimated to be, and the line of code that does it.",
     )
     parser.set_defaults(run=_run)
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
+    add_question(parser, headroom="what 95 of 100 published runs needed")
     parser.add_argument(
         "--levers", metavar="A,B", help="only these, of docs/levers.md (default: all)"
     )
@@ -44,41 +41,27 @@ def add(verbs: Any) -> None:
         action="store_true",
         help="combine levers with which training computes something else, too",
     )
-    parser.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: what 95 of 100 published runs "
-        "needed)",
-    )
     add_workload_options(parser)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from autobatch.cli.terminal import follow, show
+    from autobatch.cli.terminal import follow
     from autobatch.plan.advice import advice_document
-    from autobatch.support.files import check_writable, write_text
 
-    if arguments.json and arguments.json != "-":
-        check_writable(arguments.json)
     levers = arguments.levers
-    options = {
-        "target": arguments.target,
-        "gpu": named_gpu(arguments),
-        "levers": None if levers is None else [name.strip() for name in levers.split(",")],
-        "allow_numerics": arguments.allow_numerics,
-        "headroom": arguments.headroom,
-        **workload_options(arguments),
-    }
-    with follow(sys.stderr) as progress:
-        work = partial(_advise_spec, arguments.spec, options)
-        advice: Advice = run_apart(arguments, work, progress, on_gpu=False)
-    if arguments.json == "-":
-        sys.stdout.write(advice.to_json())
-        return
-    show(advice_document(advice), sys.stdout)
-    if arguments.json:
-        write_text(arguments.json, advice.to_json())
+    with outputs(arguments):
+        options = {
+            "target": arguments.target,
+            "gpu": named_gpu(arguments),
+            "levers": None if levers is None else [name.strip() for name in levers.split(",")],
+            "allow_numerics": arguments.allow_numerics,
+            "headroom": arguments.headroom,
+            **workload_options(arguments),
+        }
+        with follow(sys.stderr) as progress:
+            work = partial(_advise_spec, arguments.spec, options)
+            advice: Advice = run_apart(arguments, work, progress, on_gpu=False)
+        tell(arguments, advice, advice_document(advice))
 
 
 def _advise_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Advice:

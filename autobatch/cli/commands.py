@@ -9,12 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
+from autobatch.cli.running import named_gpu, outputs, run_apart, subject, tell, workload_options
 from autobatch.errors import FileError
 
 if TYPE_CHECKING:
@@ -33,13 +33,10 @@ def probe(arguments: argparse.Namespace) -> int | None:
         from autobatch.cli import vary
 
         return vary.run(arguments)
-    from autobatch.cli.terminal import follow, show
+    from autobatch.cli.terminal import follow
     from autobatch.report.content import summary
-    from autobatch.support.files import check_writable, prepared_folder
 
-    with prepared_folder(arguments.report) if arguments.report else nullcontext():
-        if arguments.json and arguments.json != "-":
-            check_writable(arguments.json)
+    with outputs(arguments):
         gpu = named_gpu(arguments)
         with follow(sys.stderr) as progress:
             plan = _plan(
@@ -54,14 +51,7 @@ def probe(arguments: argparse.Namespace) -> int | None:
                 },
                 progress,
             )
-        if arguments.json == "-":
-            sys.stdout.write(plan.to_json())
-        else:
-            show(summary(plan), sys.stdout)
-        if arguments.json and arguments.json != "-":
-            plan.save(arguments.json)
-        if arguments.report:
-            _say_where(plan.report(arguments.report), to_stderr=arguments.json == "-")
+        tell(arguments, plan, summary(plan))
     return None
 
 
@@ -176,27 +166,19 @@ def _predict_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallb
 
 def check(arguments: argparse.Namespace) -> int:
     """Compare accumulated gradients with the whole batch's; 1 where they differ."""
-    from autobatch.cli.terminal import show
     from autobatch.equivalence.result import equivalence_summary
     from autobatch.plan.plan import Plan
     from autobatch.records.progress import silent
-    from autobatch.support.files import check_writable, write_text
 
-    if arguments.json and arguments.json != "-":
-        check_writable(arguments.json)
-    options = {
-        "plan": Plan.load(arguments.plan) if arguments.plan else None,
-        "micro_batch": arguments.micro_batch,
-        "accumulation_steps": arguments.accumulation_steps,
-    }
-    work = partial(_check_spec, arguments.spec, options)
-    result = run_apart(arguments, work, silent, on_gpu=False)
-    if arguments.json == "-":
-        sys.stdout.write(result.to_json())
-    else:
-        show(equivalence_summary(result), sys.stdout)
-        if arguments.json:
-            write_text(arguments.json, result.to_json())
+    with outputs(arguments):
+        options = {
+            "plan": Plan.load(arguments.plan) if arguments.plan else None,
+            "micro_batch": arguments.micro_batch,
+            "accumulation_steps": arguments.accumulation_steps,
+        }
+        work = partial(_check_spec, arguments.spec, options)
+        result = run_apart(arguments, work, silent, on_gpu=False)
+        tell(arguments, result, equivalence_summary(result))
     return 0 if result.equivalent else 1
 
 
@@ -222,7 +204,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     plan = Plan.load(arguments.plan)
     source = Path(arguments.plan)
-    _say_where(plan.report(arguments.out or source.with_name(f"{source.stem}-report")))
+    print(f"report: {plan.report(arguments.out or source.with_name(f'{source.stem}-report'))}")
 
 
 def _footprint_json(footprint: Footprint) -> str:
@@ -231,7 +213,3 @@ def _footprint_json(footprint: Footprint) -> str:
 
     header = {"schema_version": SCHEMA_VERSION, "peak_device_bytes": footprint.peak_device_bytes}
     return dump_json(header | encode(footprint))
-
-
-def _say_where(page: Path, *, to_stderr: bool = False) -> None:
-    print(f"report: {page}", file=sys.stderr if to_stderr else sys.stdout)

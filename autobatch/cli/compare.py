@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import SPEC_HELP, add_workload_options
-from autobatch.cli.running import run_apart, subject, workload_options
+from autobatch.cli.options import add_objective, add_question, add_report, add_workload_options
+from autobatch.cli.running import outputs, run_apart, subject, tell, workload_options
 from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -29,10 +28,7 @@ def add(verbs: Any) -> None:
         "estimates of the seconds a window and, with prices, of the cost of a million samples.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
+    add_question(parser, headroom="what 95 of 100 published runs needed")
     parser.add_argument(
         "--gpus",
         required=True,
@@ -46,32 +42,17 @@ def add(verbs: Any) -> None:
         metavar="GPU=X",
         help="what one such GPU costs for an hour, in any currency; once for each GPU",
     )
-    parser.add_argument(
-        "--objective",
-        choices=["largest", "fastest", "balanced"],
-        default="largest",
-        help="which micro-batch of those that fit, as of `autobatch probe`",
-    )
-    parser.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: what 95 of 100 published runs "
-        "needed)",
-    )
+    add_objective(parser)
     add_workload_options(parser, gpu=False)
-    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+    add_report(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and show the table; the code of `DoesNotFitError` where no card fits."""
-    from autobatch.cli.terminal import follow, show
+    from autobatch.cli.terminal import follow
     from autobatch.report.comparison import comparison_document
-    from autobatch.support.files import check_writable, prepared_folder
 
-    with prepared_folder(arguments.report) if arguments.report else nullcontext():
-        if arguments.json and arguments.json != "-":
-            check_writable(arguments.json)
+    with outputs(arguments):
         options = {
             "target": arguments.target,
             "gpus": _names(arguments.gpus),
@@ -84,15 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         with follow(sys.stderr) as progress:
             work = partial(_compare_spec, arguments.spec, options)
             compared = run_apart(arguments, work, progress, on_gpu=False)
-        if arguments.json == "-":
-            sys.stdout.write(compared.to_json())
-        else:
-            show(comparison_document(compared), sys.stdout)
-        if arguments.json and arguments.json != "-":
-            compared.save(arguments.json)
-        if arguments.report:
-            page = compared.report(arguments.report)
-            print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+        tell(arguments, compared, comparison_document(compared))
     return 0 if compared.fitting else DoesNotFitError.exit_code
 
 

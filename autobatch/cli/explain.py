@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
+
+from autobatch.cli.options import JSON_HELP
+from autobatch.cli.running import outputs, tell
 
 __all__ = ["add", "run"]
 
@@ -33,28 +35,18 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="largest blocks to list (default 10)"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the answer as JSON; - prints only JSON on stdout"
-    )
+    parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Explain a recorded memory snapshot."""
-    from autobatch.cli.terminal import show
     from autobatch.report.explanation import explain, explanation_summary
-    from autobatch.support.files import check_writable, write_text
 
-    if arguments.json and arguments.json != "-":
-        check_writable(arguments.json)
-    explanation = explain(
-        arguments.snapshot,
-        device=arguments.device,
-        settings=arguments.settings,
-        top=arguments.top,
-    )
-    if arguments.json == "-":
-        sys.stdout.write(explanation.to_json())
-        return
-    show(explanation_summary(explanation), sys.stdout)
-    if arguments.json:
-        write_text(arguments.json, explanation.to_json())
+    with outputs(arguments):
+        explanation = explain(
+            arguments.snapshot,
+            device=arguments.device,
+            settings=arguments.settings,
+            top=arguments.top,
+        )
+        tell(arguments, explanation, explanation_summary(explanation))

@@ -8,7 +8,16 @@ from typing import NoReturn
 
 from autobatch._version import __version__
 from autobatch.cli import advise, commands, compare, explain, sweep, vary
-from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_isolation, add_workload_options
+from autobatch.cli.options import (
+    JSON_HELP,
+    SPEC_HELP,
+    add_isolation,
+    add_objective,
+    add_question,
+    add_report,
+    add_time_limit,
+    add_workload_options,
+)
 from autobatch.support.wording import near
 
 __all__ = ["parser"]
@@ -29,40 +38,22 @@ def parser() -> argparse.ArgumentParser:
         "probe", help="plan micro-batch and accumulation steps for an effective batch"
     )
     probe.set_defaults(run=commands.probe)
-    probe.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    probe.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
-    probe.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: 0.05 where a GPU is measured; "
-        "where it is simulated, what 95 of 100 published runs needed)",
+    add_question(
+        probe,
+        headroom="0.05 where a GPU is measured; where it is simulated, what 95 of 100 published "
+        "runs needed",
     )
     add_workload_options(probe)
-    probe.add_argument(
-        "--objective",
-        choices=["largest", "fastest", "balanced"],
-        default="largest",
-        help="which micro-batch of those that fit: the largest (default), the fastest, or the "
-        "smallest within 3 %% of the fastest; on a simulated GPU, time is an estimate",
-    )
+    add_objective(probe)
     probe.add_argument("--prove", action="store_true", help="also run the size above the ceiling")
     probe.add_argument(
         "--no-cache",
         action="store_true",
         help="neither answer from the plan of an earlier probe, nor keep it",
     )
-    probe.add_argument(
-        "--time-limit",
-        type=float,
-        default=900.0,
-        metavar="S",
-        help="seconds that one trial may take on the GPU in this machine (default 900)",
-    )
+    add_time_limit(probe)
     vary.add_option(probe)
-    probe.add_argument("--report", metavar="DIR", help="write the report into this folder")
+    add_report(probe)
 
     predict = verbs.add_parser("predict", help="account for the memory of one micro-batch")
     predict.set_defaults(run=commands.predict)

@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,11 +15,47 @@ if TYPE_CHECKING:
 
     from autobatch.gpus.catalogue import GpuSpec
     from autobatch.records.progress import ProgressCallback
+    from autobatch.report.document import Document
     from autobatch.workload.workload import Workload
 
-__all__ = ["named_gpu", "run_apart", "subject", "workload_options"]
+__all__ = ["named_gpu", "outputs", "run_apart", "subject", "tell", "workload_options"]
 
 T = TypeVar("T")
+
+Answer = Any
+"""What a command found: it has `to_json`, and `report` where the command has that option."""
+
+
+@contextmanager
+def outputs(arguments: argparse.Namespace) -> Iterator[None]:
+    """Prove that an answer can be written to where it was asked for, before any work.
+
+    Raises:
+        FileError: a file or the report's folder cannot be written.
+    """
+    from autobatch.support.files import check_writable, prepared_folder
+
+    folder = getattr(arguments, "report", None)
+    with prepared_folder(folder) if folder else nullcontext():
+        if arguments.json and arguments.json != "-":
+            check_writable(arguments.json)
+        yield
+
+
+def tell(arguments: argparse.Namespace, answer: Answer, document: Document) -> None:
+    """Show an answer, or print it as JSON; write it, and its report, where they were asked for."""
+    from autobatch.cli.terminal import show
+    from autobatch.support.files import write_text
+
+    if arguments.json == "-":
+        sys.stdout.write(answer.to_json())
+    else:
+        show(document, sys.stdout)
+        if arguments.json:
+            write_text(arguments.json, answer.to_json())
+    if getattr(arguments, "report", None):
+        page = answer.report(arguments.report)
+        print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
 
 
 def run_apart(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import SPEC_HELP, add_workload_options
-from autobatch.cli.running import named_gpu, run_apart, subject, workload_options
+from autobatch.cli.options import add_question, add_report, add_workload_options
+from autobatch.cli.running import named_gpu, outputs, run_apart, subject, tell, workload_options
 
 if TYPE_CHECKING:
     from autobatch.choosing.sweep import Sweep
@@ -28,10 +27,7 @@ def add(verbs: Any) -> None:
         "What cannot fit, or is slower and larger than another one, is not run.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
+    add_question(parser, headroom="as of `autobatch probe`")
     parser.add_argument(
         "--levers",
         metavar="A,B",
@@ -42,12 +38,6 @@ def add(verbs: Any) -> None:
         "--allow-numerics",
         action="store_true",
         help="with all levers, also take settings with which training computes something else",
-    )
-    parser.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: as `probe` does)",
     )
     parser.add_argument(
         "--trials",
@@ -73,20 +63,17 @@ def add(verbs: Any) -> None:
         help="tpe, nsga2, nsga3, random or qmc of Optuna, or grid for the whole space (default: "
         "grid for a small space, tpe for a larger one)",
     )
-    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+    add_report(parser)
     add_workload_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Sweep, and show the front."""
-    from autobatch.cli.terminal import follow_all, show
+    from autobatch.cli.terminal import follow_all
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.sweep import sweep_summary
-    from autobatch.support.files import check_writable, prepared_folder
 
-    with prepared_folder(arguments.report) if arguments.report else nullcontext():
-        if arguments.json and arguments.json != "-":
-            check_writable(arguments.json)
+    with outputs(arguments):
         gpu = named_gpu(arguments)
         options = {
             "target": arguments.target,
@@ -103,15 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         work = partial(_sweep_spec, arguments.spec, arguments.levers, options)
         with follow_all(sys.stderr) as progress:
             found: Sweep = run_apart(arguments, work, progress, on_gpu=is_device(gpu))
-        if arguments.json == "-":
-            sys.stdout.write(found.to_json())
-        else:
-            show(sweep_summary(found), sys.stdout)
-            if arguments.json:
-                found.save(arguments.json)
-        if arguments.report:
-            to = sys.stderr if arguments.json == "-" else sys.stdout
-            print(f"report: {found.report(arguments.report)}", file=to)
+        tell(arguments, found, sweep_summary(found))
 
 
 def _sweep_spec(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import SPEC_HELP, add_workload_options
-from autobatch.cli.running import named_gpu, run_apart, workload_options
+from autobatch.cli.options import (
+    add_objective,
+    add_question,
+    add_report,
+    add_time_limit,
+    add_workload_options,
+)
+from autobatch.cli.running import named_gpu, outputs, run_apart, tell, workload_options
 from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -29,32 +34,12 @@ def add(verbs: Any) -> None:
         "loader.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    parser.add_argument(
-        "--target", type=int, required=True, metavar="N", help="effective batch per update"
-    )
+    add_question(parser, headroom="as of `autobatch probe`")
     add_option(parser, required=True)
-    parser.add_argument(
-        "--objective",
-        choices=["largest", "fastest", "balanced"],
-        default="largest",
-        help="which micro-batch of those that fit, as of `autobatch probe`",
-    )
-    parser.add_argument(
-        "--headroom",
-        type=float,
-        metavar="SHARE",
-        help="share of the usable memory to leave free (default: as of `autobatch probe`)",
-    )
+    add_objective(parser)
     add_workload_options(parser)
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=900.0,
-        metavar="S",
-        help="seconds that one trial may take on the GPU in this machine (default 900)",
-    )
-    parser.add_argument("--report", metavar="DIR", help="write the report into this folder")
+    add_time_limit(parser)
+    add_report(parser)
 
 
 def add_option(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -74,14 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     The code of `DoesNotFitError` is returned where no value fits.
     It takes the arguments of `vary`, or those of `probe` with the option that `add_option` adds.
     """
-    from autobatch.cli.terminal import follow, show
+    from autobatch.cli.terminal import follow
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.comparison import frontier_document
-    from autobatch.support.files import check_writable, prepared_folder
 
-    with prepared_folder(arguments.report) if arguments.report else nullcontext():
-        if arguments.json and arguments.json != "-":
-            check_writable(arguments.json)
+    with outputs(arguments):
         name, values = _parameter(arguments.vary)
         if getattr(arguments, "prove", False):
             raise UsageError("--prove runs the size above one ceiling: leave it out with --vary")
@@ -104,15 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 time_limit=arguments.time_limit if on_gpu else None,
                 on_gpu=on_gpu,
             )
-        if arguments.json == "-":
-            sys.stdout.write(found.to_json())
-        else:
-            show(frontier_document(found), sys.stdout)
-        if arguments.json and arguments.json != "-":
-            found.save(arguments.json)
-        if arguments.report:
-            page = found.report(arguments.report)
-            print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+        tell(arguments, found, frontier_document(found))
     fits = any(point.outcome.fits for point in found.points)
     return 0 if fits else DoesNotFitError.exit_code
 

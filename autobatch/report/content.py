@@ -211,6 +211,17 @@ def _budget(plan: PlanRecord) -> str:
 def _why(plan: PlanRecord) -> str:
     if plan.micro_batch == plan.ceiling_at_least:
         return f"{_sentence(_ceiling(plan))} The plan uses it."
+    if plan.objective != "largest":
+        how = "timed" if plan.speed and plan.speed[0].how == "measured" else "estimated"
+        asked = {
+            "fastest": f"whose update is {how} to take least of the splits that were looked at",
+            "balanced": f"the smallest whose update is {how} to take at most 3 % longer than the "
+            "fastest",
+        }
+        return (
+            f"{_sentence(_ceiling(plan))} The plan takes {plan.micro_batch:,}, "
+            f"{asked[plan.objective]}; {_slack(plan)}."
+        )
     return (
         f"{_sentence(_ceiling(plan))} The plan takes {plan.micro_batch:,}, because it divides the "
         f"target of {plan.target:,} over the fewest equal steps; {_slack(plan)}."

@@ -27,7 +27,7 @@ from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.records.split import split
 from autobatch.support.interrupts import arriving
-from autobatch.support.wording import for_reader, one_line
+from autobatch.support.wording import for_reader, one_line, said_by
 from autobatch.tuning.candidate import Candidate
 from autobatch.tuning.planning import LARGEST
 from autobatch.tuning.workloads import require_share, whole, workload_of
@@ -215,14 +215,22 @@ class _Search:
     def choices(self, levers: Sequence[Lever], *, allow: bool) -> list[Choice]:
         """Return what was tried, the best first; `allow` combines what changes numbers, too."""
         self._as_is = self._as_it_is()
-        options = [option for lever in levers for option in lever.options(self.setup)]
-        for option in options:
-            self._try((option,))
+        for lever in levers:
+            for option in self._options(lever):
+                self._try((option,))
         self._combine(levers, allow=allow)
         fits_unchanged = any(t.choice.fits and not t.choice.changes_numerics for t in self.tried)
         if not allow and not self._as_is.fits and not fits_unchanged:
             self._combine(levers, allow=True)
         return sorted((tried.choice for tried in self.tried), key=_rank)
+
+    def _options(self, lever: Lever) -> Sequence[Option]:
+        """Return what a lever offers; one that fails on an odd model is left out, and noted."""
+        try:
+            return lever.options(self.setup)
+        except Exception as error:
+            self.notes.append(f"{lever.name} was left out: {said_by(error)}")
+            return ()
 
     def _as_it_is(self) -> Choice:
         """Run the setup as it is, and take its plan's micro-batch as the reference."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 from autobatch.devices.virtual.gpu import VirtualGpu
@@ -20,6 +21,7 @@ from autobatch.support.randomness import random_state_kept
 from autobatch.support.wording import for_reader
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.speed import SpeedModel
+from autobatch.workload.dataset import attributes_kept
 from autobatch.workload.sample import BatchDims, rows_of
 from autobatch.workload.workload import Workload
 
@@ -53,10 +55,14 @@ def require_objective(objective: object) -> None:
 def timed(probe: Probe, target: int, ceiling: int) -> tuple[SpeedPoint, ...]:
     """Return what splits of the target take, the largest micro-batch first.
 
+    Of a workload that cannot accumulate, there is one split.
+
     Raises:
         UsageError: the card is simulated, and its speed is not known.
     """
     splits = _splits(target, ceiling, probe.workload.world_size)
+    if not probe.workload.accumulates:
+        splits = splits[:1]
     device = probe.device
     if isinstance(device, VirtualGpu):
         model = SpeedModel.of(probe.workload, device.spec)
@@ -97,6 +103,8 @@ def choice(
 def samples_per_second(loader: Iterable[Any], workload: Workload) -> float:
     """Time a loader of the user's: samples a second, after its first batch.
 
+    Random generators, of the loader and its data too, and attributes of both are as before.
+
     Raises:
         UsageError: it can be gone through once only, so that timing would use it up.
         SampleError: its batches cannot be counted, or there are fewer than two.
@@ -108,7 +116,10 @@ def samples_per_second(loader: Iterable[Any], workload: Workload) -> float:
         )
     dims: BatchDims = getattr(workload.batch, "batch_dims", None)
     samples, batches, started, ended = 0, 0, 0.0, 0.0
-    with random_state_kept():
+    parts = (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler")))
+    with random_state_kept(), ExitStack() as kept:
+        for part in parts:
+            kept.enter_context(attributes_kept(part))
         for batch in loader:
             ended = time.perf_counter()
             if batches:

@@ -84,7 +84,6 @@ def probe_of(
     )
 
 
-@collection_paused()  # what runs leave is collected by their devices
 def plan_of(
     probe: Probe,
     *,
@@ -111,10 +110,18 @@ def plan_of(
     """
     started = time.perf_counter()
     device = probe.device
-    with device.hosting(probe.workload):
+    # timed before what the user has on the card waits in host memory
+    rate = None if loader is None else samples_per_second(loader, probe.workload)
+    # what runs leave is collected by their devices
+    with collection_paused(), device.hosting(probe.workload):
         probe.workload = with_heaviest_batch(probe.workload, device)
         plan = make_plan(
-            target, probe, prove=prove, objective=objective, loader=loader, is_drawn=is_drawn
+            target,
+            probe,
+            prove=prove,
+            objective=objective,
+            loader_rate=rate,
+            is_drawn=is_drawn,
         )
     # what is known only when the user's state is back
     notes = tuple(note for note in device.notes() if note not in plan.warnings)
@@ -128,7 +135,7 @@ def make_plan(
     *,
     prove: bool,
     objective: Objective = "largest",
-    loader: Iterable[Any] | None = None,
+    loader_rate: float | None = None,
     is_drawn: bool = True,
 ) -> Plan:
     """Search for the ceiling, and put the answer together.
@@ -138,7 +145,7 @@ def make_plan(
         probe: of the workload, which says how many GPUs share the target.
         prove: also run the size above the ceiling.
         objective: which of the micro-batches that fit is planned.
-        loader: what gives training its batches, to be timed.
+        loader_rate: samples a second that training's loader gives, where it was timed.
         is_drawn: whether the plan has what charts show.
 
     Raises:
@@ -168,11 +175,9 @@ def make_plan(
                 "smaller target, or let it step after the last micro-batch"
             )
         objective = "largest"
-    rate = None if loader is None else samples_per_second(loader, workload)
-    speed = (
-        () if objective == "largest" and rate is None else timed(probe, target, found.micro_batch)
-    )
-    most = choice(objective, speed, target, rate) if speed else found.micro_batch
+    is_about_time = objective != "largest" or loader_rate is not None
+    speed = timed(probe, target, found.micro_batch) if is_about_time else ()
+    most = choice(objective, speed, target, loader_rate) if speed else found.micro_batch
     planned, window, footprint, stream = _planned_stream(target, probe, found, most)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(run for run in probe.runs.values() if run.shortage is None)
@@ -198,11 +203,11 @@ def make_plan(
         warnings=(
             *plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps),
             *stream,
-            *speed_notes(speed, target, planned, rate),
+            *speed_notes(speed, target, planned, loader_rate),
         ),
         objective=objective,
         speed=speed,
-        loader_samples_per_s=rate,
+        loader_samples_per_s=loader_rate,
         versions={
             "autobatch": _version.__version__,
             "torch": torch.__version__,

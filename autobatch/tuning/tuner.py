@@ -107,7 +107,8 @@ def tune(
         cache: a file to answer from where it holds the plan of the same call, and to keep the plan
             in otherwise. The same means: arguments, structure of the model, shapes of a batch,
             GPU, versions, settings, and the source files of yours that are loaded. The plan warns
-            of where it comes from. `plan.save` and `Plan.load` are the way of notebooks.
+            of where it comes from. With `loader`, which is timed anew, nothing is kept. `plan.save`
+            and `Plan.load` are the way of notebooks.
         progress: told of each step.
 
     Raises:
@@ -172,7 +173,7 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
         workload, device, target=request.target, headroom=request.headroom, progress=progress
     )
     entry = None
-    if request.cache is not None:
+    if request.cache is not None and request.loader is None:  # how fast one is differs
         question = question_of(
             probe, target=request.target, prove=request.prove, objective=request.objective
         )

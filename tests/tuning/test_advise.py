@@ -199,6 +199,16 @@ def test_an_option_that_fails_is_noted_and_the_rest_goes_on() -> None:
     assert any("checkpointing" in choice.label for choice in advice.choices)
 
 
+def test_a_lever_that_fails_is_noted_and_the_rest_goes_on() -> None:
+    def options(setup: Setup) -> list[Option]:
+        raise AttributeError("no such layer")
+
+    own = Lever(name="own", what="-", options=options)
+    advice = advise(workload(), target=64, gpu=card(4000), levers=[own, "checkpointing"])
+    assert any("own was left out" in note and "no such layer" in note for note in advice.notes)
+    assert any("checkpointing" in choice.label for choice in advice.choices)
+
+
 def test_an_unknown_lever_names_the_one_that_was_meant() -> None:
     with pytest.raises(UsageError, match="checkpointing"):
         advise(workload(), target=8, gpu="t4", levers=["checkpoint"])

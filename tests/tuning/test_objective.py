@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_timing_a_loader_leaves_the_random_state_alone() -> None:
     training, before = workload(), torch.get_rng_state()
     assert samples_per_second(loader, training) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_timing_a_loader_leaves_the_loader_and_its_data_as_they_were() -> None:
+    class Counted(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+            self.reads += 1
+            return super().__getitem__(index)
+
+    data, own = Counted(torch.zeros(64, 64)), torch.Generator().manual_seed(3)
+    loader = DataLoader(data, batch_size=8, shuffle=True, generator=own)
+    before, attributes = own.get_state(), dict(vars(loader))
+    assert samples_per_second(loader, workload()) > 0
+    assert torch.equal(own.get_state(), before)
+    assert loader.generator is own and loader.sampler.generator is own
+    assert dict(vars(loader)) == attributes and data.reads == 0
+
+
+def test_the_report_says_why_a_smaller_micro_batch_is_planned(tmp_path: Path) -> None:
+    plan = autobatch.tune(workload(4096), target=8192, gpu="t4", objective="balanced")
+    assert plan.micro_batch < plan.ceiling_at_least
+    plan.report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "at most 3 % longer than the fastest" in " ".join(text.split())
+    assert "fewest equal steps" not in text
+
+
+def test_a_plan_with_a_loader_is_not_answered_from_a_file(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.zeros(64, 64)), batch_size=8)
+    file = tmp_path / "plan.json"
+    planned("largest", loader=loader, cache=file)
+    assert not file.exists()
 
 
 def test_a_loader_that_timing_would_use_up_is_refused() -> None:

@@ -20,6 +20,7 @@ from autobatch.records.evidence import (
     WindowMemory,
 )
 from autobatch.records.footprint import Footprint
+from autobatch.records.holders import Lives, PeakBlocks
 from autobatch.records.split import Split
 
 __all__ = ["Objective", "PlanRecord"]
@@ -56,6 +57,9 @@ class PlanRecord:
             within 3 % of the fastest ("balanced").
         speed: what splits of the target take, where time was asked for, largest micro-batch first.
         loader_samples_per_s: what the user's loader gives, where it was passed.
+        peak_blocks: what is alive at the peak, most bytes first; empty where it is not known.
+        lives: the largest blocks of the windows in `timeline`; None where they are not known.
+        most_bytes: by category, the most bytes that are alive at once in the traced windows.
         warnings: what the user should know, one line each.
     """
 
@@ -84,6 +88,9 @@ class PlanRecord:
     objective: Objective = "largest"
     speed: tuple[SpeedPoint, ...] = ()
     loader_samples_per_s: float | None = None
+    peak_blocks: tuple[PeakBlocks, ...] = ()
+    lives: Lives | None = None
+    most_bytes: Mapping[str, int] | None = None
 
     @property
     def ceiling_likelihood(self) -> float | None:

@@ -37,6 +37,7 @@ from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.records.split import split
 from autobatch.records.sweep import Outcome, SweepRecord, SweepTrial
 from autobatch.support.files import write_text
+from autobatch.support.installing import install_line
 from autobatch.support.interrupts import arriving
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
@@ -163,7 +164,7 @@ def sweep(
     On a simulated card each configuration runs once: its memory is simulated, and its time an
     estimate. On the card in the machine it is simulated first, and measured if it then fits.
     Several processes may work at one study at the same time, and a study that was cut short goes on
-    where it was. Needs Optuna: `pip install 'autobatch-gpu[sweep]'`.
+    where it was. Needs Optuna, which the extra `sweep` installs.
 
     Args:
         model: as in `tune`.
@@ -685,6 +686,4 @@ def _require_optuna() -> None:
     try:
         from autobatch.choosing import study  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{error.name} is not installed: pip install 'autobatch-gpu[sweep]'"
-        ) from error
+        raise UsageError(f"{error.name} is not installed: {install_line('sweep')}") from error

@@ -18,6 +18,7 @@ from autobatch.records.codec import RecordError
 from autobatch.records.plan_json import read_plan, write_plan
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import read_text, write_text
+from autobatch.support.installing import install_line
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -262,6 +263,6 @@ def _extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{error.name} is not installed: pip install 'autobatch-gpu[{name}]', where the "
-            "training will run, and load the saved plan there"
+            f"{error.name} is not installed: {install_line(name)}, where the training will run, "
+            "and load the saved plan there"
         ) from error

@@ -57,6 +57,8 @@ class PlanRecord:
             within 3 % of the fastest ("balanced").
         speed: what splits of the target take, where time was asked for, largest micro-batch first.
         loader_samples_per_s: what the user's loader gives, where it was passed.
+        command: the command that asked for it, as it was typed; None where Python code did, and in
+            plans of earlier versions.
         peak_blocks: what is alive at the peak, most bytes first; empty where it is not known.
         lives: the largest blocks of the windows in `timeline`; None where they are not known.
         most_bytes: by category, the most bytes that are alive at once in the traced windows.
@@ -88,6 +90,7 @@ class PlanRecord:
     objective: Objective = "largest"
     speed: tuple[SpeedPoint, ...] = ()
     loader_samples_per_s: float | None = None
+    command: str | None = None
     peak_blocks: tuple[PeakBlocks, ...] = ()
     lives: Lives | None = None
     most_bytes: Mapping[str, int] | None = None

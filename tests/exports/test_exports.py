@@ -151,7 +151,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra() -> None:
         said = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
         )
-        assert "pip install 'autobatch-gpu[" in said.stdout, said.stderr
+        assert 'pip install "autobatch-gpu[' in said.stdout, said.stderr
 
 
 def test_importing_autobatch_and_plain_answers_loads_no_trainer() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from autobatch.errors import SpecError
+from autobatch.support.installing import install_line
 from autobatch.support.wording import one_line
 from autobatch.workload.infer.dry_run import quiet
 
@@ -60,8 +61,7 @@ def import_library(name: str, extra: str) -> Any:
             return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
-            install = f'pip install "autobatch-gpu[{extra}]"'
-            raise SpecError(f"{name} is not installed: {install}") from None
+            raise SpecError(f"{name} is not installed: {install_line(extra)}") from None
         raise SpecError(f"{name} cannot be imported ({one_line(error)})") from error
 
 

@@ -638,3 +638,15 @@ def test_a_lightning_module_trains_by_its_training_step():
     model = Module()
     inferred = infer(model)
     assert inferred.loss is not None and inferred.loss(model, inferred.batch(5)).requires_grad
+
+
+def test_adapters_are_looked_through():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    inferred = infer(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert infer(adapted).inputs_note == inferred.inputs_note
+    assert infer(adapted).batch(2).keys() == inferred.batch(2).keys()

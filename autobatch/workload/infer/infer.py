@@ -8,6 +8,7 @@ runs, an error says which argument to pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import nn
 
@@ -25,7 +26,7 @@ __all__ = ["infer"]
 def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = None) -> Inferred:
     """Infer a model's inputs and training loss from what it says about itself.
 
-    Hugging Face models: from `config`, the signature and the docstring of `forward`, and from what
+    Hugging Face models, also with adapters of peft: from `config`, the signature and the docstring of `forward`, and from what
     its errors ask for. The sequence is as long as the positions allow, at most 1,024 tokens (512
     where there is no limit); speech lasts 10 s.
     timm: from `pretrained_cfg`. torchvision: from the module path. Lightning: from
@@ -47,7 +48,7 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     >>> inferred.inputs_note
     'inputs inferred: float32 [n, 20] from the first layer (Linear)'
     """
-    inner = unwrapped(model)
+    inner = _adapted(unwrapped(model))
     if any(nn.parameter.is_lazy(parameter) for parameter in inner.parameters()):
         raise unknown(inner, "it has lazy parameters: run one batch through it first")
     if hasattr(inner, "config") and hasattr(inner, "main_input_name"):
@@ -61,3 +62,9 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     if getattr(inner, "example_input_array", None) is not None:
         return infer_example(inner, "example_input_array")
     return infer_plain(inner, seq, image_size)
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """Return the model that peft's adapters are in, as it knows what its inputs are."""
+    is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return cast(nn.Module, model.get_base_model()) if is_adapted else model

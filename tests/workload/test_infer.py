@@ -640,6 +640,7 @@ def test_a_lightning_module_trains_by_its_training_step():
     assert inferred.loss is not None and inferred.loss(model, inferred.batch(5)).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # in peft
 def test_adapters_are_looked_through():
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

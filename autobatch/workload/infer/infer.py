@@ -8,7 +8,7 @@ runs, an error says which argument to pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +64,7 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     return infer_plain(inner, seq, image_size)
 
 
-def _adapted(model: nn.Module) -> nn.Module:
+def _adapted(model: Any) -> Any:
     """Return the model that peft's adapters are in, as it knows what its inputs are."""
     is_adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return cast(nn.Module, model.get_base_model()) if is_adapted else model
+    return model.get_base_model() if is_adapted else model

@@ -201,7 +201,9 @@ class _Search:
             smallest_card=self._smallest_card(outcomes),
             executions=self._shared.executions,
             warnings=(
-                *shared_warnings({name: plan.warnings for name, plan in plans.items()}),
+                *shared_warnings(
+                    {name: (*plan.warnings, *plan.notes) for name, plan in plans.items()}
+                ),
                 *self._notes,
             ),
             versions=versions(),

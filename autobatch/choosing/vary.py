@@ -256,7 +256,10 @@ class _Search:
     def _by_value(self, plans: Mapping[int, Plan]) -> dict[str, tuple[str, ...]]:
         """Return the warnings of plans; those that only differ in the value name the parameter."""
         named = {
-            value: {each: re.sub(rf"\b{value}\b", self.parameter, each) for each in plan.warnings}
+            value: {
+                each: re.sub(rf"\b{value}\b", self.parameter, each)
+                for each in (*plan.warnings, *plan.notes)
+            }
             for value, plan in plans.items()
         }
         told = [set(each.values()) for each in named.values()]

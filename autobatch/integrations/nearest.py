@@ -29,4 +29,4 @@ def tuned_to_one_size(
         f"an effective batch of {split.target} in place of the {target} asked for, which needs "
         "micro-batches of several sizes (nearest=True)"
     )
-    return replace(plan, warnings=(*plan.warnings, note))
+    return replace(plan, notes=(*plan.notes, note))

@@ -282,7 +282,7 @@ def _roomy(make: Callable[..., Plan], target: int) -> Plan:
         f"Trainer keeps the inputs of a whole window on the GPU, {format_bytes(window_bytes)}, of "
         "which the footprint counts one micro-batch; there is room for them"
     )
-    return replace(plan, warnings=(*plan.warnings, note))
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _set_sizes(trainer: Trainer, plan: Plan) -> None:

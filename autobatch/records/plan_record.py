@@ -22,6 +22,7 @@ from autobatch.records.evidence import (
 from autobatch.records.footprint import Footprint
 from autobatch.records.holders import Lives, PeakBlocks
 from autobatch.records.split import Split
+from autobatch.records.what_if import WhatIf
 
 __all__ = ["Objective", "PlanRecord"]
 
@@ -62,7 +63,11 @@ class PlanRecord:
         peak_blocks: what is alive at the peak, most bytes first; empty where it is not known.
         lives: the largest blocks of the windows in `timeline`; None where they are not known.
         most_bytes: by category, the most bytes that are alive at once in the traced windows.
-        warnings: what the user should know, one line each.
+        warnings: what the user must act on, one line each.
+        notes: what was inferred, assumed or left out, one line each; empty in plans of earlier
+            versions, whose warnings have it.
+        what_if: ceilings on other cards and with other headrooms, and the peaks of other
+            micro-batches; None where other windows than the plan's would have to run first.
     """
 
     split: Split
@@ -94,6 +99,8 @@ class PlanRecord:
     peak_blocks: tuple[PeakBlocks, ...] = ()
     lives: Lives | None = None
     most_bytes: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
+    what_if: WhatIf | None = None
 
     @property
     def ceiling_likelihood(self) -> float | None:

@@ -40,7 +40,7 @@ __all__ = ["full_report", "summary"]
 
 
 def summary(plan: PlanRecord) -> Document:
-    """Return the plan on one screen: the answer, the account, the evidence, the warnings."""
+    """Return the plan on one screen: the answer, the account, the evidence, what to know."""
     return Document(
         title=effective_batch(plan),
         subtitle=f"{printable(plan.model.name)} on {printable(plan.gpu.name)}",
@@ -50,6 +50,7 @@ def summary(plan: PlanRecord) -> Document:
             Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
             *_speed(plan),
             *_warnings(plan),
+            *_notes(plan),
         ),
     )
 
@@ -309,6 +310,12 @@ def _warnings(plan: PlanRecord) -> tuple[Section, ...]:
     if not plan.warnings:
         return ()
     return (Section("Warnings", (Bullets(tuple(map(printable, plan.warnings))),)),)
+
+
+def _notes(plan: PlanRecord) -> tuple[Section, ...]:
+    if not plan.notes:
+        return ()
+    return (Section("Notes", (Bullets(tuple(map(printable, plan.notes))),)),)
 
 
 def _accumulation_table(plan: PlanRecord) -> tuple[Table, ...]:

@@ -2,7 +2,7 @@
 
 An entry is a JSON file: the question in plain text, the user's source files that were loaded, with
 their hashes, and the plan. Invariant: an entry answers only the question that it holds, word for
-word, while all of those files are as they were; and a plan that is answered so warns of it.
+word, while all of those files are as they were; and a plan that is answered so has a note of it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CacheEntry:
             f"answered from {str(self._file)!r}, the plan of {plan.created}: arguments, versions, "
             f"settings and your source files are the same; {again}"
         )
-        return replace(plan, warnings=(*plan.warnings, note))
+        return replace(plan, notes=(*plan.notes, note))
 
     def store(self, plan: Plan) -> None:
         """Keep a plan as the answer.

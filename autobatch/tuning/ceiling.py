@@ -23,10 +23,13 @@ from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
 
-__all__ = ["Ceiling", "find_ceiling"]
+__all__ = ["LOOK_ABOVE", "SMALL", "Ceiling", "find_ceiling"]
 
-_SMALL = (2, 3)
+SMALL = (2, 3)
 """The first two sizes: at 1 the order of events often differs (squeezed dimensions)."""
+
+LOOK_ABOVE = 2
+"""So many sizes beyond the first that does not fit are asked of a model, which costs little."""
 
 _NEAR = 0.95
 """The first execution on a real GPU is at this share of the ceiling that a simulation foresees."""
@@ -112,7 +115,7 @@ def find_ceiling(
         if not largest:
             raise
         stopped = f"larger sizes need memory of this machine that it does not have ({error})"
-    found = _find_ceiling(probe, max(largest, *_SMALL), wanted, prove=prove, share=share)
+    found = _find_ceiling(probe, max(largest, *SMALL), wanted, prove=prove, share=share)
     return replace(found, stopped=stopped, limit_reached=True) if found.limit_reached else found
 
 
@@ -125,7 +128,7 @@ def _find_ceiling(
     share: int | None,
     foreseen: Ceiling | None = None,
 ) -> Ceiling:
-    first, second = (min(size, limit) for size in _SMALL)
+    first, second = (min(size, limit) for size in SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
     guess = foreseen.micro_batch if foreseen is not None else None
@@ -152,16 +155,16 @@ def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
     come on top at every size, which gives the second.
     """
     first = min(int(_NEAR * foreseen.micro_batch), limit)
-    if foreseen.model is None or first <= max(_SMALL) or probe.run(first).shortage is not None:
+    if foreseen.model is None or first <= max(SMALL) or probe.run(first).shortage is not None:
         return ()
     beyond = probe.runs[first].replay.peak_reserved_bytes
     beyond -= probe.predict(foreseen.model, first).peak_reserved_bytes
     search, _ = _search_model(foreseen.model, probe, limit, beyond)
-    second = search.ceiling if search.ceiling not in (0, first) else min(_SMALL)
+    second = search.ceiling if search.ceiling not in (0, first) else min(SMALL)
     while probe.run(second).shortage is not None:  # what was not foreseen is seen below it
-        if second == min(_SMALL):
+        if second == min(SMALL):
             return ()
-        second = int(_RETREAT * second) if int(_RETREAT * second) > first else min(_SMALL)
+        second = int(_RETREAT * second) if int(_RETREAT * second) > first else min(SMALL)
     return first, second
 
 
@@ -183,7 +186,7 @@ def _by_model(
     confirmed = False
     for _ in range(_EXECUTIONS):
         ceiling = search.ceiling
-        if wanted is not None and max(_SMALL) < wanted <= ceiling:
+        if wanted is not None and max(SMALL) < wanted <= ceiling:
             whole = probe.execute(wanted, 1)
             wanted = None
             if model.predicts_start_of(whole.trace) and probe.trials[-1].fits:
@@ -199,7 +202,7 @@ def _by_model(
             return _modelled(search, model, predicted)
         while (shortage := probe.run(size).shortage) is not None:
             size = int(_RETREAT * size)  # a size that runs through tells what was not foreseen
-            if size <= max(_SMALL):
+            if size <= max(SMALL):
                 raise Misaligned(f"micro-batch {size + 1} ran out of memory ({shortage})")
         corrected = _fit_nearest(probe) if kernels_may_vary else _corrected(model, probe, size)
         confirmed = corrected is model
@@ -258,7 +261,7 @@ def _search_model(
     model: TraceModel, probe: Probe, limit: int, unforeseen: int | None = None
 ) -> tuple[CeilingSearch, dict[int, Replay]]:
     """Search with what a model foretells, and what comes on top of it, known or not."""
-    search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes, look_above=2)
+    search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes, look_above=LOOK_ABOVE)
     for size in probe.runs:
         search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
     predicted = {}

@@ -1,4 +1,8 @@
-"""What a search has to tell the user, one line each: about a plan, or why there is none."""
+"""What a search has to tell the user, one line each: about a plan, or why there is none.
+
+Invariant: a warning is something that the reader must act on, or the plan may not hold; a note says
+what was inferred, assumed or left out, and how to say otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,18 @@ from autobatch.support.wording import argument, count, for_reader, given, passin
 from autobatch.tuning.ceiling import Ceiling
 from autobatch.tuning.probe import Probe
 
-__all__ = ["plan_notes", "what_is_missing"]
+__all__ = ["plan_notes", "plan_warnings", "what_is_missing"]
 
 
 _SOON = 1_000_000
 """Windows within which memory that grows is full, where that is said: a list of losses is small."""
 
 
-def plan_notes(
-    probe: Probe, run: Run, found: Ceiling, limit: int, planned: Footprint, steps: int
+def plan_warnings(
+    probe: Probe, run: Run, found: Ceiling, planned: Footprint, steps: int
 ) -> Iterator[str]:
-    """Yield what becomes the warnings of a plan of these steps and footprint, one line each."""
+    """Yield the warnings of a plan of these steps and footprint, one line each."""
     yield from _growth(probe, planned, steps)
-    yield from probe.workload.notes
     yield from dict.fromkeys(note for each in probe.runs.values() for note in each.notes)
     yield from probe.device.notes()
     for trial in probe.trials:
@@ -34,15 +37,25 @@ def plan_notes(
                 f"({format_bytes(trial.peak_reserved_bytes)} reserved), though "
                 f"{found.micro_batch:,} does"
             )
-    if probe.workload.world_size > 1:
-        yield (
-            f"the buffers of NCCL between the {probe.workload.world_size:,} GPUs are outside "
-            "PyTorch's allocator and not in the account: leave headroom for them"
-        )
     if run.loss == "surrogate sum":
         yield (
             "no loss was given or found in the output: the sum of the outputs stood in for it; for "
             f"the memory of the real one, {passing('loss')}"
+        )
+    if found.is_quadratic:
+        yield (
+            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
+            "with accumulation, each sample is compared with those of its micro-batch only"
+        )
+
+
+def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
+    """Yield what a plan was made with and from, one line each."""
+    yield from probe.workload.notes
+    if probe.workload.world_size > 1:
+        yield (
+            f"the buffers of NCCL between the {probe.workload.world_size:,} GPUs are outside "
+            "PyTorch's allocator and not in the account: leave headroom for them"
         )
     if run.loss == "cross entropy":
         yield (
@@ -59,11 +72,6 @@ def plan_notes(
             "the model's output counts until the next one has been computed, as in loops that say "
             "outputs = model(**batch); where yours drops it before, as the Trainer of Hugging Face "
             f"does, {passing('loss', 'lambda model, batch: model(**batch).loss')}"
-        )
-    if found.is_quadratic:
-        yield (
-            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
-            "with accumulation, each sample is compared with those of its micro-batch only"
         )
     if found.stopped:
         yield (

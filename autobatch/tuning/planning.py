@@ -19,6 +19,7 @@ import torch
 from autobatch import _version
 from autobatch.devices.base import Device, Run
 from autobatch.devices.copies import batch_of
+from autobatch.devices.virtual.questions import questions
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.memory.accounting import (
     curve_sizes,
@@ -38,10 +39,11 @@ from autobatch.records.split import Split, split
 from autobatch.support.collection import collection_paused
 from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
-from autobatch.tuning.notes import plan_notes, what_is_missing
+from autobatch.tuning.notes import plan_notes, plan_warnings, what_is_missing
 from autobatch.tuning.objective import choice, samples_per_second, speed_notes, timed
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.streams import Stream, with_heaviest_batch
+from autobatch.tuning.what_if import what_if
 from autobatch.workload.layout import dims_as_text
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
@@ -157,14 +159,15 @@ def make_plan(
     samples_per_rank = -(-target // workload.world_size)
     limit = _limit(workload, device, samples_per_rank)
     has_one_go = probe.accumulation_steps > 1 and not device.must_run_the_plan
-    found = find_ceiling(
-        probe,
-        limit,
-        samples_per_rank if has_one_go else None,
-        prove=prove,
-        share=samples_per_rank,
-        foresee=partial(_simulated_ceiling, probe, limit, samples_per_rank),
-    )
+    with questions() as asked:
+        found = find_ceiling(
+            probe,
+            limit,
+            samples_per_rank if has_one_go else None,
+            prove=prove,
+            share=samples_per_rank,
+            foresee=partial(_simulated_ceiling, probe, limit, samples_per_rank),
+        )
     if not found.micro_batch:
         raise DoesNotFitError(what_is_missing(probe, found))
     if not workload.accumulates:
@@ -181,6 +184,7 @@ def make_plan(
     planned, window, footprint, stream = _planned_stream(target, probe, found, most)
     _, ceiling_footprint = _at(probe, found, found.micro_batch)
     run = next(run for run in probe.runs.values() if run.shortage is None)
+    curve = _curve(probe, found) if is_drawn else ()
     return Plan(
         split=planned,
         ceiling=None if found.limit_reached else found.micro_batch,
@@ -194,16 +198,22 @@ def make_plan(
         footprint=footprint,
         ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
-        curve=_curve(probe, found) if is_drawn else (),
+        curve=curve,
         timeline=timeline_of(window, device.allocator()) if is_drawn else _NOT_DRAWN,
         sharding=workload.shares,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
         otherwise=_otherwise(planned, probe, found) if is_drawn else None,
         method=found.method,
         warnings=(
-            *plan_notes(probe, run, found, limit, footprint, planned.accumulation_steps),
+            *plan_warnings(probe, run, found, footprint, planned.accumulation_steps),
             *stream,
             *speed_notes(speed, target, planned, loader_rate),
+        ),
+        notes=tuple(plan_notes(probe, run, found, limit)),
+        what_if=(
+            what_if(probe, found, planned, curve, limit, asked)
+            if is_drawn and objective == "largest" and workload.accumulates
+            else None
         ),
         objective=objective,
         speed=speed,

@@ -106,8 +106,8 @@ def tune(
         time_limit: seconds that one trial may take before the child is ended; with `isolate`.
         cache: a file to answer from where it holds the plan of the same call, and to keep the plan
             in otherwise. The same means: arguments, structure of the model, shapes of a batch,
-            GPU, versions, settings, and the source files of yours that are loaded. The plan warns
-            of where it comes from. With `loader`, which is timed anew, nothing is kept. `plan.save`
+            GPU, versions, settings, and the source files of yours that are loaded. A note of
+            the plan says where it comes from. With `loader`, which is timed anew, nothing is kept. `plan.save`
             and `Plan.load` are the way of notebooks.
         progress: told of each step.
 

@@ -185,7 +185,7 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     taken = callback.plan.target
     assert taken in (250, 252)
     assert module.updates == [taken] * (SAMPLES // taken) + [SAMPLES % taken]
-    assert any(f"{taken} in place of the 251" in warning for warning in callback.plan.warnings)
+    assert any(f"{taken} in place of the 251" in note for note in callback.plan.notes)
 
 
 def test_a_sample_of_ones_own_is_probed(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_the_inputs_of_a_whole_window_find_room(tmp_path: Path) -> None:
     card = autobatch.GpuSpec(name="card", capacity_bytes=64 * 2**20)
     few, many = (tune_trainer(widened(), target=n, gpu=card) for n in (16, 128))
     waiting_bytes = (128 - many.micro_batch) * 128 * 1024
-    assert any("inputs of a whole window" in warning for warning in many.warnings)
+    assert any("inputs of a whole window" in note for note in many.notes)
     assert many.footprint.peak_reserved_bytes + waiting_bytes <= few.budget_bytes
 
 
@@ -291,7 +291,7 @@ def test_the_same_trainer_is_answered_from_a_cache_and_one_with_its_own_loss_is_
     tmp_path: Path,
 ) -> None:
     def is_cached(plan: autobatch.Plan) -> bool:
-        return any("answered from" in warning for warning in plan.warnings)
+        return any("answered from" in note for note in plan.notes)
 
     asked = {"target": 24, "gpu": CARD, "cache": tmp_path / "plan.json"}
     assert not is_cached(tune_trainer(trainer(tmp_path), **asked))
@@ -319,7 +319,7 @@ def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path:
     run = trainer(tmp_path, num_train_epochs=1, save_strategy="steps", save_steps=1)
     plan = tune_trainer(run, target=47, gpu=CARD, nearest=True)
     assert plan.target in (46, 48)
-    assert any(f"{plan.target} in place of the 47" in warning for warning in plan.warnings)
+    assert any(f"{plan.target} in place of the 47" in note for note in plan.notes)
     run.train()
     assert run.updates[0] == plan.target
     again = tune_trainer(trainer(tmp_path), target=47, gpu="cuda:7", resume_from_checkpoint=True)
@@ -347,7 +347,7 @@ def test_modules_that_a_trainer_holds_are_copied_with_it(tmp_path: Path) -> None
     run.teacher = teacher = model()
     own = run.model
     plan = tune_trainer(run, target=8, gpu="t4")
-    assert not [warning for warning in plan.warnings if "on the CPU" in warning]
+    assert not [note for note in (*plan.warnings, *plan.notes) if "on the CPU" in note]
     weights = sum(p.nbytes for p in teacher.parameters())
     assert plan.footprint.other_bytes + plan.footprint.parameters_bytes >= 2 * weights
     assert run.model is own and run.teacher is teacher

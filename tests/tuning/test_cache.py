@@ -46,14 +46,14 @@ def tune(file: Path, model: nn.Module | None = None, **options: Any) -> autobatc
 
 
 def is_known(plan: autobatch.Plan) -> bool:
-    return any(warning.startswith("answered from") for warning in plan.warnings)
+    return any(warning.startswith("answered from") for warning in plan.notes)
 
 
 def test_the_same_call_is_answered_from_the_file_and_says_so(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     first, second = tune(file), tune(file)
     assert not is_known(first)
-    assert f"answered from {str(file)!r}, the plan of {first.created}" in second.warnings[-1]
+    assert f"answered from {str(file)!r}, the plan of {first.created}" in second.notes[-1]
     assert (second.split, second.trials) == (first.split, first.trials)
 
 

@@ -147,6 +147,6 @@ def test_the_heaviest_item_is_the_one_that_takes_most_memory():
     mixed = pages([torch.zeros(3, *size) for size in sizes] * 3)
     options = {"gpu": "t4", "target": 8, "cache": False, "loss": lambda model, pages: model(pages)}
     plan = autobatch.tune(Square(), sample=mixed, **options)
-    assert any("dataset[4], which takes the most memory" in w for w in plan.warnings)
+    assert any("dataset[4], which takes the most memory" in w for w in plan.notes)
     alone = autobatch.tune(Square(), sample=pages([torch.zeros(3, 120, 120)] * 9), **options)
     assert plan.footprint.activations_bytes == alone.footprint.activations_bytes

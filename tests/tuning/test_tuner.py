@@ -153,14 +153,14 @@ def test_a_data_set_caps_the_micro_batch_at_its_length():
     assert plan.ceiling_at_least == 50
     assert (plan.micro_batch, plan.accumulation_steps) == (50, 4)
     assert max(trial.micro_batch for trial in plan.trials) == 50
-    assert any("stopped at micro-batch 50" in warning for warning in plan.warnings)
+    assert any("stopped at micro-batch 50" in note for note in plan.notes)
 
 
 def test_the_search_of_a_model_that_always_fits_stops_at_its_limit_and_says_so():
     plan = tune(nn.Linear(4, 2), sample=torch.zeros(2, 4), loss=None, gpu="b200")
     assert plan.ceiling is None
     assert plan.ceiling_at_least == 2**16
-    assert any("stopped at micro-batch 65536" in warning for warning in plan.warnings)
+    assert any("stopped at micro-batch 65536" in note for note in plan.notes)
     assert plan.model.loss == "surrogate sum"
     assert any("sum of the outputs" in warning for warning in plan.warnings)
 
@@ -222,7 +222,7 @@ def test_a_workload_keeps_its_own_options_where_none_is_given():
     plan = autobatch.tune(workload, target=60, gpu=SMALL_CARD, optimizer=torch.optim.Adagrad)
     assert (plan.model.optimizer, plan.model.autocast) == ("Adagrad", "bf16")
     assert plan.ceiling_at_least == 30
-    assert "labels are made up" in plan.warnings
+    assert "labels are made up" in plan.notes
 
 
 def test_progress_names_every_execution_in_order():

@@ -29,7 +29,7 @@ _QUESTIONS: dict[str, Question] = {
 
 @contextlib.contextmanager
 def questions() -> Iterator[set[Question]]:
-    """Yield a set that gets what the code of the block asks.
+    """Yield a set that gets what the code of the block asks, also within another such block.
 
     >>> with questions() as asked:
     ...     note_question("card", 1)
@@ -43,6 +43,8 @@ def questions() -> Iterator[set[Question]]:
         yield asked
     finally:
         _ASKED.reset(token)
+        if (outer := _ASKED.get()) is not None:
+            outer |= asked
 
 
 def note_question(question: Question, answer: Any) -> Any:

@@ -25,7 +25,7 @@ from autobatch.memory.scratch import with_scratch
 from autobatch.memory.trace import Bare
 from autobatch.workload.workload import Workload
 
-__all__ = ["SharedRuns", "SharingGpu"]
+__all__ = ["SharedRuns", "SharingGpu", "are_alike"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class SharingGpu(VirtualGpu):
     def _taken_over(self, kept: _Kept) -> Run:
         """Return a run as it is on this card."""
         bare = kept.run.trace.bare
-        if bare is None or _are_alike(kept.spec, self.spec):
+        if bare is None or are_alike(kept.spec, self.spec):
             return kept.run
         gpu = Hashed(self.spec)
         kernels = tuple(on_card(kernel, gpu) for kernel in bare.kernels)
@@ -133,7 +133,7 @@ def _identity(workload: Workload) -> Hashable:
     )
 
 
-def _are_alike(one: GpuSpec, other: GpuSpec) -> bool:
+def are_alike(one: GpuSpec, other: GpuSpec) -> bool:
     """Whether cards of one compute capability only differ in what no kernel's rule asks for."""
     return other == replace(
         one,

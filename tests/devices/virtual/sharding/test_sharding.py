@@ -562,7 +562,7 @@ def test_a_plan_names_its_ranks_and_round_trips(tmp_path):
     assert (plan.world_size, plan.sharding, plan.effective_batch) == (8, "fsdp", 64)
     assert plan.footprint.parameters_bytes == shard_bytes(Net(), 8)
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
-    assert any("NCCL" in warning for warning in plan.warnings)
+    assert any("NCCL" in note for note in plan.notes)
     assert "8 GPUs, FSDP2" in " ".join(render(summary(plan)).split())
     assert "DistributedDataParallel" not in training_loop(plan)
     compile(training_loop(plan), "loop", "exec")
@@ -588,7 +588,7 @@ def test_plans_from_before_have_no_sharding(tmp_path):
 def test_one_gpu_needs_no_sharding_and_says_nothing_of_it():
     plan = autobatch.tune(Net(), sample=batch(2), target=64, gpu=GPU)
     assert plan.sharding is None
-    assert not any("NCCL" in warning for warning in plan.warnings)
+    assert not any("NCCL" in note for note in plan.notes)
 
 
 def test_predict_takes_ranks_and_sharding():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autobatch.devices.copies import Copier
 from autobatch.devices.ddp_buckets import GradientBuckets, gradient_buckets
+from autobatch.devices.running_module import RunningModule
 from autobatch.devices.steps import Steps
 from autobatch.devices.warnings import of_data_parallel, without_gradients
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
@@ -45,13 +46,22 @@ __all__ = ["MemoryRecorder", "Session", "user_errors"]
 
 
 class MemoryRecorder(Protocol):
-    """Records memory; is told which phase runs, and what tensors are for."""
+    """Records memory; is told which phase runs, and what tensors are for.
+
+    Attributes:
+        running: tells which module of the model is at work.
+    """
+
+    running: RunningModule
 
     def begin(self, phase: Phase, window: int = 0, micro_batch: int = 0) -> None:
         """Mark the beginning of a phase."""
 
-    def tag(self, tensors: Iterable[Any], category: Category) -> None:
-        """Put the storages of tensors into a category for their whole life."""
+    def tag(self, owned: Iterable[tuple[Any, str | None]], category: Category) -> None:
+        """Put the storages of tensors into a category for their whole life.
+
+        Each comes with the module that owns it; None leaves it to the one that made it.
+        """
 
     def claim(self, category: Category | None) -> None:
         """Remember of what is allocated from now on that it would be of a category, if kept."""
@@ -97,15 +107,16 @@ class Session:
         self._device = device
         self._recorder = recorder
         recorder.begin("setup")
+        running = self._running = recorder.running
 
         def tagged(copied: nn.Module) -> nn.Module:
+            running.learn(copied)  # before levers change it: these are the user's names
             for change in workload.changes:
                 copied = change(copied) or copied
             wrapped = wrap(copied.to(device) if workload.changes else copied)
-            for parameter in wrapped.parameters():
-                recorder.tag(parts_of(parameter), "parameters")
-            for buffer in wrapped.buffers():
-                recorder.tag(parts_of(buffer), "buffers")
+            running.learn(wrapped)
+            recorder.tag(self._owned_parts(wrapped.parameters()), "parameters")
+            recorder.tag(self._owned_parts(wrapped.buffers()), "buffers")
             return wrapped
 
         # a model is changed before it is on the card, where a change would leave holes
@@ -133,7 +144,8 @@ class Session:
         _require_training(list(filter(is_optimizer, each_of(made))), self._model)
         buckets = gradient_buckets(workload, self._model)
         self.buckets = buckets.tensors  # held, as DDP holds them
-        recorder.tag(self.buckets, "gradients")
+        recorder.tag(((bucket, "") for bucket in self.buckets), "gradients")
+        self._shared = {bucket.untyped_storage()._cdata for bucket in self.buckets}
         self._in_buckets = buckets.views.keys()
         for parameter in self._model.parameters():
             if id(parameter) in buckets.views:
@@ -147,7 +159,7 @@ class Session:
         for optimizer in self._optimizers():
             self._steps.watch(optimizer)
         # a loss may have parameters of its own
-        recorder.tag(self._trained_parts(), "parameters")
+        recorder.tag(self._owned_parts(self._trained()), "parameters")
         self._tag_optimizer_state(attributes=True)
 
     @property
@@ -209,7 +221,7 @@ class Session:
     ) -> None:
         """Run windows of `accumulation_steps` micro-batches, then the evaluation if asked to."""
         self._last = accumulation_steps - 1
-        with self._stage, self._steps.of_others():
+        with self._stage, self._steps.of_others(), self._running.followed():
             self._run(micro_batch, accumulation_steps, windows, evaluate)
         if isinstance(self._loss, DefaultLoss):
             self._loss.forget()
@@ -267,25 +279,44 @@ class Session:
     def _tag_gradients(self, parameters: Iterable[Tensor]) -> None:
         learned = {id(p): p for p in parameters if p.grad is not None}
         self._with_gradients |= learned.keys()
-        gradients = (part for p in learned.values() for part in parts_of(p.grad))  # type: ignore[arg-type]
+        gradients = (
+            (part, None if part.untyped_storage()._cdata in self._shared else owner)
+            for parameter in learned.values()
+            for owner in (self._running.owner(parameter),)
+            for part in parts_of(parameter.grad)  # type: ignore[arg-type]
+        )
         self._recorder.tag(gradients, "gradients")
 
     def _trained(self) -> Iterator[Tensor]:
         return parameters_of(self._optimizers())
 
-    def _trained_parts(self) -> Iterator[Tensor]:
-        return (part for p in self._trained() for part in parts_of(p))
+    def _owned_parts(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, str | None]]:
+        """Yield the memory of parameters or buffers, with the modules that own them."""
+        owner = self._running.owner
+        return ((part, owner(tensor)) for tensor in tensors for part in parts_of(tensor))
 
     def _tag_optimizer_state(self, *, attributes: bool = False) -> None:
         held = set(map(id, self._trained()))
         tensors = (
-            part
+            (part, owners.get(id(value)))
             for optimizer in self._optimizers()
+            for owners in (self._owners_of_state(optimizer),)
             for value in state_of(optimizer, attributes=attributes)
             if id(value) not in held
             for part in parts_of(value)
         )
         self._recorder.tag(tensors, "optimizer_state")
+
+    def _owners_of_state(self, optimizer: Any) -> dict[int, str | None]:
+        """Return, of state that an optimizer keeps by parameter, the parameters' modules."""
+        state = getattr(optimizer, "state", None)
+        return {
+            id(value): self._running.owner(parameter)
+            for parameter, kept in (list(state.items()) if isinstance(state, Mapping) else ())
+            if isinstance(parameter, Tensor) and isinstance(kept, Mapping)
+            for value in kept.values()
+            if isinstance(value, Tensor)
+        }
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device == self._device else tensor.to(self._device)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import kind_of, peak_range
 from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.attribution import category_name
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Category, Trace
 from autobatch.records.evidence import MemoryPoint, Timeline, TimelineSegment, WindowMemory
@@ -28,8 +29,6 @@ __all__ = [
 
 _SAMPLES = 400
 _CURVE_POINTS = 7
-
-_NAMES: dict[Category, str] = {"optimizer_state": "optimizer state"}
 
 
 def replay(
@@ -125,7 +124,7 @@ def whole_window(
     )
     peak = max(instants, key=replayed.allocated_bytes.__getitem__)
     allocated = replayed.allocated_bytes[peak]
-    totals = {_NAMES.get(c, c): size for c, size in trace.by_category(peak).items()}
+    totals = {category_name(c): size for c, size in trace.by_category(peak).items()}
     totals["other"] += held_bytes
     return WindowMemory(
         micro_batch=trace.micro_batch,
@@ -185,7 +184,7 @@ def timeline_of(trace: Trace, allocator: CachingAllocator | None = None) -> Time
             samples.append(
                 TimelineSegment(
                     event=event,
-                    categories={_NAMES.get(c, c): n for c, n in live.items()},
+                    categories={category_name(c): n for c, n in live.items()},
                     allocated_bytes=replayed.allocated_bytes[event],
                     reserved_bytes=replayed.reserved_bytes[event],
                 )

@@ -63,7 +63,9 @@ def with_scratch(bare: Bare) -> Trace:
         numbers[block] = number
     blocks = list(trace.blocks)
     for kernel, size_bytes, name in mixed.pieces:
-        blocks.append(Allocation(size_bytes, "workspace", kernel.phase, name, kernel.stream))
+        blocks.append(
+            Allocation(size_bytes, "workspace", kernel.phase, name, kernel.stream, kernel.label)
+        )
     return Trace(
         micro_batch=trace.micro_batch,
         accumulation_steps=trace.accumulation_steps,

@@ -11,7 +11,7 @@ from typing import Literal
 
 from autobatch.memory.snapshot import Frame, Stack
 
-__all__ = ["Origin", "Part", "origin_of"]
+__all__ = ["Origin", "Part", "is_of_library", "line_as_text", "origin_of"]
 
 Part = Literal["forward", "backward", "optimizer", "outside"]
 """The part of a training step: `outside` is Python code that is in none of the others."""
@@ -141,11 +141,25 @@ def _users_line(stack: Stack) -> str:
     for frame in stack:
         if not _is_python(frame):
             continue
-        path = _path(frame)
-        is_library = _LIBRARY.search(path) or _INDUCTOR_FILE.search(path)
-        if not is_library or _NOTEBOOK.search(path):
-            return f"{'/'.join(path.split('/')[-2:])}:{frame.line} {frame.name}"
+        if not is_of_library(frame.filename):
+            return line_as_text(frame.filename, frame.line, frame.name)
     return ""
+
+
+def is_of_library(filename: str) -> bool:
+    """Whether a file is not the user's: Python's own, of a package, or compiled."""
+    path = filename.replace("\\", "/")
+    is_library = _LIBRARY.search(path) or _INDUCTOR_FILE.search(path)
+    return bool(is_library) and not _NOTEBOOK.search(path)
+
+
+def line_as_text(filename: str, line: int, function: str) -> str:
+    """Name a line of the user's.
+
+    >>> line_as_text("/home/me/run/train.py", 12, "loss")
+    'run/train.py:12 loss'
+    """
+    return f"{'/'.join(filename.replace(chr(92), '/').split('/')[-2:])}:{line} {function}"
 
 
 def _operator(stack: Stack) -> str:

@@ -14,10 +14,12 @@ from typing import Literal, NamedTuple, get_args
 
 __all__ = [
     "CATEGORIES",
+    "UNLABELLED",
     "Allocation",
     "Bare",
     "Category",
     "Kernel",
+    "Label",
     "Mark",
     "Phase",
     "Requests",
@@ -42,11 +44,32 @@ Phase = Literal["setup", "inputs", "forward", "backward", "step", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """What reports call a block, beside its op: as in `records.holders.Holder`.
+
+    Attributes:
+        module: that made it, or owns it.
+        shape: of its first tensor; empty where no tensor shows it.
+        dtype: of its first tensor; empty where no tensor shows it.
+        where: the user's line that ran.
+    """
+
+    module: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    where: str = ""
+
+
+UNLABELLED = Label()
+
+
+@dataclass(frozen=True, slots=True)
 class Allocation:
     """One block that a trace allocates: its requested bytes, purpose, phase and op.
 
     `op` is empty where a real GPU's allocations were not traced to their ops. Streams count from 0,
-    the stream that the run begins on.
+    the stream that the run begins on. Labels are for reports: blocks that differ in theirs alone
+    are equal.
     """
 
     size_bytes: int
@@ -54,6 +77,7 @@ class Allocation:
     phase: Phase
     op: str
     stream: int = 0
+    label: Label = field(default=UNLABELLED, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +163,7 @@ class Kernel:
         marks: phases that had begun.
         numbers: sizes and strides of its arguments.
         takes: the rule, of such numbers (`memory/scratch.py`).
+        label: of its scratch, for reports.
     """
 
     kind: Hashable
@@ -151,6 +176,7 @@ class Kernel:
     marks: int
     numbers: tuple[int, ...]
     takes: Callable[[tuple[int, ...]], Sequence[int | str]]
+    label: Label = field(default=UNLABELLED, compare=False)
 
     def at(self, numbers: tuple[int, ...]) -> Kernel:
         """Return the same kernel with other numbers."""
@@ -165,6 +191,7 @@ class Kernel:
             marks=self.marks,
             numbers=numbers,
             takes=self.takes,
+            label=self.label,
         )
 
     @property

@@ -8,13 +8,22 @@ the micro-batch, three give quadratic ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
 from autobatch.memory.alignment import counterparts, same_kind, with_frees_in_order
 from autobatch.memory.scratch import interleaved, with_scratch
-from autobatch.memory.trace import Allocation, Bare, Kernel, Requests, Trace, running_bytes
+from autobatch.memory.trace import (
+    UNLABELLED,
+    Allocation,
+    Bare,
+    Kernel,
+    Label,
+    Requests,
+    Trace,
+    running_bytes,
+)
 
 __all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
 
@@ -40,6 +49,7 @@ class TraceModel:
         denominator: positive.
         kernels: those of the template that may take scratch.
         numbers: coefficients of the numbers of each kernel, as those of a block's size.
+        labels: of each block of the template, in each fitted trace; empty where a trace lacks it.
     """
 
     template: Trace
@@ -50,6 +60,7 @@ class TraceModel:
     denominator: int
     kernels: tuple[Kernel, ...] = ()
     numbers: tuple[tuple[_Term, ...], ...] = ()
+    labels: tuple[tuple[Label, ...], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def fit(cls, traces: Sequence[Trace], *, kernels_may_vary: bool = False) -> TraceModel:
@@ -76,13 +87,16 @@ class TraceModel:
             raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
         last = ordered[-1]
         columns: list[Sequence[int]] = []
+        labels: list[tuple[Label, ...]] = []
         scratch = scratch_blocks(last) if kernels_may_vary else frozenset()
         for trace in ordered[:-1]:
             reason = _misalignment(trace, last)
             if reason is None:
                 columns.append(trace.sizes)
+                labels.append(tuple([block.label for block in trace.blocks]))
             elif kernels_may_vary:
                 columns.append(_sizes_in_common(trace, last, scratch, reason))
+                labels.append((UNLABELLED,) * len(last.blocks))
             else:
                 raise Misaligned(reason)
         interpolation = _Interpolation.over(nodes)
@@ -105,6 +119,7 @@ class TraceModel:
             slopes=slopes,
             bends=bends,
             denominator=interpolation.denominator,
+            labels=(*labels, tuple([block.label for block in last.blocks])),
         )
 
     @property
@@ -155,8 +170,13 @@ class TraceModel:
             [
                 block
                 if block.size_bytes == size
-                else Allocation(size, block.category, block.phase, block.op, block.stream)
-                for block, size in zip(self.template.blocks, self.sizes(micro_batch), strict=True)
+                else Allocation(size, block.category, block.phase, block.op, block.stream, label)
+                for block, size, label in zip(
+                    self.template.blocks,
+                    self.sizes(micro_batch),
+                    self._labels(micro_batch),
+                    strict=True,
+                )
             ]
         )
         trace = Trace(
@@ -167,6 +187,26 @@ class TraceModel:
             marks=self.template.marks,
         )
         return with_scratch(Bare(trace, self._kernels(micro_batch))) if self.kernels else trace
+
+    def _labels(self, micro_batch: int) -> list[Label]:
+        """Return the label of each block, its shape along the line through the fitted ones."""
+        value_of = self._evaluator(micro_batch)
+        polynomial = _Interpolation.over(self.nodes).polynomial
+        known: dict[tuple[int, ...], Label] = {}  # by ids of labels, which the traces hold
+        found = []
+        for labels in zip(*self.labels, strict=True):
+            key = tuple(map(id, labels))
+            label = known.get(key)
+            if label is None:
+                *_, last = labels
+                if any(len(other.shape) != len(last.shape) for other in labels):
+                    label = replace(last, shape=(), dtype="")
+                else:
+                    dims = zip(*(other.shape for other in labels), strict=True)
+                    label = replace(last, shape=tuple(value_of(polynomial(row)) for row in dims))
+                known[key] = label
+            found.append(label)
+        return found
 
     def requests(self, micro_batch: int) -> Requests:
         """Return what the trace at a micro-batch asks the allocator for, event by event.

@@ -59,6 +59,7 @@ __all__ = [
     "is_made_of_ops",
     "is_memory_history_on",
     "memory_snapshot",
+    "next_sequence_number",
     "no_dispatch",
     "op_implementations_checks",
     "parse_dispatch_key",
@@ -114,6 +115,7 @@ with _known():
     from torch._C import _storage_Use_Count as storage_use_count
     from torch._C._acc import DeviceGuard, PrivateUse1Hooks
     from torch._C._autograd import DeviceType
+    from torch._C._autograd import _get_sequence_nr as next_sequence_number
     from torch._C._profiler import _EventType as ProfiledEvent
     from torch._guards import detect_fake_mode
     from torch._ops import OpOverload, OpOverloadPacket

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,7 @@ from autobatch.memory.accounting import (
     timeline_of,
     whole_window,
 )
+from autobatch.memory.attribution import lives_of, most_bytes_of, peak_blocks_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.plan.plan import Plan
@@ -182,7 +183,8 @@ def make_plan(
     speed = timed(probe, target, found.micro_batch) if is_about_time else ()
     most = choice(objective, speed, target, loader_rate) if speed else found.micro_batch
     planned, window, footprint, stream = _planned_stream(target, probe, found, most)
-    _, ceiling_footprint = _at(probe, found, found.micro_batch)
+    ceiling_footprint = _at(probe, found, found.micro_batch).footprint
+    held_bytes = device.allocator().allocated_bytes
     run = next(run for run in probe.runs.values() if run.shortage is None)
     curve = _curve(probe, found) if is_drawn else ()
     return Plan(
@@ -199,7 +201,14 @@ def make_plan(
         ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
         curve=curve,
-        timeline=timeline_of(window, device.allocator()) if is_drawn else _NOT_DRAWN,
+        timeline=timeline_of(window.trace, device.allocator()) if is_drawn else _NOT_DRAWN,
+        peak_blocks=(
+            peak_blocks_of(window.trace, window.peak_event, held_bytes=held_bytes)
+            if is_drawn
+            else ()
+        ),
+        lives=lives_of(window.trace) if is_drawn else None,
+        most_bytes=most_bytes_of(window.trace, held_bytes=held_bytes) if is_drawn else None,
         sharding=workload.shares,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
         otherwise=_otherwise(planned, probe, found) if is_drawn else None,
@@ -256,13 +265,22 @@ def _simulated_ceiling(probe: Probe, limit: int, share: int) -> Ceiling | None:
         return None
 
 
+class _Window(NamedTuple):
+    """A window that is executed or predicted, and its account."""
+
+    trace: Trace
+    peak_event: int
+    footprint: Footprint
+
+
 def _planned_stream(
     target: int, probe: Probe, found: Ceiling, ceiling: int
-) -> tuple[Split, Trace, Footprint, list[str]]:
+) -> tuple[Split, _Window, Footprint, list[str]]:
     """Return what `_planned` does, as batches of all shapes of the data need it, and notes."""
     budget = probe.budget_bytes
     while True:
-        planned, window, footprint = _planned(target, probe, found, ceiling)
+        planned, window = _planned(target, probe, found, ceiling)
+        footprint = window.footprint
         stream = Stream.of(probe.workload, probe.device, footprint)
         if stream is None:
             return planned, window, footprint, []
@@ -272,10 +290,8 @@ def _planned_stream(
         ceiling = max(int(_RETREAT * planned.micro_batch), 1)
 
 
-def _planned(
-    target: int, probe: Probe, found: Ceiling, ceiling: int
-) -> tuple[Split, Trace, Footprint]:
-    """Return the split, the trace of the window that will run, and its account.
+def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[Split, _Window]:
+    """Return the split, and the window that will run.
 
     On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
     next smaller split is tried.
@@ -285,7 +301,7 @@ def _planned(
         planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
         steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
         if steps == probe.accumulation_steps and not must_run:
-            return planned, *_at(probe, found, size)
+            return planned, _at(probe, found, size)
         if found.whole is not None:
             run = found.whole
         elif steps == probe.accumulation_steps:
@@ -293,7 +309,7 @@ def _planned(
         else:  # without accumulation no gradient waits in memory, so this is a window of its own
             run = probe.execute(size, steps)
         if run.fits(probe.budget_bytes) or not must_run:
-            return planned, run.trace, _footprint(probe, run.trace, run.replay)
+            return planned, _executed(probe, run)
         ceiling = size - 1
         if not ceiling:
             raise DoesNotFitError(what_is_missing(probe, found))
@@ -315,14 +331,18 @@ def _footprint(
     )
 
 
-def _at(probe: Probe, found: Ceiling, size: int) -> tuple[Trace, Footprint]:
-    """Return the trace of the probed window at a size, and its account."""
+def _executed(probe: Probe, run: Run) -> _Window:
+    footprint = _footprint(probe, run.trace, run.replay)
+    return _Window(run.trace, run.replay.peak_event, footprint)
+
+
+def _at(probe: Probe, found: Ceiling, size: int) -> _Window:
+    """Return the probed window at a size."""
     if size in probe.runs or found.model is None:
-        run = probe.run(size)
-        return run.trace, _footprint(probe, run.trace, run.replay)
+        return _executed(probe, probe.run(size))
     trace = found.model.trace(size)
     replayed = found.predicted.get(size) or probe.predict(found.model, size)
-    return trace, _footprint(probe, trace, replayed, "predicted")
+    return _Window(trace, replayed.peak_event, _footprint(probe, trace, replayed, "predicted"))
 
 
 def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | None:
@@ -331,7 +351,7 @@ def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | N
     if found.model is None or samples == 1:
         return None
     if planned.accumulation_steps == 1:
-        _, halves = _at(probe, found, -(-samples // 2))
+        halves = _at(probe, found, -(-samples // 2)).footprint
         return WindowMemory(
             micro_batch=halves.micro_batch,
             accumulation_steps=2,

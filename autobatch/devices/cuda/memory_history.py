@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from autobatch.devices.cuda.runtime import CudaRuntime
+from autobatch.devices.running_module import RunningModule
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
@@ -32,8 +33,9 @@ class HistoryRecorder:
         self._labelled = labelled
         self._first = 0
         self._marks: list[Mark] = []
-        self._tags: list[tuple[int, int, Category]] = []
+        self._tags: list[tuple[int, int, Category, str | None]] = []
         self._ops: list[str] = []
+        self.running = RunningModule(follows=False)
         self._claims: list[tuple[int, Category | None]] = []
         self._kept: list[int] = []
         self._events: Sequence[TraceEvent] = ()
@@ -78,14 +80,18 @@ class HistoryRecorder:
         if self._is_on:
             self._marks.append(Mark(self._count(), phase, window, micro_batch))
 
-    def tag(self, tensors: Iterable[Any], category: Category) -> None:
-        """Put the blocks that tensors are in now into a category for their whole life."""
+    def tag(self, owned: Iterable[tuple[Any, str | None]], category: Category) -> None:
+        """Put the blocks that tensors are in now into a category for their whole life.
+
+        Each comes with the module that owns it; None leaves it to the one that made it.
+        """
         if not self._is_on:
             return
         count = self._count()
-        for tensor in tensors:
+        for tensor, owner in owned:
             if isinstance(tensor, Tensor) and tensor.device == self._runtime.device:
-                self._tags.append((count, tensor.untyped_storage().data_ptr(), category))
+                address = tensor.untyped_storage().data_ptr()
+                self._tags.append((count, address, category, owner))
 
     def claim(self, category: Category | None) -> None:
         """Remember of what is allocated from now on that it would be of a category, if kept."""
@@ -157,7 +163,7 @@ class HistoryRecorder:
         for index, event in enumerate(starts):
             at_address.setdefault(event.address, []).append(index)
         owned: dict[int, Category] = {}
-        for count, address, category in self._tags:
+        for count, address, category, _ in self._tags:
             for index in at_address.get(address, ()):
                 if lives[index][0] < count <= lives[index][1]:
                     owned[index] = category

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.running_module import RunningModule
+from autobatch.devices.users_lines import UsersLines
 from autobatch.memory.scratch import Steps, with_scratch
 from autobatch.memory.trace import (
     Allocation,
     Bare,
     Category,
     Kernel,
+    Label,
     Mark,
     Phase,
     Trace,
@@ -38,6 +41,10 @@ class _Block:
     phase: Phase
     op: str
     category: Category | None
+    module: str
+    where: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
     stream: int = 0
     outlived_forward: bool = False
 
@@ -54,6 +61,8 @@ class _Running:
     numbers: tuple[int, ...]
     takes: Takes
     start: int
+    module: str
+    where: str
     results: list[int] = field(default_factory=list)
 
 
@@ -73,6 +82,7 @@ class StorageRecorder:
     Attributes:
         phase: the phase that runs.
         is_muted: whether what is made now has no memory on a real GPU.
+        running: tells which module of the model is at work.
     """
 
     is_muted = False
@@ -90,12 +100,15 @@ class StorageRecorder:
         self._claim: Category | None = None
         self._claimed: list[tuple[_StorageRef, Category]] = []
         self._fresh = 0
+        self.running = RunningModule()
+        self._lines = UsersLines()
+        self._labels: dict[tuple[object, ...], Label] = {}
 
     def created(self, tensor: Tensor, op: str) -> None:
         """Log an allocation if `tensor`'s storage has not been seen."""
-        self._seen(tensor.untyped_storage(), op)
+        self._seen(tensor.untyped_storage(), op, tensor)
 
-    def _seen(self, storage: torch.UntypedStorage, op: str) -> None:
+    def _seen(self, storage: torch.UntypedStorage, op: str, tensor: Tensor | None = None) -> None:
         key = storage._cdata
         if key in self._live:
             return
@@ -108,11 +121,19 @@ class StorageRecorder:
             self._claimed.append((ref, self._claim))
         elif category is None and self.phase == "backward" and torch.is_grad_enabled():
             category = "activations"  # recomputed by activation checkpointing
-        self._blocks.append(_Block(storage.nbytes(), self.phase, op, category))
+        block = _Block(storage.nbytes(), self.phase, op, category, *self._maker())
+        if tensor is not None:
+            block.shape, block.dtype = tuple(tensor.shape), tensor.dtype
+        self._blocks.append(block)
         self._events.append(ref.block)
         self._latest = key
         if self._running is not None:
             self._running.results.append(len(self._events))
+
+    def _maker(self) -> tuple[str, str]:
+        """Return the module that is at work, and the line of the user's code that runs."""
+        is_forward = self.phase not in ("setup", "backward", "step")
+        return self.running.name(), self._lines.current() if is_forward else ""
 
     def latest(self, tensor: Any) -> str | None:
         """Return the op that made a tensor, if no tensor was allocated since."""
@@ -128,10 +149,14 @@ class StorageRecorder:
             del self._live[ref.key]
         self._events.append(~ref.block)
 
-    def hidden(self, size_bytes: int, op: str) -> int:
-        """Log an allocation that no tensor shows; return its number, to free it or not."""
+    def hidden(self, size_bytes: int, op: str, *, is_kept: bool = False) -> int:
+        """Log an allocation that no tensor shows; return its number, to free it or not.
+
+        What a library keeps for all that follows belongs to no module.
+        """
         self._events.append(len(self._blocks))
-        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace"))
+        maker = ("", "") if is_kept else self._maker()
+        self._blocks.append(_Block(size_bytes, self.phase, op, "workspace", *maker))
         return len(self._blocks) - 1
 
     def free(self, blocks: Iterable[int]) -> None:
@@ -140,7 +165,7 @@ class StorageRecorder:
 
     def runs(self, kind: Hashable, name: str, numbers: tuple[int, ...], takes: Takes) -> None:
         """Note that a kernel begins that may take scratch; as in `Kernel`."""
-        self._running = _Running(kind, name, numbers, takes, len(self._events))
+        self._running = _Running(kind, name, numbers, takes, len(self._events), *self._maker())
 
     def ended(self) -> None:
         """Note that the kernel has run."""
@@ -159,6 +184,7 @@ class StorageRecorder:
                 marks=len(self._marks),
                 numbers=running.numbers,
                 takes=running.takes,
+                label=self._label(running.module, (), None, running.where),
             )
         )
 
@@ -181,15 +207,21 @@ class StorageRecorder:
         self._pending = "inputs" if phase == "inputs" else None
         self._marks.append(Mark(len(self._events), phase, window, micro_batch))
 
-    def tag(self, tensors: Iterable[Any], category: Category) -> None:
-        """Put the storages of tensors into a category for their whole life."""
-        for tensor in tensors:
+    def tag(self, owned: Iterable[tuple[Any, str | None]], category: Category) -> None:
+        """Put the storages of tensors into a category for their whole life.
+
+        Each comes with the module that owns it; None leaves it to the one that made it.
+        """
+        for tensor, owner in owned:
             for part in parts_of(tensor):
                 if part.layout is not torch.strided:
                     continue
                 ref = self._live.get(part.untyped_storage()._cdata)
                 if ref is not None:
-                    self._blocks[ref.block].category = category
+                    block = self._blocks[ref.block]
+                    block.category = category
+                    if owner is not None:
+                        block.module = owner
 
     def claim(self, category: Category | None) -> None:
         """Remember of what is allocated from now on that it would be of a category, if kept."""
@@ -232,13 +264,31 @@ class StorageRecorder:
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Allocation(b.size_bytes, b.category or _by_phase(b), b.phase, b.op, b.stream)
+                Allocation(
+                    b.size_bytes,
+                    b.category or _by_phase(b),
+                    b.phase,
+                    b.op,
+                    b.stream,
+                    self._label(b.module, b.shape, b.dtype, b.where),
+                )
                 for b in self._blocks
             ),
             events=tuple(self._events),
             marks=tuple(self._marks),
         )
         return Bare(trace, tuple(self._kernels))
+
+    def _label(
+        self, module: str, shape: tuple[int, ...], dtype: torch.dtype | None, where: str
+    ) -> Label:
+        """Return a label; blocks with the same one share it."""
+        key = (module, shape, dtype, where)
+        known = self._labels.get(key)
+        if known is None:
+            name = "" if dtype is None else str(dtype).removeprefix("torch.")
+            known = self._labels[key] = Label(module, shape, name, where)
+        return known
 
 
 def _by_phase(block: _Block) -> Category:

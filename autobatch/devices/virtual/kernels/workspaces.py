@@ -121,7 +121,7 @@ class Workspaces:
         ):
             if size_bytes and (name, in_backward) not in self._kept:
                 self._kept.add((name, in_backward))
-                self._recorder.hidden(size_bytes, f"{name} workspace")
+                self._recorder.hidden(size_bytes, f"{name} workspace", is_kept=True)
 
     def _is_here(self, args: Sequence[Any]) -> bool:
         tensors = args[0] if args and isinstance(args[0], (list, tuple)) else args

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.memory.trace import Bare
@@ -31,11 +32,11 @@ class RankRecorder(StorageRecorder):
         self.is_muted = False
         self._is_gathering = False
 
-    def _seen(self, storage: torch.UntypedStorage, op: str) -> None:
+    def _seen(self, storage: torch.UntypedStorage, op: str, tensor: Tensor | None = None) -> None:
         if self.is_muted:
             return
         index = len(self._blocks)
-        super()._seen(storage, op)
+        super()._seen(storage, op, tensor)
         if index < len(self._blocks):
             self._blocks[index].stream = self.stream()
             if self._is_gathering:
@@ -55,8 +56,10 @@ class RankRecorder(StorageRecorder):
         result = resize()
         index = len(self._blocks)
         self._seen(storage, old.op)
-        self._blocks[index].category = old.category
-        if not self._blocks[index].size_bytes:
+        new = self._blocks[index]
+        new.category, new.module = old.category, old.module
+        new.shape, new.dtype, new.where = old.shape, old.dtype, old.where
+        if not new.size_bytes:
             self._emptied.add(index)
         return result
 

@@ -1,0 +1,164 @@
+"""Which module of the user's model is at work: in its forward pass, or in its backward pass.
+
+Forward passes are seen by the calls of modules. In a backward pass, PyTorch's autograd nodes tell:
+they are numbered in the order in which forward passes made them, so the numbers at which modules
+begin and end say which module made a node.
+
+Invariant: modules are called with the same arguments and hooks, and nothing of theirs is held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from autobatch.support.patching import patched
+from autobatch.support.torch_private import current_autograd_node, next_sequence_number
+
+__all__ = ["RunningModule", "plain_name"]
+
+_WRAPPERS = frozenset(
+    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_flat_param"}
+)
+"""What wrappers that levers, compilers and shardings put into a model add to paths."""
+
+
+def plain_name(path: str) -> str:
+    """Return the path of a module without what wrappers add to it.
+
+    >>> plain_name("layers.0._checkpoint_wrapped_module.linear")
+    'layers.0.linear'
+    """
+    if "_" not in path:
+        return path
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+class RunningModule:
+    """Tells the module that is at work, by its name in `model.named_modules()`.
+
+    A module outside of the model, such as a loss or a teacher, is called by its class in
+    parentheses, and a part of it by the path below that: `(Teacher).layers.0`. One that a module of
+    the model makes for a call belongs to that module.
+    """
+
+    def __init__(self, *, follows: bool = True) -> None:
+        """Know no module yet.
+
+        Without `follows`, calls are left alone: the owners of tensors are all that is known.
+        """
+        self._follows = follows
+        self._names: dict[int, str] = {}
+        self._others: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        self._owners: dict[int, str] = {}
+        self._current: str | None = None  # None outside of all modules
+        self._numbers: list[int] = []  # of autograd nodes, from which on ...
+        self._made_by: list[str] = []  # ... this module makes them
+        self._is_followed = False
+
+    def learn(self, model: nn.Module) -> None:
+        """Learn the names of a model's modules, and which of them own its tensors.
+
+        What is known already keeps its name; what was added to the model since is called by its
+        path without what wrappers add. The model has to stay alive.
+        """
+        for path, module in model.named_modules():
+            name = self._names.setdefault(id(module), plain_name(path))
+            for held in (module._parameters, module._buffers):
+                for tensor in held.values():
+                    if tensor is not None:
+                        self._owners.setdefault(id(tensor), name)
+
+    def owner(self, tensor: Any) -> str | None:
+        """Return the name of the first module that owns a parameter or buffer, if one does."""
+        return self._owners.get(id(tensor))
+
+    @property
+    def owners(self) -> Mapping[int, str]:
+        """The owners of parameters and buffers, by id."""
+        return self._owners
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Follow the calls of modules in the block."""
+        if not self._follows:
+            yield
+            return
+        original = nn.Module.__call__
+        thread = threading.get_ident()
+        names = self._names
+
+        def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            name = names.get(id(module))
+            if name is None:
+                if threading.get_ident() != thread:
+                    return original(module, *args, **kwargs)
+                name = self._foreign(module)
+            before = self._current
+            if name == before:
+                return original(module, *args, **kwargs)
+            self._enter(name)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self._enter(before)
+
+        with patched(nn.Module, __call__=called):
+            self._is_followed = True
+            try:
+                yield
+            finally:
+                self._is_followed = False
+                self._current = None
+
+    def _enter(self, name: str | None) -> None:
+        self._current = name
+        self._note(next_sequence_number(), name or "")
+
+    def _note(self, number: int, name: str) -> None:
+        """Remember which module makes autograd nodes from a number on."""
+        numbers = self._numbers
+        if numbers and numbers[-1] >= number:
+            self._made_by[-1] = name  # no node was made in between
+        else:
+            numbers.append(number)
+            self._made_by.append(name)
+
+    def _foreign(self, module: nn.Module) -> str:
+        """Return the name of a module that is not the model's."""
+        known = self._others.get(id(module))
+        if known is not None and known[0]() is module:
+            return known[1]
+        if self._current:
+            return self._current
+        root = f"({type(module).__name__})"
+        for path, part in module.named_modules():
+            if id(part) not in self._names:
+                self._others[id(part)] = weakref.ref(part), f"{root}.{path}" if path else root
+        return root
+
+    def name(self) -> str:
+        """Return the name of the module at work; empty for the model itself, and for none."""
+        if self._current is not None:
+            return self._current  # also a checkpoint's second forward pass
+        if not self._is_followed:
+            return ""
+        node = current_autograd_node()
+        return "" if node is None else self._maker_of(node)
+
+    def _maker_of(self, node: Any) -> str:
+        number = node._sequence_nr()
+        place = bisect_right(self._numbers, number)
+        if place == len(self._numbers) and number > _LARGEST:  # it adds up a parameter's gradient
+            return self._owners.get(id(node.variable), "")
+        return self._made_by[place - 1] if place else ""
+
+
+_LARGEST = 1 << 62
+"""Nodes that add up gradients have the largest number, so that they run as soon as they can."""

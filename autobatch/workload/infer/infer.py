@@ -27,8 +27,8 @@ def infer(model: nn.Module, *, seq: int | None = None, image_size: int | None = 
     """Infer a model's inputs and training loss from what it says about itself.
 
     Hugging Face models, also with adapters of peft: from `config`, the signature and the docstring
-    of `forward`, and from what its errors ask for. The sequence is as long as the positions allow, at most 1,024 tokens (512
-    where there is no limit); speech lasts 10 s.
+    of `forward`, and from what its errors ask for. The sequence is as long as the positions allow,
+    at most 1,024 tokens (512 where there is no limit); speech lasts 10 s.
     timm: from `pretrained_cfg`. torchvision: from the module path. Lightning: from
     `example_input_array`, with the loss of `training_step` where that accepts the example as a
     whole batch. Anything else: from the first Linear, Embedding, convolution, attention or

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import add_question, add_workload_options
-from autobatch.cli.running import named_gpu, outputs, run_apart, subject, tell, workload_options
+from autobatch.cli.options import add_question, add_verb, add_workload_options
+from autobatch.cli.running import (
+    Model,
+    following,
+    model_of,
+    named_gpu,
+    outputs,
+    run_apart,
+    sized_model_of,
+    tell,
+    workload_options,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from autobatch.plan.advice import Advice
     from autobatch.records.progress import ProgressCallback
     from autobatch.workload.workload import Workload
@@ -25,13 +32,19 @@ _SIZES = {"hf": "seq", "timm": "img_size", "torchvision": "img_size"}
 
 def add(verbs: Any) -> None:
     """Add the command to a parser's sub-parsers."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "advise",
+        _run,
+        usage="SPEC --target N [options]",
         help="say what each lever (checkpointing, precision, optimizer …) does to memory and time",
         description="Apply every lever to a copy, simulate it, and list what fits, how fast it is "
         "estimated to be, and the line of code that does it.",
+        examples=[
+            "advise hf:gpt2 --target 64 --gpu t4",
+            "advise train.py:build --target 256 --gpu 24GiB --levers checkpointing,precision",
+        ],
     )
-    parser.set_defaults(run=_run)
     add_question(parser, headroom="what 95 of 100 published runs needed")
     parser.add_argument(
         "--levers", metavar="A,B", help="only these, of docs/levers.md (default: all)"
@@ -45,36 +58,46 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from autobatch.cli.terminal import follow
     from autobatch.plan.advice import advice_document
 
     levers = arguments.levers
     with outputs(arguments):
+        gpu = named_gpu(arguments)
         options = {
             "target": arguments.target,
-            "gpu": named_gpu(arguments),
+            "gpu": gpu,
             "levers": None if levers is None else [name.strip() for name in levers.split(",")],
             "allow_numerics": arguments.allow_numerics,
             "headroom": arguments.headroom,
             **workload_options(arguments),
         }
-        with follow(sys.stderr) as progress:
-            work = partial(_advise_spec, arguments.spec, options)
+        model, size = model_of(arguments, [gpu]), None
+        name = _SIZES.get(arguments.spec.partition(":")[0])
+        if name is not None and not arguments.input_shape and not arguments.sample:
+            size = name, sized_model_of(arguments, name, [gpu])
+        with following(arguments) as progress:
+            work = partial(_advise, model, size, options)
             advice: Advice = run_apart(arguments, work, progress, on_gpu=False)
         tell(arguments, advice, advice_document(advice))
 
 
-def _advise_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Advice:
+def _advise(
+    make: Model,
+    sizes: tuple[str, Model] | None,
+    options: dict[str, Any],
+    *,
+    progress: ProgressCallback,
+) -> Advice:
     from autobatch.devices.choose import built
     from autobatch.tuning.advise import advise
 
-    model = partial(subject, spec)
+    model: Any = make
     resized = None
-    name = _SIZES.get(spec.partition(":")[0])
-    if name is not None:
-        model = built(model, options["gpu"])
+    if sizes is not None:
+        name, sized = sizes
+        model = built(make, options["gpu"])
         size = _size_of(model, name)
-        resized = None if size is None else (name, size, partial(_sized, spec, name))
+        resized = None if size is None else (name, size, sized)
     return advise(model, progress=progress, resized=resized, **options)
 
 
@@ -85,9 +108,3 @@ def _size_of(workload: Workload, name: str) -> int | None:
     shapes = [tensor.shape for tensor in tensors(workload.batch(1))]
     dims = 2 if name == "seq" else 4
     return next((shape[-1] for shape in shapes if len(shape) == dims), None)
-
-
-def _sized(spec: str, name: str, size: int) -> nn.Module | Workload:
-    from autobatch.workload.spec.load import with_option
-
-    return subject(with_option(spec, name, size))

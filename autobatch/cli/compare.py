@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import add_objective, add_question, add_report, add_workload_options
-from autobatch.cli.running import outputs, run_apart, subject, tell, workload_options
+from autobatch.cli.options import (
+    add_objective,
+    add_question,
+    add_report,
+    add_verb,
+    add_workload_options,
+    complete_gpus,
+)
+from autobatch.cli.running import (
+    Model,
+    following,
+    model_of,
+    outputs,
+    run_apart,
+    tell,
+    workload_options,
+)
 from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -21,20 +35,27 @@ __all__ = ["add", "run"]
 
 def add(verbs: Any) -> None:
     """Add the command to a parser's sub-parsers."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "compare",
+        run,
+        usage="SPEC --target N --gpus A,B [options]",
         help="say what fits on each of several GPUs, how fast it is estimated to be, and its cost",
         description="Simulate the same training on several GPUs: what fits, the ceiling, and "
         "estimates of the seconds a window and, with prices, of the cost of a million samples.",
+        examples=[
+            "compare hf:gpt2 --target 256 --gpus t4,l4,a10g,rtx-4090",
+            "compare train.py:build --target 512 --gpus l4,a100-40gb --price l4=0.7,a100-40gb=2.5",
+        ],
     )
-    parser.set_defaults(run=run)
     add_question(parser, headroom="what 95 of 100 published runs needed")
-    parser.add_argument(
+    named: Any = parser.add_argument(
         "--gpus",
         required=True,
         metavar="A,B",
         help="GPUs to simulate: names from `autobatch gpus`, or sizes such as 24GiB",
     )
+    named.completer = complete_gpus
     parser.add_argument(
         "--price",
         action="append",
@@ -49,7 +70,7 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare, and show the table; the code of `DoesNotFitError` where no card fits."""
-    from autobatch.cli.terminal import follow
+    from autobatch.choosing.cards import distinct_cards, prices_of
     from autobatch.report.comparison import comparison_document
 
     with outputs(arguments):
@@ -61,25 +82,19 @@ def run(arguments: argparse.Namespace) -> int:
             "headroom": arguments.headroom,
             **workload_options(arguments),
         }
-        _check_cards(options)
-        with follow(sys.stderr) as progress:
-            work = partial(_compare_spec, arguments.spec, options)
+        cards = distinct_cards(options["gpus"])
+        prices_of(options["prices"], cards)  # refused before anything is imported or built
+        work = partial(_compare, model_of(arguments, cards), options)
+        with following(arguments) as progress:
             compared = run_apart(arguments, work, progress, on_gpu=False)
         tell(arguments, compared, comparison_document(compared))
     return 0 if compared.fitting else DoesNotFitError.exit_code
 
 
-def _compare_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Comparison:
+def _compare(model: Model, options: dict[str, Any], *, progress: ProgressCallback) -> Comparison:
     from autobatch.choosing.compare import compare
 
-    return compare(partial(subject, spec), progress=progress, **options)
-
-
-def _check_cards(options: dict[str, Any]) -> None:
-    """Refuse cards and prices before anything else is imported or built."""
-    from autobatch.choosing.cards import distinct_cards, prices_of
-
-    prices_of(options["prices"], distinct_cards(options["gpus"]))
+    return compare(model, progress=progress, **options)
 
 
 def _names(text: str) -> list[str]:

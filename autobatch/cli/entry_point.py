@@ -7,12 +7,14 @@ stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
-from autobatch.cli.parser import parser
+from autobatch.cli.completion import complete
+from autobatch.cli.parser import parsed, parser
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support import process
 from autobatch.support.exits import exits_reported
@@ -32,18 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if not given:
         parser().print_help(sys.stderr)
-        return 2
+        return 0
     reader = ON_COMMAND_LINE.set(True)
+    debug = "--debug" in given
     try:
         try:
-            arguments = parser().parse_args(given)
+            arguments = parsed(given)
         except SystemExit as exit_:  # argparse has printed its message
             return exit_.code if isinstance(exit_.code, int) else 2
+        debug = arguments.debug
+        arguments.command = shlex.join(["autobatch", *given])
         with exits_reported("the workload"):
             code: int | None = arguments.run(arguments)
         sys.stdout.flush()
     except AutobatchError as error:
-        if isinstance(error, WorkloadError) and error.__cause__ is not None:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, WorkloadError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"autobatch: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -59,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Run the command line of this process; a terminal that lacks a character shows a `?`."""
+    complete(parser)
     process.claim()
     try:
         _unicode_or_less()

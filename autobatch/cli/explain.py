@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from autobatch.cli.options import JSON_HELP
+from autobatch.cli.options import JSON_HELP, add_verb
 from autobatch.cli.running import outputs, tell
 
 __all__ = ["add", "run"]
@@ -13,10 +13,19 @@ __all__ = ["add", "run"]
 
 def add(verbs: Any) -> None:
     """Add the command and its options to the parser's sub-parsers."""
-    parser = verbs.add_parser(
-        "explain", help="say what held the memory in a recorded PyTorch memory snapshot"
+    parser = add_verb(
+        verbs,
+        "explain",
+        run,
+        usage="SNAPSHOT.PICKLE [options]",
+        help="say what held the memory in a recorded PyTorch memory snapshot",
+        description="Say what held the memory in a snapshot that PyTorch recorded, such as one of "
+        "an out-of-memory error, and which allocator settings would have done.",
+        examples=[
+            "explain oom.pickle",
+            "explain oom.pickle --settings expandable_segments:True --json -",
+        ],
     )
-    parser.set_defaults(run=run)
     parser.add_argument(
         "snapshot",
         metavar="SNAPSHOT.PICKLE",

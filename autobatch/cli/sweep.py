@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import add_question, add_report, add_workload_options
-from autobatch.cli.running import named_gpu, outputs, run_apart, subject, tell, workload_options
+from autobatch.cli.options import add_question, add_report, add_verb, add_workload_options
+from autobatch.cli.running import (
+    Model,
+    following,
+    model_of,
+    named_gpu,
+    outputs,
+    run_apart,
+    tell,
+    workload_options,
+)
 
 if TYPE_CHECKING:
     from autobatch.choosing.sweep import Sweep
@@ -19,14 +28,21 @@ __all__ = ["add", "run"]
 
 def add(verbs: Any) -> None:
     """Add the command to a parser's sub-parsers."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "sweep",
+        run,
+        usage="SPEC --target N [options]",
         help="find the fastest levers and micro-batch, and the front of speed against memory",
         description="Try levers and micro-batches together: on a simulated card each costs about "
         "a second, and its time is an estimate; on the card in this machine, time is measured. "
         "What cannot fit, or is slower and larger than another one, is not run.",
+        examples=[
+            "sweep hf:gpt2 --target 64 --gpu a100-40gb",
+            "sweep train.py:build --target 256 --gpu t4 --levers checkpointing,optimizer",
+            "sweep train.py:build --target 256 --trials 50 --storage sqlite:///sweep.db",
+        ],
     )
-    parser.set_defaults(run=run)
     add_question(parser, headroom="as of `autobatch probe`")
     parser.add_argument(
         "--levers",
@@ -69,7 +85,6 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sweep, and show the front."""
-    from autobatch.cli.terminal import follow_all
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.sweep import sweep_summary
 
@@ -87,19 +102,20 @@ def run(arguments: argparse.Namespace) -> None:
             "sampler": arguments.sampler,
             **workload_options(arguments),
         }
-        work = partial(_sweep_spec, arguments.spec, arguments.levers, options)
-        with follow_all(sys.stderr) as progress:
+        work = partial(_sweep, model_of(arguments, [gpu]), arguments.levers, options)
+        with following(arguments, many=True) as progress:
             found: Sweep = run_apart(arguments, work, progress, on_gpu=is_device(gpu))
+        found = replace(found, plan=replace(found.plan, command=arguments.command))
         tell(arguments, found, sweep_summary(found))
 
 
-def _sweep_spec(
-    spec: str, levers: str | None, options: dict[str, Any], *, progress: ProgressCallback
+def _sweep(
+    model: Model, levers: str | None, options: dict[str, Any], *, progress: ProgressCallback
 ) -> Sweep:
     from autobatch.choosing.sweep import sweep
 
     return sweep(
-        partial(subject, spec),
+        model,
         levers=None if levers is None else [_lever(name.strip()) for name in levers.split(",")],
         progress=progress,
         **options,

@@ -62,9 +62,14 @@ def draw(document: Document, console: Console) -> None:
 
 
 @contextmanager
-def follow(stream: TextIO) -> Iterator[ProgressCallback]:
-    """Yield a callback that shows progress: one live line on a terminal, else a line per step."""
-    if not is_rich(stream):
+def follow(stream: TextIO, *, keeps: bool = False) -> Iterator[ProgressCallback]:
+    """Yield a callback that shows progress: one live line on a terminal, else a line per step.
+
+    Args:
+        stream: where it is shown.
+        keeps: whether each step has a line that stays, also on a terminal.
+    """
+    if keeps or not is_rich(stream):
         yield lambda step: print(_progress_line(step), file=stream, flush=True)
         return
     from rich.console import Console

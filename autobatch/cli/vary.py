@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,19 @@ from autobatch.cli.options import (
     add_question,
     add_report,
     add_time_limit,
+    add_verb,
     add_workload_options,
 )
-from autobatch.cli.running import named_gpu, outputs, run_apart, tell, workload_options
+from autobatch.cli.running import (
+    Model,
+    following,
+    named_gpu,
+    outputs,
+    run_apart,
+    sized_model_of,
+    tell,
+    workload_options,
+)
 from autobatch.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -26,18 +35,24 @@ __all__ = ["add", "add_option", "run"]
 
 def add(verbs: Any) -> None:
     """Add the command to a parser's sub-parsers."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = add_verb(
+        verbs,
         "vary",
+        run,
+        usage="SPEC --target N --vary NAME=N,N [options]",
         help="find the micro-batch along a parameter of the SPEC, such as seq or img_size",
         description="Plan a run for each value of a parameter of the SPEC: the largest "
         "micro-batch, its throughput (an estimate on a simulated GPU), and a bucket table for a "
         "loader.",
+        examples=[
+            "vary hf:gpt2 --vary seq=512,1024,2048 --target 64 --gpu a100-40gb",
+            "vary train.py:build --vary width=256,512 --target 128 --gpu t4 --report out",
+        ],
     )
-    parser.set_defaults(run=run)
     add_question(parser, headroom="as of `autobatch probe`")
     add_option(parser, required=True)
     add_objective(parser)
-    add_workload_options(parser)
+    add_workload_options(parser, inputs=False)
     add_time_limit(parser)
     add_report(parser)
 
@@ -59,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     The code of `DoesNotFitError` is returned where no value fits.
     It takes the arguments of `vary`, or those of `probe` with the option that `add_option` adds.
     """
-    from autobatch.cli.terminal import follow
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.comparison import frontier_document
 
@@ -67,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
         name, values = _parameter(arguments.vary)
         if getattr(arguments, "prove", False):
             raise UsageError("--prove runs the size above one ceiling: leave it out with --vary")
+        if getattr(arguments, "input_shape", None) or getattr(arguments, "sample", None):
+            raise UsageError(
+                "--input-shape and --sample are of one size: leave them out with --vary, and let "
+                "the function return an autobatch.Workload that makes its batches"
+            )
         gpu = named_gpu(arguments)
         options = {
             "values": values,
@@ -78,10 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
             **workload_options(arguments),
         }
         on_gpu = is_device(gpu)
-        with follow(sys.stderr) as progress:
+        build = sized_model_of(arguments, name, [gpu])
+        with following(arguments) as progress:
             found = run_apart(
                 arguments,
-                partial(_vary_spec, arguments.spec, options),
+                partial(_vary, build, options),
                 progress,
                 time_limit=arguments.time_limit if on_gpu else None,
                 on_gpu=on_gpu,
@@ -91,10 +111,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if fits else DoesNotFitError.exit_code
 
 
-def _vary_spec(spec: str, options: dict[str, Any], *, progress: ProgressCallback) -> Frontier:
+def _vary(build: Model, options: dict[str, Any], *, progress: ProgressCallback) -> Frontier:
     from autobatch.choosing.vary import vary
 
-    return vary(spec, progress=progress, **options)
+    return vary(build, progress=progress, **options)
 
 
 def _parameter(text: str) -> tuple[str, tuple[int, ...]]:

@@ -6,12 +6,11 @@ import os
 import sys
 from types import CodeType, FrameType
 
-import autobatch
 from autobatch.memory.stacks import is_of_library, line_as_text
 
 __all__ = ["UsersLines"]
 
-_OURS = os.path.dirname(os.path.abspath(autobatch.__file__)) + os.sep
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OUTERMOST = os.path.join(_OURS, "devices", "session.py")
 """Who calls for windows to run is no part of them."""
 

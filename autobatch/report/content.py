@@ -33,10 +33,19 @@ from autobatch.report.document import (
     printable,
 )
 from autobatch.report.footprint_summary import account, basis_of, device_range, share
+from autobatch.report.holders import holder_sections
 from autobatch.support.units import format_bytes, format_seconds
 from autobatch.support.wording import count
 
-__all__ = ["full_report", "summary"]
+__all__ = [
+    "evidence_section",
+    "full_report",
+    "plan_facts",
+    "speed_sections",
+    "summary",
+    "training_sections",
+    "why_this_size",
+]
 
 
 def summary(plan: PlanRecord) -> Document:
@@ -45,10 +54,10 @@ def summary(plan: PlanRecord) -> Document:
         title=effective_batch(plan),
         subtitle=f"{printable(plan.model.name)} on {printable(plan.gpu.name)}",
         sections=(
-            Section("", (_facts(plan),)),
-            account(plan.footprint),
+            Section("", (plan_facts(plan),)),
+            account(plan.footprint, plan.most_bytes),
             Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
-            *_speed(plan),
+            *speed_sections(plan),
             *_warnings(plan),
             *_notes(plan),
         ),
@@ -68,7 +77,7 @@ def full_report(plan: PlanRecord) -> Document:
             Section(
                 "Why this micro-batch",
                 (
-                    Paragraph(_why(plan)),
+                    Paragraph(why_this_size(plan)),
                     Chart("memory", "Peak reserved memory against the micro-batch."),
                 ),
             ),
@@ -80,29 +89,8 @@ def full_report(plan: PlanRecord) -> Document:
                     Chart("timeline", "Live bytes over the traced training windows."),
                 ),
             ),
-            Section(
-                "With and without accumulation",
-                (
-                    Paragraph(accumulation_summary(plan)),
-                    *_accumulation_table(plan),
-                    Paragraph(
-                        "The accumulated gradient equals that of the whole batch under these "
-                        "conditions; `autobatch check SPEC --plan plan.json` compares the two for "
-                        "your model, and names what breaks which:"
-                    ),
-                    Bullets(equivalence_conditions(plan)),
-                ),
-            ),
-            Section("The effective batch", (_effective_batch_facts(plan),)),
-            Section("BatchNorm", (Paragraph(batchnorm(plan)), *_batchnorm_table(plan))),
-            Section(
-                "Learning rate",
-                (
-                    Paragraph(learning_rate(plan)),
-                    *_factors(plan),
-                    Paragraph(warm_up(plan)),
-                ),
-            ),
+            *holder_sections(plan),
+            *training_sections(plan),
             Section(
                 "The training loop",
                 (
@@ -116,12 +104,50 @@ def full_report(plan: PlanRecord) -> Document:
                     Code(training_loop(plan)),
                 ),
             ),
-            Section(evidence.title, (*evidence.blocks, _provenance(plan))),
+            evidence_section(plan),
         ),
     )
 
 
-def _facts(plan: PlanRecord) -> Facts:
+def training_sections(plan: PlanRecord) -> tuple[Section, ...]:
+    """Return what the plan means for training: accumulation, BatchNorm, the learning rate."""
+    return (
+        Section(
+            "With and without accumulation",
+            (
+                Paragraph(accumulation_summary(plan)),
+                *_accumulation_table(plan),
+                Paragraph(
+                    "The accumulated gradient equals that of the whole batch under these "
+                    "conditions; `autobatch check SPEC --plan plan.json` compares the two for "
+                    "your model, and names what breaks which:"
+                ),
+                Bullets(equivalence_conditions(plan)),
+            ),
+        ),
+        Section("The effective batch", (_effective_batch_facts(plan),)),
+        Section("BatchNorm", (Paragraph(batchnorm(plan)), *_batchnorm_table(plan))),
+        Section(
+            "Learning rate",
+            (
+                Paragraph(learning_rate(plan)),
+                *_factors(plan),
+                Paragraph(warm_up(plan)),
+            ),
+        ),
+    )
+
+
+def evidence_section(plan: PlanRecord) -> Section:
+    """Return what ran, and where the plan comes from."""
+    return Section(
+        f"Evidence: {_evidence(plan)}",
+        (*((_trials(plan.trials),) if plan.trials else ()), _provenance(plan)),
+    )
+
+
+def plan_facts(plan: PlanRecord) -> Facts:
+    """Return the workload, the ceiling, the budget, the peak, and how sure they are."""
     model, footprint = plan.model, plan.footprint
     trained = (
         ""
@@ -209,7 +235,8 @@ def _budget(plan: PlanRecord) -> str:
     return f"{usable} × (1 - {plan.headroom:g} headroom) = {format_bytes(plan.budget_bytes)}"
 
 
-def _why(plan: PlanRecord) -> str:
+def why_this_size(plan: PlanRecord) -> str:
+    """Say why the plan takes this micro-batch."""
     if plan.micro_batch == plan.ceiling_at_least:
         return f"{_sentence(_ceiling(plan))} The plan uses it."
     if plan.objective != "largest":
@@ -232,7 +259,7 @@ def _why(plan: PlanRecord) -> str:
     )
 
 
-def _speed(plan: PlanRecord) -> Iterator[Section]:
+def speed_sections(plan: PlanRecord) -> Iterator[Section]:
     """Yield what splits of the target take, where time was asked for."""
     if not plan.speed:
         return
@@ -396,9 +423,14 @@ def _provenance(plan: PlanRecord) -> Facts:
     sources = tuple(
         (f"GPU: {printable(name)}", printable(source)) for name, source in plan.gpu.sources.items()
     )
-    return Facts(
-        (("created", printable(plan.created)), ("versions", printable(versions)), *sources)
-    )
+    command = (("command", f"`{_inline(plan.command)}`"),) if plan.command else ()
+    created = (("created", printable(plan.created)), ("versions", printable(versions)))
+    return Facts((*command, *created, *sources))
+
+
+def _inline(code: str) -> str:
+    """Make a string one that stands between backticks."""
+    return printable(code).replace("`", "'")
 
 
 def _sentence(text: str) -> str:

@@ -22,7 +22,9 @@ __all__ = ["write_charts", "write_report"]
 
 
 def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
-    """Write report.html, report.md, plan.json, the CSV tables and the charts into a folder.
+    """Write plan.json, report.html, report.md, the CSV tables and the charts into a folder.
+
+    The plan comes first, because all else can be made of it again.
 
     Returns:
         The path of report.html.
@@ -31,12 +33,13 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
         FileError: the folder or a file in it cannot be written.
     """
     target = prepare_folder(folder)
-    drawings = write_charts(plan, prepare_folder(target / "charts"))
-    table.write_csv(plan, target)
+    charts = prepare_folder(target / "charts")
     write_text(target / "plan.json", write_plan(plan))
-    document = full_report(plan)
-    write_text(target / "report.md", markdown.render(document))
-    return write_text(target / "report.html", html.page(document, drawings))
+    page = write_text(target / "report.html", html.plan_page(plan))
+    write_text(target / "report.md", markdown.render(full_report(plan)))
+    table.write_csv(plan, target)
+    write_charts(plan, charts)
+    return page
 
 
 def write_charts(plan: PlanRecord, folder: Path) -> dict[str, str]:

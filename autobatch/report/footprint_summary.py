@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from autobatch.gpus.uncertainty import BASES
 from autobatch.records.footprint import Footprint
 from autobatch.report.document import Document, Facts, Section, Table, printable
@@ -45,10 +47,17 @@ def footprint_summary(footprint: Footprint, capacity_bytes: int | None) -> Docum
     )
 
 
-def account(footprint: Footprint) -> Section:
-    """List every byte on the device at the peak, with subtotals; shares are of the whole."""
+def account(footprint: Footprint, most_bytes: Mapping[str, int] | None = None) -> Section:
+    """List every byte on the device at the peak, with subtotals; shares are of the whole.
+
+    Args:
+        footprint: of the window.
+        most_bytes: by category, the most that is alive at once in the window, at the peak or not:
+            gradients, say, may be few at the peak, and many at another instant.
+    """
     device = footprint.peak_device_bytes
-    lines = [(name, size) for name, size in footprint.categories.items() if size]
+    most = most_bytes or {}
+    lines = [(name, size) for name, size in footprint.categories.items() if size or most.get(name)]
     totals = [len(lines), len(lines) + 2, len(lines) + 4]
     lines += [
         ("= peak allocated", footprint.peak_allocated_bytes),
@@ -58,10 +67,19 @@ def account(footprint: Footprint) -> Section:
         ("= on the device", device),
     ]
     table = Table(
-        columns=("category", "bytes", "size", "share"),
-        align="lrrr",
+        columns=(
+            *("category", "bytes", "size"),
+            *(("most in the window",) if most else ()),
+            "share",
+        ),
+        align="lrrrr" if most else "lrrr",
         rows=tuple(
-            (name, f"{size:,}", format_bytes(size), share(size, device)) for name, size in lines
+            (
+                *(name, f"{size:,}", format_bytes(size)),
+                *((format_bytes(most[name]) if name in most else "",) if most else ()),
+                share(size, device),
+            )
+            for name, size in lines
         ),
         totals=frozenset(totals),
     )

@@ -1,44 +1,72 @@
-"""Documents as HTML: a page that opens from disk, and a fragment for notebooks.
+"""Documents and plans as HTML: pages that open from disk, and a fragment for notebooks.
 
-Invariant: both are self-contained (no scripts, no network), and every string but the drawings is
-escaped; the markup is in templates/.
+Invariant: all are self-contained (no network; the only script is that of a plan's page), and every
+string but the drawings is escaped; the markup is in templates/.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.content import summary
 from autobatch.report.document import ContentBlock, Document
+from autobatch.report.page.plan_page import plan_values
 from autobatch.support.templates import render
 
-__all__ = ["notebook", "page"]
+__all__ = ["notebook", "page", "plan_page"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(document: Document, drawings: Mapping[str, str]) -> str:
     """Return a whole HTML page; `drawings` holds the SVG of each chart by name."""
-    return _render("page.html.jinja", document, drawings)
+    return _render(
+        "page.html.jinja",
+        title=document.title,
+        document=document,
+        drawings=drawings,
+        script_hash="'none'",
+    )
+
+
+def plan_page(plan: PlanRecord) -> str:
+    """Return the page of a plan: the answer, and what its scripts make of the plan's figures."""
+    script, script_hash = _script()
+    return _render(
+        "plan.html.jinja",
+        script=script,
+        script_hash=f"'sha256-{script_hash}'",
+        drawings={},
+        **plan_values(plan),
+    )
 
 
 def notebook(plan: PlanRecord) -> str:
     """Return the plan's summary as a small HTML fragment, styled by the notebook itself."""
-    return _render("notebook.html.jinja", summary(plan), {})
+    return _render("notebook.html.jinja", document=summary(plan), drawings={})
 
 
-def _render(template: str, document: Document, drawings: Mapping[str, str]) -> str:
+@cache
+def _script() -> tuple[str, str]:
+    """Return the script of a plan's page, and its hash as a content security policy names it."""
+    script = render(_TEMPLATES, "plan.js.jinja")
+    return script, base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _render(template: str, **values: object) -> str:
     return render(
         _TEMPLATES,
         template,
-        document=document,
-        drawings=drawings,
         kind_of=_kind_of,
         split_code=_split_code,
         split_links=_split_links,
+        **values,
     )
 
 

@@ -57,7 +57,7 @@ FILES = {
 class Page(HTMLParser):
     """Collects what a browser would load or run, and checks that tags close in order."""
 
-    VOID = frozenset({"meta", "br", "img"})
+    VOID = frozenset({"meta", "br", "img", "input"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,10 +109,10 @@ def test_the_page_is_well_formed_and_loads_nothing(folder: Path) -> None:
     page = Page()
     page.feed((folder / "report.html").read_text())
     assert page.open == []
-    assert page.scripts == 0
+    assert page.scripts == 2  # the data, which is JSON, and the page's own
     assert all(target.startswith("#") for target in page.loads)
     assert len(page.ids) == len(set(page.ids))
-    assert (folder / "report.html").read_text().count("<svg") == 3
+    assert (folder / "report.html").read_text().count("<svg") == 2
 
 
 def test_charts_are_valid_svg_and_png(folder: Path) -> None:
@@ -173,8 +173,8 @@ def test_the_same_words_are_in_markdown_html_and_text() -> None:
         (Bullets(("`a`", "b")), "<li><code>a</code></li>"),
         (Facts((("a", "b<"),)), "<dt>a</dt><dd>b&lt;</dd>"),
         (Table(("a",), "r", (("1",), ("2",)), frozenset({1})), '<tr class="total">'),
-        (Code("x = 1 < 2\n"), "<pre><code>x = 1 &lt; 2\n</code></pre>"),
-        (Chart("memory", "a<"), "<figure><svg></svg><figcaption>a&lt;</figcaption></figure>"),
+        (Code("x = 1 < 2\n"), '<pre tabindex="0"><code>x = 1 &lt; 2\n</code></pre>'),
+        (Chart("memory", "a<"), 'aria-label="a&lt;"><svg></svg><figcaption>a&lt;</figcaption>'),
     ],
 )
 def test_every_kind_of_block_has_its_markup(block: ContentBlock, markup: str) -> None:
@@ -188,7 +188,7 @@ def test_hostile_names_stay_text_in_every_format(tmp_path: Path) -> None:
     parsed = Page()
     parsed.feed(page)
     assert "<img" not in page
-    assert "<b>" not in page
+    assert "<b>$" not in page
     assert "<img" not in (tmp_path / "report.md").read_text().replace("\\<img", "")
     assert "\n# title" not in (tmp_path / "report.md").read_text()
     assert "<img" not in plan._repr_html_()

@@ -1,0 +1,90 @@
+// Answers to other questions, from the ceilings and peaks that the plan holds. The rules are those of
+// autobatch.records.split and autobatch.gpus.uncertainty, and tests compare the two.
+const MOST_MICRO_BATCHES = 2 ** 20;
+
+// Divide a target into micro-batches: null where Python's `split` refuses.
+function splitTarget(target, ceiling, worldSize) {
+  if (target < worldSize) return null;
+  const fewest = Math.ceil(target / (worldSize * ceiling));
+  const steps = uniformSteps(target, ceiling, worldSize) || fewest;
+  const slots = steps * worldSize;
+  if (slots > MOST_MICRO_BATCHES || target < slots) return null;
+  const size = Math.floor(target / slots), larger = target % slots;
+  return { target, steps, worldSize, larger, size, microBatch: size + (larger ? 1 : 0), uniform: !larger };
+}
+
+function uniformSteps(target, ceiling, worldSize) {
+  if (target % worldSize) return null;
+  const perRank = target / worldSize;
+  const fewest = Math.ceil(perRank / ceiling), smallest = Math.ceil(perRank / (2 * fewest));
+  for (let size = Math.floor(perRank / fewest); size >= smallest; size -= 1) {
+    if (perRank % size === 0) return perRank / size;
+  }
+  return null;
+}
+
+function answersOf(plan, known) {
+  const peaks = new Map(known.sizes.map((size, index) => [size, known.peaks[index]]));
+  const [percentiles, shares] = known.needed;
+
+  function budget(card, headroom) {
+    return Math.floor((card.capacity - card.context) * (1 - headroom));
+  }
+
+  // The peak of windows that accumulate: exact where the size was predicted, else between neighbours.
+  function peak(size) {
+    if (peaks.has(size)) return { bytes: peaks.get(size), exact: true };
+    const above = known.sizes.findIndex((each) => each > size);
+    const [left, right] = above < 1
+      ? [known.sizes.length - 2, known.sizes.length - 1] : [above - 1, above];
+    const [n0, n1] = [known.sizes[left], known.sizes[right]];
+    const [p0, p1] = [known.peaks[left], known.peaks[right]];
+    return { bytes: Math.round(p0 + (p1 - p0) * (size - n0) / (n1 - n0)), exact: false };
+  }
+
+  function likelihood(reserved, usable) {
+    const spare = usable / reserved - 1;
+    let above = shares.findIndex((share) => share > spare);
+    if (above < 0) above = shares.length;
+    if (above === 0 || above === shares.length) {
+      return percentiles[Math.min(above, shares.length - 1)] / 100;
+    }
+    const [low, high] = [shares[above - 1], shares[above]];
+    const between = percentiles[above] - percentiles[above - 1];
+    return (percentiles[above - 1] + between * (spare - low) / (high - low)) / 100;
+  }
+
+  // What nine of ten runs reserve.
+  function range(reserved) {
+    const at = (percentile) => shares[percentiles.indexOf(percentile)];
+    return [reserved * (1 + at(5)), reserved * (1 + at(95))];
+  }
+
+  // What `autobatch.tune` plans for a card (its index), one of its headrooms, and a target.
+  function planned(cardIndex, headroomIndex, target) {
+    const card = known.cards[cardIndex];
+    const ceiling = card.ceilings[headroomIndex], headroom = card.headrooms[headroomIndex];
+    const split = target > plan.worldSize ? splitTarget(target, ceiling, plan.worldSize) : null;
+    const limit = budget(card, headroom), usable = card.capacity - card.context;
+    if (!split) return { ceiling, budget: limit, split: null };
+    const isPlan = cardIndex === 0 && headroom === plan.headroom && target === plan.target;
+    const found = isPlan ? { bytes: plan.peakReserved, exact: true } : peak(split.microBatch);
+    return {
+      ceiling, budget: limit, split, peak: found.bytes,
+      // one micro-batch alone needs no gradients to wait, so its window may take less
+      exact: isPlan || (found.exact && split.steps > 1), atMost: !isPlan && split.steps === 1,
+      likelihood: likelihood(found.bytes, usable),
+    };
+  }
+
+  function byHand(cardIndex, headroomIndex, size, steps) {
+    const card = known.cards[cardIndex], found = peak(size);
+    const limit = budget(card, card.headrooms[headroomIndex]);
+    return {
+      ...found, budget: limit, fits: found.bytes <= limit, batch: size * steps * plan.worldSize,
+      likelihood: likelihood(found.bytes, card.capacity - card.context),
+    };
+  }
+
+  return { known, budget, peak, likelihood, range, planned, byHand, splitTarget };
+}

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -29,7 +28,7 @@ from autobatch.devices.virtual.questions import questions
 from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
 from autobatch.gpus.catalogue import CATALOGUE, GpuSpec
-from autobatch.memory.trace import Trace
+from autobatch.memory.lasting import lasting_bytes
 from autobatch.plan.plan import Plan
 from autobatch.records.comparison import ComparedCard, Outcome, WindowTime
 from autobatch.records.plan_record import Objective
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["compare"]
-
-_LASTING = frozenset({"parameters", "buffers", "gradients", "optimizer_state"})
-"""What takes as much memory on every card."""
 
 
 @arriving()
@@ -255,7 +251,7 @@ class _Search:
         if not short:
             return None
         lasting = min(
-            _lasting_bytes(self._probes[name].runs[each.tried_micro_batch or 1].trace)
+            lasting_bytes(self._probes[name].runs[each.tried_micro_batch or 1].trace)
             for name, each in short.items()
         )
         tried = max(each.tried_micro_batch or 1 for each in short.values())
@@ -272,12 +268,6 @@ class _Search:
             except AutobatchError:  # the code fails there
                 continue
         return None
-
-
-def _lasting_bytes(trace: Trace) -> int:
-    """Return the most bytes of parameters, gradients and optimizer state that are alive at once."""
-    sizes = [block.size_bytes if block.category in _LASTING else 0 for block in trace.blocks]
-    return max(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in trace.events), default=0)
 
 
 def _stated(options: WorkloadOptions) -> WorkloadOptions:

@@ -25,6 +25,7 @@ def _options(setup: Setup) -> list[Option]:
             what="Segments of memory grow in place, so that blocks of new sizes fit into what is "
             "reserved.",
             code=_CODE,
+            keeps_state=True,
             apply=_with_expandable_segments,
         )
     ]

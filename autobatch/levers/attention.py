@@ -26,6 +26,7 @@ def _options(setup: Setup) -> list[Option]:
             what="Attention runs in PyTorch's fused kernels, which keep no matrix of all pairs of "
             "positions.",
             code=_SDPA,
+            keeps_state=True,
             apply=partial(Setup.changed, change=ModelCode("attention", _SDPA)),
         )
     ]

@@ -158,6 +158,7 @@ class _Blocks:
             what=what,
             code=code,
             trainer=trainer,
+            keeps_state=True,
             apply=partial(Setup.changed, change=change),
         )
 

@@ -26,6 +26,8 @@ class Option:
         trainer: arguments of Transformers' `TrainingArguments` that do it, or None.
         changes_numerics: whether training computes something else than without it.
         apply: gives the setup that has it.
+        keeps_state: whether parameters, buffers, gradients and optimizer state take no less memory
+            with it, so that it cannot help a run that these alone keep from fitting.
         excludes: names of levers, or labels of options, that it cannot be combined with; another
             option of its own lever never can be.
     """
@@ -37,6 +39,7 @@ class Option:
     apply: Callable[[Setup], Setup]
     trainer: str | None = None
     changes_numerics: bool = False
+    keeps_state: bool = False
     excludes: frozenset[str] = frozenset()
 
     @property

@@ -28,6 +28,7 @@ def _options(setup: Setup) -> list[Option]:
             what="Makes the logits of an eighth of the positions at a time, and once more in the "
             "backward pass, so that they are never in memory as a whole.",
             code=code,
+            keeps_state=True,
             apply=partial(Setup.changed, change=ModelCode("loss", code)),
         )
     ]

@@ -50,6 +50,7 @@ def _options(setup: Setup) -> list[Option]:
             what="The channels of a pixel lie side by side, as tensor cores read them: faster "
             "convolutions in halves.",
             code=f"{_MODEL}\n{_BATCH}",
+            keeps_state=True,
             apply=_channels_last,
         )
     ]

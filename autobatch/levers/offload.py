@@ -36,6 +36,7 @@ def _options(setup: Setup) -> list[Option]:
                 what="What the forward pass keeps is copied to the host, and back for the backward "
                 "pass: as slow as the bus to the card.",
                 code=_ACTIVATIONS,
+                keeps_state=True,
                 apply=partial(Setup.changed, change=ModelCode("offload", _ACTIVATIONS)),
             )
         )

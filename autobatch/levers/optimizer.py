@@ -102,7 +102,8 @@ def _ways_to_run(setup: Setup, known: KnownOptimizer) -> list[Option]:
             others = tuple(key for key in known.keywords if key not in ("foreach", "fused"))
             call = known.called(f"torch.optim.{name}", "model.parameters()", others, **stated)
             code = f"import torch\noptimizer = {call}"
-        options.append(_option(setup, value, what, code, _TRAINER.get((name, value))))
+        trainer = _TRAINER.get((name, value))
+        options.append(_option(setup, value, what, code, trainer, keeps_state=True))
     return options
 
 
@@ -208,6 +209,7 @@ def _option(
     trainer: str | None,
     *,
     changes_numerics: bool = False,
+    keeps_state: bool = False,
 ) -> Option:
     return Option(
         lever="optimizer",
@@ -216,6 +218,7 @@ def _option(
         code=code,
         trainer=trainer,
         changes_numerics=changes_numerics,
+        keeps_state=keeps_state,
         apply=partial(_with_optimizer, code=code),
     )
 

@@ -100,6 +100,7 @@ def _options(setup: Setup) -> list[Option]:
                 code='torch.set_float32_matmul_precision("high")',
                 trainer="tf32=True",
                 changes_numerics=True,
+                keeps_state=True,
                 apply=partial(replace, tf32=True),
             )
         )
@@ -116,6 +117,7 @@ def _option(value: str, what: str, code: str, trainer: str, *, autocast: str | N
         code=code,
         trainer=trainer,
         changes_numerics=True,
+        keeps_state=True,
         apply=partial(Setup.having, autocast=autocast),
     )
 

@@ -41,13 +41,17 @@ class Choice:
             none.
         changes_numerics: whether training would compute something else.
         fits: whether micro-batch 1 fits.
-        reference_bytes: reserved peak at the reference micro-batch of the advice.
-        saved_bytes: how much less that is than as it is; negative where it is more.
+        reference_bytes: reserved peak at the reference micro-batch of the advice; at least this
+            where nothing was executed.
+        saved_bytes: how much less that is than as it is; negative where it is more, None where
+            nothing was executed.
         ceiling: largest micro-batch that fits, at least; 0 where none does.
         micro_batch, accumulation_steps: of the plan for the target; 0 where none fits.
         likelihood: how likely the plan is to fit a real GPU; None where it does not fit here.
         window_seconds: estimated time of one update of the whole target; None where the card's
             speed is not known, or nothing fits.
+        is_executed: whether windows were executed. Otherwise parameters, buffers, gradients and
+            optimizer state, which the options leave as they are, take more than the budget alone.
     """
 
     options: tuple[str, ...]
@@ -57,12 +61,13 @@ class Choice:
     changes_numerics: bool
     fits: bool
     reference_bytes: int
-    saved_bytes: int
+    saved_bytes: int | None
     ceiling: int
     micro_batch: int
     accumulation_steps: int
     likelihood: float | None
     window_seconds: float | None
+    is_executed: bool = True
 
     @property
     def label(self) -> str:
@@ -198,16 +203,24 @@ def _row(advice: Advice, choice: Choice) -> tuple[str, ...]:
     else:
         over = choice.reference_bytes - advice.budget_bytes
         plan = f"{format_bytes(over)} too much" if over > 0 else f"{advice.target:,} at once do not"
+        if not choice.is_executed:
+            plan = f"at least {plan}"
         ceiling = "-"
     return (
         choice.label,
         ceiling,
         plan,
         "-" if choice.likelihood is None else f"{choice.likelihood:.0%}",
-        format_bytes(choice.saved_bytes) if choice.options else "",
+        _saved(choice),
         _time(advice, choice),
         "other" if choice.changes_numerics else "same",
     )
+
+
+def _saved(choice: Choice) -> str:
+    if not choice.options:
+        return ""
+    return "-" if choice.saved_bytes is None else format_bytes(choice.saved_bytes)
 
 
 def _time(advice: Advice, choice: Choice) -> str:
@@ -226,4 +239,15 @@ def _explanation(advice: Advice) -> str:
         f"reserved memory at micro-batch {advice.reference:,}. Times are estimates for one update "
         "of the whole target, by a roofline over every operator; they tell which is faster rather "
         "than how fast it is. With other numbers, training computes something else."
+        f"{_not_executed(advice)}"
+    )
+
+
+def _not_executed(advice: Advice) -> str:
+    """Say how it is known of some choices that they do not fit."""
+    if all(choice.is_executed for choice in advice.choices):
+        return ""
+    return (
+        " Rows with 'at least' needed no simulation: parameters, gradients and optimizer state "
+        "alone take that much more than the budget, and the lever leaves them as they are."
     )

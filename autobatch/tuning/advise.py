@@ -1,5 +1,8 @@
 """What levers do to a training run: each is simulated, on its own and with others.
 
+What parameters, gradients and optimizer state alone keep from fitting is not executed with levers
+that leave these as they are.
+
 Invariant: a ceiling that is told is that of the plan which `tune` makes for the changed workload;
 what changes numbers is tried with others only where that was asked for, or nothing else fits.
 """
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autobatch.devices.choose import Gpu, described
+from autobatch.devices.virtual.sharing import SharedRuns
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.levers.known import LEVERS, levers_named
@@ -58,6 +62,10 @@ _PAIRED = 3
 
 _REMEDIES = 3
 """So many of them are told."""
+
+_USUALLY_SAVE_MOST = ("attention", "checkpointing", "offload", "loss")
+"""Levers of activations, in the order in which they are added to others where what they save is not
+known."""
 
 _MOST_RANKS = 64
 """GPUs that a run is tried to be shared over."""
@@ -155,7 +163,7 @@ def _remedy(choice: Choice) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """A choice, the options behind it, and the plan where it fits."""
+    """A choice, and the options behind it."""
 
     choice: Choice
     options: tuple[Option, ...]
@@ -187,6 +195,9 @@ class _Search:
     _started: float = field(default_factory=time.perf_counter)
     _reference: int = 1
     _as_is: Choice | None = None
+    _runs: SharedRuns = field(default_factory=SharedRuns)
+    _setups: dict[tuple[str, ...], Setup] = field(default_factory=dict)
+    _lasting: dict[frozenset[str], int] = field(default_factory=dict)
 
     def advice(
         self,
@@ -250,9 +261,14 @@ class _Search:
         if self._is_late():
             return None
         assert self._as_is is not None
-        self._tell(" + ".join(labels))
         try:
-            candidate = self._candidate(applied(self.setup, options))
+            if (hopeless := self._hopeless(options)) is not None:
+                if len(options) > 1:
+                    return None  # that each of them is hopeless is told already
+                self.tried.append(_Tried(hopeless, options))
+                return hopeless
+            self._tell(" + ".join(labels))
+            candidate = self._candidate(self._having(options))
             is_hopeless = self._reference == 1 and not candidate.fits(1)
             plan = None if is_hopeless else candidate.plan()
             as_is_bytes = self._as_is.reference_bytes
@@ -263,9 +279,43 @@ class _Search:
         self.tried.append(_Tried(choice, options))
         return choice
 
+    def _having(self, options: tuple[Option, ...]) -> Setup:
+        """Return the setup with some options, the same one whenever it is asked for."""
+        if not options:
+            return self.setup
+        labels = tuple(option.label for option in options)
+        if labels not in self._setups:
+            self._setups[labels] = applied(self._having(options[:-1]), options[-1:])
+        return self._setups[labels]
+
+    def _hopeless(self, options: tuple[Option, ...]) -> Choice | None:
+        """Return the choice of options that leave too much state as it is; None where they may fit.
+
+        What lasts from update to update was seen with the other ones of the options alone.
+        """
+        lasting = self._lasting.get(_changing_state(options))
+        if lasting is None or lasting <= self._candidate(self.setup).budget_bytes:
+            return None
+        setup = self._having(options)
+        if setup.workload is self.setup.workload and setup.tf32 == self.setup.tf32:
+            return None  # another allocator replays what was executed
+        return Choice(
+            **_told(options),
+            fits=False,
+            reference_bytes=lasting,
+            saved_bytes=None,
+            ceiling=0,
+            micro_batch=0,
+            accumulation_steps=0,
+            likelihood=None,
+            window_seconds=None,
+            is_executed=False,
+        )
+
     def _combine(self, levers: Sequence[Lever], *, allow: bool) -> None:
         """Try the best option of each lever together with those of the others that save most."""
         best: dict[str, _Tried] = {}
+        unknown: dict[str, _Tried] = {}
         assert self._as_is is not None
         least = _NOTABLE * self._as_is.reference_bytes
         for tried in self.tried:
@@ -274,10 +324,16 @@ class _Search:
                 continue
             if not self._as_is.fits and not tried.options[0].apply(self.setup).workload.accumulates:
                 continue  # what does not fit as it is needs small micro-batches
-            if choice.saved_bytes > (best[lever].choice.saved_bytes if lever in best else least):
+            if choice.saved_bytes is None:
+                unknown.setdefault(lever, tried)
+            elif choice.saved_bytes > (_saved(best[lever].choice) if lever in best else least):
                 best[lever] = tried
         order = {lever.name: at for at, lever in enumerate(levers)}
-        ranked = sorted(best.values(), key=lambda tried: -tried.choice.saved_bytes)
+        ranked = sorted(best.values(), key=lambda tried: -_saved(tried.choice))
+        if ranked:  # on their own, those are hopeless
+            ranked += [
+                unknown[name] for name in _USUALLY_SAVE_MOST if name in unknown.keys() - best
+            ]
 
         def together(*options: Option) -> Choice | None:
             return self._try(tuple(sorted(options, key=lambda one: order[one.lever])))
@@ -288,8 +344,8 @@ class _Search:
             if len(had) == _TOGETHER or fitting == _ENOUGH or not all(map(option.goes_with, had)):
                 continue
             found = together(*had, option)
-            if found is not None and found.saved_bytes >= saved + least:
-                had, saved = [*had, option], found.saved_bytes
+            if found is not None and _saved(found) >= saved + least:
+                had, saved = [*had, option], _saved(found)
                 fitting += found.fits and len(had) > 1
         for (one,), (other,) in combinations([tried.options for tried in ranked[:_PAIRED]], 2):
             if one.goes_with(other):
@@ -304,12 +360,10 @@ class _Search:
         as_is_bytes: int | None,
     ) -> Choice:
         reserved = candidate.reserved(self._reference)
+        if (lasting := candidate.lasting_bytes()) is not None:
+            self._lasting.setdefault(_changing_state(options), lasting)
         return Choice(
-            options=tuple(option.label for option in options),
-            what=tuple(option.what for option in options),
-            code=tuple(option.code for option in options),
-            trainer=tuple(option.trainer or "" for option in options),
-            changes_numerics=any(option.changes_numerics for option in options),
+            **_told(options),
             fits=plan is not None,
             reference_bytes=reserved,
             saved_bytes=0 if as_is_bytes is None else as_is_bytes - reserved,
@@ -331,13 +385,15 @@ class _Search:
     def _larger_card(self) -> Need | None:
         """Return the smallest card of the catalogue on which the run fits."""
         assert self._as_is is not None
-        capacity = self.setup.gpu.capacity_bytes
+        capacity, lasting = self.setup.gpu.capacity_bytes, self._lasting[frozenset()]
         for card in sorted(CATALOGUE.values(), key=lambda card: card.capacity_bytes):
             usable = card.capacity_bytes - card.context_bytes
             # kernels of another card take other scratch memory, never half of the whole
             if card.capacity_bytes > capacity and usable > self._as_is.reference_bytes / 2:
-                self._tell(f"a larger card, {card.name}")
                 candidate = self._candidate(replace(self.setup, gpu=card))
+                if candidate.budget_bytes < lasting:
+                    continue
+                self._tell(f"a larger card, {card.name}")
                 if candidate.fits(1):
                     return Need(
                         what="a larger card",
@@ -395,14 +451,42 @@ class _Search:
         return self.seconds is not None and time.perf_counter() - self._started > self.seconds
 
     def _candidate(self, setup: Setup) -> Candidate:
-        return Candidate(setup, self.target, self.headroom)
+        return Candidate(setup, self.target, self.headroom, self._runs)
 
     def _tell(self, what: str) -> None:
         count = len(self.tried)
         self.progress(Progress(step=f"trying {what}", executions=count, expected=count + 1))
 
 
+def _changing_state(options: Iterable[Option]) -> frozenset[str]:
+    """Return the labels of those options that may leave less state than there is."""
+    return frozenset(option.label for option in options if not option.keeps_state)
+
+
+def _told(options: Sequence[Option]) -> dict[str, Any]:
+    """Return what a choice tells of its options."""
+    return {
+        "options": tuple(option.label for option in options),
+        "what": tuple(option.what for option in options),
+        "code": tuple(option.code for option in options),
+        "trainer": tuple(option.trainer or "" for option in options),
+        "changes_numerics": any(option.changes_numerics for option in options),
+    }
+
+
+def _saved(choice: Choice) -> int:
+    """Return what a choice saves; nothing that is known of, where it was not executed."""
+    return choice.saved_bytes or 0
+
+
 def _rank(choice: Choice) -> tuple[Any, ...]:
     """Order what fits before the rest, then by time, ceiling and memory."""
     seconds = math.inf if choice.window_seconds is None else choice.window_seconds
-    return (not choice.fits, seconds, -choice.ceiling, choice.reference_bytes, choice.label)
+    return (
+        not choice.fits,
+        not choice.is_executed,
+        seconds,
+        -choice.ceiling,
+        choice.reference_bytes,
+        choice.label,
+    )

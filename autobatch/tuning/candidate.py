@@ -1,4 +1,6 @@
-"""A training run that may be what is wanted: its memory, its plan and its time, simulated once.
+"""A training run that may be what is wanted: its memory, its plan and its time.
+
+No window is executed twice, not by several candidates either that differ in their allocators alone.
 
 Invariant: its plan is the one that `tune` makes for the same workload and card.
 """
@@ -7,10 +9,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import DoesNotFitError
 from autobatch.gpus.roofline import can_estimate
 from autobatch.levers.setup import Setup
+from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.plan.plan import Plan
 from autobatch.tuning.planning import plan_of, probe_of
@@ -23,13 +26,16 @@ __all__ = ["Candidate"]
 class Candidate:
     """A setup with a target."""
 
-    def __init__(self, setup: Setup, target: int, headroom: float | None) -> None:
+    def __init__(
+        self, setup: Setup, target: int, headroom: float | None, shared: SharedRuns | None = None
+    ) -> None:
         """Take a setup; nothing runs yet.
 
         Args:
             setup: the workload and its card.
             target: effective batch: samples per optimizer update over all GPUs.
             headroom: share of the usable memory to leave free, or None for the default.
+            shared: executions of candidates that may be alike; None shares none.
 
         Raises:
             UsageError: the target cannot be split over the workload's GPUs.
@@ -38,7 +44,8 @@ class Candidate:
         self._target = target
         self._headroom = headroom
         counts_work = can_estimate(setup.gpu)
-        self._device = VirtualGpu(setup.gpu, setup.settings, counts_work=counts_work)
+        runs = SharedRuns() if shared is None else shared
+        self._device = SharingGpu(setup.gpu, runs, setup.settings, counts_work=counts_work)
         # apart from that of the plan, whose evidence is that of `tune`
         self._probe = self._new_probe()
         self._planned: Probe | None = None
@@ -74,10 +81,16 @@ class Candidate:
         with self._setup.in_force():
             return self._probe.run(micro_batch).replay.peak_reserved_bytes
 
+    def lasting_bytes(self) -> int | None:
+        """Return what the run holds from update to update; None before anything was executed."""
+        probes = (self._probe, self._planned)
+        runs = [run for probe in probes if probe is not None for run in probe.runs.values()]
+        return lasting_bytes(runs[0].trace) if runs else None
+
     def window_seconds(self, plan: Plan) -> float | None:
         """Return the estimated time of one update by the plan."""
         setup = self._setup
-        runs = {} if self._planned is None else self._planned.runs
+        runs = self._probe.runs | ({} if self._planned is None else self._planned.runs)
         speed = SpeedModel.of_runs(setup.workload, setup.gpu, runs, setup.settings)
         with self._setup.in_force():
             return speed.seconds(plan.micro_batch, plan.accumulation_steps)

@@ -91,6 +91,7 @@ def find_ceiling(
     *,
     prove: bool = False,
     share: int | None = None,
+    is_brief: bool = False,
     foresee: Callable[[], Ceiling | None] = lambda: None,
 ) -> Ceiling:
     """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
@@ -104,12 +105,16 @@ def find_ceiling(
         prove: execute the size above the ceiling too, which must not fit.
         share: samples of one update on one GPU, as far as sizes that have to be executed one by one
             are looked at without regard to time.
+        is_brief: leave out executions that the ceiling does not need: they only let the model tell
+            of sizes above it.
         foresee: gives the ceiling that a simulation of the same GPU finds, if it finds one. What
             is executed is chosen by it, what is answered is not.
     """
     foreseen = foresee()
     try:
-        return _find_ceiling(probe, limit, wanted, prove=prove, share=share, foreseen=foreseen)
+        return _find_ceiling(
+            probe, limit, wanted, prove=prove, share=share, is_brief=is_brief, foreseen=foreseen
+        )
     except HostMemoryError as error:
         largest = max((size for size in probe.runs if probe.fits(size)), default=0)
         if not largest:
@@ -126,16 +131,19 @@ def _find_ceiling(
     *,
     prove: bool,
     share: int | None,
+    is_brief: bool = False,
     foreseen: Ceiling | None = None,
 ) -> Ceiling:
     first, second = (min(size, limit) for size in SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
+    if is_brief and not probe.fits(first):
+        return _small_ceiling(probe, None)
     guess = foreseen.micro_batch if foreseen is not None else None
     reason = ""
     # a simulation's kernels vary where they take scratch memory at large sizes only
     for kernels_may_vary in (True,) if probe.device.scratch_varies else (False, True):
-        follow = partial(_by_model, probe, limit, wanted, prove, kernels_may_vary)
+        follow = partial(_by_model, probe, limit, wanted, prove, is_brief, kernels_may_vary)
         try:
             if foreseen is not None and (near := _near(probe, limit, foreseen)):
                 return follow(near)
@@ -173,6 +181,7 @@ def _by_model(
     limit: int,
     wanted: int | None,
     prove: bool,
+    is_brief: bool,
     kernels_may_vary: bool,
     sizes: Sequence[int],
 ) -> Ceiling:
@@ -191,6 +200,8 @@ def _by_model(
             wanted = None
             if model.predicts_start_of(whole.trace) and probe.trials[-1].fits:
                 return _modelled(search, model, predicted, whole)
+        if is_brief and {ceiling, ceiling + 1} <= probe.runs.keys():
+            return _modelled(search, model, predicted)
         size = _next_check(ceiling, limit, probe, confirmed, kernels_may_vary)
         if size == 1:  # one sample may be allocated in an order of its own
             return _small_ceiling(probe, model)
@@ -299,7 +310,7 @@ def _next_check(
     return next((n for n in range(size, limit + 1) if n not in probe.runs), None)
 
 
-def _small_ceiling(probe: Probe, model: TraceModel) -> Ceiling:
+def _small_ceiling(probe: Probe, model: TraceModel | None) -> Ceiling:
     try:
         probe.fits(1)
     except WorkloadError as error:  # BatchNorm refuses one value per channel, say

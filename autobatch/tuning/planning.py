@@ -105,7 +105,8 @@ def plan_of(
         objective: which of the micro-batches that fit is planned.
         loader: what gives training its batches, to be timed.
         is_drawn: whether the plan has what charts show: memory by micro-batch and over time, and
-            the same update without accumulation. Of many plans, nobody looks at that.
+            the same update without accumulation. Of many plans, nobody looks at that, and only
+            what decides their ceilings is executed.
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
@@ -167,6 +168,7 @@ def make_plan(
             samples_per_rank if has_one_go else None,
             prove=prove,
             share=samples_per_rank,
+            is_brief=not is_drawn,
             foresee=partial(_simulated_ceiling, probe, limit, samples_per_rank),
         )
     if not found.micro_batch:

@@ -150,8 +150,8 @@ class SpeedModel:
         Other sizes are counted where these do not tell.
         """
         model = cls(workload, gpu, settings)
+        model._counts |= {n: run.work for n, run in runs.items() if run.work}
         works = [(n, run.work) for n, run in sorted(runs.items()) if n >= min(_SIZES) and run.work]
-        model._counts |= dict(works)
         if len(works) > 1:
             (_, first), (_, second) = works[:2]
             model._lines = _Lines.through(first, second)

@@ -1,5 +1,7 @@
 """Simulated cards that share their executions: one run serves all whose kernels are the same.
 
+Settings of the allocator come after a run: its trace is replayed with those of each card.
+
 Cards of one compute capability run the same kernels. What these take beside their results may
 depend on the card as well (how many multiprocessors share the work), but a trace keeps kernels
 apart from what tensors take, and their rules are asked again for every card.
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
+
+import torch
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.virtual.gpu import VirtualGpu
@@ -30,10 +34,11 @@ __all__ = ["SharedRuns", "SharingGpu", "are_alike"]
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A run, the card that it was made for, and its workload, whose parts keep their ids."""
+    """A run, the card and the allocator that it was made for, and its workload, which keeps ids."""
 
     run: Run
     spec: GpuSpec
+    settings: AllocatorSettings
     workload: Workload
 
 
@@ -53,9 +58,16 @@ class SharedRuns:
         """Return the run of a key; None where there is none to share."""
         return self._kept.get(key)
 
-    def keep(self, key: Hashable, run: Run, spec: GpuSpec, workload: Workload) -> None:
+    def keep(
+        self,
+        key: Hashable,
+        run: Run,
+        spec: GpuSpec,
+        settings: AllocatorSettings,
+        workload: Workload,
+    ) -> None:
         """Share a run from now on."""
-        self._kept[key] = _Kept(run, spec, workload)
+        self._kept[key] = _Kept(run, spec, settings, workload)
 
 
 class SharingGpu(VirtualGpu):
@@ -73,7 +85,7 @@ class SharingGpu(VirtualGpu):
 
         Args:
             spec: the card.
-            shared: where runs are looked for, and kept; all with the same settings.
+            shared: where runs are looked for, and kept.
             settings: as of `VirtualGpu`.
             counts_work: as of `VirtualGpu`.
         """
@@ -97,6 +109,8 @@ class SharingGpu(VirtualGpu):
             self.spec.compute_capability,
             _identity(workload),
             (micro_batch, accumulation_steps, windows),
+            # what is counted depends on the precision of products
+            (self._counts_work, torch.get_float32_matmul_precision()),
         )
         kept = self._shared.find(key)
         if kept is not None:
@@ -112,17 +126,18 @@ class SharingGpu(VirtualGpu):
         guesses, _ = self._guesses[id(workload.model)]
         tells_of_card = any(self.spec.name in note for note in ran.notes)
         if "card" not in asked and guesses.is_unused and not tells_of_card:
-            self._shared.keep(key, ran, self.spec, workload)
+            self._shared.keep(key, ran, self.spec, self._settings, workload)
         return ran
 
     def _taken_over(self, kept: _Kept) -> Run:
         """Return a run as it is on this card."""
-        bare = kept.run.trace.bare
-        if bare is None or are_alike(kept.spec, self.spec):
+        trace, bare = kept.run.trace, kept.run.trace.bare
+        if bare is not None and not are_alike(kept.spec, self.spec):
+            gpu = Hashed(self.spec)
+            kernels = tuple(on_card(kernel, gpu) for kernel in bare.kernels)
+            trace = with_scratch(Bare(bare.trace, kernels))
+        elif kept.settings == self._settings:
             return kept.run
-        gpu = Hashed(self.spec)
-        kernels = tuple(on_card(kernel, gpu) for kernel in bare.kernels)
-        trace = with_scratch(Bare(bare.trace, kernels))
         return replace(kept.run, trace=trace, replay=replay(trace, self.allocator()))
 
 

@@ -7,7 +7,6 @@ is typed wins.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +14,6 @@ from typing import Any
 from autobatch.errors import FileError, UsageError
 from autobatch.support.files import read_text
 from autobatch.support.wording import near
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["with_config"]
 
@@ -65,6 +59,11 @@ def with_config(
 
 def _read(path: str, verb: str, verbs: Iterable[str]) -> dict[str, Any]:
     """Return the keys of a file that are for a command, with their values."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         found: dict[str, Any] = tomllib.loads(read_text(path, limit_bytes=_LIMIT_BYTES))
     except tomllib.TOMLDecodeError as error:
@@ -88,6 +87,8 @@ def _name_of(action: argparse.Action) -> str:
 
 def _typed(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
     """Return which options a command line has, whether or not what it needs is there."""
+    import copy
+
     parser = copy.deepcopy(parser)
     for action in parser._actions:
         if action.dest != "help":

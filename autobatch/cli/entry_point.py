@@ -7,7 +7,6 @@ stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -35,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         parser().print_help(sys.stderr)
         return 0
+    import shlex
+
     reader = ON_COMMAND_LINE.set(True)
     debug = "--debug" in given
     try:

@@ -5,7 +5,6 @@ Invariant: reading what was typed imports no torch; batches are made where the m
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +147,8 @@ def fingerprint(named: str | None) -> str | None:
     """
     if named is None or not _is_saved(named):
         return None
+    import hashlib
+
     try:
         return hashlib.sha256(Path(named).read_bytes()).hexdigest()
     except OSError as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -94,11 +92,17 @@ def tell(arguments: argparse.Namespace, answer: Answer, document: Document) -> N
             write_text(arguments.json, answer.to_json())
     folder, opens = getattr(arguments, "report", None), getattr(arguments, "open", False)
     if folder or opens:
-        page = answer.report(folder or tempfile.mkdtemp(prefix="autobatch-report-"))
+        page = answer.report(folder or _temporary_folder())
         if not arguments.quiet:
             print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
         if opens:
             opened(page)
+
+
+def _temporary_folder() -> str:
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="autobatch-report-")
 
 
 def show_answer(arguments: argparse.Namespace, document: Document) -> None:
@@ -193,6 +197,8 @@ def _debugged() -> Iterator[None]:
 @contextmanager
 def _printing_to_stderr() -> Iterator[None]:
     """Send to stderr what the block prints, by whatever way: also from C, and from its children."""
+    import ctypes
+
     printed = sys.stdout
     printed.flush()
     kept = None

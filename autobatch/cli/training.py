@@ -7,7 +7,6 @@ change the copy that runs, and the code that does the same by hand is told as a 
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -298,6 +297,8 @@ def _in_one_line(code: str) -> str | None:
     >>> _in_one_line("import torch\nmodel = model.to(\n    torch.bfloat16)")
     'import torch; model = model.to(torch.bfloat16)'
     """
+    import ast
+
     statements: list[Any] = ast.parse(code).body
     if any(hasattr(statement, "body") for statement in statements):
         return None

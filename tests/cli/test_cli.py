@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,11 @@ from autobatch.cli import main, running
 from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
 from autobatch.gpus import nvml
 from autobatch.plan.plan import Plan
-from autobatch.records.progress import Progress
 from tests.support import ROOT
 from tests.support.plans import example_plan, footprint_at
 
 PROBE = ["probe", "m.py:f", "--target", "256", "--gpu", "a100-40gb", "--no-isolate"]
 PREDICT = ["predict", "m.py:f", "--micro-batch", "32", "--gpu", "a100-40gb", "--no-isolate"]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Replace the tuner by one that answers at once and remembers what it was asked."""
-    asked: list[dict[str, Any]] = []
-
-    def tune(model: Any, *, progress: Callable[[Progress], None], **options: Any) -> Plan:
-        model()
-        asked.append(options)
-        progress(Progress(step="running", executions=0, expected=3, micro_batch=2))
-        return example_plan()
-
-    def predict(model: Any, *, progress: Callable[[Progress], None], **options: Any) -> Any:
-        model()
-        asked.append(options)
-        return footprint_at(32)
-
-    monkeypatch.setitem(
-        sys.modules, "autobatch.tuning.tuner", types.SimpleNamespace(tune=tune, predict=predict)
-    )
-    monkeypatch.setattr(running, "subject", lambda spec: spec)
-    return asked
 
 
 def failing_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class Plan(PlanRecord):
         """Write the report into `folder` and return the path of its report.html.
 
         The folder gets report.html, report.md, plan.json, trials.csv, breakdown.csv, curve.csv,
-        timeline.csv and the charts as PNG and SVG.
+        timeline.csv and the charts as SVG.
 
         Raises:
             FileError: the folder cannot be written.

@@ -12,7 +12,7 @@ from autobatch.records.plan_json import write_plan
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report import html, markdown, table
 from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
-from autobatch.report.charts.frame import save, style
+from autobatch.report.charts.frame import save_svg, style
 from autobatch.report.charts.memory import draw_memory, memory_chart
 from autobatch.report.charts.timeline import draw_timeline, timeline_chart
 from autobatch.report.content import full_report
@@ -43,7 +43,9 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
 
 
 def write_charts(plan: PlanRecord, folder: Path) -> dict[str, str]:
-    """Draw every chart as NAME.png and NAME.svg, and return each SVG for inlining.
+    """Draw every chart as NAME.svg, and return each SVG.
+
+    Pictures of dots would take twice the time of all else in a report.
 
     Raises:
         FileError: a file cannot be written.
@@ -54,4 +56,4 @@ def write_charts(plan: PlanRecord, folder: Path) -> dict[str, str]:
             "breakdown": draw_breakdown(breakdown_chart(plan)),
             "timeline": draw_timeline(timeline_chart(plan)),
         }
-        return {name: save(figure, folder, name) for name, figure in figures.items()}
+        return {name: save_svg(figure, folder, name) for name, figure in figures.items()}

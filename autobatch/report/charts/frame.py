@@ -35,6 +35,7 @@ __all__ = [
     "name_lines",
     "new_figure",
     "save",
+    "save_svg",
     "style",
 ]
 
@@ -154,6 +155,17 @@ def ink_on(colour: str) -> str:
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
 
 
+def save_svg(figure: Figure, folder: Path, name: str) -> str:
+    """Write NAME.svg, and return it for inlining.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    svg = _svg(figure, name)
+    write_text(folder / f"{name}.svg", svg)
+    return svg[svg.index("<svg") :]
+
+
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg, and return the SVG for inlining.
 
@@ -167,9 +179,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
         raise FileError(
             f"cannot write {name}.png into {str(folder)!r}: {error.strerror}; name another folder"
         ) from error
-    svg = _svg(figure, name)
-    write_text(folder / f"{name}.svg", svg)
-    return svg[svg.index("<svg") :]
+    return save_svg(figure, folder, name)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -123,13 +123,14 @@ def _category(categories: list[str], holder: Holder) -> int:
 
 
 def _peak(plan: PlanRecord) -> list[list[Any]]:
-    """Return modules, categories and bytes at the peak; of all blocks, however small."""
+    """Return modules, categories, operators and bytes at the peak; of all blocks."""
     categories = list(plan.footprint.categories)
-    sums: dict[tuple[str, int], int] = {}
+    sums: dict[tuple[str, int, str], int] = {}
     for blocks in plan.peak_blocks:
-        key = printable(blocks.holder.module), _category(categories, blocks.holder)
+        holder = blocks.holder
+        key = printable(holder.module), _category(categories, holder), printable(holder.op)
         sums[key] = sums.get(key, 0) + blocks.size_bytes
-    return [[module, category, size] for (module, category), size in sums.items()]
+    return [[*key, size] for key, size in sums.items()]
 
 
 def _what_if(plan: PlanRecord) -> dict[str, Any] | None:

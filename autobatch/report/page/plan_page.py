@@ -51,6 +51,10 @@ _SURE = 0.9
 """How likely a plan has to be to fit, for its page to say without reserve that it does."""
 
 
+_VISIBLE = 0.004
+"""The share of the peak from which on a category has a colour that can be seen."""
+
+
 class Number(NamedTuple):
     """A number of the answer, and what it counts."""
 
@@ -106,7 +110,7 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         "account": _account(plan),
         "has_most": bool(plan.most_bytes),
         "timeline": timeline,
-        "timeline_names": [name for name, _ in reversed(timeline.areas)] if timeline else [],
+        "timeline_names": _visible(plan),
         "timeline_label": (
             f"Live bytes by category over the traced windows; the peak is "
             f"{format_bytes(footprint.peak_allocated_bytes)} allocated"
@@ -129,6 +133,17 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         "data": _safe_json(page_data(plan)),
     }
     return values | {"contents": _contents(values)}
+
+
+def _visible(plan: PlanRecord) -> list[str]:
+    """Return the categories that can be seen in the timeline."""
+    samples = plan.timeline.samples
+    least = _VISIBLE * max((sample.allocated_bytes for sample in samples), default=0)
+    return [
+        name
+        for name in plan.footprint.categories
+        if any(sample.categories.get(name, 0) > least for sample in samples)
+    ]
 
 
 def _numbers(plan: PlanRecord) -> tuple[Number, ...]:
@@ -209,6 +224,7 @@ def _contents(values: dict[str, object]) -> Sequence[tuple[str, str]]:
         ("timeline", "Timeline", values["timeline"]),
         ("blocks", "Largest blocks", values["blocks_section"]),
         ("what-if", "What if", True),
+        ("training", "What it means for training", True),
         ("evidence", "Evidence and notes", True),
     )
     return [(key, name) for key, name, is_there in sections if is_there]

@@ -24,6 +24,7 @@ const CATEGORY_CLASSES = {
   "optimizer state": "c-optimizer", "activations": "c-activations", "temporaries": "c-temporaries",
   "inputs": "c-inputs", "workspace": "c-workspace", "other": "c-other", "rounding": "c-rounding",
 };
+const SHORT = { forward: "fwd", backward: "bwd", step: "step" };
 const PHASES = ["setup", "inputs", "forward", "backward", "step", "evaluate"];
 // Round numbers below an end, equally far apart.
 function roundSteps(end, most) {

@@ -105,17 +105,27 @@ function historyOf(data) {
   // Bytes by module and category at an instant: of every block at the peak, elsewhere of large ones.
   function modulesAt(event) {
     if (event === timeline.peak && data.peak.length) {
-      return { entries: data.peak.map(([module, category, size]) => [module, category, size]), isWhole: true };
+      return { entries: data.peak.map(([module, category, op, size]) => [module, category, op, size]), isWhole: true };
     }
     const entries = aliveAt(event).map((block) => {
-      const [module, , category] = lives.holders[lives.holder[block]];
-      return [lives.modules[module], category, lives.size[block]];
+      const [module, op, category] = lives.holders[lives.holder[block]];
+      return [lives.modules[module], category, lives.ops[op], lives.size[block]];
     });
     return { entries, isWhole: !lives || lives.least === 0 };
   }
 
+  // what all names of modules but a few begin with, as "transformer."
+  const heads = new Map();
+  for (const module of lives ? lives.modules : []) {
+    const head = module.split(".")[0] + ".";
+    if (module.includes(".")) heads.set(head, (heads.get(head) || 0) + 1);
+  }
+  const [head, often] = [...heads].sort((one, other) => other[1] - one[1])[0] || ["", 0];
+  const stem = lives && often > 0.9 * lives.modules.length ? head : "";
+
   const first = timeline.events[0];
   return {
+    stem,
     names, first, last, peak: timeline.peak, marks: timeline.marks, lives, plan, placeOf,
     sampleAt, pointsIn, phaseAt, blockAt, modulesAt, top: Math.max(...timeline.reserved, 1),
   };

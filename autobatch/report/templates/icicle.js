@@ -2,26 +2,29 @@
 function useIcicle(history, data) {
   const tree = byId("tree"), crumbs = byId("crumbs"), title = byId("icicle-title");
   const categories = data.lives ? data.lives.categories : Object.keys(CATEGORY_CLASSES);
-  const ROW = 34, DEEPEST = 7;
+  const ROW = 34, DEEPEST = 8;
   let root = null, inside = null, isWhole = true, event = history.peak;
 
   function grown(entries) {
     const make = (name, path) => ({ name, path, size: 0, parts: new Map(), children: new Map(), parent: null });
     const whole = make("everything", "");
-    for (const [module, category, size] of entries) {
+    for (const [module, category, op, size] of entries) {
       let node = whole;
       const parts = module ? module.split(".") : ["outside of modules"];
       const visited = [node];
-      parts.forEach((part, index) => {
-        const path = module ? parts.slice(0, index + 1).join(".") : "\u0000";
-        if (!node.children.has(part)) {
-          const child = make(part, path);
+      const step = (key, name, path) => {
+        if (!node.children.has(key)) {
+          const child = make(name, path);
           child.parent = node;
-          node.children.set(part, child);
+          node.children.set(key, child);
         }
-        node = node.children.get(part);
+        node = node.children.get(key);
         visited.push(node);
-      });
+      };
+      parts.forEach((part, index) => step(part, part, module ? parts.slice(0, index + 1).join(".") : "\u0000"));
+      // below a module, what its own operators hold
+      step("\u0000" + op, op || "not known", node.path + "\u0000" + op);
+      node.isOp = true;
       for (const each of visited) {
         each.size += size;
         each.parts.set(category, (each.parts.get(category) || 0) + size);
@@ -30,7 +33,8 @@ function useIcicle(history, data) {
     return whole;
   }
 
-  const label = (node) => !node.parent ? "Everything" : node.path === "\u0000" ? "outside of modules" : node.path;
+  const label = (node) => !node.parent ? "Everything" : node.isOp ? node.name + " in " + label(node.parent)
+    : node.path === "\u0000" ? "outside of modules" : node.path;
 
   function strip(node) {
     let at = 0;
@@ -62,7 +66,8 @@ function useIcicle(history, data) {
       const width = node.size * scale;
       if (width < 0.15 || depth > DEEPEST) return;
       deepest = Math.max(deepest, depth);
-      const box = element("button", "", node.parent ? node.name : "Everything");
+      const room = width * tree.clientWidth / 100;
+      const box = element("button", node.isOp ? "op" : "", room < 26 ? "" : node.parent ? node.name : "Everything");
       box.type = "button";
       box.setAttribute("role", "treeitem");
       box.setAttribute("aria-level", String(depth + 1));

@@ -1,3 +1,15 @@
+// On a small screen, parts that few read begin closed; on paper all are open.
+function useDetails() {
+  const parts = [...document.querySelectorAll("details")];
+  if (innerWidth < 640) for (const each of parts) each.open = false;
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = parts.filter((each) => !each.open);
+    for (const each of closed) each.open = true;
+  });
+  addEventListener("afterprint", () => { for (const each of closed) each.open = false; });
+}
+
 // Tabs of ways to train, and buttons that copy what stands beside them.
 function useTabs() {
   const tabs = [...document.querySelectorAll("[role=tab]")];

@@ -59,7 +59,7 @@ function useTimeline(history, icicle) {
       const left = Math.max(share(start), 0), right = Math.min(share(ends[index]), 1);
       if (right <= left) return [];
       const room = (right - left) * width, text = phase + " " + (window + 1) + "." + (microBatch + 1);
-      const span = element("span", PHASES.includes(phase) ? phase : "", room > 105 ? text : room > 62 ? phase : "");
+      const span = element("span", PHASES.includes(phase) ? phase : "", room > 105 ? text : room > 62 ? phase : room > 30 ? SHORT[phase] || "" : "");
       span.style.left = 100 * left + "%";
       span.style.width = 100 * (right - left) + "%";
       span.title = phase + ", window " + (window + 1) + ", micro-batch " + (microBatch + 1);
@@ -84,18 +84,36 @@ function useTimeline(history, icicle) {
         if (runs.length && runs.at(-1).name === name) runs.at(-1).end = event;
         else runs.push({ name, start: event, end: event });
       }
-      const wide = runs.filter((run) => (share(run.end) - share(run.start)) * width > 34);
-      const covered = wide.reduce((sum, run) => sum + share(run.end) - share(run.start), 0);
-      if (covered < 0.45 && depth > 1) continue;
-      for (const run of wide) {
-        const parts = run.name.split("."), span = element("span", "", parts.slice(-2).join("."));
-        span.style.left = 100 * share(run.start) + "%";
-        span.style.width = 100 * (share(run.end) - share(run.start)) + "%";
-        span.title = run.name;
+      if (runs.length > width / 2 && depth > 1) continue;
+      for (const cluster of clustered(runs, width)) {
+        const { first, last, start, end } = cluster;
+        const span = element("span", "", first === last ? tail(first) : tail(first) + " … " + tail(last));
+        span.style.left = 100 * share(start) + "%";
+        span.style.width = 100 * (share(end) - share(start)) + "%";
+        span.title = first === last ? first : first + " to " + last;
         layers.append(span);
       }
       return;
     }
+  }
+
+  const tail = (name) => (name.startsWith(history.stem) ? name.slice(history.stem.length) : name).split(".").slice(-2).join(".");
+
+  // Runs together until there is room for their names, but none over the end of a phase.
+  function clustered(runs, width) {
+    const clusters = [];
+    for (const { name, start, end } of runs) {
+      const open = clusters.at(-1);
+      const isRoomy = open && (share(open.end) - share(open.start)) * width > (open.first === open.last ? 60 : 110);
+      if (open && !isRoomy && history.phaseAt(open.start) === history.phaseAt(start)) {
+        open.last = name;
+        open.end = Math.max(end, open.end);
+      } else {
+        if (open) open.end = start;
+        clusters.push({ first: name, last: name, start, end });
+      }
+    }
+    return clusters.filter(({ start, end }) => (share(end) - share(start)) * width > 28);
   }
 
   function line(parts) {
@@ -114,6 +132,8 @@ function useTimeline(history, icicle) {
     cursorText.style.right = left > 0.5 ? ".3rem" : "";
     const points = history.pointsIn(at, at), here = points[0] || history.sampleAt(at);
     cursorText.textContent = formatBytes(here.allocated);
+    // the peak has its own label
+    cursorText.hidden = Math.abs(left - share(history.peak)) * plot.clientWidth < 150;
     const phase = history.phaseAt(at), block = history.blockAt(at);
     const when = phase ? phase[1] + " of micro-batch " + (phase[3] + 1) + ", window " + (phase[2] + 1) : "";
     const most = here.categories.map((size, index) => [history.names[index], size]).filter(([, size]) => size > 0)

@@ -46,6 +46,9 @@ class RunningModule:
     A module outside of the model, such as a loss or a teacher, is called by its class in
     parentheses, and a part of it by the path below that: `(Teacher).layers.0`. One that a module of
     the model makes for a call belongs to that module.
+
+    Attributes:
+        current: the innermost module whose forward pass runs; None where none does.
     """
 
     def __init__(self, *, follows: bool = True) -> None:
@@ -57,7 +60,7 @@ class RunningModule:
         self._names: dict[int, str] = {}
         self._others: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._owners: dict[int, str] = {}
-        self._current: str | None = None  # None outside of all modules
+        self.current: str | None = None
         self._numbers: list[int] = []  # of autograd nodes, from which on ...
         self._made_by: list[str] = []  # ... this module makes them
         self._is_followed = False
@@ -92,7 +95,7 @@ class RunningModule:
             return
         original = nn.Module.__call__
         thread = threading.get_ident()
-        names = self._names
+        names, note = self._names, self._note
 
         def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             name = names.get(id(module))
@@ -100,14 +103,16 @@ class RunningModule:
                 if threading.get_ident() != thread:
                     return original(module, *args, **kwargs)
                 name = self._foreign(module)
-            before = self._current
-            if name == before:
+            before = self.current
+            if name is before:
                 return original(module, *args, **kwargs)
-            self._enter(name)
+            self.current = name
+            note(next_sequence_number(), name)
             try:
                 return original(module, *args, **kwargs)
             finally:
-                self._enter(before)
+                self.current = before
+                note(next_sequence_number(), before or "")
 
         with patched(nn.Module, __call__=called):
             self._is_followed = True
@@ -115,11 +120,7 @@ class RunningModule:
                 yield
             finally:
                 self._is_followed = False
-                self._current = None
-
-    def _enter(self, name: str | None) -> None:
-        self._current = name
-        self._note(next_sequence_number(), name or "")
+                self.current = None
 
     def _note(self, number: int, name: str) -> None:
         """Remember which module makes autograd nodes from a number on."""
@@ -135,8 +136,8 @@ class RunningModule:
         known = self._others.get(id(module))
         if known is not None and known[0]() is module:
             return known[1]
-        if self._current:
-            return self._current
+        if self.current is not None:
+            return self.current
         root = f"({type(module).__name__})"
         for path, part in module.named_modules():
             if id(part) not in self._names:
@@ -145,8 +146,8 @@ class RunningModule:
 
     def name(self) -> str:
         """Return the name of the module at work; empty for the model itself, and for none."""
-        if self._current is not None:
-            return self._current  # also a checkpoint's second forward pass
+        if self.current is not None:
+            return self.current  # also a checkpoint's second forward pass
         if not self._is_followed:
             return ""
         node = current_autograd_node()

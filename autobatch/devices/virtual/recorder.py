@@ -123,7 +123,7 @@ class StorageRecorder:
             category = "activations"  # recomputed by activation checkpointing
         block = _Block(storage.nbytes(), self.phase, op, category, *self._maker())
         if tensor is not None:
-            block.shape, block.dtype = tuple(tensor.shape), tensor.dtype
+            block.shape, block.dtype = tensor.shape, tensor.dtype
         self._blocks.append(block)
         self._events.append(ref.block)
         self._latest = key
@@ -132,8 +132,11 @@ class StorageRecorder:
 
     def _maker(self) -> tuple[str, str]:
         """Return the module that is at work, and the line of the user's code that runs."""
-        is_forward = self.phase not in ("setup", "backward", "step")
-        return self.running.name(), self._lines.current() if is_forward else ""
+        module = self.running.current
+        if module is None:
+            module = self.running.name()
+        has_line = self.phase not in ("setup", "backward", "step")
+        return module, self._lines.current() if has_line else ""
 
     def latest(self, tensor: Any) -> str | None:
         """Return the op that made a tensor, if no tensor was allocated since."""
@@ -287,7 +290,7 @@ class StorageRecorder:
         known = self._labels.get(key)
         if known is None:
             name = "" if dtype is None else str(dtype).removeprefix("torch.")
-            known = self._labels[key] = Label(module, shape, name, where)
+            known = self._labels[key] = Label(module, tuple(shape), name, where)
         return known
 
 

@@ -196,6 +196,10 @@ def sweep(
             about another training run; the subclass says which.
         WorkloadError: the model, loss or optimizer failed as it is.
         DoesNotFitError: no configuration that was tried fits.
+
+    >>> found = sweep(nn.Linear(64, 8), target=32, gpu="t4", levers=["precision"], trials=2)
+    >>> len(found.trials), found.best.micro_batch <= 32
+    (2, True)
     """
     started = time.perf_counter()
     asked = Asked(model=model, **options)

@@ -22,6 +22,7 @@ from autobatch.report.document import (
     printable,
 )
 from autobatch.support.units import format_bytes, format_seconds
+from autobatch.support.wording import count
 
 __all__ = ["Advice", "Choice", "Need", "advice_document"]
 
@@ -141,6 +142,13 @@ class Advice:
             RecordError: it is no such text.
         """
         return decode(cls, parse_json(text))
+
+    def __repr__(self) -> str:
+        """Name the answer; `print(advice)` shows the whole."""
+        return (
+            f"<Advice for {self.model} on {self.gpu}: {_verdict(self)}; "
+            f"{count(len(self.choices), 'choice')}, {self.evidence}>"
+        )
 
     def __str__(self) -> str:
         """Render the advice as tables and lines of code."""

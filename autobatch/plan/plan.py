@@ -19,8 +19,10 @@ from autobatch.records.plan_json import read_plan, write_plan
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.files import read_text, write_text
 from autobatch.support.installing import install_line
+from autobatch.support.wording import near
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch.optim import Optimizer
     from typing_extensions import Unpack
 
@@ -89,6 +91,27 @@ class Plan(PlanRecord):
         from autobatch.report.folder import write_report
 
         return write_report(self, folder)
+
+    def to_frame(
+        self, of: Literal["trials", "curve", "breakdown", "blocks", "timeline"] = "trials"
+    ) -> pd.DataFrame:
+        """Return numbers of the plan as a data frame; sizes are bytes, times seconds, as named.
+
+        Args:
+            of: "trials": what ran, a row each. "curve": memory against micro-batch, and what fits.
+                "breakdown": bytes by category, at the plan and at the ceiling. "blocks": what is
+                alive at the peak, most bytes first: its module, operator, shape, dtype and line of
+                code. "timeline": live bytes by category over the traced windows.
+
+        Raises:
+            UsageError: there are no such numbers.
+        """
+        from autobatch.report import table
+
+        if of not in table.FRAMES:
+            names = ", ".join(table.FRAMES)
+            raise UsageError(f"of is {of!r}{near(str(of), table.FRAMES)}: use one of {names}")
+        return table.FRAMES[of](self)
 
     def to_training_arguments(self, *, nearest: bool = False) -> dict[str, Any]:
         """Return keyword arguments for `transformers.TrainingArguments`.

@@ -6,11 +6,16 @@ Invariant: the categories and the rounding sum exactly to `peak_allocated_bytes`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from autobatch.support.templates import render
 from autobatch.support.units import format_bytes
+from autobatch.support.wording import count
 
 __all__ = ["Evidence", "Footprint"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
 
 Evidence = Literal["measured", "simulated", "predicted"]
 """How a figure is known: run on a GPU, run on the virtual GPU, or computed by the trace model."""
@@ -82,19 +87,61 @@ class Footprint:
             "rounding": self.rounding_bytes,
         }
 
+    def __repr__(self) -> str:
+        """Name the answer; `print(footprint)` shows the account."""
+        return (
+            f"<Footprint of micro-batch {self.micro_batch:,} x {self.accumulation_steps:,} on "
+            f"{self.gpu}: {format_bytes(self.peak_allocated_bytes)} allocated, "
+            f"{format_bytes(self.peak_reserved_bytes)} reserved, "
+            f"{format_bytes(self.peak_device_bytes)} on the device, {self.evidence}>"
+        )
+
     def __str__(self) -> str:
         """Render the account as a table; the parts sum to what is allocated."""
-        rows = {
-            **{name: size for name, size in self.categories.items() if size},
-            "= peak allocated": self.peak_allocated_bytes,
-            "cached by the allocator": self.cached_bytes,
-            "= peak reserved": self.peak_reserved_bytes,
-            "CUDA context": self.context_bytes,
-            "= on the device": self.peak_device_bytes,
-        }
         head = (
             f"micro-batch {self.micro_batch:,} x {self.accumulation_steps:,} on {self.gpu} "
             f"({self.evidence})"
         )
-        lines = (f"  {name:<24}{size:>16,}{format_bytes(size):>10}" for name, size in rows.items())
+        lines = (
+            f"  {name:<24}{size:>16,}{format_bytes(size):>10}" for name, size in self._account()
+        )
         return "\n".join([head, *lines])
+
+    def _repr_html_(self) -> str:
+        """Render the account for notebooks: the answer, and a table with bars."""
+        device = self.peak_device_bytes or 1
+        rows, before = [], 0
+        for name, size in self._account():
+            is_sum = name.startswith("= ")
+            rows.append(
+                {
+                    "name": name.removeprefix("= "),
+                    "is_sum": is_sum,
+                    "bytes": f"{size:,}",
+                    "size": format_bytes(size),
+                    "share": f"{size / device:.1%}",
+                    "start": f"{0 if is_sum else 100 * before / device:.2f}",
+                    "width": f"{100 * size / device:.2f}",
+                }
+            )
+            before += 0 if is_sum else size
+        return render(
+            _TEMPLATES,
+            "footprint.html.jinja",
+            answer=f"{format_bytes(self.peak_device_bytes)} on the device",
+            subject=f"micro-batch {self.micro_batch:,}, "
+            f"{count(self.accumulation_steps, 'accumulation step')} on {self.gpu}, "
+            f"{self.evidence}",
+            rows=rows,
+        )
+
+    def _account(self) -> list[tuple[str, int]]:
+        """Return every part in order, and the sums of the parts before them."""
+        return [
+            *((name, size) for name, size in self.categories.items() if size),
+            ("= peak allocated", self.peak_allocated_bytes),
+            ("cached by the allocator", self.cached_bytes),
+            ("= peak reserved", self.peak_reserved_bytes),
+            ("CUDA context", self.context_bytes),
+            ("= on the device", self.peak_device_bytes),
+        ]

@@ -67,6 +67,14 @@ class Explanation(ExplanationRecord):
         """Render the explanation as JSON text; sizes are in bytes."""
         return dump_json({"schema_version": SCHEMA_VERSION} | encode(self))
 
+    def __repr__(self) -> str:
+        """Name what is shown; `print(explanation)` shows the whole."""
+        peaks = ", ".join(
+            f"device {each.device} reserved {format_bytes(each.peak_reserved_bytes)}"
+            for each in self.devices
+        )
+        return f"<Explanation of {self.source}: {peaks or 'no device'}>"
+
     def __str__(self) -> str:
         """Render the explanation as plain text."""
         return text.render(explanation_summary(self))

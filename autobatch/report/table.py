@@ -5,17 +5,31 @@ Invariant: columns of bytes end in `_bytes` and hold whole numbers; each row is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 
 from autobatch.records.codec import encode
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord, Outcome
+from autobatch.records.holders import Holder
 from autobatch.records.plan_record import PlanRecord
 from autobatch.records.sweep import SweepRecord
 from autobatch.support.files import write_text
 
-__all__ = ["breakdown", "comparison", "curve", "frontier", "timeline", "trials", "write_csv"]
+__all__ = [
+    "FRAMES",
+    "blocks",
+    "breakdown",
+    "comparison",
+    "curve",
+    "frontier",
+    "sweep_trials",
+    "timeline",
+    "trials",
+    "write_csv",
+]
 
 
 def trials(plan: PlanRecord) -> pd.DataFrame:
@@ -87,6 +101,29 @@ def timeline(plan: PlanRecord) -> pd.DataFrame:
         ]
     )
 
+
+def blocks(plan: PlanRecord) -> pd.DataFrame:
+    """Return what is alive at the peak, most bytes first; none of a plan that does not know.
+
+    Shapes are text, such as "8x1024x768", and empty for a scalar.
+    """
+    rows = [
+        {
+            **encode(each.holder),
+            "shape": "x".join(map(str, each.holder.shape)),
+            "count": each.count,
+            "size_bytes": each.size_bytes,
+        }
+        for each in plan.peak_blocks
+    ]
+    columns = [each.name for each in fields(Holder)] + ["count", "size_bytes"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+FRAMES: Mapping[str, Callable[[PlanRecord], pd.DataFrame]] = {
+    each.__name__: each for each in (trials, curve, breakdown, blocks, timeline)
+}
+"""The data frames of a plan, by name."""
 
 _WHOLE = ("ceiling", "micro_batch", "accumulation_steps", "short_bytes")
 """Columns of outcomes that are whole numbers, also where some are unknown."""

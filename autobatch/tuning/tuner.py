@@ -107,8 +107,8 @@ def tune(
         cache: a file to answer from where it holds the plan of the same call, and to keep the plan
             in otherwise. The same means: arguments, structure of the model, shapes of a batch,
             GPU, versions, settings, and the source files of yours that are loaded. A note of
-            the plan says where it comes from. With `loader`, which is timed anew, nothing is kept. `plan.save`
-            and `Plan.load` are the way of notebooks.
+            the plan says where it comes from. With `loader`, which is timed anew, nothing is kept.
+            `plan.save` and `Plan.load` are the way of notebooks.
         progress: told of each step.
 
     Raises:
@@ -116,6 +116,15 @@ def tune(
         WorkloadError: the model, loss or optimizer failed.
         DoesNotFitError: not even micro-batch 1 fits.
         ProbeDiedError: the child process died or took too long.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    >>> batch = torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
+    >>> plan = tune(model, sample=batch, loss=nn.CrossEntropyLoss(), target=256, gpu="t4")
+    >>> plan.micro_batch, plan.accumulation_steps, plan.effective_batch
+    (256, 1, 256)
+
+    `print(plan)` shows where every byte goes and how sure that is; `plan.report("out")` writes a
+    page; `for window in plan.windows(loader, optimizer)` trains by it.
     """
     if headroom is not None:
         require_share(headroom)
@@ -250,6 +259,10 @@ def predict(
     Raises:
         UsageError: an argument cannot be understood; the subclass says which kind.
         WorkloadError: the model, loss or optimizer failed.
+
+    >>> footprint = predict(nn.Linear(784, 10), micro_batch=32, gpu="t4")
+    >>> footprint.parameters_bytes, footprint.peak_device_bytes < 2**28
+    (31400, True)
     """
     micro_batch, accumulation_steps = whole(micro_batch), whole(accumulation_steps)
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):

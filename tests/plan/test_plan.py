@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.errors import FileError
+from autobatch.errors import FileError, UsageError
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError, decode, encode, parse_json
 from autobatch.records.evidence import Timeline
+from autobatch.records.holders import Holder, PeakBlocks
 from autobatch.support.files import check_writable, prepare_folder, write_text
 from tests.support import ROOT
 from tests.support.plans import example_plan, ragged_plan
@@ -213,6 +214,53 @@ def test_an_unknown_ceiling_is_called_so() -> None:
     text = str(example_plan(ceiling=None))
     assert "at least micro-batch 115" in text
     assert "upper limit" in text
+
+
+def test_the_repr_of_a_plan_is_short() -> None:
+    for plan in (example_plan(), ragged_plan(131, ((33, 33), (33, 32)))):
+        assert repr(plan).count("\n") < 6 and len(repr(plan)) < 300
+        assert plan.model.name in repr(plan) and plan.gpu.name in repr(plan)
+
+
+def test_frames_hold_the_numbers_of_a_plan_with_units_in_their_names() -> None:
+    plan = example_plan(
+        peak_blocks=(
+            PeakBlocks(
+                holder=Holder(
+                    module="transformer.h.0",
+                    op="mm",
+                    category="activations",
+                    phase="forward",
+                    shape=(8, 4),
+                    dtype="float32",
+                    where="train.py:12 loss",
+                ),
+                count=2,
+                size_bytes=256,
+            ),
+        )
+    )
+    assert len(plan.to_frame()) == len(plan.trials)
+    assert len(plan.to_frame("curve")) == len(plan.curve)
+    assert len(plan.to_frame("timeline")) == len(plan.timeline.samples)
+    at_plan = plan.to_frame("breakdown").query("at == 'plan'")
+    assert at_plan["size_bytes"].sum() == plan.footprint.peak_device_bytes
+    (row,) = plan.to_frame("blocks").to_dict("records")
+    assert (row["module"], row["shape"], row["size_bytes"]) == ("transformer.h.0", "8x4", 256)
+    for name in ("trials", "curve", "breakdown", "blocks", "timeline"):
+        for column, kind in plan.to_frame(name).dtypes.items():
+            if kind.kind == "f":
+                assert str(column).endswith("seconds"), (name, column)
+
+
+def test_the_frame_of_a_plan_that_knows_no_blocks_has_their_columns() -> None:
+    frame = example_plan(peak_blocks=()).to_frame("blocks")
+    assert len(frame) == 0 and "size_bytes" in frame.columns
+
+
+def test_a_frame_that_there_is_not_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="of is 'trails'; did you mean trials"):
+        example_plan().to_frame("trails")  # type: ignore[arg-type]
 
 
 def test_the_notebook_form_is_a_small_escaped_fragment() -> None:

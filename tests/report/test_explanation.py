@@ -209,3 +209,9 @@ def test_one_setting_may_be_given_as_text(tmp_path: Path) -> None:
     assert explanation.devices[0].alternatives[-1].settings == "max_split_size_mb:30"
     with pytest.raises(UsageError, match="device=5"):
         trained(tmp_path, device=5)
+
+
+def test_the_repr_is_one_line(tmp_path: Path) -> None:
+    shown = repr(trained(tmp_path))
+    assert "\n" not in shown and len(shown) < 300 + len(str(tmp_path))
+    assert "device 0 reserved" in shown

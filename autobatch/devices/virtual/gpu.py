@@ -241,7 +241,9 @@ class VirtualGpu:
         unknown = UnknownValues(values, outputs.RULES, guesses)
         workspaces = Workspaces(recorder, self.spec, device)
         copier = Copier(device, values.blank)
-        counter = WorkCounter(recorder, device, workload.world_size) if self._counts_work else None
+        counter = None
+        if self._counts_work:
+            counter = WorkCounter(recorder, device, workload.world_size, job.windows)
         mode = (mode_class if counter is None else counting(mode_class, counter))(
             device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
         )

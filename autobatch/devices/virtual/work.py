@@ -22,7 +22,7 @@ from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.work import Collective, Communication, OpWork, WindowWork, Work
 from autobatch.memory.trace import Phase
 from autobatch.support.patching import patched
-from autobatch.support.torch_private import DisableTorchFunction, FakeTensor, OpOverload
+from autobatch.support.torch_private import FakeTensor, OpOverload
 
 __all__ = ["WorkCounter", "counting"]
 
@@ -66,18 +66,22 @@ class _Calls:
 class WorkCounter:
     """Counts the ops of the last training window of a run."""
 
-    def __init__(self, recorder: StorageRecorder, device: torch.device, world_size: int):
+    def __init__(
+        self, recorder: StorageRecorder, device: torch.device, world_size: int, windows: int
+    ):
         """Count what runs on a device while a recorder's phases are those of a window.
 
         Args:
             recorder: told which phase runs.
             device: the simulated one.
             world_size: ranks of a collective that does not show how many it has.
+            windows: of the run.
         """
         self._recorder = recorder
         self._device = device
         self._world_size = world_size
-        self._window = -1
+        self._last = windows - 1
+        self._costs: dict[int, list[OpWork]] = {}
         self._parts: dict[Part, _Calls] = {}
         self._calls: _Calls | None = None
         self._averages: list[Communication] = []
@@ -110,12 +114,9 @@ class WorkCounter:
             yield
 
     def _begin(self, phase: Phase, window: int, micro_batch: int) -> None:
-        if phase not in ("forward", "backward", "step"):
+        if window != self._last or phase not in ("forward", "backward", "step"):
             self._calls = None
             return
-        if window != self._window:
-            self._window = window
-            self._parts.clear()
         key = (phase, 0 if phase == "step" else min(micro_batch, 1))
         if phase == "step":  # several optimizers
             self._calls = self._parts.setdefault(key, _Calls())
@@ -138,27 +139,48 @@ class WorkCounter:
         )
 
     def count(
-        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+        self,
+        func: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        known: object | None,
     ) -> None:
-        """Count one call of an op, with its result."""
-        if self._calls is None or self._recorder.is_muted:
+        """Count one call of an op, with its result.
+
+        `known` is the same object for calls with arguments of the same layouts, which cost the
+        same, or None.
+        """
+        calls = self._calls
+        if calls is None or self._recorder.is_muted:
+            return
+        if known is not None and (costs := self._costs.get(id(known))) is not None:
+            calls.ops.extend(costs)
             return
         if func.namespace in ("c10d", "_c10d_functional"):
             self._communicates(func, args, output)
             return
+        costs = self._costs_of(func, args, kwargs, output)
+        if known is not None:
+            self._costs[id(known)] = costs
+        calls.ops.extend(costs)
+
+    def _costs_of(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> list[OpWork]:
         traits = traits_of(func)
         if traits.is_free:
-            return
+            return []
         named = {**dict(zip(traits.names, args, strict=False)), **kwargs}
         inputs = {name: self._here(value) for name, value in named.items()}
         results = self._here(output) if traits.makes_new else []
         if not results and not any(inputs[name] for name in traits.written if name in inputs):
-            return
+            return []
         if traits.name in _COPIES and not any(
             tensors for name, tensors in inputs.items() if name not in traits.written
         ):
-            return  # from the host
-        self._calls.ops.extend(costs_of(func, traits, named, inputs, results, output))
+            return []  # from the host
+        return costs_of(func, traits, named, inputs, results, output)
 
     def _here(self, value: Any) -> list[Tensor]:
         """Return the tensors of a value that are on the device: of DTensors, their local parts."""
@@ -195,19 +217,20 @@ def counting(mode_class: type[VirtualMode], counter: WorkCounter) -> Callable[..
     """Return what makes a mode that has every op counted that it answers, and is else the same."""
 
     class CountingMode(mode_class):  # type: ignore[misc, valid-type]
-        def __torch_dispatch__(
-            self,
-            func: OpOverload,
-            types: Sequence[type],
-            args: Sequence[Any] = (),
-            kwargs: Mapping[str, Any] | None = None,
+        _known: object | None = None
+
+        def _dispatch(
+            self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
         ) -> Any:
-            is_kernel = not self.is_inside and func is not torch.ops.prim.device.default
-            output = super().__torch_dispatch__(func, types, args, kwargs)
-            if is_kernel and output is not NotImplemented:
-                with DisableTorchFunction():
-                    counter.count(func, args, kwargs or {}, output)
+            self._known = None
+            output = super()._dispatch(func, args, kwargs)
+            if output is not NotImplemented:
+                counter.count(func, args, kwargs, output, self._known)
             return output
+
+        def _repeated(self, known: object, *call: Any) -> Any:
+            self._known = known
+            return super()._repeated(known, *call)
 
     return CountingMode
 

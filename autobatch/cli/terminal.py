@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from autobatch.records.progress import Progress, ProgressCallback
@@ -26,8 +27,15 @@ from autobatch.support.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
-__all__ = ["follow", "follow_all", "is_rich", "show"]
+__all__ = ["draw", "follow", "follow_all", "is_rich", "show"]
+
+_GAP = 3
+"""Spaces from a column to the next."""
+
+_BAR = 20
+"""Characters of a whole."""
 
 
 def is_rich(stream: TextIO) -> bool:
@@ -52,12 +60,17 @@ def draw(document: Document, console: Console) -> None:
 
     title = Text(document.title, style="bold green")
     console.print(Panel(title, subtitle=Text(document.subtitle), expand=False, padding=(0, 1)))
+    if document.sections and document.sections[0].title:
+        console.print()
     for section in document.sections:
         if section.title:
             is_warning = section.title == "Warnings"
-            console.print(Text(section.title, style="bold yellow" if is_warning else "bold"))
+            # black on yellow can be read on a dark terminal and on a light one
+            console.print(
+                Text(section.title, style="bold black on yellow" if is_warning else "bold")
+            )
         for block in section.blocks:
-            console.print(_rendered(block))
+            console.print(_rendered(block, console.width))
         console.print()
 
 
@@ -74,8 +87,9 @@ def follow(stream: TextIO, *, keeps: bool = False) -> Iterator[ProgressCallback]
         return
     from rich.console import Console
 
-    with Console(file=stream).status("preparing") as status:
-        yield lambda step: status.update(_progress_line(step))
+    console = Console(file=stream)
+    with console.status("preparing") as status:
+        yield lambda step: status.update(_one_line(_progress_line(step).strip(), console))
 
 
 @contextmanager
@@ -102,6 +116,15 @@ def follow_all(stream: TextIO) -> Iterator[ProgressCallback]:
         )
 
 
+def _one_line(words: str, console: Console) -> Text:
+    """Return text that is cut off at the end of the line, so that it never moves the ones below."""
+    from rich.text import Text
+
+    text = Text(words)
+    text.truncate(max(console.width - 3, 1), overflow="ellipsis")  # a spinner stands before it
+    return text
+
+
 def _doing(progress: Progress) -> str:
     size = "" if progress.micro_batch is None else f", micro-batch {progress.micro_batch:,}"
     return f"{progress.step}{size}"
@@ -116,7 +139,7 @@ def _progress_line(progress: Progress) -> str:
     return f"{progress.executions + 1} of about {progress.expected}: {progress.step}{size}"
 
 
-def _rendered(block: ContentBlock) -> RenderableType:
+def _rendered(block: ContentBlock, width: int) -> RenderableType:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
@@ -135,13 +158,54 @@ def _rendered(block: ContentBlock) -> RenderableType:
                 grid.add_row(Text(name, style="dim"), Text(words))
             return grid
         case Table():
-            table = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-            for column, side in zip(block.columns, block.align, strict=True):
+            shown, has_bars = _fitting(block, width)
+            table = Grid(
+                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, _GAP - 1, 0, 0), show_edge=False
+            )
+            for column, side in zip(shown.columns, shown.align, strict=True):
                 table.add_column(Text(column), justify="right" if side == "r" else "left")
-            for index, row in enumerate(block.rows):
-                table.add_row(*map(Text, row), style="bold" if index in block.totals else None)
+            if has_bars:
+                table.add_column("")
+            for index, row in enumerate(shown.rows):
+                is_sum = index in shown.totals
+                bar = [Text(_bar(row[-1]), style="dim" if is_sum else "")] if has_bars else []
+                table.add_row(*map(Text, row), *bar, style="bold" if is_sum else None)
             return table
         case Code(words):
             return Text(words)
         case Chart():
             return Text()
+
+
+def _fitting(table: Table, width: int) -> tuple[Table, bool]:
+    """Return a table that fits better, and whether there is room for a bar beside its shares.
+
+    Bytes are left out where they do not fit: sizes stand beside them.
+    """
+    if _width(table) > width and {"bytes", "size"} <= set(table.columns):
+        at = table.columns.index("bytes")
+        table = replace(
+            table,
+            columns=table.columns[:at] + table.columns[at + 1 :],
+            align=table.align[:at] + table.align[at + 1 :],
+            rows=tuple(row[:at] + row[at + 1 :] for row in table.rows),
+        )
+    has_shares = table.columns[-1] == "share" and bool(table.totals)
+    return table, has_shares and _width(table) + _BAR <= width
+
+
+def _width(table: Table) -> int:
+    cells = zip(table.columns, *table.rows, strict=True)
+    return sum(max(map(len, column)) + _GAP for column in cells)
+
+
+def _bar(share: str) -> str:
+    """Draw a percentage, to an eighth of a character.
+
+    >>> _bar("50.0%"), _bar("0.1%"), _bar("-")
+    ('██████████', '▏', '')
+    """
+    if not share.endswith("%"):
+        return ""
+    eighths = round(8 * _BAR * float(share.removesuffix("%")) / 100)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip() if eighths else "▏"

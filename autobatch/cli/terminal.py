@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.report import text
@@ -33,6 +33,9 @@ __all__ = ["draw", "follow", "follow_all", "is_rich", "show"]
 
 _GAP = 3
 """Spaces from a column to the next."""
+
+_FRAME = 4
+"""Characters of a frame around a line."""
 
 _BAR = 20
 """Characters of a whole."""
@@ -59,7 +62,13 @@ def draw(document: Document, console: Console) -> None:
     from rich.text import Text
 
     title = Text(document.title, style="bold green")
-    console.print(Panel(title, subtitle=Text(document.subtitle), expand=False, padding=(0, 1)))
+    subtitle, room = document.subtitle, console.width - _FRAME
+    has_room = len(subtitle) <= room - 2  # a line of the frame on each side
+    inside = max(len(document.title), len(subtitle) + 2 if has_room else 0)
+    below = Text(subtitle) if has_room else None
+    console.print(Panel(title, subtitle=below, width=min(inside, room) + _FRAME, padding=(0, 1)))
+    if not has_room:
+        console.print(Text(subtitle))
     if document.sections and document.sections[0].title:
         console.print()
     for section in document.sections:
@@ -159,11 +168,14 @@ def _rendered(block: ContentBlock, width: int) -> RenderableType:
             return grid
         case Table():
             shown, has_bars = _fitting(block, width)
+            gap = _GAP - 1 if _width(shown) <= width else _GAP - 2
             table = Grid(
-                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, _GAP - 1, 0, 0), show_edge=False
+                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0), show_edge=False
             )
             for column, side in zip(shown.columns, shown.align, strict=True):
-                table.add_column(Text(column), justify="right" if side == "r" else "left")
+                justify: Literal["left", "right"] = "right" if side == "r" else "left"
+                # a number that is cut off would be another number
+                table.add_column(Text(column), justify=justify, overflow="fold")
             if has_bars:
                 table.add_column("")
             for index, row in enumerate(shown.rows):

@@ -8,7 +8,7 @@ from rich.console import Console
 from autobatch.cli.terminal import draw, follow
 from autobatch.records.progress import Progress
 from autobatch.report.content import summary
-from autobatch.report.document import Bullets, Document, Paragraph, Section
+from autobatch.report.document import Bullets, Document, Paragraph, Section, Table
 from tests.support.plans import example_plan
 
 
@@ -34,6 +34,16 @@ def test_bytes_give_way_where_they_do_not_fit_and_bars_come_where_they_do() -> N
     (row,) = [line for line in wide if exact in line]
     share = plan.footprint.activations_bytes / plan.footprint.peak_device_bytes
     assert abs(row.count("█") - 20 * share) <= 1
+
+
+def test_no_cell_and_no_subtitle_is_cut_off() -> None:
+    cells = tuple(f"{number:,} ({number}-{number})" for number in range(1000, 1005))
+    table = Table(tuple("abcde"), "r" * 5, (cells,))
+    subtitle = "a subtitle of very many words, " * 5
+    lines = drawn(Document("title", subtitle, (Section("", (table,)),)), 60)
+    assert "…" not in "".join(lines)
+    assert " ".join(subtitle.split()) in " ".join(" ".join(lines).split())
+    assert all(f"1,00{last}" in " ".join(lines) for last in range(5))
 
 
 def test_markup_in_a_document_is_text() -> None:

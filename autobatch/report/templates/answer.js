@@ -71,8 +71,8 @@ function answersOf(plan, known) {
     const found = isPlan ? { bytes: plan.peakReserved, exact: true } : peak(split.microBatch);
     return {
       ceiling, budget: limit, split, peak: found.bytes,
-      // one micro-batch alone needs no gradients to wait, so its window may take less
-      exact: isPlan || (found.exact && split.steps > 1), atMost: !isPlan && split.steps === 1,
+      // a window of one micro-batch is another one, in which no gradients wait
+      exact: isPlan || (found.exact && split.steps > 1),
       likelihood: likelihood(found.bytes, usable),
     };
   }

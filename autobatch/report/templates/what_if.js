@@ -64,7 +64,7 @@ function useWhatIf(data, answers) {
     }
     const split = found.split;
     const sizes = split.uniform ? formatCount(split.microBatch) : formatCount(split.microBatch) + " or " + formatCount(split.size);
-    const peak = (found.exact ? "" : found.atMost ? "at most " : "about ") + formatBytes(found.peak);
+    const peak = (found.exact ? "" : "about ") + formatBytes(found.peak);
     outcome.append(
       element("p", "big", sizes + " × " + formatCount(split.steps) + " × " + formatCount(plan.worldSize) + " = " + formatCount(split.target)),
       element("p", "", "ceiling " + formatCount(found.ceiling) + "; " + peak + " reserved of " +
@@ -78,7 +78,7 @@ function useWhatIf(data, answers) {
     byId("by-hand").replaceChildren(
       element("p", "faint", "By hand"),
       element("p", "big", size.value + " × " + steps.value + " × " + plan.worldSize + " = " + formatCount(hand.batch)),
-      element("p", "", (hand.exact ? "" : "about ") + formatBytes(hand.bytes) + " reserved: " +
+      element("p", "", (hand.exact && Number(steps.value) > 1 ? "" : "about ") + formatBytes(hand.bytes) + " reserved: " +
         (over > 0 ? formatBytes(over) + " over the budget" : formatBytes(-over) + " of the budget stay free") +
         "; " + percent(hand.likelihood) + " likely to fit a real card"));
   }

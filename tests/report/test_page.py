@@ -1,0 +1,379 @@
+"""The page of a plan in a browser: what it shows, and that it answers as `autobatch.tune` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autobatch
+from autobatch import GpuSpec
+from autobatch.errors import UsageError
+from autobatch.gpus.uncertainty import likelihood_of
+from autobatch.plan.plan import Plan
+from autobatch.records.split import split
+from autobatch.report.html import plan_page
+from autobatch.support.units import MIB, format_bytes
+from tests.support.browser import Seen, axe, chromium, opened
+from tests.support.plans import example_plan, ragged_plan
+
+CARD = GpuSpec(name="few-fit", capacity_bytes=300 * MIB, context_bytes=20 * MIB)
+HOSTILE = (
+    "</script><script>window.harmed=1</script><img src=x onerror='window.harmed=1'>&amp;{{7*7}}"
+)
+
+
+def network() -> nn.Module:
+    """About 12 MiB of activations for each sample, in blocks whose names are nested."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+        for channels in (3, 64, 64)
+    ]
+    return nn.Sequential(nn.Sequential(*blocks), nn.Flatten(), nn.Linear(64 * 64 * 64, 10))
+
+
+def tuned(**options: Any) -> Plan:
+    sample = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
+    given = {"sample": sample, "loss": nn.CrossEntropyLoss(), "gpu": CARD, "target": 96}
+    return autobatch.tune(network(), **given | options)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return dataclasses.replace(tuned(), command="autobatch probe net.py:network --target 96")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def file(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(plan_page(plan), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def seen(browser: Any, file: Path) -> Iterator[Seen]:
+    with opened(browser, file) as page:
+        yield page
+
+
+def test_the_page_opens_from_disk_without_an_error_or_a_request(seen: Seen, file: Path) -> None:
+    seen.page.click("#tab-lightning")
+    seen.page.focus("#plot")
+    seen.page.keyboard.press("p")
+    assert seen.errors == []
+    assert seen.requests == [file.as_uri()]
+
+
+def test_the_answer_is_the_largest_text_of_the_page(seen: Seen, plan: Plan) -> None:
+    sizes = seen(
+        "[...document.querySelectorAll('main *')].filter(e => e.childNodes.length === 1)"
+        ".map(e => [parseFloat(getComputedStyle(e).fontSize), e.textContent.trim()])"
+    )
+    largest = max(size for size, _ in sizes)
+    shown = [text for size, text in sizes if size == largest]
+    assert shown == [str(plan.micro_batch), str(plan.accumulation_steps), "1", "96"]
+
+
+def test_what_if_equals_tune_over_a_grid(seen: Seen, plan: Plan) -> None:
+    own = plan.what_if.cards[0]
+    targets = (2, 7, 24, 96, 97, 130, 1000)
+    exact = 0
+    for index in range(0, len(own.headrooms), max(1, len(own.headrooms) // 6)):
+        for target in targets:
+            told = seen("([h, t]) => autobatch.answers.planned(0, h, t)", [index, target])
+            there = tuned(headroom=own.headrooms[index], target=target)
+            assert told["ceiling"] == there.ceiling
+            assert told["budget"] == there.budget_bytes
+            assert told["split"]["microBatch"] == there.micro_batch
+            assert told["split"]["steps"] == there.accumulation_steps
+            if told["exact"]:
+                exact += 1
+                assert told["peak"] == there.footprint.peak_reserved_bytes
+                assert told["likelihood"] == pytest.approx(there.likelihood, abs=1e-9)
+    assert exact > 10
+
+
+def test_splits_and_likelihoods_are_those_of_python(seen: Seen) -> None:
+    cases = [
+        (target, ceiling, ranks)
+        for target in (*range(1, 70), 255, 256, 257, 1000, 1023, 4096, 2**20 + 1)
+        for ceiling in (1, 2, 3, 7, 16, 31, 100)
+        for ranks in (1, 2, 3, 8)
+    ]
+    told = seen("cases => cases.map(c => autobatch.answers.splitTarget(...c))", cases)
+    for (target, ceiling, ranks), found in zip(cases, told, strict=True):
+        try:
+            expected = split(target, ceiling=ceiling, world_size=ranks)
+        except UsageError:
+            assert found is None
+            continue
+        got = found["microBatch"], found["steps"], found["uniform"]
+        assert got == (expected.micro_batch, expected.accumulation_steps, expected.uniform)
+    pairs = [(100, usable) for usable in range(80, 130)]
+    likely = seen("pairs => pairs.map(p => autobatch.answers.likelihood(...p))", pairs)
+    assert likely == pytest.approx([likelihood_of(*pair, "convolutions") for pair in pairs])
+
+
+def test_sliders_move_the_answer_and_go_back(seen: Seen, plan: Plan) -> None:
+    as_planned = seen.text("#outcome")
+    assert f"{plan.micro_batch} × {plan.accumulation_steps} × 1 = 96" in as_planned
+    assert format_bytes(plan.footprint.peak_reserved_bytes) in as_planned
+    seen.page.focus("#headroom")
+    seen.page.keyboard.press("End")
+    own = plan.what_if.cards[0]
+    assert f"ceiling {own.ceilings[-1]};" in seen.text("#outcome")
+    seen.page.fill("#target", "97")
+    assert "= 97" in seen.text("#outcome")
+    seen.page.focus("#size")
+    seen.page.keyboard.press("End")
+    assert "over the budget" in seen.text("#by-hand")
+    seen.page.click("#reset")
+    assert seen.text("#outcome") == as_planned
+
+
+def test_the_timeline_tells_what_happens_where_the_pointer_is(seen: Seen, plan: Plan) -> None:
+    assert f"Event {plan.timeline.peak_event:,} of" in seen.text("#readout")
+    assert format_bytes(plan.footprint.peak_allocated_bytes) in seen.text("#readout")
+    before = seen.text("#readout")
+    seen.page.locator("#plot").scroll_into_view_if_needed()
+    box = seen.page.locator("#plot").bounding_box()
+    seen.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 50)
+    after = seen.text("#readout")
+    assert after != before
+    assert re.search(r"(forward|backward|step) of micro-batch \d, window \d", after)
+    assert re.search(r"large block: |Allocates ", after)
+
+
+def test_the_timeline_is_worked_with_the_keyboard(seen: Seen, plan: Plan) -> None:
+    plot = seen.page.locator("#plot")
+    plot.focus()
+    at = int(plot.get_attribute("aria-valuenow"))
+    assert at == plan.timeline.peak_event
+    seen.page.keyboard.press("Control+ArrowLeft")
+    assert int(plot.get_attribute("aria-valuenow")) == at - 1
+    assert "By module at event" in seen.text("#icicle-title")
+    seen.page.keyboard.press("Home")
+    assert f"Event {plan.timeline.samples[0].event} of" in plot.get_attribute("aria-valuetext")
+    whole = seen("document.querySelector('#areas path').getAttribute('d')")
+    seen.page.keyboard.press("p")
+    assert int(plot.get_attribute("aria-valuenow")) == plan.timeline.peak_event
+    assert seen("document.querySelector('#areas path').getAttribute('d')") != whole
+    assert seen.text("#icicle-title") == "By module at the peak"
+    seen.page.keyboard.press("0")
+    assert seen("document.querySelector('#areas path').getAttribute('d')") == whole
+
+
+def test_dragging_zooms_and_a_double_click_goes_back(seen: Seen) -> None:
+    plot = seen.page.locator("#plot")
+    plot.scroll_into_view_if_needed()
+    box, mouse = plot.bounding_box(), seen.page.mouse
+    labels = "[...document.querySelectorAll('#ribbon span')].map(e => e.title)"
+    whole = seen(labels)
+    mouse.move(box["x"] + box["width"] * 0.40, box["y"] + 60)
+    mouse.down()
+    mouse.move(box["x"] + box["width"] * 0.45, box["y"] + 60)
+    mouse.up()
+    assert len(seen(labels)) < len(whole)
+    mouse.dblclick(box["x"] + 50, box["y"] + 60)
+    assert seen(labels) == whole
+
+
+def test_the_peak_can_be_seen_however_narrow_it_is(seen: Seen, plan: Plan) -> None:
+    drawn = seen("document.querySelector('#areas path').getAttribute('d')")
+    highest = min(float(y) for y in re.findall(r"[V ](\d+\.\d)", drawn))
+    top = 1.06 * max(sample.reserved_bytes for sample in plan.timeline.samples)
+    assert highest == pytest.approx(300 * (1 - plan.footprint.peak_allocated_bytes / top), abs=0.1)
+
+
+def test_modules_at_the_peak_sum_to_it_and_can_be_walked(seen: Seen, plan: Plan) -> None:
+    known = sum(blocks.size_bytes for blocks in plan.peak_blocks)
+    first = seen.page.locator("#tree [role=treeitem]").first
+    assert first.get_attribute("aria-label").startswith(f"Everything: {format_bytes(known)}, 100 %")
+    first.focus()
+    seen.page.keyboard.press("ArrowDown")
+    inner = seen("document.activeElement.getAttribute('aria-label')")
+    assert inner.startswith(("0:", "outside of modules:", "2:"))
+    assert inner in seen.text("#crumbs")
+    seen.page.keyboard.press("Enter")
+    assert (
+        seen("document.querySelector('#tree [role=treeitem]').getAttribute('aria-label')") == inner
+    )
+    seen.page.keyboard.press("Escape")
+    assert first.get_attribute("aria-label").startswith("Everything")
+
+
+def test_tabs_show_the_lines_of_each_trainer_and_buttons_copy_them(
+    browser: Any, file: Path, plan: Plan
+) -> None:
+    permissions = ["clipboard-read", "clipboard-write"]
+    with opened(browser, file, permissions=permissions) as seen:
+        seen.page.focus("#tab-windows")
+        for name in ("plain", "transformers", "lightning", "accelerate", "torchrun"):
+            seen.page.keyboard.press("ArrowRight")
+            assert seen.page.is_visible(f"#panel-{name}")
+            assert not seen.page.is_visible("#panel-windows")
+        seen.page.click("#panel-torchrun .copy")
+        seen.page.wait_for_function(
+            "document.querySelector('#panel-torchrun .copy').textContent === 'Copied'"
+        )
+        assert seen("navigator.clipboard.readText()") == seen.text("#panel-torchrun pre code")
+        assert plan.command in seen.text("#next")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_shut_out_on_any_screen(
+    browser: Any, file: Path, width: int, scheme: str
+) -> None:
+    with opened(browser, file, width=width, color_scheme=scheme, bypass_csp=True) as seen:
+        seen(axe())
+        found = seen("axe.run()")
+        assert len(found["passes"]) > 20
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+
+
+def test_a_phone_shows_all_without_moving_sideways(browser: Any, file: Path) -> None:
+    with opened(browser, file, width=390) as seen:
+        assert seen("document.documentElement.scrollWidth") == 390
+        cut = seen(
+            "[...document.querySelectorAll('.scroll, pre, .readout, .outcome')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+        )
+        assert cut == []
+        smallest = seen(
+            "Math.min(...[...document.querySelectorAll('main *')]"
+            ".filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))"
+            ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        )
+        assert smallest >= 11
+
+
+def test_dark_differs_from_light(browser: Any, file: Path) -> None:
+    seen_in = {}
+    for scheme in ("light", "dark"):
+        with opened(browser, file, color_scheme=scheme) as seen:
+            seen_in[scheme] = seen(
+                "[document.body, document.querySelector('.c-parameters')]"
+                ".map(e => getComputedStyle(e).backgroundColor)"
+            )
+    assert all(light != dark for light, dark in zip(*seen_in.values(), strict=True))
+
+
+def test_it_prints_on_at_most_four_pages_with_all_that_is_closed_open(
+    browser: Any, file: Path
+) -> None:
+    with opened(browser, file, width=390) as seen:
+        assert seen("[...document.querySelectorAll('details')].some(e => !e.open)")
+        printed = seen.page.pdf(format="A4", print_background=True)
+        assert 1 < len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
+        seen.page.emulate_media(media="print")
+        seen("dispatchEvent(new Event('beforeprint'))")
+        assert seen("[...document.querySelectorAll('details')].every(e => e.open)")
+        assert (
+            seen("getComputedStyle(document.querySelector('.answer .n')).color") == "rgb(0, 0, 0)"
+        )
+
+
+def test_without_scripts_the_answer_the_tables_and_still_drawings_are_there(
+    browser: Any, file: Path, plan: Plan
+) -> None:
+    with opened(browser, file, java_script_enabled=False) as seen:
+        assert seen.page.is_visible(".answer")
+        assert seen.page.locator("#areas path").count() >= 4
+        assert seen.page.locator("#curve-line").get_attribute("d").startswith("M")
+        assert seen.page.is_visible("#panel-windows")
+        assert seen.page.is_visible("#panel-lightning")
+        assert not seen.page.is_visible("#headroom")
+        assert not seen.page.is_visible(".copy >> nth=0")
+        assert seen.page.locator("#blocks tbody tr").count() > 5
+
+
+def test_hostile_strings_of_a_plan_stay_text(browser: Any, plan: Plan, tmp_path: Path) -> None:
+    holder = dataclasses.replace(
+        plan.peak_blocks[0].holder, module=HOSTILE, op=HOSTILE, where=HOSTILE
+    )
+    hostile = dataclasses.replace(
+        plan,
+        command=HOSTILE,
+        warnings=(HOSTILE,),
+        notes=(HOSTILE,),
+        model=dataclasses.replace(plan.model, name=HOSTILE, optimizer=HOSTILE),
+        gpu=dataclasses.replace(plan.gpu, name=HOSTILE),
+        peak_blocks=(dataclasses.replace(plan.peak_blocks[0], holder=holder), *plan.peak_blocks),
+        lives=dataclasses.replace(plan.lives, holders=(holder,) * len(plan.lives.holders)),
+        timeline=dataclasses.replace(
+            plan.timeline,
+            marks=tuple((e, HOSTILE, w, m) for e, _, w, m in plan.timeline.marks),
+        ),
+        what_if=dataclasses.replace(
+            plan.what_if,
+            cards=tuple(dataclasses.replace(c, name=HOSTILE) for c in plan.what_if.cards),
+        ),
+    )
+    page = tmp_path / "report.html"
+    page.write_text(plan_page(hostile), encoding="utf-8")
+    with opened(browser, page) as seen:
+        seen.page.focus("#plot")
+        seen.page.keyboard.press("Home")
+        assert seen("window.harmed") is None
+        assert seen("document.querySelectorAll('img').length") == 0
+        assert seen.requests == [page.as_uri()]
+        assert seen.errors == []
+        assert HOSTILE in seen.text("#warnings")
+        assert HOSTILE in seen.text("#readout")
+
+
+def test_scripts_that_get_into_the_page_are_not_run(
+    browser: Any, file: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    harmed = file.read_text(encoding="utf-8").replace(
+        "</main>", "<script>window.harmed = 1</script></main>"
+    )
+    page.write_text(harmed, encoding="utf-8")
+    with opened(browser, page) as seen:
+        assert seen("window.harmed") is None
+        assert seen("typeof window.autobatch") == "object"
+
+
+def test_older_plans_have_a_page_without_what_they_do_not_know(
+    browser: Any, tmp_path: Path
+) -> None:
+    for number, old in enumerate((example_plan(), ragged_plan(257, ((65, 64), (64, 64))))):
+        page = tmp_path / f"{number}.html"
+        page.write_text(plan_page(old), encoding="utf-8")
+        with opened(browser, page) as seen:
+            assert seen.errors == []
+            assert seen.page.locator("#tree, #blocks, #headroom").count() == 0
+            assert seen.page.is_visible("#curve")
+            seen.page.focus("#plot")
+            seen.page.keyboard.press("End")
+            assert "Event " in seen.text("#readout")
+
+
+def test_the_data_in_the_page_is_json_that_cannot_end_its_element(plan: Plan) -> None:
+    hostile = dataclasses.replace(plan, gpu=dataclasses.replace(plan.gpu, name=HOSTILE))
+    text = plan_page(hostile)
+    data = text.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in data
+    assert json.loads(data)["plan"]["gpu"] == HOSTILE
+
+
+def test_amber_is_for_what_must_be_acted_on() -> None:
+    noted = plan_page(dataclasses.replace(example_plan(), warnings=(), notes=("assumed so",)))
+    assert 'class="warnings"' not in noted
+    assert "assumed so" in noted
+    assert 'class="warnings"' in plan_page(example_plan())

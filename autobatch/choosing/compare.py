@@ -197,11 +197,10 @@ class _Search:
             smallest_card=self._smallest_card(outcomes),
             executions=self._shared.executions,
             warnings=(
-                *shared_warnings(
-                    {name: (*plan.warnings, *plan.notes) for name, plan in plans.items()}
-                ),
+                *shared_warnings({name: plan.warnings for name, plan in plans.items()}),
                 *self._notes,
             ),
+            notes=shared_warnings({name: plan.notes for name, plan in plans.items()}),
             versions=versions(),
             created=created_now(),
             seconds=0.0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -215,10 +215,11 @@ class _Search:
             points=tuple(replace(p, bucket=buckets.sizes.get(p.value)) for p in points),
             mixed_reserved_bytes=buckets.reserved_bytes,
             warnings=(
-                *shared_warnings(self._by_value(plans)),
+                *shared_warnings(self._by_value({n: p.warnings for n, p in plans.items()})),
                 *self._sameness(points, one_model=one_model),
                 *buckets.notes,
             ),
+            notes=shared_warnings(self._by_value({n: p.notes for n, p in plans.items()})),
             versions=versions(),
             created=created_now(),
             seconds=0.0,
@@ -253,22 +254,19 @@ class _Search:
             plan=plan,
         )
 
-    def _by_value(self, plans: Mapping[int, Plan]) -> dict[str, tuple[str, ...]]:
-        """Return the warnings of plans; those that only differ in the value name the parameter."""
+    def _by_value(self, texts: Mapping[int, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        """Return texts of plans; those that only differ in the value name the parameter."""
         named = {
-            value: {
-                each: re.sub(rf"\b{value}\b", self.parameter, each)
-                for each in (*plan.warnings, *plan.notes)
-            }
-            for value, plan in plans.items()
+            value: {each: re.sub(rf"\b{value}\b", self.parameter, each) for each in said}
+            for value, said in texts.items()
         }
         told = [set(each.values()) for each in named.values()]
         everywhere = set.intersection(*told) if told else set()
         return {
             str(value): tuple(
-                text if text in everywhere else warning for warning, text in warnings.items()
+                text if text in everywhere else as_said for as_said, text in said.items()
             )
-            for value, warnings in named.items()
+            for value, said in named.items()
         }
 
     def _sameness(self, points: list[FrontierPoint], *, one_model: bool) -> list[str]:

@@ -152,7 +152,9 @@ class ComparisonRecord:
         smallest_card: name of the smallest card of the catalogue on which one micro-batch fits;
             None where all of the cards fit, and where none in the catalogue does.
         executions: windows that were simulated for all cards together.
-        warnings: what the user should know, one line each.
+        warnings: what the user must act on, one line each.
+        notes: what was inferred or assumed, one line each; empty in records of earlier versions,
+            whose warnings have it.
         versions: of autobatch, torch and Python.
         created: when, in UTC.
         seconds: wall time of the comparison.
@@ -171,6 +173,7 @@ class ComparisonRecord:
     versions: Mapping[str, str]
     created: str
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def fitting(self) -> tuple[ComparedCard, ...]:
@@ -224,7 +227,9 @@ class FrontierRecord:
         points: by value, the smallest first.
         mixed_reserved_bytes: what micro-batches of all buckets reserve in one run, simulated; None
             where there are no buckets.
-        warnings: what the user should know, one line each.
+        warnings: what the user must act on, one line each.
+        notes: what was inferred or assumed, one line each; empty in records of earlier versions,
+            whose warnings have it.
         versions: of autobatch, torch and Python.
         created: when, in UTC.
         seconds: wall time of it all.
@@ -242,6 +247,7 @@ class FrontierRecord:
     versions: Mapping[str, str]
     created: str
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def unit(self) -> Literal["tokens", "samples"]:

@@ -60,7 +60,7 @@ def comparison_document(compared: ComparisonRecord, *, charts: bool = False) -> 
             *([Section("Cards that fit", (_cards(compared),))] if fitting else []),
             *([Section("", (chart,))] if drawn else []),
             *([_misfits(compared, others)] if others else []),
-            *_warnings(compared.warnings),
+            *_told(compared),
         ),
     )
 
@@ -240,7 +240,7 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
                 if others
                 else []
             ),
-            *_warnings(frontier.warnings),
+            *_told(frontier),
         ),
     )
 
@@ -320,7 +320,9 @@ def _pace_of(frontier: FrontierRecord, point: FrontierPoint) -> str:
     return "-" if pace is None else _figures(pace)
 
 
-def _warnings(warnings: tuple[str, ...]) -> tuple[Section, ...]:
-    if not warnings:
-        return ()
-    return (Section("Warnings", (Bullets(tuple(map(printable, warnings))),)),)
+def _told(record: ComparisonRecord | FrontierRecord) -> tuple[Section, ...]:
+    """Return what must be acted on, and apart from it what was inferred or assumed."""
+    told = (("Warnings", record.warnings), ("Notes", record.notes))
+    return tuple(
+        Section(title, (Bullets(tuple(map(printable, texts))),)) for title, texts in told if texts
+    )

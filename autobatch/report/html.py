@@ -30,7 +30,7 @@ def page(document: Document, drawings: Mapping[str, str]) -> str:
         "page.html.jinja",
         title=document.title,
         document=document,
-        drawings=drawings,
+        drawings={name: _themed(drawing) for name, drawing in drawings.items()},
         script_hash="'none'",
     )
 
@@ -50,6 +50,20 @@ def plan_page(plan: PlanRecord) -> str:
 def notebook(plan: PlanRecord) -> str:
     """Return the plan's summary as a small HTML fragment, styled by the notebook itself."""
     return _render("notebook.html.jinja", document=summary(plan), drawings={})
+
+
+_THEME = {"#1d2430": "--ink", "#5b6678": "--faint", "#e7eaef": "--line", "#ffffff": "--card"}
+"""Which of the page's colours takes the place of a drawing's, so that dark pages are dark."""
+
+
+def _themed(drawing: str) -> str:
+    """Return a drawing in the colours of the page; those that mean something stay."""
+    return re.sub(
+        "|".join(_THEME),
+        lambda colour: f"var({_THEME[colour[0].lower()]})",
+        drawing,
+        flags=re.IGNORECASE,
+    )
 
 
 @cache

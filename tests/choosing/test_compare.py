@@ -292,10 +292,11 @@ def test_code_that_fails_on_every_card_is_an_error() -> None:
         compare(fails_on_t4, target=8, gpus=["t4", "v100-16gb"])
 
 
-def test_warnings_that_all_plans_have_are_told_once() -> None:
+def test_warnings_and_notes_that_all_plans_have_are_told_once() -> None:
     compared = compare(nn.Linear(8, 8), target=8, gpus=["t4", "l4"])
-    assert len(compared.warnings) == len(set(compared.warnings)) > 0
-    assert not any(warning.startswith("t4") for warning in compared.warnings)
+    for texts in (compared.warnings, compared.notes):
+        assert len(texts) == len(set(texts)) > 0
+        assert not any(text.startswith("t4") for text in texts)
 
 
 def test_the_objective_chooses_among_what_fits() -> None:

@@ -162,12 +162,12 @@ def test_a_parameter_that_changes_nothing_is_said_to() -> None:
     )
 
 
-def test_warnings_that_differ_in_the_value_alone_name_the_parameter() -> None:
+def test_notes_that_differ_in_the_value_alone_name_the_parameter() -> None:
     def build(seq):
         return replace(reading(seq), notes=(f"sequences of {seq} tokens", "the same"))
 
     found = vary(build, [64, 128], target=12, gpu="t4")
-    assert {"sequences of seq tokens", "the same"} <= set(found.warnings)
+    assert {"sequences of seq tokens", "the same"} <= set(found.notes)
 
 
 def test_the_users_model_is_as_before() -> None:

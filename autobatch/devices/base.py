@@ -131,6 +131,10 @@ class Device(Protocol):
         """
         ...
 
+    def labelled(self, workload: Workload, trace: Trace) -> Trace:
+        """Return a trace of a run with the op and the module of each block, as far as known."""
+        ...
+
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know about the card itself, as it was seen so far."""
         ...

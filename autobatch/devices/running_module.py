@@ -13,7 +13,8 @@ import contextlib
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -49,6 +50,7 @@ class RunningModule:
 
     Attributes:
         current: the innermost module whose forward pass runs; None where none does.
+        announce: gives a context in which a module of this name runs; None for none.
     """
 
     def __init__(self, *, follows: bool = True) -> None:
@@ -61,6 +63,7 @@ class RunningModule:
         self._others: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         self._owners: dict[int, str] = {}
         self.current: str | None = None
+        self.announce: Callable[[str], AbstractContextManager[Any]] | None = None
         self._numbers: list[int] = []  # of autograd nodes, from which on ...
         self._made_by: list[str] = []  # ... this module makes them
         self._is_followed = False
@@ -81,11 +84,6 @@ class RunningModule:
     def owner(self, tensor: Any) -> str | None:
         """Return the name of the first module that owns a parameter or buffer, if one does."""
         return self._owners.get(id(tensor))
-
-    @property
-    def owners(self) -> Mapping[int, str]:
-        """The owners of parameters and buffers, by id."""
-        return self._owners
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -109,7 +107,10 @@ class RunningModule:
             self.current = name
             note(next_sequence_number(), name)
             try:
-                return original(module, *args, **kwargs)
+                if self.announce is None:
+                    return original(module, *args, **kwargs)
+                with self.announce(name):
+                    return original(module, *args, **kwargs)
             finally:
                 self.current = before
                 note(next_sequence_number(), before or "")
@@ -150,15 +151,22 @@ class RunningModule:
             return self.current  # also a checkpoint's second forward pass
         if not self._is_followed:
             return ""
-        node = current_autograd_node()
-        return "" if node is None else self._maker_of(node)
-
-    def _maker_of(self, node: Any) -> str:
+        node: Any = current_autograd_node()
+        if node is None:
+            return ""
         number = node._sequence_nr()
-        place = bisect_right(self._numbers, number)
-        if place == len(self._numbers) and number > _LARGEST:  # it adds up a parameter's gradient
+        if number > _LARGEST:  # it adds up a parameter's gradient
             return self._owners.get(id(node.variable), "")
+        return self.maker_of(number)
+
+    def maker_of(self, number: int) -> str:
+        """Return the name of the module that made the autograd node of a number."""
+        place = bisect_right(self._numbers, number) if 0 <= number <= _LARGEST else 0
         return self._made_by[place - 1] if place else ""
+
+    def stop(self) -> None:
+        """Follow no calls from the next `followed` on; what is known stays known."""
+        self._follows = False
 
 
 _LARGEST = 1 << 62

@@ -20,6 +20,7 @@ __all__ = [
     "longest_common",
     "same_kind",
     "with_frees_in_order",
+    "with_labels_of",
 ]
 
 Moment = tuple[int, int, Phase]
@@ -58,6 +59,20 @@ def with_frees_in_order(trace: Trace) -> Trace:
     events[start:] = sorted(events[start:])
     ordered = tuple(events)
     return trace if ordered == trace.events else replace(trace, events=ordered)
+
+
+def with_labels_of(trace: Trace, labelled: Trace) -> Trace:
+    """Return a trace with the ops and labels of another one of the same windows.
+
+    A block without a counterpart of its size keeps its own.
+    """
+    nameless = replace(labelled, blocks=tuple(replace(block, op="") for block in labelled.blocks))
+    blocks = list(trace.blocks)
+    for index, other in counterparts(nameless, trace).items():
+        block, named = blocks[index], labelled.blocks[other]
+        if block.size_bytes == named.size_bytes:
+            blocks[index] = replace(block, op=named.op, label=named.label)
+    return replace(trace, blocks=tuple(blocks))
 
 
 def by_moment(trace: Trace) -> dict[Moment, list[int]]:

@@ -187,6 +187,7 @@ def make_plan(
     planned, window, footprint, stream = _planned_stream(target, probe, found, most)
     ceiling_footprint = _at(probe, found, found.micro_batch).footprint
     held_bytes = device.allocator().allocated_bytes
+    labelled = device.labelled(workload, window.trace) if is_drawn else window.trace
     run = next(run for run in probe.runs.values() if run.shortage is None)
     curve = _curve(probe, found) if is_drawn else ()
     return Plan(
@@ -205,11 +206,9 @@ def make_plan(
         curve=curve,
         timeline=timeline_of(window.trace, device.allocator()) if is_drawn else _NOT_DRAWN,
         peak_blocks=(
-            peak_blocks_of(window.trace, window.peak_event, held_bytes=held_bytes)
-            if is_drawn
-            else ()
+            peak_blocks_of(labelled, window.peak_event, held_bytes=held_bytes) if is_drawn else ()
         ),
-        lives=lives_of(window.trace) if is_drawn else None,
+        lives=lives_of(labelled) if is_drawn else None,
         most_bytes=most_bytes_of(window.trace, held_bytes=held_bytes) if is_drawn else None,
         sharding=workload.shares,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch.devices import choose
+from autobatch.devices.cuda.op_names import Made
 from autobatch.devices.cuda.runtime import Stats
 from autobatch.gpus.budget import DeviceReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
@@ -136,8 +137,8 @@ class CudaOnCpu:
             self.is_recording = False
 
     @contextlib.contextmanager
-    def naming_ops(self):
-        self.ops = []
+    def naming_ops(self, running):
+        self.ops, self.modules = [], running
         yield self.ops
         self.ops = None
 
@@ -160,7 +161,7 @@ class CudaOnCpu:
         self.requested_bytes += size_bytes
         self._note("alloc", address, size_bytes)
         if self.ops is not None:
-            self.ops.append(self.running)
+            self.ops.append(Made(self.running, self.modules.name()))
         return block
 
     def free(self, address, block, size_bytes):

@@ -28,7 +28,7 @@ from autobatch.devices.one_card import require_one_card
 from autobatch.devices.preserve import process_state_preserved
 from autobatch.devices.session import Session, user_errors
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
+from autobatch.errors import AutobatchError, UsageError
 from autobatch.gpus.budget import (
     OutsideMemory,
     device_notes,
@@ -38,10 +38,12 @@ from autobatch.gpus.budget import (
 )
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, find_installed
 from autobatch.gpus.uncertainty import MEASURED_HEADROOM
+from autobatch.memory.alignment import with_labels_of
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.replay import Replay
 from autobatch.memory.snapshot import Snapshot
+from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.interrupts import held, uninterrupted
@@ -85,6 +87,7 @@ class CudaGpu:
         """Measure on `runtime`; `labelled` finds the op of every allocation, for reports."""
         self._runtime = runtime
         self._labelled = labelled
+        self._is_timed = True
         self._readings = [runtime.reading()]
         self._known = describe(runtime.name, self._readings[0].capacity_bytes, runtime.capability)
         self._start: Snapshot | None = None  # the allocator's state in which runs begin
@@ -207,7 +210,11 @@ class CudaGpu:
         """
         started = time.perf_counter()
         runtime = self._runtime
-        recorder = HistoryRecorder(runtime, labelled=self._labelled)
+        recorder = HistoryRecorder(
+            runtime,
+            labelled=self._labelled,
+            follows_modules=not is_compiled(workload.model),
+        )
         before = runtime.stats()
         runtime.reset_peaks()
         with process_state_preserved(), held(), runtime.selected(), recorder.recording():
@@ -254,6 +261,23 @@ class CudaGpu:
             notes=tuple(facts.notes),
         )
 
+    def labelled(self, workload: Workload, trace: Trace) -> Trace:
+        """Run the windows of a trace again, and return it with their ops and modules.
+
+        PyTorch's profiler looks on; where it cannot, or the run fails, the trace stays as it is.
+        """
+        again = CudaGpu(self._runtime, labelled=True)
+        again._offload, again._is_timed = self._offload, False
+        try:
+            run = again.run(
+                workload,
+                micro_batch=trace.micro_batch,
+                accumulation_steps=trace.accumulation_steps,
+            )
+        except (AutobatchError, RuntimeError):
+            return trace
+        return trace if run.shortage is not None else with_labels_of(trace, run.trace)
+
     def _windows(
         self,
         recorder: HistoryRecorder,
@@ -270,7 +294,11 @@ class CudaGpu:
             recorder.stop()
             peak, notes, grown_bytes = self._runtime.stats(), session.notes, session.grown_bytes
             seconds: list[float] = []
-            while len(seconds) < _TIMED_WINDOWS and sum(seconds) < _TIMED_SECONDS:
+            while (
+                not self._labelled
+                and len(seconds) < _TIMED_WINDOWS
+                and sum(seconds) < _TIMED_SECONDS
+            ):
                 clock = self._runtime.clock()
                 session.train(micro_batch, accumulation_steps, windows=1, evaluate=False)
                 seconds.append(clock.seconds())

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from autobatch.devices.cuda.op_names import Made
 from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.devices.running_module import RunningModule
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
-from autobatch.memory.trace import Allocation, Category, Mark, Phase, Trace
+from autobatch.memory.trace import Allocation, Category, Label, Mark, Phase, Trace
 
 __all__ = ["HistoryRecorder"]
 
@@ -27,15 +28,23 @@ __all__ = ["HistoryRecorder"]
 class HistoryRecorder:
     """Records allocator events, the phases that they fall into, and the owners of blocks."""
 
-    def __init__(self, runtime: CudaRuntime, *, labelled: bool = False):
-        """Record `runtime`; `labelled` finds the op of every allocation, at some cost in time."""
+    def __init__(
+        self, runtime: CudaRuntime, *, labelled: bool = False, follows_modules: bool = True
+    ):
+        """Record `runtime`.
+
+        Args:
+            runtime: the device.
+            labelled: whether the op and the module of every allocation are found, which takes time.
+            follows_modules: whether calls of modules are followed for that; compiled ones are not.
+        """
         self._runtime = runtime
         self._labelled = labelled
         self._first = 0
         self._marks: list[Mark] = []
         self._tags: list[tuple[int, int, Category, str | None]] = []
-        self._ops: list[str] = []
-        self.running = RunningModule(follows=False)
+        self._made: list[Made] = []
+        self.running = RunningModule(follows=labelled and follows_modules)
         self._claims: list[tuple[int, Category | None]] = []
         self._kept: list[int] = []
         self._events: Sequence[TraceEvent] = ()
@@ -50,7 +59,7 @@ class HistoryRecorder:
             self._first = self._runtime.stats().events
             self._is_on = True
             if self._labelled:
-                self._ops = self._switches.enter_context(self._runtime.naming_ops())
+                self._made = self._switches.enter_context(self._runtime.naming_ops(self.running))
             try:
                 yield
             finally:
@@ -65,6 +74,7 @@ class HistoryRecorder:
         if not self._is_on:
             return
         self._is_on = False
+        self.running.stop()
         with self._switches:
             count = self._count()
             trace = self._runtime.snapshot().traces.get(self._runtime.index, ())
@@ -128,16 +138,24 @@ class HistoryRecorder:
                 lives[index] = (lives[index][0], len(places) - 1)
             places.append(len(events))
         phases = self._phases(lives)
-        categories = self._categories(starts, lives, phases)
+        categories, owners = self._categories(starts, lives, phases)
+        made = self._makers(len(starts))
         seen = dict.fromkeys(event.stream for event in starts)
         streams = {stream: number for number, stream in enumerate(seen)}
         return Trace(
             micro_batch=micro_batch,
             accumulation_steps=accumulation_steps,
             blocks=tuple(
-                Allocation(e.size_bytes, category, phase, op, streams[e.stream])
-                for e, category, phase, op in zip(
-                    starts, categories, phases, self._named(len(starts)), strict=True
+                Allocation(
+                    e.size_bytes,
+                    category,
+                    phase,
+                    made[index].op,
+                    streams[e.stream],
+                    Label(_module_of(category, owners.get(index), made[index].module)),
+                )
+                for index, (e, category, phase) in enumerate(
+                    zip(starts, categories, phases, strict=True)
                 )
             ),
             events=tuple(events),
@@ -157,25 +175,32 @@ class HistoryRecorder:
         starts: Sequence[TraceEvent],
         lives: Sequence[tuple[int, int]],
         phases: Sequence[Phase],
-    ) -> list[Category]:
-        """Find owners by address and time; a block that no tensor owns is known by its life."""
+    ) -> tuple[list[Category], dict[int, str]]:
+        """Find owners by address and time; a block that no tensor owns is known by its life.
+
+        Also return the modules that own blocks.
+        """
         at_address: dict[int, list[int]] = {}
         for index, event in enumerate(starts):
             at_address.setdefault(event.address, []).append(index)
         owned: dict[int, Category] = {}
-        for count, address, category, _ in self._tags:
+        modules: dict[int, str] = {}
+        for count, address, category, owner in self._tags:
             for index in at_address.get(address, ()):
                 if lives[index][0] < count <= lives[index][1]:
                     owned[index] = category
+                    if owner is not None:
+                        modules[index] = owner
         for index, life in enumerate(lives):
             if index not in owned and (claimed := self._claimed(life)) is not None:
                 owned[index] = claimed
         backwards = [mark.event for mark in self._marks if mark.phase == "backward"]
         end = len(self._events)
-        return [
+        categories = [
             owned.get(index) or _by_life(life, phase, backwards, end)
             for index, (life, phase) in enumerate(zip(lives, phases, strict=True))
         ]
+        return categories, modules
 
     def _claimed(self, life: tuple[int, int]) -> Category | None:
         """Return the category for which a block was claimed, if it was alive to be kept."""
@@ -186,20 +211,26 @@ class HistoryRecorder:
         is_kept = keep < len(self._kept) and self._kept[keep] <= freed
         return category if is_kept else None
 
-    def _named(self, blocks: int) -> Sequence[str]:
-        """Return the op of each block.
+    def _makers(self, blocks: int) -> Sequence[Made]:
+        """Return what made each block.
 
         Raises:
             AutobatchError: other allocations were seen by who names them.
         """
         if not self._labelled:
-            return [""] * blocks
-        if len(self._ops) != blocks:
+            return [Made("", "")] * blocks
+        if len(self._made) != blocks:
             raise AutobatchError(
-                f"PyTorch's profiler saw {len(self._ops):,} allocations where its memory history "
+                f"PyTorch's profiler saw {len(self._made):,} allocations where its memory history "
                 f"has {blocks:,}: measure without names of ops"
             )
-        return self._ops
+        return self._made
+
+
+def _module_of(category: Category, owner: str | None, maker: str) -> str:
+    if owner is not None:
+        return owner
+    return "" if category == "workspace" else maker  # a library keeps it for all that follows
 
 
 def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end: int) -> Category:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from autobatch.devices.cuda.op_names import op_of_each_allocation
+from autobatch.devices.cuda.op_names import Made, op_of_each_allocation
+from autobatch.devices.running_module import RunningModule
 from autobatch.errors import UsageError
 from autobatch.gpus import nvml
 from autobatch.gpus.budget import DeviceReading
@@ -191,12 +192,12 @@ class CudaRuntime:
         finally:
             record_memory_history(None, device=self.index)
 
-    def naming_ops(self) -> contextlib.AbstractContextManager[list[str]]:
-        """Return a block after which a list has the op of every allocation made in it, in order.
+    def naming_ops(self, running: RunningModule) -> contextlib.AbstractContextManager[list[Made]]:
+        """Return a block after which a list has what made every allocation in it, in order.
 
         Ops run as they do without: PyTorch's profiler looks on.
         """
-        return op_of_each_allocation(self.device)
+        return op_of_each_allocation(self.device, running)
 
     def snapshot(self) -> Snapshot:
         """Return the allocator's state, and its events since recording began."""

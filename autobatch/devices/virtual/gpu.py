@@ -112,6 +112,10 @@ class VirtualGpu:
         """Do nothing: no memory of the user's is in the way."""
         yield
 
+    def labelled(self, workload: Workload, trace: Trace) -> Trace:
+        """Return the trace: runs are labelled here."""
+        return trace
+
     def notes(self) -> tuple[str, ...]:
         """Return nothing: no other process is on a simulated card."""
         return ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autobatch.records.plan_json import write_plan
 from autobatch.records.plan_record import PlanRecord
-from autobatch.report import html, markdown, table
+from autobatch.report import html, markdown, rows
 from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
 from autobatch.report.charts.frame import save_svg, style
 from autobatch.report.charts.memory import draw_memory, memory_chart
@@ -37,7 +37,7 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
     write_text(target / "plan.json", write_plan(plan))
     page = write_text(target / "report.html", html.plan_page(plan))
     write_text(target / "report.md", markdown.render(full_report(plan)))
-    table.write_csv(plan, target)
+    rows.write_csv(plan, target)
     write_charts(plan, charts)
     return page
 

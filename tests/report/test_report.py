@@ -17,7 +17,7 @@ from autobatch.cli import terminal
 from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
-from autobatch.report import html, markdown, table, text
+from autobatch.report import html, markdown, rows, table, text
 from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
 from autobatch.report.charts.memory import draw_memory, memory_chart
 from autobatch.report.charts.timeline import draw_timeline, timeline_chart
@@ -218,6 +218,12 @@ def test_a_breakdown_frame_sums_to_what_the_device_holds() -> None:
     sums = table.breakdown(plan).groupby("at")["size_bytes"].sum()
     assert sums["plan"] == plan.footprint.peak_device_bytes
     assert sums["ceiling"] == plan.ceiling_footprint.peak_device_bytes
+
+
+def test_csv_files_hold_what_data_frames_do() -> None:
+    plan = example_plan()
+    for name, make in table.FRAMES.items():
+        assert rows.ROWS[name](plan).to_csv() == make(plan).to_csv(index=False)
 
 
 def test_the_curve_frame_says_what_fits(folder: Path) -> None:

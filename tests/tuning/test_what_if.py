@@ -145,7 +145,7 @@ def test_no_more_peaks_are_predicted_than_a_share_of_the_tuning(workload, monkey
 
     monkeypatch.setattr(module._Known, "_add", counted)
     autobatch.tune(model, **options)
-    assert 0 < sum(predicted) <= 48
+    assert 0 < sum(predicted) <= module._PREDICTIONS
 
 
 def test_a_plan_by_time_and_one_without_accumulation_have_no_other_answers(workload):

@@ -64,7 +64,8 @@ The op is held so that its id is no other's.
 _CHANGING = frozenset(
     (torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 )
-_META = torch.device("meta")
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+_TO_COPY = torch.ops.aten._to_copy.default
 _DEVICE = torch.ops.prim.device.default
 _MAY_WRITE_IN_PLACE = frozenset(map(id, MAY_WRITE_IN_PLACE))  # an op's own hash is slow
 _CONVOLUTIONS = (CONVOLUTION, CONVOLUTION_BACKWARD)
@@ -321,12 +322,29 @@ class VirtualMode(FakeTensorMode):
         Raises:
             _Uncacheable: its answer depends on more.
         """
+        if func is _TO_COPY and self._is_from_host(args[0], kwargs.get("device")):
+            shape, stride, _, dtype = _layout(args[0])
+            return (id(func), _CPU, shape, stride, dtype, self._key((*kwargs.items(),), tensors))
         key = self._key(args, tensors)
         if kwargs:
             key = (key, self._key(tuple(kwargs.items()), tensors))
         if func in _CONVOLUTIONS:
             return (id(func), key, convolution_settings())
         return (id(func), key)
+
+    def _is_from_host(self, tensor: Tensor, place: torch.device | None) -> bool:
+        """Whether a copy of a tensor on the CPU depends on its layout alone.
+
+        Levers change a model there, weight by weight, and an attention's cache begins empty.
+        """
+        if place is not None and place != self.virtual_device and place != _CPU:
+            return False
+        if type(tensor) is FakeTensor:
+            is_plain = tensor.constant is None and not tensor.dtype.is_complex
+            return is_plain and tensor.fake_device == _CPU
+        if type(tensor) is not Tensor or tensor.numel():
+            return False
+        return place is not None and tensor.device == _CPU and tensor.layout is torch.strided
 
     def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
         parts: list[Any] = []
@@ -364,6 +382,9 @@ class VirtualMode(FakeTensorMode):
         """Return how to make an output again, or None where that depends on values."""
         if _CHANGING.intersection(func.tags) and not _has_shape_of_indices(func, tensors):
             return None
+        if func is _TO_COPY and output.fake_device == _CPU:
+            shape, stride, offset, dtype = _layout(output)
+            return None if offset or dtype.is_complex else ("host", shape, stride, dtype)
         try:
             return self._describe(output, tensors)
         except _Uncacheable:
@@ -403,6 +424,11 @@ class VirtualMode(FakeTensorMode):
         if kind == "new":
             _, shape, stride, dtype = recipe
             return self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
+        if kind == "host":
+            _, shape, stride, dtype = recipe
+            return FakeTensor(
+                self, torch.empty_strided(shape, stride, dtype=dtype, device=_META), _CPU
+            )
         if kind == "same":
             return tensors[recipe[1]]
         if kind == "view":

@@ -24,8 +24,8 @@ Recipe = tuple[Any, ...]
 """How to make one output without running its op.
 
 ("same", i) is tensor i of the arguments, ("view", i, shape, stride, offset, dtype) aliases its
-storage, ("new", shape, stride, dtype) owns a new storage, ("list", kind, recipes) holds several,
-("value", v) is a plain Python value.
+storage, ("new", shape, stride, dtype) owns a new storage, ("host", shape, stride, dtype) is one in
+host memory, ("list", kind, recipes) holds several, ("value", v) is a plain Python value.
 """
 
 _Rule = Callable[[Sequence[Any], Sequence[Tensor]], "Recipe | None"]

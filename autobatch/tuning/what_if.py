@@ -25,8 +25,8 @@ from autobatch.tuning.search import CeilingSearch
 
 __all__ = ["what_if"]
 
-_PREDICTIONS = 40
-"""So many peaks are predicted at most; each takes about one 220th of the time of a tuning."""
+_PREDICTIONS = 38
+"""So many peaks are predicted at most; each takes about one 200th of the time of a tuning."""
 
 _FOR_SPLITS = 6
 """So many of them are kept for micro-batches that other targets are split into."""
@@ -61,8 +61,9 @@ def what_if(
         return None
     known = _Known(probe, model, curve)
     cards = (spec,) if "card" in asked else (spec, *_others(spec))
-    known.add_all(max(card.capacity_bytes - card.context_bytes for card in cards))
-    offered = tuple(_card(card, known, probe.headroom, limit) for card in cards)
+    for card in cards:
+        known.add_all(card.capacity_bytes - card.context_bytes)
+    offered = _offered(cards, known, probe.headroom, limit)
     if (probe.headroom, found.micro_batch) not in zip(
         offered[0].headrooms, offered[0].ceilings, strict=True
     ):
@@ -98,18 +99,26 @@ def _others(spec: GpuSpec) -> Iterator[GpuSpec]:
             yield card
 
 
-def _card(card: GpuSpec, known: _Known, own: float, limit: int) -> WhatIfCard:
-    """Return a card with what is known of its ceilings."""
-    usable = card.capacity_bytes - card.context_bytes
-    headrooms = (own, *(_EVERY if known.has_all else _SOME))
-    found = {share: known.ceiling(budget_bytes(usable, share), limit) for share in headrooms}
-    ceilings = {share: found[share] for share in sorted(found)}
-    return WhatIfCard(
-        name=card.name,
-        capacity_bytes=card.capacity_bytes,
-        context_bytes=card.context_bytes,
-        headrooms=tuple(share for share, ceiling in ceilings.items() if ceiling is not None),
-        ceilings=tuple(ceiling for ceiling in ceilings.values() if ceiling is not None),
+def _offered(
+    cards: Sequence[GpuSpec], known: _Known, own: float, limit: int
+) -> tuple[WhatIfCard, ...]:
+    """Return the cards with what is known of their ceilings, the plan's headroom first."""
+    found: dict[tuple[str, float], int | None] = {}
+    for share in dict.fromkeys((own, *_SOME, *_EVERY)):
+        for card in cards:
+            usable = card.capacity_bytes - card.context_bytes
+            if share in (own, *_SOME) or usable <= known.whole_bytes:
+                found[card.name, share] = known.ceiling(budget_bytes(usable, share), limit)
+    answered = {key: ceiling for key, ceiling in sorted(found.items()) if ceiling is not None}
+    return tuple(
+        WhatIfCard(
+            name=card.name,
+            capacity_bytes=card.capacity_bytes,
+            context_bytes=card.context_bytes,
+            headrooms=tuple(share for name, share in answered if name == card.name),
+            ceilings=tuple(n for (name, _), n in answered.items() if name == card.name),
+        )
+        for card in cards
     )
 
 
@@ -117,22 +126,24 @@ class _Known:
     """Peaks by micro-batch, and as many more of them as may be predicted.
 
     Attributes:
-        has_all: whether every micro-batch is known up to those that no card has room for.
+        whole_bytes: of budgets up to this one, all micro-batches are known that may fit.
     """
 
     def __init__(self, probe: Probe, model: TraceModel, curve: Sequence[MemoryPoint]) -> None:
         self._probe = probe
         self._model = model
         self._left = _PREDICTIONS
-        self.has_all = False
+        self.whole_bytes = 0
         self.peaks = {point.micro_batch: point.peak_reserved_bytes for point in curve}
 
     def add_all(self, usable_bytes: int) -> None:
         """Predict every micro-batch up to those that do not fit, if that is few of them."""
         small, large = SMALL[0], max(self.peaks)
         rise = (self.peaks[large] - self.peaks[small]) / max(large - small, 1)
-        most = _PREDICTIONS + len(self.peaks)
-        if rise <= 0 or (usable_bytes - self.peaks[small]) / rise > most:
+        if rise <= 0:
+            return
+        last = small + int((usable_bytes - self.peaks[small]) / rise) + LOOK_ABOVE + 1
+        if last - sum(size <= last for size in self.peaks) > self._left - _FOR_SPLITS:
             return
         size = over = 0
         while over <= LOOK_ABOVE + 1:
@@ -140,14 +151,15 @@ class _Known:
             if not self._add(size):
                 return
             over = over + 1 if self.peaks[size] > usable_bytes else 0
-        self.has_all = True
+        self.whole_bytes = usable_bytes
 
     def ceiling(self, budget: int, limit: int) -> int | None:
         """Return the ceiling within a budget; None where it is not known for certain.
 
         One sample may be allocated in an order of its own, which only an execution tells.
         """
-        found = self._only_ceiling(budget) if self.has_all else self._searched(budget, limit)
+        is_whole = budget <= self.whole_bytes
+        found = self._only_ceiling(budget) if is_whole else self._searched(budget, limit)
         return found if found is not None and min(SMALL) <= found < limit else None
 
     def _only_ceiling(self, budget: int) -> int | None:

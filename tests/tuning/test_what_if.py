@@ -72,7 +72,7 @@ def test_a_simulated_plan_knows_its_own_ceiling_and_some_others(plan):
     own = known.cards[0]
     assert own.name == plan.gpu.name
     assert own.ceilings[own.headrooms.index(plan.headroom)] == plan.ceiling
-    assert len(own.headrooms) >= 4
+    assert len(own.headrooms) >= 3
     assert list(own.headrooms) == sorted(own.headrooms)
     assert list(own.ceilings) == sorted(own.ceilings, reverse=True)
     assert len(known.micro_batches) == len(known.peak_reserved_bytes)

@@ -427,3 +427,18 @@ def test_sizes_that_run_one_by_one_end_at_the_time_limit_with_at_least(share, mo
     assert found.stopped and found.limit_reached and found.method == "bisection"
     assert found.micro_batch == max(device.executed) >= 3
     assert device.clock[0] <= 5 + ceiling.SECONDS_BEYOND
+
+
+@pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 400])
+@pytest.mark.parametrize("bend", [0, MIB])
+def test_a_brief_search_finds_the_same_ceiling_by_fewer_executions(budget, bend):
+    def found(is_brief):
+        device = FakeDevice(polynomial(4 * MIB, 6 * MIB, bend), usable_bytes=budget * MIB)
+        probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+        return find_ceiling(probe, 2**16, is_brief=is_brief).micro_batch, device.executed
+
+    (ceiling, executed), (usual, all_executed) = found(True), found(False)
+    assert ceiling == usual
+    assert set(executed) <= set(all_executed)
+    if usual <= 2:
+        assert len(executed) < len(all_executed)

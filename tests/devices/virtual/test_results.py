@@ -11,7 +11,10 @@ from torch import nn
 
 from autobatch.devices.virtual import fake_mode
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.devices.virtual.results import plain_recipe
+from autobatch.gpus.catalogue import find_gpu
+from autobatch.workload.workload import Workload
 from tests.support.simulated import run
 
 ACTIVATIONS = (
@@ -134,3 +137,49 @@ def test_whole_numbers_and_mixed_dtypes_are_left_to_pytorch() -> None:
     for first, second in ((whole, whole), (single, half), (single, single[0])):
         assert plain_recipe(torch.ops.aten.mul.Tensor, (first, second), {}, (first, second)) is None
     assert plain_recipe(torch.ops.aten.mul.Tensor, (2, 3), {}, ()) is None
+
+
+class Levered(nn.Module):
+    """Weights of several layouts, of which some are alike, and buffers of which some are empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+        self.turned = nn.Parameter(torch.zeros(16, 16).t())
+        self.part = nn.Parameter(torch.zeros(16, 32)[:, ::2])
+        self.image = nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x):
+        empty = torch.tensor([], dtype=x.dtype, device=x.device)
+        x = torch.cat([empty, x], dim=0) if empty.dim() == x.dim() else x
+        for _ in range(2):
+            x = x + torch.tensor([], dtype=x.dtype, device=x.device).sum()
+        return self.layers(x) @ self.turned @ self.part + self.image.sum() * int(self.steps)
+
+
+def test_copies_from_the_host_are_those_of_pytorch_and_made_once(monkeypatch) -> None:
+    copies = []
+    answer = VirtualMode._answer
+
+    def counted(self: Any, func: Any, *call: Any) -> Any:
+        copies.append(func) if func is torch.ops.aten._to_copy.default else None
+        return answer(self, func, *call)
+
+    def ran() -> tuple[Any, int]:
+        copies.clear()
+        workload = Workload(
+            model=Levered(),
+            batch=lambda n: torch.zeros(n, 16),
+            loss=lambda model, batch: model(batch.bfloat16()).float().sum(),
+            changes=(lambda model: model.to(torch.bfloat16),),
+        )
+        found = VirtualGpu(find_gpu("t4")).run(workload, micro_batch=3, accumulation_steps=2)
+        return found.trace, len(copies)
+
+    monkeypatch.setattr(VirtualMode, "_answer", counted)
+    trace, few = ran()
+    monkeypatch.setattr(VirtualMode, "_is_from_host", lambda *call: False)
+    plain, many = ran()
+    assert trace == plain
+    assert few < many / 2

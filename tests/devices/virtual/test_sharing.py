@@ -12,6 +12,7 @@ from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.devices.virtual.questions import questions
 from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.gpus.catalogue import CATALOGUE, find_gpu
+from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.workload.workload import Workload
 
 FAMILIES = defaultdict(list)
@@ -159,3 +160,29 @@ def test_code_that_builds_a_model_is_seen_to_ask() -> None:
         assert asked == {"capability"}
         assert torch.cuda.get_device_name() == "t4"
         assert asked == {"capability", "card"}
+
+
+@pytest.mark.parametrize("card", ["a100-40gb", "a100-80gb", "a30"])
+def test_another_allocator_replays_what_was_executed(card) -> None:
+    workload, shared = convolutions(), SharedRuns()
+    ran(SharingGpu(find_gpu("a100-40gb"), shared, AllocatorSettings()), workload)
+    settings = AllocatorSettings(expandable_segments=True)
+    gpu = find_gpu(card)
+    taken = ran(SharingGpu(gpu, shared, settings), workload)
+    alone = ran(VirtualGpu(gpu, settings), workload)
+    assert (taken.trace, taken.replay) == (alone.trace, alone.replay)
+    assert shared.executions == 1
+
+
+def test_runs_that_are_counted_in_another_precision_are_not_shared() -> None:
+    workload, shared = attention(), SharedRuns()
+    works = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            works.append(ran(SharingGpu(find_gpu("l4"), shared, counts_work=True), workload).work)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert works[0] != works[1]
+    assert ran(SharingGpu(find_gpu("l4"), shared), workload).work is None

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.work import WorkCounter
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.gpus.work import WindowWork, Work
 from autobatch.workload.sample import batch_builder
@@ -296,3 +297,28 @@ def test_ranks_that_share_parameters_gather_them_and_scatter_gradients():
     assert all(one.overlaps for one in forward)
     scattered = [one for one in found.backward.communication if one.collective == "reduce_scatter"]
     assert sum(one.bytes for one in scattered) == whole
+
+
+def test_what_is_remembered_of_calls_is_what_they_cost(monkeypatch):
+    def found():
+        model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)], nn.LayerNorm(32))
+        return work(model, torch.zeros(2, 32), steps=2, autocast="bf16")
+
+    remembered = found()
+    count = WorkCounter.count
+    monkeypatch.setattr(WorkCounter, "count", lambda self, *call: count(self, *call[:-1], None))
+    assert found() == remembered
+
+
+def test_windows_before_the_last_are_not_counted():
+    workload = Workload(model=nn.Linear(8, 8), batch=batch_builder(torch.zeros(2, 8)))
+    device = VirtualGpu(find_gpu("t4"), counts_work=True)
+    works = [
+        device.run(workload, micro_batch=2, accumulation_steps=2, windows=windows).work
+        for windows in (2, 3)
+    ]
+    assert (
+        works[0]
+        == works[1]
+        != device.run(workload, micro_batch=2, accumulation_steps=2, windows=1).work
+    )

@@ -75,7 +75,7 @@ function useTimeline(history, icicle) {
     const seen = [];
     start.forEach((event, block) => {
       const module = modules[holders[holder[block]][0]];
-      if (event >= from && event <= to && module) seen.push([event, module.split(".")]);
+      if (event >= from && event <= to && module && module + "." !== history.stem) seen.push([event, module.split(".")]);
     });
     for (let depth = 6; depth > 0; depth -= 1) {
       const runs = [];

@@ -51,8 +51,11 @@ def render(folders: Sequence[Path], folder: Path) -> None:
     for finished in folders:
         facts = json.loads((finished / "summary.json").read_text())
         known[facts["kind"]] = facts
-        chart = "predicted-against-measured" if facts["kind"] == "steps" else "error-by-family"
-        shutil.copyfile(finished / f"{chart}.svg", folder / f"{facts['kind']}.svg")
+        points = "predicted-against-measured.svg"
+        chart = points if facts["kind"] == "steps" else "error-by-family.svg"
+        shutil.copyfile(finished / chart, folder / f"{facts['kind']}.svg")
+        if facts["kind"] == "timm-peaks":  # the picture of image models in the project's README
+            shutil.copyfile(finished / points, folder / "timm-peaks-points.svg")
     ordered = {kind: known[kind] for kind in _TITLES if kind in known}
     write_text(folder / "results.json", json.dumps(ordered, indent=1) + "\n")
     sections = "".join(section(facts) for facts in ordered.values())
@@ -72,6 +75,9 @@ def section(facts: Mapping[str, Any]) -> str:
         return _steps(facts)
     versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items() if found)
     families = facts.get("by_family", {})
+    points = ""
+    if kind == "timm-peaks":
+        points = "![Predicted against measured](timm-peaks-points.svg)\n\n"
     if kind == "max-batch":
         details = verdict_table(families)
     else:
@@ -87,7 +93,7 @@ def section(facts: Mapping[str, Any]) -> str:
 
 {details}
 
-![Error by family]({kind}.svg)
+{points}![Error by family]({kind}.svg)
 """
 
 

@@ -1,0 +1,1 @@
+"""Tests of README and docs: every code block runs, every link leads somewhere."""

@@ -1,0 +1,3 @@
+"""What pages take for known is no module of tests."""
+
+collect_ignore_glob = ["settings/*"]

@@ -1,0 +1,2 @@
+# needs: accelerate
+from accelerate import Accelerator

@@ -1,0 +1,4 @@
+# needs: deepspeed
+import deepspeed
+
+adamw = optimizer

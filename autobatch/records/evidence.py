@@ -131,6 +131,8 @@ class ModelFacts:
             "scalar output", "cross entropy" or "surrogate sum".
         autocast: "bf16", "fp16" or None.
         clip_norm: the gradient norm clipped to, or None.
+        frozen: the outermost modules that have parameters of which none learns; empty in plans of
+            earlier versions.
     """
 
     name: str
@@ -141,3 +143,4 @@ class ModelFacts:
     loss: str
     autocast: str | None
     clip_norm: float | None
+    frozen: tuple[str, ...] = ()

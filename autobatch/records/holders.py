@@ -17,16 +17,23 @@ class Holder:
 
     Attributes:
         module: name in `model.named_modules()` of the innermost module that made the tensor: the
-            one whose forward ran, the one whose backward ran, or the one that owns the parameter
-            which this is a gradient or optimizer state of. Empty for the model itself and for
-            what no module made, such as inputs and the loss.
-        op: the operator that allocated it, as "mm"; empty where that is not known.
+            one whose forward ran (also a checkpoint's second one), or whose backward ran; of a
+            parameter, its gradient and its optimizer state, the first module that owns the
+            parameter. The model is the one below `torch.compile`, DataParallel and
+            DistributedDataParallel, and as it was before levers wrapped parts of it. Empty for the
+            model itself and for what no module made: inputs, what a loss function computes,
+            temporaries of a step, buckets of gradients, workspaces that libraries keep. A module
+            outside of the model is its class in parentheses, with the path below it:
+            `(Teacher).layers.0`, `(CrossEntropyLoss)`.
+        op: the operator that allocated it, as "mm", with its namespace where that is not PyTorch's
+            own; for scratch what it is for, as "cublas workspace". Empty where it is not known.
         category: as in `Footprint.categories`.
         phase: of the window in which it was allocated.
         shape: of the first tensor in this memory; empty for a scalar, and where `dtype` is.
-        dtype: of that tensor, as "float32"; empty for scratch of a kernel, which no tensor shows.
-        where: the line of the user's code that ran, as "train.py:12 loss"; empty in the backward
-            pass, in libraries, and where it is not known.
+        dtype: of that tensor, as "float32"; empty for scratch of a kernel, which no tensor shows,
+            on a GPU that is measured, and for blocks that take another shape by micro-batch.
+        where: the innermost line of the user's code, as "run/train.py:12 loss"; empty in backward
+            passes and steps, where only libraries run, and on a GPU that is measured.
     """
 
     module: str

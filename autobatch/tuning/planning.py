@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
@@ -48,6 +49,7 @@ from autobatch.tuning.what_if import what_if
 from autobatch.workload.layout import dims_as_text
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
+from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["LARGEST", "make_plan", "plan_of", "probe_of"]
 
@@ -386,4 +388,16 @@ def _facts(workload: Workload, run: Run) -> ModelFacts:
         loss=run.loss,
         autocast=workload.autocast,
         clip_norm=workload.clip_norm,
+        frozen=tuple(_frozen(unwrapped(workload.model))),
     )
+
+
+def _frozen(model: nn.Module, path: str = "") -> Iterator[str]:
+    """Yield the paths of the outermost modules that have parameters of which none learns."""
+    for name, child in model.named_children():
+        inner = f"{path}.{name}" if path else name
+        learns = {parameter.requires_grad for parameter in child.parameters()}
+        if learns == {False}:
+            yield inner
+        elif learns:
+            yield from _frozen(child, inner)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autobatch.errors import FileError, UsageError
@@ -58,6 +58,7 @@ def test_a_saved_plan_loads_back_equal(tmp_path: Path) -> None:
         assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
 
 
+@settings(deadline=None)  # no test is timed
 @given(
     headroom=st.floats(0, 0.99),
     seconds=st.floats(0, 1e9),
@@ -175,6 +176,7 @@ def test_missing_file_and_folder_are_file_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["split", "gpu", "trials", "timeline", "ceiling"])
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),

@@ -330,10 +330,10 @@ class _Search:
                 best[lever] = tried
         order = {lever.name: at for at, lever in enumerate(levers)}
         ranked = sorted(best.values(), key=lambda tried: -_saved(tried.choice))
-        if ranked:  # on their own, those are hopeless
-            ranked += [
-                unknown[name] for name in _USUALLY_SAVE_MOST if name in unknown.keys() - best
-            ]
+        if ranked and unknown:  # hopeless on their own, they save most beside less state
+            more = [unknown[name] for name in _USUALLY_SAVE_MOST if name in unknown.keys() - best]
+            less_state = [tried for tried in ranked if not tried.options[0].keeps_state]
+            ranked = [*less_state, *more, *(tried for tried in ranked if tried not in less_state)]
 
         def together(*options: Option) -> Choice | None:
             return self._try(tuple(sorted(options, key=lambda one: order[one.lever])))

@@ -231,3 +231,56 @@ def test_tf32_costs_no_memory_and_less_time() -> None:
     slowdown = advice.slowdown(choice)
     assert slowdown is not None and slowdown < 0.9
     assert torch.get_float32_matmul_precision() == before
+
+
+class TestWhatStateAloneKeepsFromFitting:
+    """Of a model whose weights, gradients and moments take more than the card has."""
+
+    training = Workload(model=stack(1024, 12), batch=lambda n: torch.zeros(n, 64, 1024))
+    gpu = card(1000)
+
+    def advised(self) -> tuple[Advice, list[str]]:
+        told: list[str] = []
+        advice = advise(
+            self.training,
+            target=8,
+            gpu=self.gpu,
+            levers=["precision", "checkpointing", "offload", "optimizer", "allocator"],
+            progress=lambda progress: told.append(progress.step),
+        )
+        return advice, told
+
+    def test_is_not_executed_with_levers_that_keep_it(self) -> None:
+        advice, told = self.advised()
+        skipped = [choice for choice in advice.choices if not choice.is_executed]
+        assert {choice.label for choice in skipped} >= {
+            "checkpointing: every block", "precision: bf16 autocast", "optimizer: fused",
+        }  # fmt: skip
+        for choice in skipped:
+            assert not choice.fits and choice.saved_bytes is None and len(choice.options) == 1
+            assert f"trying {choice.label}" not in told
+            (option,) = [
+                o
+                for name, o in options_of(
+                    self.training, self.gpu, ["precision", "checkpointing", "offload", "optimizer"]
+                ).items()
+                if name == choice.label
+            ]
+            changed = option.apply(Setup(workload=self.training, gpu=self.gpu))
+            needed = autobatch.predict(
+                changed.workload, micro_batch=1, accumulation_steps=2, gpu=self.gpu
+            ).peak_reserved_bytes
+            assert advice.budget_bytes < choice.reference_bytes <= needed
+
+    def test_is_executed_with_levers_that_do_not(self) -> None:
+        advice, _ = self.advised()
+        executed = {c.label: c for c in advice.choices if c.is_executed}
+        assert {"precision: bf16 weights", "optimizer: SGD"} <= executed.keys()
+        # another allocator replays what was executed as it is
+        assert executed["allocator: expandable segments"].saved_bytes is not None
+        assert any("checkpointing" in label and " + " in label for label in executed)
+
+    def test_is_told(self) -> None:
+        advice, _ = self.advised()
+        assert "at least" in str(advice) and "needed no simulation" in str(advice)
+        assert Advice.from_json(advice.to_json()) == advice

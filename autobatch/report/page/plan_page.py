@@ -7,6 +7,7 @@ the page's policy lets run is our own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -197,10 +198,8 @@ def _account(plan: PlanRecord) -> tuple[_Row, ...]:
 
 def _other_cards(plan: PlanRecord) -> dict[str, object]:
     """Return the command that answers for cards which the page cannot answer for."""
-    if plan.command is None or not plan.command.startswith("autobatch probe "):
-        spec = "SPEC"
-    else:
-        spec = plan.command.removeprefix("autobatch probe ").split(" --")[0]
+    typed = re.match(r"autobatch probe ((?!-).+?)(?= -|$)", plan.command or "")
+    spec = typed[1] if typed else "SPEC"
     known = {card.name for card in plan.what_if.cards} if plan.what_if else {plan.gpu.name}
     offered = ("t4", "l4", "rtx-4090", "a100-40gb", "a100-80gb", "h100-80gb")
     cards = ",".join(name for name in offered if name not in known)

@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 CPU_VENV := .venv-cpu
 LOWEST_VENV := .venv-lowest
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cpu test-lowest lint clean
+.PHONY: demo docs test test-cpu test-lowest lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/autobatch probe timm:resnet50 --target 256 --gpu t4 --autocast fp16
@@ -28,6 +29,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the site, in build/site; links and the docstrings' references are checked
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --site-dir build/site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,5 +60,11 @@ $(LOWEST_VENV)/test.stamp: pyproject.toml
 	$(LOWEST_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
 	touch $@
 
+$(DOCS_VENV)/docs.stamp: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(CPU_VENV) $(LOWEST_VENV) demo-report build *.egg-info
+	rm -rf $(VENV) $(CPU_VENV) $(LOWEST_VENV) $(DOCS_VENV) demo-report build *.egg-info

@@ -12,6 +12,10 @@ are looked at before and after every backward pass, which costs more.
 Reading what a parameter counts takes a tenth of a microsecond, and several where it has left the
 processor's cache. Of models with many parameters whose first window showed nothing, the gradients
 of some are therefore looked at in each window, of others in the next; the values of all, always.
+
+Autograd makes a node for each parameter that adds to its gradient, and drops it with the graph that
+it is in. A loop written by hand keeps the last graph through the next forward pass, in its variable
+`loss`, and with it the nodes; a window keeps the nodes alone.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ import warnings
 from collections.abc import Iterable
 from itertools import repeat
 from operator import attrgetter, is_, is_not
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
 from autobatch.errors import AutobatchWarning, WorkloadError
@@ -58,6 +64,7 @@ class Watch:
         self._looked_at: list[Tensor] = []  # parameters whose gradients are, in this window
         self._writes: set[int] = set()  # parameters that a forward pass writes to
         self._parameters: list[Tensor] = []
+        self._nodes: list[Any] = []  # that add to their gradients
         self._before_forward: list[int] | None = None
         self._norms: list[Tensor] = []
         self._value_norms: list[Tensor] = []
@@ -77,6 +84,7 @@ class Watch:
         """
         if parameters is not self._parameters:
             self._parameters, self._is_new = parameters, True
+            self._nodes = []
         if self._is_new:
             self._is_thorough = len(parameters) < _MANY
             self._moves = self._may_move or any(map(_hooks, parameters))
@@ -109,6 +117,8 @@ class Watch:
                 # Embedding's max_norm, for instance, is applied to the weight itself
                 pairs = zip(self._before_forward, self._values, strict=True)
                 self._writes |= {at for at, (a, b) in enumerate(pairs) if a != b}
+            if self._is_new:
+                self._nodes = list(map(get_gradient_edge, filter(_is_plain, self._parameters)))
             self._value_norms = _norms(self._parameters) if self._is_new else []
             if any(map(is_not, map(_gradient, self._looked_at), repeat(None))):
                 raise _changed("were there before its first window.backward")
@@ -249,6 +259,10 @@ class Watch:
             AutobatchWarning,
             stacklevel=5,
         )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and tensor.requires_grad and tensor.is_leaf
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:

@@ -3,10 +3,11 @@ import os
 import pytest
 from hypothesis import settings
 
+# an example that takes long, on a machine that others use too, is no failure
+settings.register_profile("local", deadline=None)
 # the same examples in every CI run: a new counterexample belongs to the change that is made with it
 settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(autouse=True)

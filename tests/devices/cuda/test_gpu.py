@@ -376,7 +376,7 @@ def test_a_second_tune_answers_without_running_anything(tmp_path):
     second = tune(card, cache=cache)
     assert card.calls == ran
     assert (second.split, second.trials) == (first.split, first.trials)
-    assert f"answered from {str(cache)!r}, the plan of" in second.warnings[-1]
+    assert f"answered from {str(cache)!r}, the plan of" in second.notes[-1]
     third = tune(card, cache=cache, target=8192)
     assert card.calls > ran and third.target == 8192
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -73,11 +74,11 @@ def _options(
 
 
 def _option(setup: Setup, rank: int, name: str, modules: Sequence[str]) -> Option:
-    targets = ", ".join(f'"{module}"' for module in modules)
+    targets = _targets(setup.model, modules)
     transposed = ", fan_in_fan_out=True" if _is_transposed(setup.model, modules) else ""
     change = (
         "from peft import LoraConfig, get_peft_model\n"
-        f"config = LoraConfig(r={rank}, target_modules=[{targets}]{transposed})\n"
+        f"config = LoraConfig(r={rank}, target_modules={targets}{transposed})\n"
         "model = get_peft_model(model, config)"
     )
     is_given = is_optimizer(setup.workload.optimizer)
@@ -112,18 +113,57 @@ def _can_be_made_anew(setup: Setup) -> bool:
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return linear layers by the last part of their names; of layers of one name, the last."""
+    return {name.rpartition(".")[2]: module for name, module in _by_full_name(model).items()}
+
+
+def _by_full_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Return linear layers that can be adapted, by their full names."""
     inside_attention = {
         id(module.out_proj)  # its weight is read, and the layer never called
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
     }
     return {
-        name.rpartition(".")[2]: module
+        name: module
         for name, module in model.named_modules()
         if name
         and (type(module) is nn.Linear or _is_conv1d(module))
         and id(module) not in inside_attention
     }
+
+
+def _targets(model: nn.Module, modules: Sequence[str]) -> str:
+    r"""Return how code names layers for peft, which takes all modules of a name.
+
+    Names that other modules have, too, such as the numbers of a Sequential, are given in full, as
+    an expression that peft matches with whole names.
+
+    >>> body = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2)))
+    >>> _targets(nn.ModuleDict({"body": body}), ["0"])
+    'r"body\\.\\d+\\.0"'
+    >>> _targets(nn.ModuleDict({"head": nn.Linear(2, 2)}), ["head"])
+    '["head"]'
+    """
+    chosen, adaptable = set(modules), _by_full_name(model)
+    named = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in chosen]
+    wanted = [name for name in named if name in adaptable]
+    if wanted == named:
+        return f"[{', '.join(_quoted(module) for module in modules)}]"
+    short = "|".join(dict.fromkeys(map(_any_numbers, wanted)))
+    exact = "|".join(map(re.escape, wanted))
+    is_exact = wanted == [name for name in named if re.fullmatch(short, name)]
+    return f"r{_quoted(short if is_exact else exact)}"
+
+
+def _any_numbers(name: str) -> str:
+    """Return an expression for a name and those that differ in the numbers of its containers."""
+    *parents, last = name.split(".")
+    parts = [r"\d+" if part.isdecimal() else re.escape(part) for part in parents]
+    return r"\.".join((*parts, re.escape(last)))
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
 
 
 def _of_blocks(model: nn.Module) -> tuple[str, ...]:

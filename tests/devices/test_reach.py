@@ -197,6 +197,23 @@ def test_tensors_left_in_the_cache_of_a_library_are_removed_and_that_is_said() -
     assert any("dict kept tensors of the simulation" in warning for warning in plan.warnings)
 
 
+def test_that_several_nameless_dicts_kept_tensors_is_said_once() -> None:
+    library = SimpleQueue()
+    library.put([{"before": 1}, {"before": 2}])
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        found = library.get()
+        library.put(found)
+        for cache in found:
+            cache["mask"] = square(model, x)
+        return found[0]["mask"]
+
+    workload = Workload(model=net(), batch=lambda n: torch.ones(n, WIDTH), loss=loss)
+    notes = run(opened("simulated"), workload).notes
+    assert len([note for note in notes if "dict kept tensors of the simulation" in note]) == 1
+    assert library.get() == [{"before": 1}, {"before": 2}]
+
+
 def test_what_cannot_be_put_back_is_an_error() -> None:
     library = SimpleQueue()
     library.put(deque())

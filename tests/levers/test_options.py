@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
@@ -21,8 +22,13 @@ from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 from tests.levers.setups import (
+    CLASSES,
+    DEPTH,
+    SAMPLES,
+    WIDTH,
     by_hand,
     convnet,
+    executed,
     llama,
     options_of,
     peaks,
@@ -182,6 +188,33 @@ def test_lora_takes_ranks_and_layers_of_ones_own() -> None:
     assert lora(modules=["nothing"]).options(setup) == []
     with pytest.raises(UsageError, match="rank of LoRA is 0"):
         lora(ranks=[0])
+
+
+class NumberedLayers(nn.Module):
+    """Linear layers have the names of blocks: "0" is a layer in each block, and a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = (nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.body = nn.Sequential(*(nn.Sequential(*copy.deepcopy(parts)) for _ in range(DEPTH)))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_lora_names_layers_in_full_that_share_a_name_with_what_is_no_layer() -> None:
+    pytest.importorskip("peft")
+    sample = torch.randn(SAMPLES, WIDTH)
+    setup = setup_of(Workload(model=NumberedLayers(), batch=batch_builder(sample), loss=squared))
+    (option,) = lora(ranks=[2]).options(setup)
+    assert option.value == "rank 2, all linear"
+    adapted = executed(option.code, model=NumberedLayers())["model"]
+    names = {name for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    assert names == {
+        f"base_model.model.body.{block}.{layer}" for block in range(DEPTH) for layer in (0, 2)
+    }
+    assert peaks(option.apply(setup)) != peaks(setup)
 
 
 def test_lora_makes_the_users_optimizer_anew_over_the_adapters() -> None:

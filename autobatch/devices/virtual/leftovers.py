@@ -57,7 +57,7 @@ def leftovers_removed(mode: weakref.ref[Any]) -> list[str]:
             f"{where} kept tensors of the simulation, which have no memory; they were removed "
             "from it: what it held in their place before, make again"
         )
-    return notes
+    return list(dict.fromkeys(notes))  # what has no name is said once
 
 
 def _holders(tensors: list[Any], young: list[Any]) -> Iterator[tuple[Any, set[int]]]:

@@ -281,6 +281,7 @@ class _Work:
     progress: ProgressCallback
     points: list[Point] | None = None
     study: SweepStudy = field(init=False)
+    _warnings: list[str] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
     _trials: dict[int, SweepTrial] = field(default_factory=dict)
     _configurations: dict[str, Configuration | str] = field(default_factory=dict)
@@ -359,6 +360,7 @@ class _Work:
             storage=self.study.where,
             code=code,
             seconds=seconds,
+            warnings=tuple(dict.fromkeys(self._warnings)),
             notes=tuple(dict.fromkeys((*setup.workload.notes, *self._notes))),
         )
 
@@ -542,7 +544,7 @@ class _Work:
         else:
             kept = self.study.prune(id_, outcome, facts)
         if not kept:
-            self._notes.append(
+            self._warnings.append(
                 f"a trial of {dict(params)} was taken for dead and given to another worker while "
                 "it ran; its result is not used"
             )

@@ -99,7 +99,8 @@ class SweepRecord:
         storage: where it is kept; None in memory.
         code: of each setting of a finished trial, as "lever: value", the lines that do it.
         seconds: wall time of this sweep.
-        notes: what its user should know, one line each.
+        warnings: what its user must act on, one line each.
+        notes: what was inferred, assumed or left out, one line each.
     """
 
     model: str
@@ -117,6 +118,7 @@ class SweepRecord:
     storage: str | None
     code: Mapping[str, str]
     seconds: float
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

@@ -52,7 +52,7 @@ def sweep_summary(record: SweepRecord) -> Document:
             Section("", (_facts(record),)),
             *_code(record),
             Section(_front_title(record), (_front(record, _FRONT_ROWS), *_more(record))),
-            *_warnings(record),
+            *_told(record),
         ),
     )
 
@@ -68,7 +68,7 @@ def sweep_document(record: SweepRecord) -> Document:
             *_code(record),
             Section("Speed against memory", (_CHART,)),
             Section(_front_title(record), (_front(record, None),)),
-            *_warnings(record),
+            *_told(record),
             Section("Every trial", (_trials(record.trials),)),
         ),
     )
@@ -228,26 +228,39 @@ def _trials(trials: Sequence[SweepTrial]) -> Table:
     return Table(columns, "rlrrrrl", tuple(rows))
 
 
-def _warnings(record: SweepRecord) -> tuple[Section, ...]:
-    notes = list(record.notes)
+def _told(record: SweepRecord) -> tuple[Section, ...]:
+    """Return what must be acted on, and apart from it what was inferred, assumed or left out."""
+    told = (("Warnings", _warnings(record)), ("Notes", _notes(record)))
+    return tuple(
+        Section(title, (Bullets(tuple(map(printable, texts))),)) for title, texts in told if texts
+    )
+
+
+def _warnings(record: SweepRecord) -> list[str]:
+    warnings = list(record.warnings)
     if record.best.changes_numerics:
-        notes.append(
+        warnings.append(
             "the fastest configuration trains with other numbers than the run as it is: compare "
             "a short run of both before you rely on it"
-        )
-    if record.left:
-        notes.append(
-            "not all configurations were looked at: the same sweep with more time or trials goes "
-            "on from here" + ("" if record.storage else ", where it has a storage")
         )
     failed = [trial for trial in record.trials if trial.outcome == "failed"]
     if failed:
         one = failed[0]
-        notes.append(
+        warnings.append(
             f"{count(len(failed), 'configuration')} failed, such as {one.label} at micro-batch "
             f"{one.micro_batch:,}: {textwrap.shorten(one.reason or '', _REASON, placeholder=' …')}"
         )
-    return (Section("Warnings", (Bullets(tuple(map(printable, notes))),)),) if notes else ()
+    return warnings
+
+
+def _notes(record: SweepRecord) -> list[str]:
+    if not record.left:
+        return list(record.notes)
+    return [
+        *record.notes,
+        "not all configurations were looked at: the same sweep with more time or trials goes on "
+        "from here" + ("" if record.storage else ", where it has a storage"),
+    ]
 
 
 def _seconds(trial: SweepTrial) -> str:

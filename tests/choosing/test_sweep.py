@@ -32,6 +32,7 @@ from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress
+from autobatch.report.sweep import sweep_summary
 from autobatch.support.units import MIB
 from autobatch.workload.workload import Workload
 from tests.support import ROOT
@@ -188,6 +189,13 @@ def test_a_space_that_is_not_small_is_sampled(monkeypatch: pytest.MonkeyPatch) -
     assert bench.ran[0] == ("checkpointing: as it is", 64)
 
 
+def test_what_was_left_out_is_a_note_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fake_sweep(FakeBench(), monkeypatch, trials=3)
+    titles = {section.title: section for section in sweep_summary(found).sections}
+    assert "not all configurations were looked at" in str(titles["Notes"])
+    assert "Warnings" not in titles
+
+
 def test_a_sampler_that_has_nothing_new_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = FakeBench()
     found = fake_sweep(bench, monkeypatch, sampler="random", trials=10_000, seed=1)
@@ -323,7 +331,8 @@ def test_a_lever_with_which_a_run_fails_is_told_and_given_up() -> None:
     assert found.count("failed") == 2 and found.count("finished") >= 1
     failed = next(trial for trial in found.trials if trial.outcome == "failed")
     assert failed.reason is not None and "this lever breaks" in failed.reason
-    assert "2 configurations failed, such as mine: broken" in str(found)
+    warned = str(found).partition("Warnings")[2].partition("Notes")[0]
+    assert "2 configurations failed, such as mine: broken" in " ".join(warned.split())
 
 
 def test_nothing_that_fits_says_what_comes_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

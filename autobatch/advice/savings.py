@@ -39,12 +39,14 @@ class Saving:
         size_bytes: at the peak, of what may go; a tensor may be in savings of two kinds.
         modules: in which it is, most bytes first.
         text: what is held, and what to try.
+        brief: the same in one short line.
     """
 
     kind: Literal["scores", "upcast", "mask", "frozen"]
     size_bytes: int
     modules: tuple[str, ...]
     text: str
+    brief: str
 
 
 def savings_of(plan: PlanRecord) -> tuple[Saving, ...]:
@@ -76,15 +78,18 @@ def _scores(blocks: list[PeakBlocks]) -> Iterator[Saving]:
         return
     total = sum(each.size_bytes for each in alike)
     least = min(each.size_bytes // each.count for each in alike)
+    has_gradients = any(each.holder.phase == "backward" for each in alike)
+    counted = ", gradients counted" if has_gradients else ""
     yield Saving(
         kind="scores",
         size_bytes=total - least,
         modules=_modules(alike),
         text=(
-            f"scores of {shape[-1]:,} classes are held {count} times at the peak, "
+            f"scores of {shape[-1]:,} classes are held {count} times at the peak{counted}, "
             f"{format_bytes(total)} together{_in(alike)}: a loss that is computed in chunks may "
-            f"need only a part of it at once"
+            "need only a part of it at once"
         ),
+        brief=f"scores of {shape[-1]:,} classes are held {count} times: try a loss in chunks",
     )
 
 
@@ -123,6 +128,7 @@ def _upcasts(blocks: list[PeakBlocks], plan: PlanRecord) -> Iterator[Saving]:
                 "tanh under autocast, a fused kernel (such as F.gelu) or staying in half precision "
                 "may do without"
             ),
+            brief="copies in float32: try fused kernels, or to stay in half precision",
         )
 
 
@@ -140,6 +146,7 @@ def _masks(blocks: list[PeakBlocks]) -> Iterator[Saving]:
                 f"{format_bytes(total)} at the peak{_in(masks)}: a mask that is broadcast, or "
                 "is_causal=True in scaled_dot_product_attention, may take their place"
             ),
+            brief="expanded attention masks: try to broadcast one, or is_causal=True",
         )
 
 
@@ -170,6 +177,7 @@ def _frozen(plan: PlanRecord) -> Iterator[Saving]:
                 f"at the peak{_in(kept)}: where nothing before them learns, torch.no_grad() around "
                 "them may free these; elsewhere checkpoints may"
             ),
+            brief="activations of modules that do not learn: try torch.no_grad() or checkpoints",
         )
 
 

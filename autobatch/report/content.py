@@ -34,6 +34,7 @@ from autobatch.report.document import (
 )
 from autobatch.report.footprint_summary import account, basis_of, device_range, share
 from autobatch.report.holders import holder_sections
+from autobatch.report.savings import large_savings, savings_section
 from autobatch.support.units import format_bytes, format_seconds
 from autobatch.support.wording import count
 
@@ -57,9 +58,8 @@ def summary(plan: PlanRecord) -> Document:
             Section("", (plan_facts(plan),)),
             account(plan.footprint, plan.most_bytes),
             Section(f"Evidence: {_evidence(plan)}", (_trials(plan.trials),) if plan.trials else ()),
-            *speed_sections(plan),
-            *_warnings(plan),
-            *_notes(plan),
+            *_told(plan),
+            *large_savings(plan),
         ),
     )
 
@@ -67,13 +67,14 @@ def summary(plan: PlanRecord) -> Document:
 def full_report(plan: PlanRecord) -> Document:
     """Return the whole report: the summary, the charts and what the plan means for training."""
     head = summary(plan)
-    facts, memory, evidence, *more = head.sections
+    facts, memory, *_ = head.sections
+    holders = holder_sections(plan)
     return Document(
         title=head.title,
         subtitle=head.subtitle,
         sections=(
             facts,
-            *more,
+            *_told(plan),
             Section(
                 "Why this micro-batch",
                 (
@@ -89,7 +90,9 @@ def full_report(plan: PlanRecord) -> Document:
                     Chart("timeline", "Live bytes over the traced training windows."),
                 ),
             ),
-            *holder_sections(plan),
+            *holders[:1],
+            *savings_section(plan),
+            *holders[1:],
             *training_sections(plan),
             Section(
                 "The training loop",
@@ -333,16 +336,17 @@ def _result(trial: Trial) -> str:
     return "fits" if trial.fits else "over the budget"
 
 
-def _warnings(plan: PlanRecord) -> tuple[Section, ...]:
-    if not plan.warnings:
-        return ()
-    return (Section("Warnings", (Bullets(tuple(map(printable, plan.warnings))),)),)
-
-
-def _notes(plan: PlanRecord) -> tuple[Section, ...]:
-    if not plan.notes:
-        return ()
-    return (Section("Notes", (Bullets(tuple(map(printable, plan.notes))),)),)
+def _told(plan: PlanRecord) -> tuple[Section, ...]:
+    """Return speed, where it was asked for, what must be acted on, and what was assumed."""
+    told = (("Warnings", plan.warnings), ("Notes", plan.notes))
+    return (
+        *speed_sections(plan),
+        *(
+            Section(title, (Bullets(tuple(map(printable, texts))),))
+            for title, texts in told
+            if texts
+        ),
+    )
 
 
 def _accumulation_table(plan: PlanRecord) -> tuple[Table, ...]:

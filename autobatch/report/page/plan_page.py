@@ -27,6 +27,7 @@ from autobatch.report.holders import holder_sections
 from autobatch.report.page import figures
 from autobatch.report.page.data import page_data
 from autobatch.report.page.next_steps import next_steps
+from autobatch.report.savings import savings_section
 from autobatch.support.units import format_bytes
 
 __all__ = ["Number", "css_class", "plan_values"]
@@ -119,6 +120,7 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         "peak_allocated": format_bytes(footprint.peak_allocated_bytes),
         "has_icicle": bool(plan.peak_blocks),
         "blocks_section": blocks,
+        "savings": savings_section(plan),
         "holders": holders,
         "curve": curve,
         "curve_label": (
@@ -222,6 +224,7 @@ def _contents(values: dict[str, object]) -> Sequence[tuple[str, str]]:
         ("memory", "Where every byte goes", True),
         ("timeline", "Timeline", values["timeline"]),
         ("blocks", "Largest blocks", values["blocks_section"]),
+        ("savings", "What could go", values["savings"]),
         ("what-if", "What if", True),
         ("training", "What it means for training", True),
         ("evidence", "Evidence and notes", True),

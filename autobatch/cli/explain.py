@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from autobatch.cli.options import JSON_HELP, add_verb
+from autobatch.cli.options import JSON_HELP, add_report, add_verb
 from autobatch.cli.running import outputs, tell
 
 __all__ = ["add", "run"]
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
         "an out-of-memory error, and which allocator settings would have done.",
         examples=[
             "explain oom.pickle",
+            "explain oom.pickle --report oom-report --open",
             "explain oom.pickle --settings expandable_segments:True --json -",
         ],
     )
@@ -44,6 +45,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--top", type=int, default=10, metavar="N", help="largest blocks to list (default 10)"
     )
+    add_report(parser)
     parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
 
 

@@ -5,7 +5,8 @@ Invariant: what was recorded is called measured, and what other settings would d
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ from autobatch.report.document import (
     printable,
 )
 from autobatch.report.footprint_summary import share
+from autobatch.support.files import prepare_folder, write_text
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
 
@@ -42,7 +44,7 @@ __all__ = ["SCHEMA_VERSION", "Explanation", "explain", "explanation_summary"]
 
 SCHEMA_VERSION = 1
 
-_PLACES = 10
+_PLACES = _OPERATORS = 10
 _WORTH_SAYING = 0.01  # of the reserve
 _BASES = {
     "stack": "stack",
@@ -66,6 +68,23 @@ class Explanation(ExplanationRecord):
     def to_json(self) -> str:
         """Render the explanation as JSON text; sizes are in bytes."""
         return dump_json({"schema_version": SCHEMA_VERSION} | encode(self))
+
+    def report(self, folder: str | os.PathLike[str]) -> Path:
+        """Write report.html, report.md and explanation.json into a folder.
+
+        Returns:
+            The path of report.html, which opens from disk.
+
+        Raises:
+            FileError: the folder or a file in it cannot be written.
+        """
+        from autobatch.report import html, markdown
+
+        target = prepare_folder(folder)
+        document = explanation_summary(self)
+        write_text(target / "explanation.json", self.to_json())
+        write_text(target / "report.md", markdown.render(document))
+        return write_text(target / "report.html", html.page(document, {}))
 
     def __repr__(self) -> str:
         """Name what is shown; `print(explanation)` shows the whole."""
@@ -144,6 +163,8 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
     yield Section(f"{prefix}What held the {moment} (measured)", (_account(device),))
     if device.places:
         yield Section(f"{prefix}By line of code", (_places(device),))
+        if any(place.operator for place in device.places):
+            yield Section(f"{prefix}By operator", (_operators(device),))
         yield Section(f"{prefix}Largest blocks", (_largest(device.largest),))
     yield Section(
         f"{prefix}Reserved, but not allocated (measured)",
@@ -274,6 +295,33 @@ def _places(device: DeviceExplanation) -> Table:
         name = count(len(rest), "more place")
         rows.append((format_bytes(size), share(size, total), f"{blocks:,}", name, ""))
     return Table(("size", "share", "blocks", "line", "operator"), "rrrll", tuple(rows))
+
+
+def _operators(device: DeviceExplanation) -> Table:
+    """List what each operator held, whatever the line; the rows sum to what was allocated."""
+    sizes: Counter[str] = Counter()
+    blocks: Counter[str] = Counter()
+    for place in device.places:
+        sizes[place.operator] += place.size_bytes
+        blocks[place.operator] += place.blocks
+    total = device.reserve.allocated_bytes
+    largest = sizes.most_common()
+    lines = [
+        (printable(name) or "not known", blocks[name], size) for name, size in largest[:_OPERATORS]
+    ]
+    if rest := largest[_OPERATORS:]:
+        number = sum(blocks[name] for name, _ in rest)
+        lines.append((count(len(rest), "more operator"), number, sum(size for _, size in rest)))
+    if device.reserve.rounding_bytes:
+        lines.append(("rounding by the allocator", 0, device.reserve.rounding_bytes))
+    lines.append(("= peak allocated" if device.moment == "peak" else "= allocated", 0, total))
+    rows = tuple(
+        (name, f"{number:,}" if number else "", format_bytes(size), share(size, total))
+        for name, number, size in lines
+    )
+    return Table(
+        ("operator", "blocks", "size", "share"), "lrrr", rows, totals=frozenset({len(rows) - 1})
+    )
 
 
 def _line(place: Place | LargeBlock) -> str:

@@ -60,6 +60,27 @@ def test_json_on_stdout_is_nothing_but_json(
     assert json.loads(capsys.readouterr().out)["source"] == snapshot
 
 
+def test_a_report_is_written_and_opened(
+    snapshot: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: seen.append(address) or True)
+    page = tmp_path / "folder" / "report.html"
+    assert main(["explain", snapshot, "--report", str(page.parent), "--open"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {page}"
+    assert seen == [page.as_uri()]
+    assert "102 MiB allocated at the peak" in page.read_text()
+
+
+def test_no_empty_folder_is_left_where_nothing_can_be_explained(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert main(["explain", str(_missing(tmp_path)), "--report", str(folder)]) == 2
+    assert not folder.exists()
+
+
 def _missing(folder: Path) -> Path:
     return folder / "nothing.pickle"
 

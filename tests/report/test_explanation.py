@@ -16,6 +16,7 @@ from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.report import markdown
 from autobatch.report.explanation import Explanation, explain, explanation_summary
 from autobatch.support.units import MIB
+from tests.support import browser
 from tests.support.recordings import write
 from tests.support.training_recordings import (
     FORWARD,
@@ -72,6 +73,68 @@ def test_what_is_known_by_which_evidence_is_said(tmp_path: Path) -> None:
     lines = section(str(trained(tmp_path)), "By line of code")
     assert "no line of Python" in lines
     assert "run/model.py:12 forward" in lines
+
+
+def test_what_operators_held_sums_to_what_was_allocated(tmp_path: Path) -> None:
+    found = trained(tmp_path)
+    rows = section(str(found), "By operator").splitlines()[2:]
+    assert rows[-1].split()[:3] == ["=", "peak", "allocated"]
+    document = explanation_summary(found)
+    (table,) = next(part.blocks for part in document.sections if part.title == "By operator")
+    numbers = {row[0]: int(row[1]) for row in table.rows if row[1]}
+    device = found.devices[0]
+    assert sum(numbers.values()) == sum(place.blocks for place in device.places)
+    wanted = [place for place in device.places if place.operator == "mse_loss"]
+    assert numbers["mse_loss"] == sum(place.blocks for place in wanted) > 0
+    assert len({place.operator for place in device.places}) == len(numbers)
+
+
+def test_small_operators_are_summed(tmp_path: Path) -> None:
+    made = stack_recorder()
+    for number in range(14):
+        native = frame(f"at::_ops::op{number}::call(at::Tensor)", "??", 0)
+        made.at([native, frame("build", "/home/me/run/data.py", 3)], (20 - number) * MIB)
+    rows = section(str(explained(tmp_path, made)), "By operator").splitlines()[2:]
+    assert [row.split()[0] for row in rows[:10]] == [f"op{number}" for number in range(10)]
+    assert one_space(rows[10]).startswith("4 more operators 4 34.0 MiB")
+
+
+def test_a_snapshot_without_operators_has_no_table_of_them(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.at([], 3 * MIB)
+    assert "By operator" not in str(explained(tmp_path, made))
+
+
+def test_the_report_says_all_that_the_terminal_does(tmp_path: Path) -> None:
+    found = trained(tmp_path)
+    page = found.report(tmp_path / "report")
+    assert page == tmp_path / "report" / "report.html"
+    written, told = page.read_text(), markdown.render(explanation_summary(found))
+    assert (page.parent / "report.md").read_text() == told
+    assert json.loads((page.parent / "explanation.json").read_text()) == json.loads(found.to_json())
+    for part in explanation_summary(found).sections:
+        assert f"<h2>{part.title}</h2>" in written or not part.title
+    assert "no line of Python" in written and "run/model.py:12 forward" in written
+
+
+def test_names_in_a_recording_are_text_on_the_page(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.at([frame("<script>alert(1)</script>", "/home/me/run/data.py", 3)], 3 * MIB)
+    written = explained(tmp_path, made).report(tmp_path / "report").read_text()
+    assert "<script" not in written
+    assert "&lt;script&gt;alert(1)" in written
+
+
+def test_the_page_opens_without_an_error_or_a_request(tmp_path: Path) -> None:
+    page = trained(tmp_path).report(tmp_path / "report")
+    with browser.chromium() as started:
+        for width in (1400, 390):
+            with browser.opened(started, page, width=width) as seen:
+                assert seen.errors == []
+                assert seen.requests == [page.as_uri()]
+                assert "102 MiB allocated at the peak" in seen.text("h1")
+                body = seen("document.documentElement.scrollWidth")
+                assert body <= width
 
 
 def test_equal_blocks_share_a_row(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
 
-# the core alone, on the CPU build of PyTorch where the package index offers one
+# the core alone, on the CPU build of PyTorch where the package index offers one; pages that users
+# read, and reports, are for the default build
 test-cpu: $(CPU_VENV)/test.stamp
-	$(CPU_VENV)/bin/python -m pytest -n auto
+	$(CPU_VENV)/bin/python -m pytest -n auto --ignore tests/docs --ignore tests/reports
 
-# the core on the oldest PyTorch that pyproject.toml takes; reports run on any, and take minutes
+# the same on the oldest PyTorch that pyproject.toml takes
 test-lowest: $(LOWEST_VENV)/test.stamp
-	$(LOWEST_VENV)/bin/python -m pytest -n auto --ignore tests/reports
+	$(LOWEST_VENV)/bin/python -m pytest -n auto --ignore tests/docs --ignore tests/reports
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

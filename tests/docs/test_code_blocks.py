@@ -136,9 +136,12 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path
 
 
 def commands() -> list[tuple[Block, list[str]]]:
-    """Return the blocks of commands, each with its lines, but for those that install."""
+    """Return the blocks of commands, each with its lines, but for those that install.
+
+    Examples have tests of their own (`tests/test_examples.py`).
+    """
     found = []
-    for page in PAGES:
+    for page in (page for page in PAGES if page.parent.name != "examples"):
         for block in blocks_of(page, "shell"):
             lines = [line for line in block.text.splitlines() if not _INSTALLS.match(line)]
             if lines and "snapshot.pickle" not in block.text:
@@ -157,3 +160,22 @@ def test_a_block_of_commands_runs(block: Block, lines: list[str], tmp_path: Path
         (tmp_path / name).symlink_to(ROOT / name)
     for line in lines:
         run(shlex.split(line, comments=True), tmp_path)
+
+
+def test_the_readme_shows_what_the_command_prints(tmp_path: Path) -> None:
+    text = README.read_text(encoding="utf-8")
+    told = re.search(
+        r"^`(autobatch probe [^`]+)`.*?torch ([\d.]+), transformers ([\d.]+)", text, re.M | re.S
+    )
+    assert told
+    for name, version in (("torch", told[2]), ("transformers", told[3])):
+        found = pytest.importorskip(name).__version__
+        if not found.startswith(version):
+            pytest.skip(f"README shows what {name} {version} gives, and this is {found}")
+    printed = run([*shlex.split(told[1]), "--no-cache"], tmp_path).splitlines()
+    (block,) = (b for b in blocks_of(README, "text") if "effective batch 256" in b.text)
+    shown, end = block.text.splitlines()[:-2], block.text.splitlines()[-2:]
+    assert printed[: len(shown)] == shown
+    seconds = re.compile(r"[\d.]+ s$")
+    assert seconds.sub("", printed[len(shown)]) == seconds.sub("", end[0])
+    assert end[1] == "…"

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import JSON_HELP, SPEC_HELP, add_inputs, add_isolation, add_verb
+from autobatch.cli.options import (
+    JSON_HELP,
+    SPEC_HELP,
+    add_inputs,
+    add_isolation,
+    add_levers,
+    add_verb,
+)
 from autobatch.cli.running import Model, model_of, outputs, run_apart, tell
 
 if TYPE_CHECKING:
     from autobatch.equivalence.result import Equivalence
+    from autobatch.gpus.catalogue import GpuSpec
     from autobatch.records.progress import ProgressCallback
+    from autobatch.workload.workload import Workload
 
 __all__ = ["add"]
 
@@ -30,6 +40,7 @@ def add(verbs: Any) -> None:
             "check train.py:build",
             "check train.py:build --plan out/plan.json",
             "check timm:resnet18 --micro-batch 2 --accumulation-steps 4",
+            "check train.py:build --precision bf16 --lora r=16 --activation-checkpointing",
         ],
     )
     parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
@@ -39,6 +50,7 @@ def add(verbs: Any) -> None:
         "--plan", metavar="PLAN.JSON", help="compare this plan's window, or a smaller one like it"
     )
     add_inputs(parser)
+    add_levers(parser.add_argument_group("how it is trained"))
     parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
     add_isolation(parser)
 
@@ -46,7 +58,6 @@ def add(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     """Compare accumulated gradients with the whole batch's; 1 where they differ."""
     from autobatch.equivalence.result import equivalence_summary
-    from autobatch.gpus.catalogue import CATALOGUE
     from autobatch.plan.plan import Plan
     from autobatch.records.progress import silent
 
@@ -55,9 +66,9 @@ def _run(arguments: argparse.Namespace) -> int:
             "plan": Plan.load(arguments.plan) if arguments.plan else None,
             "micro_batch": arguments.micro_batch,
             "accumulation_steps": arguments.accumulation_steps,
+            "autocast": arguments.autocast,
         }
-        any_card = next(iter(CATALOGUE.values()))  # what is run here is run on the CPU
-        work = partial(_equivalence, model_of(arguments, [any_card]), options)
+        work = partial(_equivalence, model_of(arguments, [_newest_card()]), options)
         result = run_apart(arguments, work, silent, on_gpu=False)
         tell(arguments, result, equivalence_summary(result))
     return 0 if result.equivalent else 1
@@ -67,5 +78,31 @@ def _equivalence(
     model: Model, options: dict[str, Any], *, progress: ProgressCallback
 ) -> Equivalence:
     from autobatch.equivalence.check import check_equivalence
+    from autobatch.workload.workload import Workload
 
-    return check_equivalence(model(), **options)
+    subject = model()
+    if isinstance(subject, Workload):
+        subject = _changed(subject)
+    return check_equivalence(subject, **options)
+
+
+def _changed(workload: Workload) -> Workload:
+    """Apply to a workload's own model, which this process alone has, what levers would to a copy.
+
+    Optimizers, which levers may bring too, are not compared.
+    """
+    if not workload.changes:
+        return workload
+    from autobatch.workload.wrappers import unwrapped
+
+    model = unwrapped(workload.model)
+    for change in workload.changes:
+        model = change(model) or model
+    return replace(workload, model=model, changes=())
+
+
+def _newest_card() -> GpuSpec:
+    """Return a card that has every number format; what is run here is run on the CPU."""
+    from autobatch.gpus.catalogue import CATALOGUE
+
+    return max(CATALOGUE.values(), key=lambda card: card.compute_capability)

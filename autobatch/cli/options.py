@@ -15,6 +15,7 @@ __all__ = [
     "SPEC_HELP",
     "add_inputs",
     "add_isolation",
+    "add_levers",
     "add_objective",
     "add_question",
     "add_report",
@@ -227,6 +228,13 @@ def add_workload_options(
         help=f"default adamw; {', '.join(sorted(OPTIMIZERS))}",
     )
     how.add_argument("--clip-norm", type=float, metavar="X", help="clip the gradient norm to this")
+    add_levers(how)
+    parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
+    add_isolation(parser)
+
+
+def add_levers(how: Any) -> None:
+    """Add what changes the model that is trained, or its number format, to a group of options."""
     formats = how.add_mutually_exclusive_group()
     formats.add_argument("--autocast", choices=["bf16", "fp16"], help="the same as --precision")
     formats.add_argument(
@@ -250,5 +258,3 @@ def add_workload_options(
         help="freeze the model and train LoRA's matrices of this rank: r=16, or "
         "r=16,targets=q_proj,v_proj",
     )
-    parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
-    add_isolation(parser)

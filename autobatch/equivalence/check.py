@@ -29,7 +29,7 @@ from autobatch.support.exits import exits_reported
 from autobatch.support.host_memory import free_host_bytes
 from autobatch.support.interrupts import arriving, held
 from autobatch.support.units import format_bytes
-from autobatch.support.wording import argument, for_reader
+from autobatch.support.wording import argument, count, for_reader
 from autobatch.workload.complete import Asked
 from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, WindowFunction, Workload
@@ -116,6 +116,11 @@ def check_equivalence(
     asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss, autocast=autocast)
     with one_at_a_time(), exits_reported("the model"):
         workload = asked.workload()
+    if workload.changes:
+        raise UsageError(
+            f"the Workload has {count(len(workload.changes), 'change')} of its model, which a "
+            "comparison leaves out: apply them to the model, and leave `changes` empty"
+        )
     check = _Check(
         workload=workload,
         window=sizes_asked,

@@ -121,6 +121,34 @@ def test_inputs_that_are_not_inferred_are_said(
     assert main(["check", "m.py:Odd", *how, "--no-isolate"]) == 0
 
 
+def test_check_compares_the_model_as_levers_change_it(
+    spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    words = ["--lora", "r=2", "--activation-checkpointing", "--precision", "bf16"]
+    assert main(["check", "m.py:build", *words, "--no-isolate", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["check", "m.py:build", "--no-isolate", "--json", "-"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert found["equivalent"] and plain["equivalent"]
+    assert found["rounding"] is not None and plain["rounding"] is None
+    assert len(found["parameters"]) == 4 * 2 * 2  # two matrices beside two layers of each block
+    assert all("lora_" in name for name in found["parameters"])
+    assert len(plain["parameters"]) == 4 * 2 * 2  # weights and biases
+
+
+def test_changes_of_a_workload_are_not_left_out_of_a_comparison_in_silence() -> None:
+    from autobatch import Workload, check_equivalence
+
+    workload = Workload(
+        model=nn.Linear(2, 2), batch=lambda n: torch.ones(n, 2), changes=(lambda model: None,)
+    )
+    with pytest.raises(
+        UsageError, match="has 1 change of its model, which a comparison leaves out"
+    ):
+        check_equivalence(workload)
+
+
 def test_the_precision_of_products_is_put_back(
     spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

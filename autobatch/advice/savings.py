@@ -177,7 +177,7 @@ def _frozen(plan: PlanRecord) -> Iterator[Saving]:
                 f"at the peak{_in(kept)}: where nothing before them learns, torch.no_grad() around "
                 "them may free these; elsewhere checkpoints may"
             ),
-            brief="activations of modules that do not learn: try torch.no_grad() or checkpoints",
+            brief="what frozen modules keep: try checkpoints, or no_grad() if none before learns",
         )
 
 

@@ -12,6 +12,7 @@ from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
+from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 
 __all__ = ["WINDOWS", "Device", "Run", "SimulatedDevice"]
@@ -37,6 +38,7 @@ class Run:
         grown_bytes: by how much what is alive after a window grew from the first to the second.
         notes: what the user should know about this run.
         work: what the last window computes and moves; None where it was not counted.
+        counts: of the copy of the model, where changes were applied to it; else None.
     """
 
     trace: Trace
@@ -50,6 +52,7 @@ class Run:
     grown_bytes: int = 0
     notes: tuple[str, ...]
     work: WindowWork | None = None
+    counts: ModelCounts | None = None
 
     @property
     def is_free(self) -> bool:

@@ -81,6 +81,10 @@ class RunningModule:
                     if tensor is not None:
                         self._owners.setdefault(id(tensor), name)
 
+    def name_of(self, module: nn.Module, path: str) -> str:
+        """Return the name of a module; its path where it is not known."""
+        return self._names.get(id(module), path)
+
     def owner(self, tensor: Any) -> str | None:
         """Return the name of the first module that owns a parameter or buffer, if one does."""
         return self._owners.get(id(tensor))

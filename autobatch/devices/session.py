@@ -27,6 +27,7 @@ from autobatch.support.interrupts import let_through
 from autobatch.support.tensor_parts import parts_of
 from autobatch.support.torch_private import DisableTorchFunction
 from autobatch.support.wording import said_by
+from autobatch.workload.counts import ModelCounts, counts_of
 from autobatch.workload.histories import with_full_history
 from autobatch.workload.loss import DefaultLoss
 from autobatch.workload.optimizers import (
@@ -79,6 +80,7 @@ class Session:
     Attributes:
         optimizers: those that step after a window, or that a window function gets.
         buckets: in which DistributedDataParallel averages gradients.
+        counts: of the model's copy, where changes were applied to it; else None.
     """
 
     def __init__(
@@ -108,11 +110,15 @@ class Session:
         self._recorder = recorder
         recorder.begin("setup")
         running = self._running = recorder.running
+        self.counts: ModelCounts | None = None
 
         def tagged(copied: nn.Module) -> nn.Module:
             running.learn(copied)  # before levers change it: these are the user's names
             for change in workload.changes:
                 copied = change(copied) or copied
+            if workload.changes:
+                running.learn(copied)
+                self.counts = counts_of(copied, running.name_of)
             wrapped = wrap(copied.to(device) if workload.changes else copied)
             running.learn(wrapped)
             recorder.tag(self._owned_parts(wrapped.parameters()), "parameters")

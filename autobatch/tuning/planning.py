@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from autobatch import _version
 from autobatch.devices.base import Device, Run
@@ -39,13 +38,13 @@ from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import Split, split
 from autobatch.support.collection import collection_paused
-from autobatch.support.torch_private import BatchNorm
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, plan_warnings, what_is_missing
 from autobatch.tuning.objective import choice, samples_per_second, speed_notes, timed
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.tuning.what_if import what_if
+from autobatch.workload.counts import counts_of
 from autobatch.workload.layout import dims_as_text
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
@@ -378,26 +377,16 @@ def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
 
 
 def _facts(workload: Workload, run: Run) -> ModelFacts:
-    parameters = list(workload.model.parameters())
+    # what ran is not the user's model where levers changed the copy
+    counts = run.counts or counts_of(unwrapped(workload.model))
     return ModelFacts(
         name=type(workload.model).__name__,
-        parameters=sum(p.numel() for p in parameters),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        batchnorm_layers=sum(isinstance(m, BatchNorm) for m in workload.model.modules()),
+        parameters=counts.parameters,
+        trainable_parameters=counts.trainable_parameters,
+        batchnorm_layers=counts.batchnorm_layers,
         optimizer=run.optimizer,
         loss=run.loss,
         autocast=workload.autocast,
         clip_norm=workload.clip_norm,
-        frozen=tuple(_frozen(unwrapped(workload.model))),
+        frozen=counts.frozen,
     )
-
-
-def _frozen(model: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the paths of the outermost modules that have parameters of which none learns."""
-    for name, child in model.named_children():
-        inner = f"{path}.{name}" if path else name
-        learns = {parameter.requires_grad for parameter in child.parameters()}
-        if learns == {False}:
-            yield inner
-        elif learns:
-            yield from _frozen(child, inner)

@@ -1,5 +1,7 @@
 """What may go of a peak: each kind is named where a model has it, and nowhere else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,9 @@ from torch.nn import functional as F
 
 import autobatch
 from autobatch.advice.savings import savings_of
+from autobatch.gpus.catalogue import find_gpu
+from autobatch.levers.setup import Setup
+from autobatch.workload.complete import Asked
 
 
 class Model(nn.Module):
@@ -92,3 +97,28 @@ def test_example_plan_of_an_earlier_version_has_nothing_to_name():
     from tests.support.plans import example_plan
 
     assert savings_of(example_plan()) == ()
+
+
+def test_what_a_change_of_the_copy_freezes_counts_as_frozen():
+    def freeze(model):
+        model.middle.requires_grad_(False)
+
+    asked = Asked(model=Model(), sample=torch.zeros(2, 64, 32)).workload()
+    plan = plan_of(replace(asked, changes=(freeze,)), sample=None)
+
+    assert plan.model.frozen == ("middle",)
+    assert plan.model.parameters - plan.model.trainable_parameters == 32 * 32 + 32
+    assert "frozen" in kinds(plan)
+
+
+def test_adapters_are_what_learns_in_a_plan_with_lora():
+    pytest.importorskip("peft")
+    from autobatch.levers.lora import lora
+
+    asked = Asked(model=Model(), sample=torch.zeros(2, 64, 32)).workload()
+    setup = Setup(workload=asked, gpu=find_gpu("t4"))
+    (option,) = lora(ranks=[2], modules=["first"]).options(setup)
+    plan = plan_of(option.apply(setup).workload, sample=None)
+
+    assert plan.model.trainable_parameters == 2 * (32 + 32)
+    assert plan.model.frozen == ("first", "middle", "last")

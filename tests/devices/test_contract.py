@@ -164,3 +164,13 @@ def test_the_answers_of_a_device_agree_with_each_other(kind: str) -> None:
     like = device.simulated()
     assert like.is_simulated and like.usable_bytes == device.usable_bytes
     assert (like is device and device.host_limit_bytes() is None) is simulated
+
+
+def test_a_run_counts_the_copy_that_changes_were_made_to(kind: str) -> None:
+    assert run(opened(kind), job()).counts is None
+    changed = job(changes=(lambda model: model.layers[0].requires_grad_(False) and None,))
+    counts = run(opened(kind), changed).counts
+    assert counts is not None
+    assert counts.parameters == WEIGHTS
+    assert counts.trainable_parameters == WEIGHTS * 2 // 3
+    assert counts.frozen == ("layers.0",)

@@ -50,6 +50,7 @@ from autobatch.support.interrupts import held, uninterrupted
 from autobatch.support.oom import Shortage, attempt, let_go
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import for_reader, given
+from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
@@ -259,6 +260,7 @@ class CudaGpu:
             optimizer=facts.optimizer,
             grown_bytes=facts.grown_bytes,
             notes=tuple(facts.notes),
+            counts=facts.counts,
         )
 
     def labelled(self, workload: Workload, trace: Trace) -> Trace:
@@ -304,7 +306,15 @@ class CudaGpu:
                 seconds.append(clock.seconds())
         finally:
             session.let_go()
-        return _Facts(peak, seconds, session.loss_kind, session.optimizer_name, notes, grown_bytes)
+        return _Facts(
+            peak=peak,
+            window_seconds=seconds,
+            loss=session.loss_kind,
+            optimizer=session.optimizer_name,
+            notes=notes,
+            grown_bytes=grown_bytes,
+            counts=session.counts,
+        )
 
     def _put_back_peaks(self, before: Stats) -> None:
         """Let the allocator's peaks read as before.
@@ -341,6 +351,7 @@ class _Facts:
     optimizer: str = ""
     notes: list[str] = field(default_factory=list)
     grown_bytes: int = 0
+    counts: ModelCounts | None = None
 
 
 def _prepared_like(original: nn.Module, copied: nn.Module) -> nn.Module:

@@ -49,6 +49,7 @@ from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.support.interrupts import held
+from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
@@ -224,6 +225,7 @@ class VirtualGpu:
             grown_bytes=ran.grown_bytes,
             notes=tuple(notes),
             work=ran.work,
+            counts=ran.counts,
         )
 
     def _windows(
@@ -305,6 +307,7 @@ class VirtualGpu:
             optimizer=session.optimizer_name,
             grown_bytes=session.grown_bytes,
             work=None if counter is None else counter.work(job.micro_batch),
+            counts=session.counts,
         )
 
 
@@ -330,7 +333,7 @@ class _Ran:
         loss: how it was obtained.
         optimizer: its class.
         grown_bytes: as in `Run`.
-        work: as in `Run`.
+        work, counts: as in `Run`.
     """
 
     trace: Trace
@@ -340,6 +343,7 @@ class _Ran:
     optimizer: str
     grown_bytes: int
     work: WindowWork | None
+    counts: ModelCounts | None
 
 
 def _let_go(error: BaseException | None) -> None:

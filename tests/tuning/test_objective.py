@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autobatch
 from autobatch import GpuSpec, Plan, SampleError, UsageError
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.support.units import GIB
+from autobatch.support.units import GIB, MIB
 from autobatch.tuning.objective import samples_per_second
 from autobatch.tuning.speed import window_estimate
 from autobatch.workload.workload import Workload
@@ -65,7 +65,7 @@ def test_the_largest_is_planned_without_an_estimate() -> None:
 
 
 def test_windows_are_timed_on_a_card_that_is_here() -> None:
-    with installed(CudaOnCpu()):
+    with installed(CudaOnCpu(32 * MIB)):  # a larger one computes long
         plan = autobatch.tune(workload(256), target=256, objective="fastest")
     assert {point.how for point in plan.speed} == {"measured"}
     ran = {(trial.micro_batch, trial.accumulation_steps) for trial in plan.trials}

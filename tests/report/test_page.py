@@ -91,8 +91,9 @@ def test_what_if_equals_tune_over_a_grid(seen: Seen, plan: Plan) -> None:
     own = plan.what_if.cards[0]
     targets = (2, 7, 24, 96, 97, 130, 1000)
     exact = 0
-    for index in range(0, len(own.headrooms), max(1, len(own.headrooms) // 6)):
-        for target in targets:
+    indices = range(0, len(own.headrooms), max(1, len(own.headrooms) // 6))
+    for number, index in enumerate(indices):
+        for target in targets[number % 2 :: 2]:  # every other point of the grid
             told = seen("([h, t]) => autobatch.answers.planned(0, h, t)", [index, target])
             there = tuned(headroom=own.headrooms[index], target=target)
             assert told["ceiling"] == there.ceiling

@@ -109,7 +109,7 @@ def test_pruning_finds_what_running_everything_finds(monkeypatch: pytest.MonkeyP
 def test_pruning_finds_on_a_simulated_card_what_running_everything_finds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options: dict[str, Any] = {"target": 64, "gpu": "t4", "levers": ["checkpointing"]}
+    options: dict[str, Any] = {"target": 16, "gpu": "t4", "levers": ["checkpointing"]}
     pruned = sweep(network(), **options)
     monkeypatch.setattr(Known, "why_not", lambda *_: None)
     everything = sweep(network(), **options)

@@ -171,8 +171,8 @@ def total(blocks, by):
 
 
 @pytest.mark.parametrize(("kind", "make"), [pytest.param(k, m, id=k) for k, m in kinds()])
-@pytest.mark.parametrize(("target", "evidence"), [(8, "simulated"), (1_000_001, "predicted")])
-def test_blocks_at_the_peak_sum_to_it_and_bear_names_of_the_model(kind, make, target, evidence):
+@pytest.mark.parametrize("target", [8, 1_000_001], ids=["simulated", "predicted"])
+def test_blocks_at_the_peak_sum_to_it_and_bear_names_of_the_model(kind, make, target):
     model, sample, options = make()
 
     plan = autobatch.tune(model, target=target, sample=sample, gpu="2GiB", **options)
@@ -183,7 +183,9 @@ def test_blocks_at_the_peak_sum_to_it_and_bear_names_of_the_model(kind, make, ta
         if size and name != "rounding"
     }
     blocks = plan.peak_blocks
-    assert plan.footprint.evidence == evidence
+    # a size that divides the target well may be one that was executed
+    was_run = plan.micro_batch in {trial.micro_batch for trial in plan.trials}
+    assert plan.footprint.evidence == ("simulated" if was_run else "predicted")
     allocated = plan.footprint.peak_allocated_bytes - plan.footprint.rounding_bytes
     assert total(blocks, lambda holder: holder.category) == expected
     for by in ("module", "op"):

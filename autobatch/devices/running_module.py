@@ -51,6 +51,8 @@ class RunningModule:
     Attributes:
         current: the innermost module whose forward pass runs; None where none does.
         announce: gives a context in which a module of this name runs; None for none.
+        above_calls: of each call of a module that runs in this thread, the line of the user's code
+            that leads to it, for who finds lines to fill in; None where nobody has asked for it.
     """
 
     def __init__(self, *, follows: bool = True) -> None:
@@ -64,6 +66,7 @@ class RunningModule:
         self._owners: dict[int, str] = {}
         self.current: str | None = None
         self.announce: Callable[[str], AbstractContextManager[Any]] | None = None
+        self.above_calls: list[str | None] = []
         self._numbers: list[int] = []  # of autograd nodes, from which on ...
         self._made_by: list[str] = []  # ... this module makes them
         self._is_followed = False
@@ -97,27 +100,32 @@ class RunningModule:
             return
         original = nn.Module.__call__
         thread = threading.get_ident()
-        names, note = self._names, self._note
+        names, note, above = self._names, self._note, self.above_calls
 
         def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            is_here = threading.get_ident() == thread
             name = names.get(id(module))
             if name is None:
-                if threading.get_ident() != thread:
+                if not is_here:
                     return original(module, *args, **kwargs)
                 name = self._foreign(module)
             before = self.current
-            if name is before:
-                return original(module, *args, **kwargs)
-            self.current = name
-            note(next_sequence_number(), name)
+            if is_here:
+                above.append(None)
+            if name is not before:
+                self.current = name
+                note(next_sequence_number(), name)
             try:
-                if self.announce is None:
+                if self.announce is None or name is before:
                     return original(module, *args, **kwargs)
                 with self.announce(name):
                     return original(module, *args, **kwargs)
             finally:
-                self.current = before
-                note(next_sequence_number(), before or "")
+                if is_here:
+                    above.pop()
+                if name is not before:
+                    self.current = before
+                    note(next_sequence_number(), before or "")
 
         with patched(nn.Module, __call__=called):
             self._is_followed = True

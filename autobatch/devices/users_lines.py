@@ -1,9 +1,14 @@
-"""Which line of the user's code runs: the innermost one outside of libraries."""
+"""Which line of the user's code runs: the innermost one outside of libraries.
+
+A stack is followed up to the innermost call of a module, mostly: what lies above a call stays the
+same for as long as it runs.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from types import CodeType, FrameType
 
 from autobatch.memory.stacks import is_of_library, line_as_text
@@ -13,41 +18,70 @@ __all__ = ["UsersLines"]
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OUTERMOST = os.path.join(_OURS, "devices", "session.py")
 """Who calls for windows to run is no part of them."""
+_CALLS = os.path.join(_OURS, "devices", "running_module.py"), "called"
+"""The function in which each call of a module is followed."""
 
-_USERS, _LIBRARYS, _END = range(3)
+_USERS, _LIBRARYS, _CALL, _END = range(4)
 
 
 class UsersLines:
     """Finds the line of the user's code that runs; knows files and lines that it has met."""
 
-    def __init__(self) -> None:
-        """Know no file yet."""
-        self._kinds: dict[CodeType, int] = {}
-        self._texts: dict[tuple[CodeType, int], str] = {}
+    def __init__(self, above_calls: list[str | None]) -> None:
+        """Know no file yet.
+
+        Args:
+            above_calls: as in `RunningModule`; lines that are found are put into it.
+        """
+        self._above_calls = above_calls
+        self._thread = threading.get_ident()
+        self._kinds: dict[int, int] = {}  # by identity: hashing code is slow
+        self._codes: list[CodeType] = []  # held, so that no other code gets an identity
+        self._texts: dict[tuple[int, int], str] = {}
 
     def current(self) -> str:
         """Return the innermost line of the user's code; empty where none of it runs."""
         kinds = self._kinds
+        calls = self._above_calls if threading.get_ident() == self._thread else []
+        call = len(calls)
         frame: FrameType | None = sys._getframe(1)
+        line = ""
         while frame is not None:
             code = frame.f_code
-            kind = kinds.get(code)
+            kind = kinds.get(id(code))
             if kind is None:
-                kind = kinds[code] = _kind_of(code.co_filename)
-            if kind != _LIBRARYS:
-                return "" if kind == _END else self._text(code, frame.f_lineno)
+                kind = self._kind_of(code)
+            if kind == _CALL and call:
+                call -= 1
+                known = calls[call]
+                if known is not None:
+                    line = known
+                    break
+            elif kind == _USERS:
+                line = self._text(code, frame.f_lineno)
+                break
+            elif kind == _END:
+                break
             frame = frame.f_back
-        return ""
+        for passed in range(call, len(calls)):
+            calls[passed] = line
+        return line
+
+    def _kind_of(self, code: CodeType) -> int:
+        path = code.co_filename
+        if (path, code.co_name) == _CALLS:
+            kind = _CALL
+        elif path == _OUTERMOST:
+            kind = _END
+        else:
+            kind = _LIBRARYS if path.startswith(_OURS) or is_of_library(path) else _USERS
+        self._codes.append(code)
+        self._kinds[id(code)] = kind
+        return kind
 
     def _text(self, code: CodeType, line: int) -> str:
-        text = self._texts.get((code, line))
+        text = self._texts.get((id(code), line))
         if text is None:
             text = line_as_text(code.co_filename, line, code.co_name)
-            self._texts[code, line] = text
+            self._texts[id(code), line] = text
         return text
-
-
-def _kind_of(path: str) -> int:
-    if path == _OUTERMOST:
-        return _END
-    return _LIBRARYS if path.startswith(_OURS) or is_of_library(path) else _USERS

@@ -163,6 +163,23 @@ def test_the_line_is_the_innermost_of_the_users_code_in_the_forward_pass():
     assert {b.label.where for b in trace.blocks if b.phase in ("setup", "backward", "step")} == {""}
 
 
+def test_a_library_module_that_is_called_at_two_lines_is_that_of_each_line():
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.GELU(), nn.Linear(8, 8)))
+
+    def loss(net, x):
+        once = net(x)
+        again = net(once)
+        return again.pow(2).sum()
+
+    trace = run(nn.Sequential(inner), loss=loss)
+
+    first = loss.__code__.co_firstlineno
+    of_calls = [b.label.where for b in made(trace, "aten::addmm", "forward")]
+    file = f"devices/{__file__.split('/')[-1]}"
+    one_window = [f"{file}:{first + line} loss" for line in (1, 1, 2, 2)]
+    assert of_calls == [*one_window, *one_window]
+
+
 def test_labels_of_a_predicted_trace_are_those_of_one_that_runs():
     small, large, executed = (run(n=n) for n in (2, 5, 64))
 

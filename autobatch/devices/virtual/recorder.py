@@ -101,7 +101,7 @@ class StorageRecorder:
         self._claimed: list[tuple[_StorageRef, Category]] = []
         self._fresh = 0
         self.running = RunningModule()
-        self._lines = UsersLines()
+        self._lines = UsersLines(self.running.above_calls)
         self._labels: dict[tuple[object, ...], Label] = {}
 
     def created(self, tensor: Tensor, op: str) -> None:
@@ -116,19 +116,21 @@ class StorageRecorder:
         ref.key = key
         ref.block = len(self._blocks)
         self._live[key] = ref
+        running = self._running
+        module, where = self._maker() if running is None else (running.module, running.where)
         category = None if self._claim else self._pending
         if self._claim:
             self._claimed.append((ref, self._claim))
         elif category is None and self.phase == "backward" and torch.is_grad_enabled():
             category = "activations"  # recomputed by activation checkpointing
-        block = _Block(storage.nbytes(), self.phase, op, category, *self._maker())
+        block = _Block(storage.nbytes(), self.phase, op, category, module, where)
         if tensor is not None:
             block.shape, block.dtype = tensor.shape, tensor.dtype
         self._blocks.append(block)
         self._events.append(ref.block)
         self._latest = key
-        if self._running is not None:
-            self._running.results.append(len(self._events))
+        if running is not None:
+            running.results.append(len(self._events))
 
     def _maker(self) -> tuple[str, str]:
         """Return the module that is at work, and the line of the user's code that runs."""

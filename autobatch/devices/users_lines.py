@@ -21,6 +21,9 @@ _OUTERMOST = os.path.join(_OURS, "devices", "session.py")
 _CALLS = os.path.join(_OURS, "devices", "running_module.py"), "called"
 """The function in which each call of a module is followed."""
 
+_OF_THE_RECORDER = 4
+"""Frames at the top of each stack: `current`, and three of the recorder that asks."""
+
 _USERS, _LIBRARYS, _CALL, _END = range(4)
 
 
@@ -40,11 +43,15 @@ class UsersLines:
         self._texts: dict[tuple[int, int], str] = {}
 
     def current(self) -> str:
-        """Return the innermost line of the user's code; empty where none of it runs."""
+        """Return the innermost line of the user's code; empty where none of it runs.
+
+        Each frame that is looked at becomes an object, which takes most of the time: the recorder's
+        own are skipped.
+        """
         kinds = self._kinds
         calls = self._above_calls if threading.get_ident() == self._thread else []
         call = len(calls)
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(_OF_THE_RECORDER)
         line = ""
         while frame is not None:
             code = frame.f_code

@@ -16,6 +16,7 @@ from autobatch.cli.completion import complete
 from autobatch.cli.parser import parsed, parser
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.support import process
+from autobatch.support.collection import quick_exit
 from autobatch.support.exits import exits_reported
 from autobatch.support.wording import ON_COMMAND_LINE
 
@@ -75,6 +76,7 @@ def entry() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the answer is out
     except KeyboardInterrupt:
         code = _INTERRUPTED
+    quick_exit()
     sys.exit(code)
 
 

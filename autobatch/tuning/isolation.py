@@ -36,6 +36,7 @@ from autobatch.records.codec import decode, encode, parse_json
 from autobatch.records.evidence import Trial
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support import process
+from autobatch.support.collection import quick_exit
 from autobatch.support.files import prepare_folder, user_folder
 from autobatch.support.wording import ON_COMMAND_LINE, for_reader, one_line
 
@@ -337,6 +338,8 @@ def _child(folder_name: str, ours: bool, on_command_line: bool) -> None:
         _append(folder, _outcome(folder))
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+    finally:
+        quick_exit()
 
 
 def _end_with_parent() -> None:

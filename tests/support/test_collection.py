@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,27 @@ def test_a_pause_leaves_collection_off_where_it_was_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [("", ["handler", "collected"]), ("quick_exit()", ["handler"])]
+)
+def test_a_process_that_ends_quickly_runs_its_handlers_and_collects_no_garbage(end, said):
+    code = f"""
+import atexit
+from autobatch.support.collection import quick_exit
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+        self.says = print
+    def __del__(self):
+        self.says("collected", flush=True)
+
+atexit.register(print, "handler", flush=True)
+kept = [Cycle()]
+{end}
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ended.stdout.split() == said

@@ -65,7 +65,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawing of `report.charts`, by its name, and what it shows."""
+    """A drawing beside a report, by its name, and what it shows."""
 
     name: str
     caption: str

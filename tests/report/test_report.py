@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -10,17 +12,14 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from autobatch.cli import terminal
 from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import Timeline
-from autobatch.report import html, markdown, rows, table, text
-from autobatch.report.charts.breakdown import breakdown_chart, draw_breakdown
-from autobatch.report.charts.memory import draw_memory, memory_chart
-from autobatch.report.charts.timeline import draw_timeline, timeline_chart
+from autobatch.report import drawings, html, markdown, rows, table, text
+from autobatch.report.charts.frame import new_figure, save_svg, style
 from autobatch.report.content import full_report, summary
 from autobatch.report.document import (
     Bullets,
@@ -33,8 +32,8 @@ from autobatch.report.document import (
     Section,
     Table,
 )
-from autobatch.report.folder import write_charts
 from autobatch.report.footprint_summary import footprint_summary
+from autobatch.report.page import figures
 from tests.support.plans import BUDGET, example_plan, ragged_plan
 
 FILES = {
@@ -118,13 +117,27 @@ def test_charts_are_valid_svg(folder: Path) -> None:
 
 
 def test_drawing_leaves_the_users_matplotlib_alone(tmp_path: Path) -> None:
+    def draw() -> bytes:
+        with style():
+            figure, axes = new_figure(4, 3, "A chart", bottom=0.2)
+            axes.plot([1, 2], [3, 4])
+            save_svg(figure, tmp_path, "chart")
+        return (tmp_path / "chart.svg").read_bytes()
+
     with mpl.rc_context({"font.size": 33.0, "axes.facecolor": "red"}):
         before = dict(mpl.rcParams)
-        write_charts(example_plan(), tmp_path)
+        styled = draw()
         assert dict(mpl.rcParams) == before
-        styled = (tmp_path / "memory.svg").read_bytes()
-    write_charts(example_plan(), tmp_path)
-    assert (tmp_path / "memory.svg").read_bytes() == styled
+    assert draw() == styled
+
+
+def test_a_report_of_a_plan_needs_no_matplotlib() -> None:
+    code = (
+        "import sys, tempfile; from tests.support.plans import example_plan; "
+        "example_plan().report(tempfile.mkdtemp()); "
+        "assert 'matplotlib' not in sys.modules, 'matplotlib was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_report_answers_the_questions_with_this_models_figures(folder: Path) -> None:
@@ -233,47 +246,65 @@ def test_the_curve_frame_says_what_fits(folder: Path) -> None:
         assert (row["fits"] == "True") == (int(row["peak_reserved_bytes"]) <= BUDGET)
 
 
-def test_the_memory_chart_always_has_the_chosen_size() -> None:
-    plan = example_plan(curve=example_plan().curve[:2])
-    chart = memory_chart(plan)
-    assert chart.chosen in chart.points
-    assert chart.chosen.micro_batch == 64
-
-
-def test_the_bars_sum_to_the_device_and_end_at_the_budget() -> None:
+def test_the_drawing_of_the_curve_has_a_mark_for_each_point_and_one_for_the_plan() -> None:
     plan = example_plan()
-    chart = breakdown_chart(plan)
-    assert [sum(size for _, size in bar.parts) for bar in chart.bars] == [
-        plan.footprint.peak_device_bytes,
-        plan.ceiling_footprint.peak_device_bytes,
-    ]
-    assert chart.limit_bytes - plan.footprint.context_bytes == plan.budget_bytes
+    drawn = drawings.memory(plan)
+    simulated = sum(point.evidence == "simulated" for point in plan.curve)
+    assert drawn.count("l5 5l-5 5") == simulated + 1  # one is in the legend
+    assert drawn.count("<circle") == len(plan.curve) - simulated + 1 + 2
+    assert ">plan 64<" in drawn
+    assert ">ceiling 115<" in drawn
 
 
-def test_the_timelines_series_sum_to_the_allocated_bytes() -> None:
-    chart = timeline_chart(example_plan())
-    for index, allocated in enumerate(chart.allocated_bytes):
-        assert sum(sizes[index] for _, sizes in chart.series) == allocated
-    assert chart.peak_bytes == max(chart.allocated_bytes)
+def test_bars_are_as_long_as_what_is_on_the_device() -> None:
+    plan = example_plan()
+    bar = figures.bar(plan)
+    taken = plan.footprint.peak_device_bytes
+    assert sum(part.width for part in bar.parts) == pytest.approx(100 * taken / bar.whole_bytes)
+    assert bar.budget - 100 * plan.footprint.context_bytes / bar.whole_bytes == pytest.approx(
+        100 * plan.budget_bytes / bar.whole_bytes
+    )
+    both = drawings.breakdown(plan)
+    assert ">plan 64<" in both
+    assert ">ceiling 115<" in both
+    assert ">ceiling" not in drawings.breakdown(ragged_plan(115, ((115,),)))
 
 
-def test_labels_never_overlap_each_other(tmp_path: Path) -> None:
-    tight = example_plan()
-    tight = dataclasses.replace(tight, ceiling=66, ceiling_at_least=66)
+def test_names_of_a_plan_are_text_in_its_drawings() -> None:
+    timeline = example_plan().timeline
+    marks = ((0, "<b>&", 0, 0), *timeline.marks[1:])
+    plan = example_plan(timeline=dataclasses.replace(timeline, marks=marks))
+    ElementTree.fromstring(drawings.timeline(plan))
+    assert "<b>" not in drawings.timeline(plan)
+
+
+def boxes_of_text(drawing: str) -> list[tuple[str, float, float, float, float]]:
+    """Return texts with the edges of the boxes that they are in: left, right, top, bottom."""
+    boxes = []
+    for element in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text"):
+        size, text = float(element.attrib["font-size"]), element.text or ""
+        width = 0.6 * size * len(text)
+        left = (
+            float(element.attrib["x"])
+            - {"start": 0, "middle": 0.5, "end": 1}[element.attrib["text-anchor"]] * width
+        )
+        bottom = float(element.attrib["y"])
+        boxes.append((text, left, left + width, bottom - 0.8 * size, bottom))
+    return boxes
+
+
+def test_labels_never_overlap_each_other() -> None:
+    tight = dataclasses.replace(example_plan(), ceiling=66, ceiling_at_least=66)
     for plan in (example_plan(), tight, ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))):
-        for figure in (
-            draw_memory(memory_chart(plan)),
-            draw_breakdown(breakdown_chart(plan)),
-            draw_timeline(timeline_chart(plan)),
-        ):
-            FigureCanvasAgg(figure).draw()
-            frame = figure.bbox
-            labels = [t for axes in figure.axes for t in axes.texts if t.get_text()]
-            boxes = [label.get_window_extent() for label in labels]
-            for index, box in enumerate(boxes):
-                assert frame.x0 <= box.x0, labels[index].get_text()
-                assert box.x1 <= frame.x1, labels[index].get_text()
-                assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+        for draw in (drawings.memory, drawings.breakdown, drawings.timeline):
+            boxes = boxes_of_text(draw(plan))
+            assert len(boxes) > 5
+            for index, (said, left, right, top, bottom) in enumerate(boxes):
+                assert left >= 0, said
+                assert right <= 860, said
+                for other, its_left, its_right, its_top, its_bottom in boxes[index + 1 :]:
+                    across = left < its_right and its_left < right
+                    assert not (across and top < its_bottom and its_top < bottom), (said, other)
 
 
 def test_a_plan_without_trials_timeline_or_curve_still_reports(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Charts of a plan: each is first a record of numbers, then a figure; the only user of matplotlib.
+"""Charts of comparisons and sweeps: records of numbers, then figures; the only user of matplotlib.
 
-Imports records and support; `report.folder` imports it, when a report is written.
+Imports records and support; `report.choices` and `report.sweep` import it, for a report's folder.
 """

@@ -15,7 +15,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -26,12 +25,10 @@ from autobatch.support.units import GIB, MIB
 
 __all__ = [
     "BUDGET",
-    "COLOURS",
     "FAINT",
     "INK",
     "add_legend",
     "byte_unit",
-    "ink_on",
     "name_lines",
     "new_figure",
     "save",
@@ -39,22 +36,6 @@ __all__ = [
     "style",
 ]
 
-# Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
-COLOURS = {
-    "other processes": "#000000",
-    "context": "#555555",
-    "parameters": "#332288",
-    "buffers": "#88CCEE",
-    "gradients": "#CC6677",
-    "optimizer state": "#DDCC77",
-    "activations": "#44AA99",
-    "temporaries": "#AA4499",
-    "inputs": "#117733",
-    "workspace": "#999933",
-    "other": "#882255",
-    "rounding": "#BBBBBB",
-    "cached": "#E4E4E4",
-}
 INK, FAINT, BUDGET = "#1D2430", "#5B6678", "#B22222"
 _STYLE = {
     "font.family": "sans-serif",
@@ -147,12 +128,6 @@ def add_legend(figure: Figure, handles: Sequence[Line2D | Patch], *, columns: in
 def byte_unit(top_bytes: float) -> tuple[str, int]:
     """Return the unit for an axis that ends at `top_bytes`: its name and its size in bytes."""
     return ("GiB", GIB) if top_bytes >= GIB else ("MiB", MIB)
-
-
-def ink_on(colour: str) -> str:
-    """Return a colour for text on a background of `colour`: white on dark, dark on light."""
-    red, green, blue = to_rgb(colour)
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else INK
 
 
 def save_svg(figure: Figure, folder: Path, name: str) -> str:

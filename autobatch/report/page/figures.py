@@ -12,12 +12,23 @@ from itertools import accumulate
 
 from autobatch.gpus.uncertainty import peak_range
 from autobatch.records.evidence import MemoryPoint
-from autobatch.records.footprint import Footprint
+from autobatch.records.footprint import Evidence, Footprint
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.document import printable
 from autobatch.support.units import GIB, MIB, format_bytes
 
-__all__ = ["Bar", "CurveFigure", "Part", "Tick", "TimelineFigure", "bar", "curve", "timeline"]
+__all__ = [
+    "Bar",
+    "CurveFigure",
+    "CurvePoint",
+    "Part",
+    "Tick",
+    "TimelineFigure",
+    "bar",
+    "byte_columns",
+    "curve",
+    "timeline",
+]
 
 _Scale = Callable[[float], float]
 
@@ -48,9 +59,11 @@ class Bar:
     """What is on the device at the peak, against its capacity, in percent of the axis.
 
     Attributes:
+        whole_bytes: where the axis ends.
         low, high: what the device holds in nine of ten runs; None where it was measured.
     """
 
+    whole_bytes: int
     parts: tuple[Part, ...]
     budget: float
     capacity: float
@@ -59,8 +72,19 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """A point of the curve, in percent of the box, and how it is known."""
+
+    left: float
+    top: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurveFigure:
     """Reserved memory against the micro-batch, as paths in a box of WIDTH by HEIGHT."""
+
+    points: tuple[CurvePoint, ...]
 
     line: str
     band: str
@@ -88,9 +112,17 @@ class TimelineFigure:
     rows: tuple[Tick, ...]
 
 
-def bar(plan: PlanRecord) -> Bar:
-    """Return the bar of the device at the plan's peak."""
-    footprint = plan.footprint
+def bar(
+    plan: PlanRecord, footprint: Footprint | None = None, *, whole_bytes: int | None = None
+) -> Bar:
+    """Return the bar of the device at a peak, the plan's if no other is given.
+
+    Args:
+        plan: of which it is.
+        footprint: of the plan's or of its ceiling's micro-batch.
+        whole_bytes: where the axis ends; by default, where all that is drawn does.
+    """
+    footprint = footprint or plan.footprint
     sizes = {
         "other processes": plan.others_bytes,
         "context": footprint.context_bytes,
@@ -98,7 +130,9 @@ def bar(plan: PlanRecord) -> Bar:
         "cached": footprint.cached_bytes,
     }
     high_bytes = footprint.high_device_bytes or 0
-    whole = max(plan.gpu.capacity_bytes, sum(sizes.values()), high_bytes + plan.others_bytes)
+    whole = whole_bytes or max(
+        plan.gpu.capacity_bytes, sum(sizes.values()), high_bytes + plan.others_bytes
+    )
     ends = list(accumulate(max(size, 0) for size in sizes.values()))
     scale = 100 / whole
     low, high = (
@@ -106,6 +140,7 @@ def bar(plan: PlanRecord) -> Bar:
         for size in (footprint.low_device_bytes, footprint.high_device_bytes)
     )
     return Bar(
+        whole_bytes=whole,
         parts=tuple(
             Part(
                 name=name,
@@ -138,11 +173,14 @@ def curve(plan: PlanRecord) -> CurveFigure | None:
     def y(size_bytes: float) -> float:
         return HEIGHT * (1 - min(size_bytes / top, 1))
 
-    def at(footprint: Footprint) -> tuple[float, float]:
-        left = 100 * x(footprint.micro_batch) / WIDTH
-        return left, 100 * y(footprint.peak_reserved_bytes) / HEIGHT
+    def at(of: Footprint | MemoryPoint) -> tuple[float, float]:
+        return 100 * x(of.micro_batch) / WIDTH, 100 * y(of.peak_reserved_bytes) / HEIGHT
 
+    places = [(*at(point), point.evidence) for point in points]
     return CurveFigure(
+        points=tuple(
+            CurvePoint(left=left, top=top, evidence=evidence) for left, top, evidence in places
+        ),
         line=_line([(x(p.micro_batch), y(p.peak_reserved_bytes)) for p in points]),
         band=_band(plan, points, x, y),
         budget=100 * y(plan.budget_bytes) / HEIGHT,
@@ -231,13 +269,18 @@ def _stairs(points: Sequence[tuple[float, float]]) -> str:
     return path
 
 
+def byte_columns(end: float) -> tuple[Tick, ...]:
+    """Return labels of an axis of bytes from 0 % to `end`, which lies at 100 %."""
+    name, unit = ("GiB", GIB) if end >= 4 * GIB else ("MiB", MIB)
+    return tuple(
+        Tick(at=100 * step * unit / end, text=f"{step:g} {name}")
+        for step in (0, *_round_steps(end / unit, 5))
+    )
+
+
 def _rows(top: float) -> tuple[Tick, ...]:
     """Return labels of an axis of bytes that ends at `top`, which lies at 0 %."""
-    name, unit = ("GiB", GIB) if top >= 4 * GIB else ("MiB", MIB)
-    return tuple(
-        Tick(at=100 * (1 - step * unit / top), text=f"{step:g} {name}")
-        for step in (0, *_round_steps(top / unit, 5))
-    )
+    return tuple(Tick(at=100 - tick.at, text=tick.text) for tick in byte_columns(top))
 
 
 def _round_steps(end: float, most: int) -> list[float]:

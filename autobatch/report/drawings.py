@@ -1,0 +1,360 @@
+"""The drawings beside a report: what a plan's page draws, each as an SVG that stands alone.
+
+Invariant: a drawing has one size and a white ground, no text in it covers another, and every string
+of the plan is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+from autobatch.records.footprint import Footprint
+from autobatch.records.plan_record import PlanRecord
+from autobatch.report.document import printable
+from autobatch.report.page import figures
+from autobatch.report.page.figures import Bar, Tick
+from autobatch.support.units import format_bytes
+
+__all__ = ["breakdown", "memory", "timeline"]
+
+# Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
+_COLOURS = {
+    "other processes": "#1b1f26",
+    "context": "#5d6673",
+    "parameters": "#332288",
+    "buffers": "#88ccee",
+    "gradients": "#cc6677",
+    "optimizer state": "#ddcc77",
+    "activations": "#44aa99",
+    "temporaries": "#aa4499",
+    "inputs": "#117733",
+    "workspace": "#999933",
+    "other": "#882255",
+    "rounding": "#a5abb5",
+    "cached": "#d5d9df",
+}
+_PHASES = {
+    "setup": "#d9d9d9",
+    "inputs": "#a6a6a6",
+    "forward": "#9dc3e6",
+    "backward": "#f4b183",
+    "step": "#7a6fac",
+    "evaluate": "#c5e0b4",
+}
+_INK, _FAINT, _GRID, _BUDGET, _BAND = "#1d2430", "#5b6678", "#e7eaef", "#b3261e", "#1d5bbf"
+_EVIDENCE = {"measured": "#117733", "simulated": "#117733", "predicted": "#44aa99"}
+_OTHER = "#eeeeee"
+
+_WIDTH, _LEFT, _RIGHT = 860, 92, 836
+_SMALL, _SIZE, _LARGE = 11, 12, 17
+_WIDEST = 0.62
+"""A character's width as a share of the font's size, of which no line of text has more."""
+
+
+class _Key(NamedTuple):
+    """What a colour, a line or a mark stands for; `kind` is one of them."""
+
+    kind: str
+    colour: str
+    name: str
+
+
+class _Box(NamedTuple):
+    """Where a figure's drawing lies on the sheet."""
+
+    top: float
+    height: float
+
+    def x(self, percent: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * percent / 100
+
+    def y(self, percent: float) -> float:
+        return self.top + self.height * percent / 100
+
+
+class _Sheet:
+    """Collects the elements of one drawing, from the back to the front."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts: list[str] = []
+        self.text(16, 28, title, size=_LARGE, bold=True)
+
+    def rect(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" '
+            f'fill="{colour}"/>'
+        )
+
+    def line(
+        self, x: float, y: float, to_x: float, to_y: float, colour: str, dashes: str = ""
+    ) -> None:
+        dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+        self._parts.append(
+            f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{colour}"{dashed}/>'
+        )
+
+    def figure(self, box: _Box, path: str, style: str) -> None:
+        """Draw a path of a figure, whose own coordinates are stretched to the box."""
+        across, down = (_RIGHT - _LEFT) / figures.WIDTH, box.height / figures.HEIGHT
+        self._parts.append(
+            f'<path transform="matrix({across:.4f} 0 0 {down:.4f} {_LEFT} {box.top})" d="{path}" '
+            f'vector-effect="non-scaling-stroke" {style}/>'
+        )
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        colour: str = _INK,
+        anchor: str = "start",
+        size: int = _SIZE,
+        bold: bool = False,
+    ) -> None:
+        weight = ' font-weight="600"' if bold else ""
+        self._parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" '
+            f'text-anchor="{anchor}"{weight}>{escape(printable(text))}</text>'
+        )
+
+    def mark(self, kind: str, x: float, y: float, colour: str) -> None:
+        """Draw a mark of a key: a dot, a diamond or a ring."""
+        if kind == "diamond":
+            shape = f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5Z" fill="{colour}"/>'
+        elif kind == "ring":
+            shape = (
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="{colour}" '
+                'stroke-width="2.5"/>'
+            )
+        else:
+            shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+        self._parts.append(shape)
+
+    def rows(self, box: _Box, ticks: Sequence[Tick]) -> None:
+        """Draw the lines and labels of a vertical axis."""
+        for tick in ticks:
+            y = box.y(tick.at)
+            self.line(_LEFT, y, _RIGHT, y, _GRID)
+            self.text(_LEFT - 8, y + 4, tick.text, colour=_FAINT, anchor="end", size=_SMALL)
+
+    def columns(self, box: _Box, ticks: Sequence[Tick], name: str) -> None:
+        """Draw the lines and labels of a horizontal axis, and what it shows."""
+        for tick in ticks:
+            x = box.x(tick.at)
+            self.line(x, box.top, x, box.y(100), _GRID)
+            self.text(x, box.y(100) + 16, tick.text, colour=_FAINT, anchor="middle", size=_SMALL)
+        self.text((_LEFT + _RIGHT) / 2, box.y(100) + 34, name, colour=_FAINT, anchor="middle")
+
+    def legend(self, y: float, keys: Sequence[_Key]) -> float:
+        """Write what colours, lines and marks stand for; return where the sheet ends below."""
+        x: float = _LEFT
+        for key in keys:
+            width = 24 + _width(key.name) + 14
+            if x + width > _WIDTH and x > _LEFT:
+                x, y = _LEFT, y + 20
+            if key.kind == "area":
+                self.rect(x, y - 10, 14, 11, key.colour)
+            elif key.kind in ("line", "dashes", "dots"):
+                dashes = {"line": "", "dashes": "5 4", "dots": "2 3"}[key.kind]
+                self.line(x, y - 4, x + 18, y - 4, key.colour, dashes)
+            else:
+                self.mark(key.kind, x + 9, y - 4, key.colour)
+            self.text(x + 24, y, key.name)
+            x += width
+        return y + 16
+
+    def svg(self, height: float) -> str:
+        """Return the drawing, which ends at a height."""
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
+            f'viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
+            'font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif">'
+            f"<title>{escape(self._title)}</title>"
+            f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>'
+            f"{''.join(self._parts)}</svg>\n"
+        )
+
+
+def memory(plan: PlanRecord) -> str:
+    """Draw reserved memory against the micro-batch, with the budget, the plan and the ceiling."""
+    sheet = _Sheet("Memory against micro-batch")
+    curve = figures.curve(plan)
+    if curve is None:
+        return _nothing(sheet, "The plan knows fewer than two micro-batches.")
+    box = _Box(76, 290)
+    sheet.rows(box, curve.rows)
+    sheet.columns(box, curve.columns, "micro-batch (samples in one forward and backward pass)")
+    keys = [_Key("line", _BAND, "reserved at the peak")]
+    if curve.band:
+        sheet.figure(box, curve.band, f'fill="{_BAND}" fill-opacity="0.16"')
+        keys.append(_Key("area", "#dae4f5", "nine of ten runs"))
+    sheet.figure(box, curve.line, f'fill="none" stroke="{_BAND}" stroke-width="2"')
+    for at, colour, dashes in ((curve.budget, _BUDGET, "5 4"), (curve.capacity, _FAINT, "2 3")):
+        sheet.line(_LEFT, box.y(at), _RIGHT, box.y(at), colour, dashes)
+    usable = plan.gpu.capacity_bytes - plan.footprint.context_bytes - plan.others_bytes
+    keys.append(_Key("dashes", _BUDGET, f"budget {format_bytes(plan.budget_bytes)}"))
+    keys.append(_Key("dots", _FAINT, f"all that is usable {format_bytes(usable)}"))
+    kinds = {evidence: "dot" if evidence == "predicted" else "diamond" for evidence in _EVIDENCE}
+    for point in curve.points:
+        kind, colour = kinds[point.evidence], _EVIDENCE[point.evidence]
+        sheet.mark(kind, box.x(point.left), box.y(point.top), colour)
+    known = {point.evidence for point in curve.points}
+    keys += [_Key(kinds[each], _EVIDENCE[each], each) for each in _EVIDENCE if each in known]
+    sheet.mark("ring", box.x(curve.plan[0]), box.y(curve.plan[1]), _COLOURS["parameters"])
+    reserved = format_bytes(plan.footprint.peak_reserved_bytes)
+    keys.append(_Key("ring", _COLOURS["parameters"], f"the plan, {reserved}"))
+    chosen, ceiling = plan.footprint.micro_batch, plan.ceiling_at_least
+    names = [(curve.plan[0], f"plan {chosen:,}", _COLOURS["parameters"])]
+    if ceiling == chosen:
+        names = [(curve.plan[0], f"plan = {_ceiling(plan)} {chosen:,}", _COLOURS["parameters"])]
+    else:
+        names.append((curve.ceiling[0], f"{_ceiling(plan)} {ceiling:,}", _INK))
+    _name_lines(sheet, box, names)
+    return sheet.svg(sheet.legend(box.y(100) + 60, keys))
+
+
+def breakdown(plan: PlanRecord) -> str:
+    """Draw what is on the device at the peak, and at the ceiling's where that is another size."""
+    sheet = _Sheet("Memory at the peak")
+    rows: list[tuple[str, Footprint]] = [("plan", plan.footprint)]
+    if plan.ceiling_footprint.micro_batch != plan.footprint.micro_batch:
+        rows.append((_ceiling(plan), plan.ceiling_footprint))
+    whole = max(figures.bar(plan, footprint).whole_bytes for _, footprint in rows)
+    bars = [figures.bar(plan, footprint, whole_bytes=whole) for _, footprint in rows]
+    box = _Box(76, 76 * len(rows))
+    sheet.columns(box, figures.byte_columns(whole), "on the device, CUDA context included")
+    for index, ((name, footprint), bar) in enumerate(zip(rows, bars, strict=True)):
+        top = box.top + 76 * index + 12
+        taken = format_bytes(footprint.peak_device_bytes + plan.others_bytes)
+        sheet.text(_LEFT - 8, top + 17, f"{name} {footprint.micro_batch:,}", anchor="end")
+        sheet.text(_LEFT - 8, top + 33, taken, anchor="end", size=_SMALL, colour=_FAINT)
+        _draw_bar(sheet, box, top, bar)
+    budget, capacity = bars[0].budget, bars[0].capacity
+    ends = plan.footprint.context_bytes + plan.others_bytes + plan.budget_bytes
+    _name_lines(
+        sheet,
+        box,
+        [
+            (budget, f"the budget ends at {format_bytes(ends)}", _BUDGET),
+            (capacity, f"capacity {format_bytes(plan.gpu.capacity_bytes)}", _INK),
+        ],
+    )
+    used = {part.name for bar in bars for part in bar.parts}
+    keys = [_Key("area", colour, name) for name, colour in _COLOURS.items() if name in used]
+    if any(bar.low is not None for bar in bars):
+        keys.append(_Key("line", _INK, "nine of ten runs end in here"))
+    return sheet.svg(sheet.legend(box.y(100) + 60, keys))
+
+
+def timeline(plan: PlanRecord) -> str:
+    """Draw live bytes by category over the traced windows, with what ran above them."""
+    sheet = _Sheet("Memory over the training windows")
+    figure = figures.timeline(plan)
+    if figure is None:
+        return _nothing(sheet, "The plan has no timeline.")
+    box = _Box(88, 300)
+    sheet.rows(box, figure.rows)
+    for name, path in figure.areas:
+        sheet.figure(box, path, f'fill="{_COLOURS.get(name, _OTHER)}"')
+    stroke = f'fill="none" stroke="{_BUDGET}" stroke-width="1.5" stroke-dasharray="5 4"'
+    sheet.figure(box, figure.reserved, stroke)
+    _draw_phases(sheet, box, figure.phases)
+    peak = box.x(figure.peak)
+    sheet.line(peak, box.top, peak, box.y(100), _INK)
+    text = f"peak {format_bytes(plan.footprint.peak_allocated_bytes)} allocated"
+    at, anchor = (peak - 5, "end") if figure.peak > 50 else (peak + 5, "start")
+    sheet.text(at, box.top + 13, text, anchor=anchor, bold=True)
+    sheet.text(
+        (_LEFT + _RIGHT) / 2,
+        box.y(100) + 20,
+        "allocations and frees, in order",
+        colour=_FAINT,
+        anchor="middle",
+    )
+    shown = {name for name, _ in figure.areas}
+    ran = {phase.name for phase in figure.phases}
+    keys = [
+        _Key("dashes", _BUDGET, "reserved by the allocator"),
+        *(_Key("area", colour, name) for name, colour in _COLOURS.items() if name in shown),
+        *(
+            _Key("area", colour, f"{name} (phase)")
+            for name, colour in _PHASES.items()
+            if name in ran
+        ),
+    ]
+    return sheet.svg(sheet.legend(box.y(100) + 46, keys))
+
+
+def _draw_bar(sheet: _Sheet, box: _Box, top: float, bar: Bar) -> None:
+    for part in bar.parts:
+        left, width = box.x(part.left), box.x(part.left + part.width) - box.x(part.left)
+        colour = _COLOURS.get(part.name, _OTHER)
+        sheet.rect(left, top, width, 40, colour)
+        if width > 8 + max(_width(part.name), _width(part.text)):
+            ink, middle = _ink_on(colour), left + width / 2
+            sheet.text(middle, top + 17, part.name, colour=ink, anchor="middle", bold=True)
+            sheet.text(middle, top + 33, part.text, colour=ink, anchor="middle")
+    if bar.low is not None and bar.high is not None:
+        low, high, y = box.x(bar.low), box.x(bar.high), top + 49
+        sheet.line(low, y, high, y, _INK)
+        for end in (low, high):
+            sheet.line(end, y - 4, end, y + 4, _INK)
+
+
+def _draw_phases(sheet: _Sheet, box: _Box, phases: Sequence[figures.Part]) -> None:
+    """Draw each phase as a block above the figure, and the windows' numbers above these."""
+    windows: dict[str, list[float]] = {}
+    for phase in phases:
+        left, right = box.x(phase.left), box.x(phase.left + phase.width)
+        colour = _PHASES.get(phase.name, _OTHER)
+        sheet.rect(left, box.top - 24, right - left, 20, colour)
+        if right - left > _width(phase.name, _SMALL) + 4:
+            middle, ink = (left + right) / 2, _ink_on(colour)
+            y = box.top - 10
+            sheet.text(middle, y, phase.name, colour=ink, anchor="middle", size=_SMALL)
+        if phase.name != "setup":
+            windows.setdefault(phase.text.partition(",")[0], []).extend((left, right))
+    for name, edges in windows.items():
+        if max(edges) - min(edges) > _width(name):
+            middle = (min(edges) + max(edges)) / 2
+            sheet.text(middle, box.top - 30, name, anchor="middle", colour=_FAINT)
+
+
+def _name_lines(sheet: _Sheet, box: _Box, lines: Sequence[tuple[float, str, str]]) -> None:
+    """Draw one or two vertical lines at percentages, from left to right, with names above them.
+
+    A name stands beside its line at a height at which the other line does not run.
+    """
+    left, *others = sorted(lines)
+    is_beside = bool(others) and box.x(left[0]) - 4 >= _width(left[1])  # else to its right
+    heights = (7, 22) if is_beside else (22, 7)
+    for line, height in zip((left, *others), heights, strict=False):
+        at, text, colour = line
+        x, y = box.x(at), box.top - height
+        sheet.line(x, y - 10, x, box.y(100), colour, "4 3")
+        to_right = x + 4 + _width(text) <= _WIDTH and not (is_beside and line is left)
+        anchor = "start" if to_right else "end"
+        sheet.text(x + 4 if to_right else x - 4, y, text, colour=colour, anchor=anchor)
+
+
+def _nothing(sheet: _Sheet, why: str) -> str:
+    sheet.text(16, 60, why, colour=_FAINT)
+    return sheet.svg(80)
+
+
+def _ceiling(plan: PlanRecord) -> str:
+    return "ceiling" if plan.ceiling is not None else "at least"
+
+
+def _width(text: str, size: int = _SIZE) -> float:
+    return _WIDEST * size * len(printable(text))
+
+
+def _ink_on(colour: str) -> str:
+    """Return white for text on a dark colour, ink on a light one."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else _INK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 from collections.abc import Iterator
 
 __all__ = ["collection_paused", "quick_exit"]
@@ -27,6 +28,12 @@ def collection_paused() -> Iterator[None]:
 def quick_exit() -> None:
     """Let the interpreter end without looking for cyclic garbage, which takes a second with torch.
 
-    Call it where nothing but the end of the process follows. Handlers of `atexit` run as ever.
+    Call it where nothing but the end of the process follows. Handlers of `atexit` run as ever, and
+    what was written to files that are still open, which the garbage may hold, is flushed.
     """
+    writers = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    for candidate in gc.get_objects():
+        if type(candidate) in writers:
+            with contextlib.suppress(OSError, ValueError):  # a full disk; closed or detached
+                candidate.flush()
     gc.freeze()

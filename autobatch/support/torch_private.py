@@ -46,6 +46,7 @@ __all__ = [
     "ProfiledEvent",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
+    "attention_priorities",
     "check_reduced",
     "clear_cublas_workspaces",
     "cudnn_bindings",
@@ -111,6 +112,7 @@ with _known():
     from torch._C import _current_graph_task_id as current_graph_task_id
     from torch._C import _ExcludeDispatchKeyGuard as ExcludeDispatchKeyGuard
     from torch._C import _get_privateuse1_backend_name as private_use_1_name
+    from torch._C import _get_sdp_priority_order as attention_priorities
     from torch._C import _parse_dispatch_key as parse_dispatch_key
     from torch._C import _storage_Use_Count as storage_use_count
     from torch._C._acc import DeviceGuard, PrivateUse1Hooks

@@ -53,3 +53,22 @@ kept = [Cycle()]
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert ended.stdout.split() == said
+
+
+def test_a_process_that_ends_quickly_writes_what_garbage_holds(tmp_path):
+    path = tmp_path / "log.txt"
+    code = f"""
+from autobatch.support.collection import quick_exit
+
+class Log:
+    def __init__(self):
+        self.itself = self
+        self.file = open({str(path)!r}, "w")
+        self.file.write("written")
+
+kept = Log()
+quick_exit()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    assert path.read_text() == "written"

@@ -3,21 +3,30 @@
 PyTorch chooses an attention kernel by the card's compute capability, the dtype, the head size,
 the mask and the dropout; what is saved for backward differs by gigabytes between them. The rules
 restate `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (`priority_order` and the
-`can_use_*` filters for dense tensors); user switches (`torch.backends.cuda.enable_*_sdp`) count.
+`can_use_*` filters for dense tensors); the user's switches count
+(`torch.backends.cuda.enable_*_sdp`, `torch.nn.attention.sdpa_kernel`, which also sets an order).
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from autobatch.devices.virtual.autocast import inside_an_op
-from autobatch.support.torch_private import cudnn_bindings, torch_version
+from autobatch.support.torch_private import (
+    FakeTensor,
+    attention_priorities,
+    cudnn_bindings,
+    torch_version,
+)
 
 __all__ = ["attend"]
 
@@ -30,6 +39,15 @@ whose fused kernels take a single one without being told (pull request 191085)."
 
 _CUDNN_PREFERRED_ABOVE = 91500
 _ASSUMED_CUDNN = 91900  # of current wheels; a build without cuDNN cannot say which one
+
+_FLASH, _EFFICIENT, _MATH, _CUDNN = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+)
+_USUAL_ORDER = [_FLASH, _EFFICIENT, _MATH, _CUDNN]
+_CUDNN_FIRST = [_CUDNN, _FLASH, _EFFICIENT, _MATH]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +119,18 @@ def _attended(
         capability=capability,
     )
     kernel = _kernel(call)
-    if kernel == "cudnn":
+    if kernel == _CUDNN:
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, attn_mask, needs_grad, dropout_p, is_causal, False, scale=scale
         )[0]
-    if kernel == "flash":
+    if kernel == _FLASH:
         head = query.size(-1)
         padded = [F.pad(t, (0, -head % 8)) if head % 8 else t for t in (query, key, value)]
         output = aten._scaled_dot_product_flash_attention(
             *padded, dropout_p, is_causal, False, scale=scale or 1 / math.sqrt(head)
         )[0]
         return output[..., :head] if head % 8 else output
-    if kernel == "efficient":
+    if kernel == _EFFICIENT:
         bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale
@@ -134,31 +152,57 @@ def _cudnn_version() -> int:
     return bindings.getVersionInt() if bindings is not None else _ASSUMED_CUDNN
 
 
-def _kernel(call: _Call) -> Literal["cudnn", "flash", "efficient", "math"]:
-    """Return the kernel that CUDA would take."""
+def _kernel(call: _Call) -> SDPBackend:
+    """Return the kernel that CUDA would take: the first by priority that can.
+
+    Raises:
+        RuntimeError: The user switched off every kernel that can, as on the card.
+    """
+    for kernel in _order(call):
+        is_enabled, can = _CHOICES[kernel]
+        if is_enabled() and can(call):
+            return kernel
+    raise RuntimeError("No viable backend for scaled_dot_product_attention was found.")
+
+
+def _order(call: _Call) -> list[SDPBackend]:
+    """Return the kernels by priority: the user's order, or PyTorch's for the card."""
+    order = [SDPBackend(value) for value in attention_priorities()]
+    order = [kernel for kernel in order if kernel in _USUAL_ORDER]
+    # PyTorch keeps its own order for a GPU of this machine where it keeps the user's
+    is_on_gpu = isinstance(call.query, FakeTensor) and call.query.fake_device.type == "cuda"
+    if order == _USUAL_ORDER or (order == _CUDNN_FIRST and is_on_gpu):
+        prefers_cudnn = (
+            _cudnn_version() > _CUDNN_PREFERRED_ABOVE
+            and call.capability[0] in (9, 10)
+            and os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
+        )
+        return _CUDNN_FIRST if prefers_cudnn else _USUAL_ORDER
+    return order
+
+
+def _is_fused(call: _Call) -> bool:
+    """Whether the shapes are those of a fused kernel."""
     tensors = (call.query, call.key, call.value)
-    if any(tensor.dim() != 4 for tensor in tensors) or (call.has_groups and not call.may_group):
-        return "math"
-    if torch.backends.cuda.cudnn_sdp_enabled() and _cudnn_can(call):
-        return "cudnn"
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
-        return "math"
-    if torch.backends.cuda.flash_sdp_enabled() and _flash_can(call):
-        return "flash"
-    if torch.backends.cuda.mem_efficient_sdp_enabled() and _efficient_can(call):
-        return "efficient"
-    return "math"
+    return all(tensor.dim() == 4 for tensor in tensors) and (call.may_group or not call.has_groups)
+
+
+def _has_whole_rows(call: _Call) -> bool:
+    return all(tensor.stride(-1) == 1 for tensor in (call.query, call.key, call.value))
 
 
 def _cudnn_can(call: _Call) -> bool:
-    """Whether cuDNN's kernel comes first on the card, and takes these tensors."""
+    """Whether cuDNN's kernel takes these tensors."""
+    if not _is_fused(call):
+        return False
     version = _cudnn_version()
     query, head, value_head = call.query, call.query.size(-1), call.value.size(-1)
     widest = max(head, value_head)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
     return (
-        version > _CUDNN_PREFERRED_ABOVE
-        and call.capability[0] in (9, 10)
+        (8, 0) <= call.capability <= (12, 1)
         and query.dtype in _HALVES
+        and not (is_deterministic and not torch.is_deterministic_algorithms_warn_only_enabled())
         and not (call.mask is not None and call.mask.requires_grad)
         and (call.dropout * 16).is_integer()
         and widest <= (256 if version > 92200 else 128)
@@ -172,11 +216,14 @@ def _cudnn_can(call: _Call) -> bool:
 
 
 def _flash_can(call: _Call) -> bool:
+    if not _is_fused(call):
+        return False
     query, head = call.query, call.query.size(-1)
     has_small_sm = (8, 6) <= call.capability <= (8, 9) or call.capability[0] == 12
     backward_can = head <= 192 or (head > 224 and not call.dropout)
     return (
         call.mask is None
+        and _has_whole_rows(call)
         and query.dtype in _HALVES
         and call.capability >= (8, 0)
         and head == call.key.size(-1) == call.value.size(-1)
@@ -187,12 +234,15 @@ def _flash_can(call: _Call) -> bool:
 
 
 def _efficient_can(call: _Call) -> bool:
+    if not _is_fused(call):
+        return False
     query, mask = call.query, call.mask
     half = query.dtype in _HALVES
     tensor_cores = call.capability[0] >= 8 or (call.capability[0] == 7 and half)
     alignment = max(4 if call.capability[0] >= 8 else 1, (8 if half else 4) if tensor_cores else 1)
     return (
-        (half or query.dtype is torch.float32)
+        _has_whole_rows(call)
+        and (half or query.dtype is torch.float32)
         and (query.dtype is not torch.bfloat16 or call.capability >= (8, 0))
         and call.capability >= (5, 0)
         and not (call.has_groups and torch_version() < _GROUPS_SINCE)
@@ -201,6 +251,15 @@ def _efficient_can(call: _Call) -> bool:
         and call.value.size(-1) % alignment == 0
         and (mask is None or mask.stride(-1) == 1 or mask.size(-1) == 1)
     )
+
+
+_CHOICES: dict[SDPBackend, tuple[Callable[[], bool], Callable[[_Call], bool]]] = {
+    _CUDNN: (torch.backends.cuda.cudnn_sdp_enabled, _cudnn_can),
+    _FLASH: (torch.backends.cuda.flash_sdp_enabled, _flash_can),
+    _EFFICIENT: (torch.backends.cuda.mem_efficient_sdp_enabled, _efficient_can),
+    _MATH: (torch.backends.cuda.math_sdp_enabled, lambda _: True),
+}
+"""Whether the user allows a kernel, and whether it takes a call's tensors."""
 
 
 def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

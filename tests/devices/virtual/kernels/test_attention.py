@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.simulated import (
@@ -38,6 +39,44 @@ def test_attention_takes_the_kernel_of_the_target_gpu(gpu, autocast, kernel, mon
     monkeypatch.setattr("autobatch.devices.virtual.kernels.attention._cudnn_version", lambda: 92000)
     trace = run(Attention(), gpu=gpu, autocast=autocast, sample=torch.zeros(2, 32, WIDTH))
     assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
+
+
+FLASH, EFFICIENT, MATH, CUDNN = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+@pytest.mark.parametrize(
+    ("backends", "in_order", "kernel"),
+    [
+        ([CUDNN], False, "cudnn"),
+        ([CUDNN, FLASH], False, "flash"),
+        ([CUDNN, FLASH], True, "cudnn"),
+        ([MATH, FLASH], False, "flash"),
+        ([EFFICIENT, FLASH], True, "efficient"),
+    ],
+)
+def test_attention_takes_the_kernel_that_the_user_asks_for(backends, in_order, kernel):
+    with sdpa_kernel(backends, set_priority=in_order):
+        trace = run(Attention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
+
+
+def test_a_first_kernel_of_math_is_taken():
+    with sdpa_kernel([MATH, FLASH], set_priority=True):
+        trace = run(Attention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    assert any("softmax" in op for op in ops(trace))
+
+
+def test_attention_without_a_kernel_fails_as_on_the_card():
+    with (
+        sdpa_kernel([FLASH]),
+        pytest.raises(Exception, match="No viable backend for scaled_dot_product_attention"),
+    ):
+        run(Attention(), sample=torch.zeros(2, 32, WIDTH))  # of float32
 
 
 def test_multi_head_attention_reaches_the_fused_kernel():

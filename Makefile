@@ -17,13 +17,14 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
 
 # the core alone, on the CPU build of PyTorch where the package index offers one; pages that users
-# read, and reports, are for the default build
+# read, reports, and what takes seconds are for the default build
 test-cpu: $(CPU_VENV)/test.stamp
-	$(CPU_VENV)/bin/python -m pytest -n auto --ignore tests/docs --ignore tests/reports
+	$(CPU_VENV)/bin/python -m pytest -n auto -m "not slow" --ignore tests/docs --ignore tests/reports
 
-# the same on the oldest PyTorch that pyproject.toml takes
+# the same on the oldest PyTorch that pyproject.toml takes, and all that its CUDA code is part of
 test-lowest: $(LOWEST_VENV)/test.stamp
-	$(LOWEST_VENV)/bin/python -m pytest -n auto --ignore tests/docs --ignore tests/reports
+	$(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" --ignore tests/docs --ignore tests/reports
+	$(LOWEST_VENV)/bin/python -m pytest -n auto -m slow tests/bench tests/devices
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def undisturbed() -> list[torch.Tensor]:
     return parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("index", range(STEPS))
 @pytest.mark.parametrize("place", ["inputs", "forward", "loss", "backward"])
@@ -147,6 +148,7 @@ def test_retries_are_limited() -> None:
         trained(Stumble("forward", 1, 0, times=99), retries=1)
 
 
+@pytest.mark.slow
 def test_repeated_trouble_lowers_the_micro_batch_and_says_so() -> None:
     class Often(Stumble):
         def __call__(self, window: int, x: torch.Tensor) -> str | None:

@@ -110,6 +110,7 @@ ACTIONS: dict[str, Action] = {
 PLACES = ("before the forward", "before the backward", "after the backward")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::autobatch.AutobatchWarning")
 @settings(max_examples=300, deadline=None)
 @given(

@@ -12,6 +12,7 @@ from tests.bench.children import answer, needs_bench
 pytestmark = needs_bench
 
 
+@pytest.mark.slow
 def test_pytorch_sees_the_cards_and_runs_out_of_their_memory() -> None:
     seen = answer("look", gpu="h100-80gb", capacity="8GiB", cards=2)
     assert seen["names"] == ["NVIDIA H100 80GB HBM3"] * 2
@@ -27,6 +28,7 @@ def test_pytorch_sees_the_cards_and_runs_out_of_their_memory() -> None:
     assert seen["sent_to"] == "cuda:1"
 
 
+@pytest.mark.slow
 def test_a_process_sees_the_cards_that_it_is_told_to_see() -> None:
     seen = answer("look", variables={"CUDA_VISIBLE_DEVICES": "2,0,9"}, gpu="l4", cards=3)
     assert seen["names"] == ["NVIDIA L4"] * 2

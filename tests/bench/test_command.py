@@ -12,6 +12,7 @@ from tests.bench.children import needs_bench, run
 pytestmark = needs_bench
 
 
+@pytest.mark.slow
 def test_probe_measures_the_gpu_in_the_machine(tmp_path) -> None:
     pytest.importorskip("transformers")
     path = tmp_path / "plan.json"

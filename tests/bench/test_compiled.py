@@ -9,6 +9,7 @@ from tests.bench.children import answer, needs_bench
 pytestmark = needs_bench
 
 
+@pytest.mark.slow
 def test_a_triton_kernel_and_a_compiled_model_run(tmp_path) -> None:
     pytest.importorskip("triton")
     caches = {

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.bench.children import needs_bench, run
 from tests.support import ROOT
 
 pytestmark = needs_bench
 
 
+@pytest.mark.slow
 def test_every_test_that_needs_a_gpu_passes() -> None:
     texts = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     files = [path for path, text in texts.items() if re.search(r"mark\.gpu\b|\bKINDS\b", text)]

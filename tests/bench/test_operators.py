@@ -26,6 +26,7 @@ def on_the_bench() -> dict[str, list[int]]:
     return answer("operators", gpu=GPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_allocations_of_an_op_are_those_of_cuda(name: str) -> None:
     case = CASES[name]

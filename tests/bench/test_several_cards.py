@@ -14,6 +14,7 @@ LAYER = 4 * (1024 * 1024 + 1024)
 RANKS = 2
 
 
+@pytest.mark.slow
 def test_ranks_meet_train_under_ddp_and_fsdp2_and_agree_on_a_plan() -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS]
     program = [*torchrun, "-m", "tests.bench.programs.ranks"]
@@ -34,6 +35,7 @@ def test_ranks_meet_train_under_ddp_and_fsdp2_and_agree_on_a_plan() -> None:
     assert second[-1].startswith("rank 0 cannot go on") and first[-1] in second[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("where", ["beside", "in_buckets"])
 def test_gradients_beside_the_buckets_of_ddp_and_in_them_are_foretold(

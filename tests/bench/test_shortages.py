@@ -9,6 +9,7 @@ from tests.bench.children import answer, needs_bench
 pytestmark = needs_bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["", "expandable_segments:True"])
 def test_a_shortage_at_any_allocation_changes_nothing(setting: str) -> None:
     runs = answer("short", variables={"PYTORCH_CUDA_ALLOC_CONF": setting}, capacity="4GiB")
@@ -18,6 +19,7 @@ def test_a_shortage_at_any_allocation_changes_nothing(setting: str) -> None:
         assert run["same"] and run["left"] == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_return_waits_for_the_next_probe() -> None:
     found = answer("no_way_back", capacity="2GiB")
     assert "wait in host memory and cannot return to the GPU" in found["said"]

@@ -18,12 +18,14 @@ def assert_trained_as_planned(found: dict) -> None:
     assert found["trained"] == pytest.approx(found["planned"], rel=CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_transformers_trainer(precision: str) -> None:
     pytest.importorskip("transformers")
     assert_trained_as_planned(answer("trainer", precision, capacity="2GiB"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_lightnings_trainer(precision: str) -> None:
     pytest.importorskip("lightning")

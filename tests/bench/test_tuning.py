@@ -19,6 +19,7 @@ def assert_exact(plan: dict) -> None:
     assert not [warning for warning in plan["warnings"] if "memory grows" in warning]
 
 
+@pytest.mark.slow
 def test_ceilings_are_exact_wherever_the_model_is() -> None:
     plans = answer("tuned", capacity="2GiB")
     for plan in plans.values():
@@ -32,6 +33,7 @@ def test_ceilings_are_exact_wherever_the_model_is() -> None:
     assert plans["fraction"]["reserved"] <= 0.6 * 2 * GIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     ["expandable_segments:True", "max_split_size_mb:64,garbage_collection_threshold:0.8"],

@@ -135,6 +135,7 @@ def padded(samples):
     return nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
 
+@pytest.mark.slow
 def test_batches_of_many_lengths_are_compared_as_tune_plans_them() -> None:
     lengths = [24, 100, 180, 256] * 64
     texts = [torch.zeros(length, dtype=torch.int64) for length in lengths]
@@ -230,6 +231,7 @@ def reserved(model, card: GpuSpec) -> int:
     return account.peak_reserved_bytes
 
 
+@pytest.mark.slow
 def test_a_card_that_is_too_small_says_by_how_much_and_which_would_do() -> None:
     compared = compare(heavy, target=32, gpus=["rtx-4060", "a100-40gb"])
     short, enough = (card.outcome for card in compared.cards)

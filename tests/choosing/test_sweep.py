@@ -212,6 +212,7 @@ def test_a_sampler_of_optuna_can_be_passed(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.sampler == "NSGAIISampler" and found.executions == 6
 
 
+@pytest.mark.slow
 def test_time_that_is_up_begins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = FakeBench(lambda _: time.sleep(0.5))
     found = fake_sweep(bench, monkeypatch, timeout=1.6)
@@ -220,6 +221,7 @@ def test_time_that_is_up_begins_no_more(monkeypatch: pytest.MonkeyPatch) -> None
     assert "not looked at" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_sweep_goes_on_where_it_was(
     kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,6 +281,7 @@ def test_two_workers_share_a_study_and_never_run_a_trial_twice(kind: int, tmp_pa
     assert answers[0] == answers[1]  # both waited for what the other one ran
 
 
+@pytest.mark.slow
 def test_a_study_about_another_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def found() -> Frontier:
     return vary(reading, [512, 64, 128, 256], target=120, gpu=CARD, autocast="fp16")
 
 
+@pytest.mark.slow
 def test_every_ceiling_is_what_tune_gives(found: Frontier) -> None:
     assert [point.value for point in found.points] == [64, 128, 256, 512]
     for point in found.points:
@@ -61,6 +62,7 @@ def test_every_ceiling_is_what_tune_gives(found: Frontier) -> None:
     assert ceilings == sorted(set(ceilings), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_parameter_of_the_model_may_vary_too() -> None:
     found = vary(deep, [1, 4], target=120, gpu=CARD)
     for point in found.points:
@@ -118,6 +120,7 @@ def test_buckets_fit_together_in_one_run(found: Frontier) -> None:
         assert 1 <= point.bucket <= point.outcome.micro_batch
 
 
+@pytest.mark.slow
 def test_buckets_shrink_where_their_micro_batches_do_not_fit_together() -> None:
     # one size of block for each width: what a short batch leaves serves no longer one
     found = vary(reading, range(96, 160, 8), target=10_000, gpu=CARD)
@@ -153,6 +156,7 @@ def test_a_value_that_fails_leaves_the_others_standing() -> None:
         vary(build, [128, 256], target=12, gpu="t4")
 
 
+@pytest.mark.slow
 def test_a_parameter_that_changes_nothing_is_said_to() -> None:
     found = vary(lambda seq: reading(64), [64, 128], target=120, gpu=CARD)
     assert any("may not depend on it" in warning for warning in found.warnings)
@@ -213,6 +217,7 @@ def test_the_report_folder_holds_the_page_the_table_and_a_chart(found, tmp_path)
     assert (tmp_path / "r" / "frontier.csv").read_text().startswith("seq,")
 
 
+@pytest.mark.slow
 def test_an_integer_parameter_of_a_spec_varies() -> None:
     pytest.importorskip("transformers")
     spec = "hf:gpt2?n_layer=1&n_embd=64&n_head=2&vocab_size=1000&seq=7"

@@ -77,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 CARDS = ["--target", "64", "--gpus", "t4, a100-40gb"]
 
 
+@pytest.mark.slow
 def test_compare_answers_on_stdout_and_reports_progress_on_stderr(
     spec: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_where_no_card_fits_the_table_says_so_and_the_code_is_3(
     assert "short" in out and "the smallest card of the catalogue that would do: rtx-3060" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["vary", "probe"])
 def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
@@ -161,6 +163,7 @@ def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]
     assert "seq=64: simulating two training windows" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["size", "depth"])
 def test_an_argument_of_the_users_function_varies(
     name: str, spec: str, capfd: pytest.CaptureFixture[str]
@@ -174,6 +177,7 @@ def test_an_argument_of_the_users_function_varies(
     assert [p["bucket"] is None for p in document["points"]] == [name == "depth"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"),
     [

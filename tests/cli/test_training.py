@@ -96,6 +96,7 @@ def test_lora_trains_the_matrices_alone(spec: Path, capsys: pytest.CaptureFixtur
         wanted.of(layers, [A10G])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["vary", "--vary", "width=32,64"], ["compare", "--gpus", "t4,a10g"], ["advise"]]
 )

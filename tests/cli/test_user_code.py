@@ -73,6 +73,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_stdout_is_the_answer_alone_whatever_the_code_prints(folder: Path) -> None:
     done = run(
         "predict", "loud.py:prints_in_forward", "--micro-batch", "2", "--gpu", "t4", "--json", "-"
@@ -94,6 +95,7 @@ def test_stdout_is_the_answer_alone_in_one_process_too(
     assert err.count("loud") >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -109,12 +111,14 @@ def test_code_that_ends_the_process_has_failed(name: str, words: str, folder: Pa
     assert last.startswith("autobatch: error: ") and words in last
 
 
+@pytest.mark.slow
 def test_a_crash_is_not_blamed_on_cuda_where_there_is_none(folder: Path) -> None:
     done = run("check", "s.py:crashes")
     assert done.returncode == 1
     assert "run these by themselves" in done.stderr and "CUDA_LAUNCH" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["the parent", "the terminal's processes"])
 def test_ctrl_c_is_quiet_and_leaves_nothing_behind(to: str, folder: Path) -> None:
     options = ["--target", "8", "--gpu", "t4", "--report", "out/report"]
@@ -137,6 +141,7 @@ def test_ctrl_c_is_quiet_and_leaves_nothing_behind(to: str, folder: Path) -> Non
     assert list((folder / "cache" / "probes").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_known_is_given_without_the_users_code(folder: Path) -> None:
     (folder / "once.py").write_text(
         "from torch import nn\nopen('ran', 'a').write('x')\n"

@@ -54,6 +54,7 @@ def run(device: Device, workload: Workload, n: int = 8, steps: int = 2) -> Run:
         return device.run(workload, micro_batch=n, accumulation_steps=steps)
 
 
+@pytest.mark.slow
 def test_a_run_tells_two_whole_windows_in_their_order(kind: str) -> None:
     trace = run(opened(kind), job(), steps=2).trace
     marks = [(mark.phase, mark.window, mark.micro_batch) for mark in trace.marks]
@@ -74,6 +75,7 @@ def test_every_block_is_allocated_once_and_freed_at_most_once(kind: str) -> None
     assert all(trace.events.index(b) < trace.events.index(~b) for b in freed)
 
 
+@pytest.mark.slow
 def test_each_owners_bytes_are_those_of_its_tensors(kind: str) -> None:
     result = run(opened(kind), job())
     at_the_end = result.trace.by_category(len(result.trace.events) - 1)
@@ -86,6 +88,7 @@ def test_each_owners_bytes_are_those_of_its_tensors(kind: str) -> None:
     assert at_the_end["parameters"] == 4 * WEIGHTS
 
 
+@pytest.mark.slow
 def test_the_replay_is_what_the_allocator_does_with_the_trace(kind: str) -> None:
     device = opened(kind)
     with device.hosting(job()):
@@ -101,6 +104,7 @@ def test_the_replay_is_what_the_allocator_does_with_the_trace(kind: str) -> None
     assert result.is_free and result.shortage is None
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself(kind: str) -> None:
     device = opened(kind)
     with device.hosting(job()):
@@ -110,6 +114,7 @@ def test_a_run_repeats_itself(kind: str) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_two_sizes_foretell_a_third(kind: str) -> None:
     device = opened(kind)
     with device.hosting(job()):
@@ -127,6 +132,7 @@ def test_a_budget_is_kept_or_not_by_what_was_reserved(kind: str) -> None:
     assert not replace(result, shortage="no room").fits(needed)
 
 
+@pytest.mark.slow
 def test_more_memory_is_needed_by_more_samples_and_by_accumulation(kind: str) -> None:
     device = opened(kind)
     peaks = [run(device, job(), n=n).replay.peak_allocated_bytes for n in (64, 512, 4096)]
@@ -135,6 +141,7 @@ def test_more_memory_is_needed_by_more_samples_and_by_accumulation(kind: str) ->
     assert alone <= peaks[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyError("broken")])
 def test_an_error_of_the_users_code_is_one_line_with_its_cause(kind: str, error: Any) -> None:
     with pytest.raises(WorkloadError, match=r"Net failed at micro-batch 8: \w+Error") as caught:
@@ -144,6 +151,7 @@ def test_an_error_of_the_users_code_is_one_line_with_its_cause(kind: str, error:
     assert result.is_free
 
 
+@pytest.mark.slow
 def test_what_was_run_is_said(kind: str) -> None:
     result = run(opened(kind), job(loss=None))
     assert (result.loss, result.optimizer) == ("surrogate sum", "Adam")
@@ -166,6 +174,7 @@ def test_the_answers_of_a_device_agree_with_each_other(kind: str) -> None:
     assert (like is device and device.host_limit_bytes() is None) is simulated
 
 
+@pytest.mark.slow
 def test_a_run_counts_the_copy_that_changes_were_made_to(kind: str) -> None:
     assert run(opened(kind), job()).counts is None
     changed = job(changes=(lambda model: model.layers[0].requires_grad_(False) and None,))

@@ -57,6 +57,7 @@ def device(kind):
         yield {"autocast": "fp16", "target": 64}, card.stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outcome", OUTCOMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_users_changes_after(kind, outcome):

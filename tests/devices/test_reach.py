@@ -43,6 +43,7 @@ def run(device: Device, workload: Workload, n: int = 4) -> Any:
         return device.run(workload, micro_batch=n, accumulation_steps=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_within_reach_is_changed_by_a_run(kind: str, name: str) -> None:

@@ -65,6 +65,7 @@ def test_data_parallel_is_said_to_be_taken_off() -> None:
     assert not warned(tune(plain), "DataParallel was")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_before_it_is_sharded_is_said_not_to() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -521,6 +521,7 @@ def mixing():
 """
 
 
+@pytest.mark.slow
 def test_the_command_answers_by_its_exit_code(tmp_path, capsys) -> None:
     path = tmp_path / "models.py"
     path.write_text(SPEC)
@@ -533,6 +534,7 @@ def test_the_command_answers_by_its_exit_code(tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["culprits"][0]["kind"] == "batchnorm"
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_plan(tmp_path, capsys) -> None:
     path = tmp_path / "models.py"
     path.write_text(SPEC)

@@ -127,6 +127,7 @@ def test_every_update_gets_exactly_the_target_and_the_schedule_ends_with_the_las
     assert run.rates == pytest.approx([1 - step / 8 for step in range(8)])
 
 
+@pytest.mark.slow
 def test_the_plan_by_itself_gives_the_same_updates(tmp_path: Path) -> None:
     plan = planned(24, ceiling=10)
     run = trainer(tmp_path, callbacks=[AutobatchCallback(plan)], **plan.to_training_arguments())
@@ -175,6 +176,7 @@ def test_training_arguments_say_what_was_planned() -> None:
         training_arguments(ragged_plan(257, ((86, 86, 85),)))
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_takes_the_plan_of_its_checkpoint_and_probes_nothing(
     tmp_path: Path,
 ) -> None:
@@ -205,6 +207,7 @@ def test_a_run_that_resumes_takes_the_plan_of_its_checkpoint_and_probes_nothing(
     }
 
 
+@pytest.mark.slow
 def test_resuming_with_other_sizes_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
     first = trainer(tmp_path, save_strategy="steps", save_steps=3)
     tune_trainer(first, target=24, gpu=CARD)
@@ -240,6 +243,7 @@ def test_trainer_can_make_the_callback_anew_from_a_checkpoint() -> None:
     assert again.state() == callback.state()
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_model_and_trainer_are_as_before(tmp_path: Path) -> None:
     run = trainer(tmp_path, **{RECOMPUTE: True})
     weights = copy.deepcopy(run.model.state_dict())
@@ -255,6 +259,7 @@ def test_where_nothing_fits_the_model_and_trainer_are_as_before(tmp_path: Path) 
         assert torch.equal(value, weights[name])
 
 
+@pytest.mark.slow
 def test_what_train_switches_on_is_probed(tmp_path: Path) -> None:
     """Recomputing activations, and the fp32 copy of logits that accelerate makes under autocast."""
     card = {"target": 4, "gpu": "t4", "cache": False}
@@ -265,6 +270,7 @@ def test_what_train_switches_on_is_probed(tmp_path: Path) -> None:
     assert half.model.autocast == "bf16"
 
 
+@pytest.mark.slow
 def test_the_inputs_of_a_whole_window_find_room(tmp_path: Path) -> None:
     class Wide(Texts):
         """Carries a mask of 128 KiB, which the model does not keep."""
@@ -287,6 +293,7 @@ def test_the_inputs_of_a_whole_window_find_room(tmp_path: Path) -> None:
     assert many.footprint.peak_reserved_bytes + waiting_bytes <= few.budget_bytes
 
 
+@pytest.mark.slow
 def test_the_same_trainer_is_answered_from_a_cache_and_one_with_its_own_loss_is_not(
     tmp_path: Path,
 ) -> None:
@@ -313,6 +320,7 @@ def test_what_is_not_simulated_is_refused(tmp_path: Path) -> None:
         tune_trainer(trainer(tmp_path, auto_find_batch_size=True), target=24, gpu=CARD)
 
 
+@pytest.mark.slow
 def test_a_target_that_needs_several_sizes_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"effective batch of 47 needs sizes"):
         tune_trainer(trainer(tmp_path), target=47, gpu=CARD)

@@ -49,6 +49,7 @@ def peak(plan: autobatch.Plan) -> int:
     return plan.footprint.peak_allocated_bytes
 
 
+@pytest.mark.slow
 def test_the_logits_of_all_batches_are_kept_and_joined(tmp_path: Path) -> None:
     before = EVALUATED - BATCH
     plan = tune(tmp_path)
@@ -57,6 +58,7 @@ def test_the_logits_of_all_batches_are_kept_and_joined(tmp_path: Path) -> None:
     assert not [warning for warning in plan.warnings if "evaluation" in warning]
 
 
+@pytest.mark.slow
 def test_what_bounds_the_logits_bounds_the_peak(tmp_path: Path) -> None:
     whole = peak(tune(tmp_path))
     bounded = {
@@ -71,6 +73,7 @@ def test_what_bounds_the_logits_bounds_the_peak(tmp_path: Path) -> None:
     assert peak(tune(tmp_path, eval_do_concat_batches=False)) < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_inputs_that_metrics_ask_for_are_kept_too(tmp_path: Path) -> None:
     bounded = {"eval_do_concat_batches": False}
     plain = peak(tune(tmp_path, **bounded))
@@ -79,11 +82,13 @@ def test_inputs_that_metrics_ask_for_are_kept_too(tmp_path: Path) -> None:
     assert 0.9 * 8 * LENGTH * before < kept - plain < 1.1 * 8 * LENGTH * before + 2**12
 
 
+@pytest.mark.slow
 def test_the_largest_of_several_sets_is_evaluated(tmp_path: Path) -> None:
     both = tune(tmp_path, evaluated={"few": Texts(64), "many": Texts(EVALUATED)})
     assert peak(both) == peak(tune(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_refused_with_what_helps(tmp_path: Path) -> None:
     card = autobatch.GpuSpec(name="tiny-card", capacity_bytes=120 * 2**20, context_bytes=0)
     with pytest.raises(DoesNotFitError, match=r"fits at micro-batch 8, but its evaluation does"):
@@ -91,6 +96,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_what_helps(tmp_path: Pa
     assert tune(tmp_path, gpu=card, eval_accumulation_steps=1).micro_batch == 8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_probed_is_said(tmp_path: Path) -> None:
     class Own(transformers.Trainer):
         def evaluation_loop(self, *args: Any, **options: Any) -> Any:

@@ -275,6 +275,7 @@ def assert_equal(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "net", "options"),
     [
@@ -297,6 +298,7 @@ def test_a_loss_that_is_scaled_already_is_left_as_it_is(
     assert not [note for note in notes if "was set on the trainer" in note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "net", "options"),
     [
@@ -327,12 +329,14 @@ def test_a_count_of_another_name_and_a_step_of_its_own_are_tried_as_they_run(
     assert_equal(accumulated, whole)
 
 
+@pytest.mark.slow
 def test_trainer_is_told_not_to_divide_what_is_divided_twice(tmp_path: Path) -> None:
     whole, accumulated, notes = trained(tmp_path, DividesByTheWindow, NamesTheCountOtherwise)
     assert_equal(accumulated, whole)
     assert [note for note in notes if "0.5 times" in note and "loss_is_scaled_for_ga=True" in note]
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_divided_is_mended_by_keeping_the_count_from_the_model(
     tmp_path: Path,
 ) -> None:
@@ -341,6 +345,7 @@ def test_a_part_that_is_not_divided_is_mended_by_keeping_the_count_from_the_mode
     assert [note for note in notes if "model_accepts_loss_kwargs=False was set" in note]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "cause"),
     [
@@ -361,6 +366,7 @@ def test_what_no_setting_mends_is_refused_with_several_steps_and_noted_with_one(
     assert cause in str(scaling.note)
 
 
+@pytest.mark.slow
 def test_a_loss_that_divides_by_the_arguments_is_said_to_under_scale_a_partial_window(
     tmp_path: Path,
 ) -> None:
@@ -450,6 +456,7 @@ def test_nothing_of_the_users_is_changed_but_the_one_setting(tmp_path: Path) -> 
             assert torch.equal(value, kept[name])
 
 
+@pytest.mark.slow
 def test_models_of_transformers_that_leave_the_count_aside_are_found(tmp_path: Path) -> None:
     """BERT's classifier takes keyword arguments, and gives its loss none of them."""
 

@@ -254,6 +254,7 @@ def test_sharing_is_for_several_gpus() -> None:
     assert of_lever("sharding", replace(shared, sharding=lambda model: None)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["FSDP2", "FSDP2, offloaded", "FSDP2, kept after forward"])
 def test_sharing_by_hand_takes_what_was_promised(value: str) -> None:
     def shared() -> Workload:
@@ -296,6 +297,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
     assert options["precision: bf16 autocast"].goes_with(options["optimizer: in backward"])
 
 
+@pytest.mark.slow
 def test_levers_go_together() -> None:
     pytest.importorskip("peft")
     setup = setup_of(llama())

@@ -45,6 +45,7 @@ def _settings_kept(monkeypatch):
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "label"), CASES)
 def test_code_by_hand_takes_what_the_option_promised(name: str, label: str) -> None:
     option = options_of(setup_of(RUNS[name]()))[label]
@@ -53,6 +54,7 @@ def test_code_by_hand_takes_what_the_option_promised(name: str, label: str) -> N
     assert hand == (allocated - KEPT.get(label, 0), reserved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", LANGUAGE)
 def test_code_by_hand_takes_what_was_promised_of_a_language_model(label: str) -> None:
     name = "eager llama" if label == "attention: sdpa" else "llama"

@@ -33,6 +33,7 @@ def assert_equal(now: dict[str, Any], before: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_nothing_of_the_users_model_changes(name: str) -> None:
     workload = with_instance(RUNS[name]())

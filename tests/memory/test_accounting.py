@@ -284,6 +284,7 @@ def repeated(trace, times):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(traces(), st.sampled_from([1, 50]))
 def test_a_timeline_keeps_the_peak_and_adds_up_at_every_sample(trace, times):

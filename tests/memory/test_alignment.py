@@ -88,6 +88,7 @@ def test_a_pair_has_sizes_that_the_micro_batches_explain(size, paired):
     assert (counterparts(small, large).get(1) == 1) is paired
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_frees_in_a_row_get_one_order_and_stay_where_they_are(data):
     blocks = data.draw(st.integers(1, 8))

@@ -44,6 +44,7 @@ def test_counters_of_steps_and_what_ends_with_a_micro_batch_are_left_out() -> No
     assert lasting_bytes(trace) == 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adafactor"])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_no_run_with_a_lever_that_keeps_the_state_reserves_less(kind: str, size: int) -> None:

@@ -242,6 +242,7 @@ def test_traces_that_align_strictly_also_align_without_their_scratch(trace_at, n
     assert tuple(model.sizes(largest.micro_batch)) == largest.sizes
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_events_are_no_matter():
     events = [event for index in range(50_000) for event in (index, ~index)]
     traces = [make_trace(n, [512 + index * n for index in range(50_000)], events) for n in (2, 3)]

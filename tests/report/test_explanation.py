@@ -125,6 +125,7 @@ def test_names_in_a_recording_are_text_on_the_page(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in written
 
 
+@pytest.mark.slow
 def test_the_page_opens_without_an_error_or_a_request(tmp_path: Path) -> None:
     page = trained(tmp_path).report(tmp_path / "report")
     with browser.chromium() as started:

@@ -69,6 +69,7 @@ def seen(browser: Any, file: Path) -> Iterator[Seen]:
         yield page
 
 
+@pytest.mark.slow
 def test_the_page_opens_from_disk_without_an_error_or_a_request(seen: Seen, file: Path) -> None:
     seen.page.click("#tab-lightning")
     seen.page.focus("#plot")
@@ -87,6 +88,7 @@ def test_the_answer_is_the_largest_text_of_the_page(seen: Seen, plan: Plan) -> N
     assert shown == [str(plan.micro_batch), str(plan.accumulation_steps), "1", "96"]
 
 
+@pytest.mark.slow
 def test_what_if_equals_tune_over_a_grid(seen: Seen, plan: Plan) -> None:
     own = plan.what_if.cards[0]
     targets = (2, 7, 24, 96, 97, 130, 1000)
@@ -234,6 +236,7 @@ def test_tabs_show_the_lines_of_each_trainer_and_buttons_copy_them(
         assert plan.command in seen.text("#next")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nobody_is_shut_out_on_any_screen(

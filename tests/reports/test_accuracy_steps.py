@@ -298,6 +298,7 @@ def test_errors_are_summarised_by_family_and_causes_counted():
     assert facts["causes"] == {"no": {"huggingface/transformers": 1}}
 
 
+@pytest.mark.slow
 def test_the_command_predicts_a_table_and_goes_on_where_it_stopped(tmp_path, capsys):
     table = tmp_path / "steps.csv"
     with table.open("w", newline="") as stream:

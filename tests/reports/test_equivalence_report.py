@@ -52,6 +52,7 @@ def test_plain_pytorch_says_nothing_where_it_cannot(name: str) -> None:
     assert reference(BY_NAME[name]) is None
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_its_results_are_rendered(tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     assert main(["--match", "loss: a sum", "--out", str(out)]) == 0

@@ -78,6 +78,7 @@ def test_a_row_is_near_where_both_peaks_are(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["near"] == 1
 
 
+@pytest.mark.slow
 def test_models_are_built_alike_on_both_sides_and_convolutions_are_left_out():
     on_cpu, on_meta = (workload("recurrent:gru", device=device) for device in ("cpu", "meta"))
     shapes = [[tuple(p.shape) for p in what.model.parameters()] for what in (on_cpu, on_meta)]
@@ -87,6 +88,7 @@ def test_models_are_built_alike_on_both_sides_and_convolutions_are_left_out():
         workload("recurrent:gru", checkpointing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(reason_it_cannot_run() is not None, reason=str(reason_it_cannot_run()))
 def test_a_recurrent_network_is_predicted_to_the_byte(tmp_path):
     row = Row("recurrent:lstm-bidirectional", gpu=CARDS[0], precision="bf16")

@@ -56,6 +56,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # Workloads
 
 
+@pytest.mark.slow
 @each_case
 def test_a_model_has_the_parameters_of_the_published_one_and_runs_on_the_virtual_gpu(case):
     with torch.device("meta"):
@@ -225,6 +226,7 @@ def measured(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, measured, tmp_path):
     facts = measured(name)
@@ -262,6 +264,7 @@ def test_a_workload_is_measured_whole_and_the_virtual_gpu_set_beside_it(name, me
         assert "cublas workspace" in only_virtual  # a CPU takes none
 
 
+@pytest.mark.slow
 def test_files_are_simulated_again_without_a_card(measured, tmp_path):
     traces, folder = tmp_path / "traces.zip", tmp_path / "files"
     folder.mkdir()
@@ -292,6 +295,7 @@ def test_files_are_simulated_again_without_a_card(measured, tmp_path):
     assert "date" not in aligned
 
 
+@pytest.mark.slow
 def test_a_ceiling_that_the_model_cannot_foretell_is_found_and_named(measured):
     def scratch(name, shapes):
         batch = shapes[0][0] if shapes and shapes[0] else 0
@@ -317,6 +321,7 @@ def test_a_stage_that_fails_is_named_and_the_next_one_runs(tmp_path):
     assert findings.failed("first") and not findings.failed("second")
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_a_tiny_workload(tmp_path):
     folder = tmp_path / "out"
     path = command.measure_all(
@@ -358,6 +363,7 @@ def lightning_modes():
     return {"lightning power", "lightning binsearch"}
 
 
+@pytest.mark.slow
 def test_lightning_searches_with_the_same_window(tmp_path):
     names = lightning_modes()
     bench, _ = rehearsed(44 * MIB)
@@ -375,6 +381,7 @@ def test_lightning_searches_with_the_same_window(tmp_path):
         assert finder["ooms"] == sum(row["oom"] for row in finder["trials"]) > 0
 
 
+@pytest.mark.slow
 def test_accelerate_searches_with_the_same_window(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     bench, _ = rehearsed()
@@ -509,6 +516,7 @@ def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_optional_package():
     code = """
 import sys

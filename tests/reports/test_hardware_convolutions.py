@@ -197,6 +197,7 @@ CHILD = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [None, "contexts"])
 def test_all_parts_come_into_one_file(tmp_path, monkeypatch, broken):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

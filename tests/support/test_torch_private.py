@@ -131,6 +131,7 @@ def test_ops_attributes_of_objects_and_what_users_type_are_no_private_parts(sour
     assert not private_parts(source)
 
 
+@pytest.mark.slow
 def test_one_module_names_private_parts_of_pytorch_and_no_other() -> None:
     files = [path for path in (ROOT / "autobatch").rglob("*.py") if path != SEAM]
     assert len(files) > 100 and private_parts(SEAM.read_text(encoding="utf-8"))
@@ -186,6 +187,7 @@ def test_a_missing_name_that_would_be_replaced_is_an_error_before(owner, name, m
         runpy.run_path(str(SEAM))
 
 
+@pytest.mark.slow
 def test_on_the_command_line_it_is_a_message_and_exit_code_2():
     code = (
         "import sys, torch.utils._mode_utils as home; del home.no_dispatch\n"

@@ -48,6 +48,7 @@ def options_of(training: Workload, gpu: GpuSpec, levers: list[str]) -> dict[str,
     return {o.label: o for name in levers for o in LEVERS[name].options(setup)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mib", [150, 400, 4000])
 def test_every_ceiling_is_that_of_the_plan_for_the_changed_workload(mib: int) -> None:
     training = workload()
@@ -69,6 +70,7 @@ def test_every_ceiling_is_that_of_the_plan_for_the_changed_workload(mib: int) ->
                 autobatch.tune(setup.workload, target=64, gpu=setup.gpu)
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_reserved_memory_at_the_reference() -> None:
     training, gpu = workload(), card(4000)
     advice = advise(training, target=64, gpu=gpu, levers=["checkpointing"])
@@ -85,6 +87,7 @@ def test_what_is_saved_is_reserved_memory_at_the_reference() -> None:
     assert choice.saved_bytes == reserved(training) - reserved(changed) > 0
 
 
+@pytest.mark.slow
 def test_what_changes_numbers_is_combined_only_where_asked_for() -> None:
     def together(allow: bool) -> list[Choice]:
         training = workload()
@@ -97,6 +100,7 @@ def test_what_changes_numbers_is_combined_only_where_asked_for() -> None:
     assert any(choice.changes_numerics for choice in together(allow=True))
 
 
+@pytest.mark.slow
 def test_choices_that_fit_come_first_and_the_fastest_of_them_at_the_top() -> None:
     advice = advise(workload(), target=64, gpu=card(150), levers=FEW, allow_numerics=True)
     fits = [choice.fits for choice in advice.choices]
@@ -105,6 +109,7 @@ def test_choices_that_fit_come_first_and_the_fastest_of_them_at_the_top() -> Non
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.slow
 def test_what_it_would_take_was_tried() -> None:
     training = Workload(model=stack(1024, 12), batch=lambda n: torch.zeros(n, 64, 1024))
     small = card(1000)
@@ -124,6 +129,7 @@ def test_what_it_would_take_was_tried() -> None:
         autobatch.tune(training, world_size=ranks // 2, **shared)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_that_fits_is_looked_for() -> None:
     def of_length(length: int) -> Workload:
         return workload(batch=lambda n: torch.zeros(n, length, 256))
@@ -138,6 +144,7 @@ def test_the_longest_sequence_that_fits_is_looked_for() -> None:
         autobatch.tune(of_length(longest + 8192 // 16), target=8, gpu=gpu)
 
 
+@pytest.mark.slow
 def test_the_error_says_what_would_let_it_fit() -> None:
     training = workload(batch=lambda n: torch.zeros(n, 4096, 256))
     with pytest.raises(DoesNotFitError, match="it would fit with") as caught:
@@ -146,6 +153,7 @@ def test_the_error_says_what_would_let_it_fit() -> None:
     assert "checkpointing" in message and "\n" not in message
 
 
+@pytest.mark.slow
 def test_the_users_model_stays_as_it_is() -> None:
     model = stack()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -181,6 +189,7 @@ def test_a_lever_of_ones_own_is_tried_like_the_others() -> None:
     assert choice.ceiling > advice.as_it_is.ceiling
 
 
+@pytest.mark.slow
 def test_an_option_that_fails_is_noted_and_the_rest_goes_on() -> None:
     def broken(model: nn.Module) -> nn.Module:
         raise RuntimeError("no such thing")
@@ -199,6 +208,7 @@ def test_an_option_that_fails_is_noted_and_the_rest_goes_on() -> None:
     assert any("checkpointing" in choice.label for choice in advice.choices)
 
 
+@pytest.mark.slow
 def test_a_lever_that_fails_is_noted_and_the_rest_goes_on() -> None:
     def options(setup: Setup) -> list[Option]:
         raise AttributeError("no such layer")
@@ -214,6 +224,7 @@ def test_an_unknown_lever_names_the_one_that_was_meant() -> None:
         advise(workload(), target=8, gpu="t4", levers=["checkpoint"])
 
 
+@pytest.mark.slow
 def test_an_advice_survives_json_and_prints_its_lines_of_code() -> None:
     advice = advise(workload(), target=64, gpu=card(150), levers=FEW)
     assert Advice.from_json(advice.to_json()) == advice
@@ -250,6 +261,7 @@ class TestWhatStateAloneKeepsFromFitting:
         )
         return advice, told
 
+    @pytest.mark.slow
     def test_is_not_executed_with_levers_that_keep_it(self) -> None:
         advice, told = self.advised()
         skipped = [choice for choice in advice.choices if not choice.is_executed]
@@ -272,6 +284,7 @@ class TestWhatStateAloneKeepsFromFitting:
             ).peak_reserved_bytes
             assert advice.budget_bytes < choice.reference_bytes <= needed
 
+    @pytest.mark.slow
     def test_is_executed_with_levers_that_do_not(self) -> None:
         advice, _ = self.advised()
         executed = {c.label: c for c in advice.choices if c.is_executed}
@@ -280,6 +293,7 @@ class TestWhatStateAloneKeepsFromFitting:
         assert executed["allocator: expandable segments"].saved_bytes is not None
         assert any("checkpointing" in label and " + " in label for label in executed)
 
+    @pytest.mark.slow
     def test_is_told(self) -> None:
         advice, _ = self.advised()
         assert "at least" in str(advice) and "needed no simulation" in str(advice)

@@ -170,6 +170,7 @@ def total(blocks, by):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "make"), [pytest.param(k, m, id=k) for k, m in kinds()])
 @pytest.mark.parametrize("target", [8, 1_000_001], ids=["simulated", "predicted"])
 def test_blocks_at_the_peak_sum_to_it_and_bear_names_of_the_model(kind, make, target):

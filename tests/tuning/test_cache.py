@@ -88,6 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_another_question_is_probed(change: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
@@ -127,6 +128,7 @@ def test_a_file_has_to_be_named_and_writable(tmp_path: Path) -> None:
         tune(tmp_path / "missing" / "plan.json")
 
 
+@pytest.mark.slow
 def test_an_interactive_session_has_no_source_files_to_compare(tmp_path: Path) -> None:
     code = b"import autobatch, torch; autobatch.tune(torch.nn.Linear(1, 1), target=2, cache='x')"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -199,6 +201,7 @@ def spec(tmp_path: Path) -> str:
     return f"{tmp_path / 'user_spec.py'}:make"
 
 
+@pytest.mark.slow
 def test_the_command_answers_again_until_an_option_or_a_file_of_the_spec_changes(
     spec: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from autobatch.errors import WorkloadError
 from tests.support import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["tune", "check"])
 def test_an_interrupt_at_any_moment_arrives_and_changes_nothing(call: str) -> None:
     moments = ["0.2", "0.5", "0.75"]

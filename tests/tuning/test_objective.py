@@ -64,6 +64,7 @@ def test_the_largest_is_planned_without_an_estimate() -> None:
     assert plan.speed == () and plan.micro_batch == 512
 
 
+@pytest.mark.slow
 def test_windows_are_timed_on_a_card_that_is_here() -> None:
     with installed(CudaOnCpu(32 * MIB)):  # a larger one computes long
         plan = autobatch.tune(workload(256), target=256, objective="fastest")

@@ -511,5 +511,6 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded_by("import autobatch") == ""
 
 
+@pytest.mark.slow
 def test_tuning_needs_no_package_but_torch():
     assert loaded_by("import autobatch; autobatch.tune, autobatch.Plan", after="import torch") == ""

@@ -78,6 +78,7 @@ def test_a_simulated_plan_knows_its_own_ceiling_and_some_others(plan):
     assert len(known.micro_batches) == len(known.peak_reserved_bytes)
 
 
+@pytest.mark.slow
 def test_every_ceiling_is_the_one_that_tune_finds(workload, plan):
     model, options = workload
     own = plan.what_if.cards[0]

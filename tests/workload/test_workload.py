@@ -213,6 +213,7 @@ def test_wrappers_are_taken_off_in_any_order():
     assert [is_compiled(model) for model in compiled + plain] == [True] * 2 + [False] * 3
 
 
+@pytest.mark.slow
 def test_a_process_that_has_trained_before_can_simulate():
     """The autograd engine makes its threads once, at the first backward."""
     code = (

@@ -192,6 +192,7 @@ def test_a_model_that_is_compiled_runs_compiled():
 # The search on it
 
 
+@pytest.mark.slow
 def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
     card = CudaOnCpu(96 * MIB)
     plan = tune(card, prove=True)
@@ -207,6 +208,7 @@ def test_the_ceiling_takes_three_executions_and_no_oom_and_is_proven():
     assert all(trial.window_seconds for trial in plan.trials if not trial.oom)
 
 
+@pytest.mark.slow
 def test_without_proof_nothing_is_run_that_does_not_fit():
     card = CudaOnCpu(96 * MIB)
     plan = tune(card)
@@ -222,6 +224,7 @@ def varying_scratch(name, shapes):
     return 4096 * n + (MIB if n % 2 else 0) if n % 3 else 0
 
 
+@pytest.mark.slow
 def test_scratch_memory_that_changes_with_the_size_does_not_end_the_model():
     card = CudaOnCpu(96 * MIB, scratch=varying_scratch)
     plan = tune(card, prove=True)
@@ -230,6 +233,7 @@ def test_scratch_memory_that_changes_with_the_size_does_not_end_the_model():
     assert sum(trial.oom for trial in plan.trials if trial.micro_batch <= plan.ceiling) == 0
 
 
+@pytest.mark.slow
 def test_a_size_that_runs_out_unforeseen_is_learned_from():
     def scratch(name, shapes):
         small = name != "aten::convolution" or shapes[0][0] < 100
@@ -243,6 +247,7 @@ def test_a_size_that_runs_out_unforeseen_is_learned_from():
     assert plan.executions <= 8
 
 
+@pytest.mark.slow
 def test_a_smaller_size_that_needs_more_is_reported_and_not_planned():
     def scratch(name, shapes):
         if name != "aten::convolution":
@@ -255,6 +260,7 @@ def test_a_smaller_size_that_needs_more_is_reported_and_not_planned():
     assert any("memory is not monotone here: micro-batch 192" in w for w in plan.warnings)
 
 
+@pytest.mark.slow
 def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling(monkeypatch):
     monkeypatch.setattr(ceiling, "SECONDS_BEYOND", 1e9)  # other programs may run beside this one
 
@@ -278,6 +284,7 @@ def test_traces_that_never_align_are_bisected_from_the_simulated_ceiling(monkeyp
     assert abs(first_guess - plan.ceiling) < plan.ceiling / 2
 
 
+@pytest.mark.slow
 def test_nothing_fits_says_by_how_much():
     with pytest.raises(DoesNotFitError, match="not even micro-batch 1 fits on rehearsed"):
         tune(CudaOnCpu(96 * MIB), headroom=0.99)
@@ -288,6 +295,7 @@ def test_nothing_fits_says_by_how_much():
 # The card
 
 
+@pytest.mark.slow
 def test_the_budget_leaves_out_context_and_other_processes():
     card = CudaOnCpu(300 * MIB, context_bytes=20 * MIB, others_bytes=180 * MIB)
     plan = tune(card, headroom=0.1)
@@ -297,6 +305,7 @@ def test_the_budget_leaves_out_context_and_other_processes():
     assert "- 180 MiB others) × (1 - 0.1 headroom) = 90.0 MiB" in str(plan)
 
 
+@pytest.mark.slow
 def test_the_processes_fraction_is_obeyed():
     plan = tune(CudaOnCpu(300 * MIB, allowed_bytes=64 * MIB), prove=True)
     assert plan.budget_bytes == plan.allowed_bytes == 64 * MIB
@@ -304,6 +313,7 @@ def test_the_processes_fraction_is_obeyed():
     assert plan.proven
 
 
+@pytest.mark.slow
 def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():
     card = CudaOnCpu(96 * MIB)
     grown = iter(range(1, 100))
@@ -320,6 +330,7 @@ def test_a_context_that_grows_while_kernels_load_takes_from_the_budget():
     assert plan.ceiling_footprint.peak_reserved_bytes <= plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_a_neighbour_that_grows_during_the_probe_is_reported():
     card = CudaOnCpu(300 * MIB, others_bytes=MIB)
     calls = []
@@ -336,12 +347,14 @@ def test_a_neighbour_that_grows_during_the_probe_is_reported():
     assert plan.others_bytes == 101 * MIB
 
 
+@pytest.mark.slow
 def test_a_driver_that_hides_processes_is_said_to():
     plan = tune(CudaOnCpu(96 * MIB, knows_own=False))
     assert any("does not say what this process holds" in warning for warning in plan.warnings)
     assert plan.budget_bytes == 80 * MIB
 
 
+@pytest.mark.slow
 def test_spilling_into_the_hosts_memory_is_not_believed():
     card = CudaOnCpu(64 * MIB, knows_own=False)
     card.allocator = type(card.allocator)()  # a driver that never says no
@@ -369,6 +382,7 @@ def test_a_known_card_keeps_its_figures_and_takes_the_drivers_capacity():
 # The cache of plans
 
 
+@pytest.mark.slow
 def test_a_second_tune_answers_without_running_anything(tmp_path):
     card, cache = CudaOnCpu(96 * MIB), tmp_path / "plan.json"
     first = tune(card, cache=cache)
@@ -381,13 +395,14 @@ def test_a_second_tune_answers_without_running_anything(tmp_path):
     assert card.calls > ran and third.target == 8192
 
 
+@pytest.mark.slow
 def test_a_plan_made_beside_smaller_neighbours_is_made_again(tmp_path):
-    card, cache = CudaOnCpu(400 * MIB), tmp_path / "plan.json"
+    card, cache = CudaOnCpu(160 * MIB), tmp_path / "plan.json"
     tune(card, cache=cache)
     ran = card.calls
-    card.others_bytes = 200 * MIB
-    card.allocator = CudaOnCpu(400 * MIB, others_bytes=200 * MIB).allocator
-    assert tune(card, cache=cache).others_bytes == 200 * MIB
+    card.others_bytes = 80 * MIB
+    card.allocator = CudaOnCpu(160 * MIB, others_bytes=80 * MIB).allocator
+    assert tune(card, cache=cache).others_bytes == 80 * MIB
     assert card.calls > ran
 
 

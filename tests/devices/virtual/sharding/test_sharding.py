@@ -322,6 +322,7 @@ def test_autocast_keeps_copies_of_the_weights_and_says_so():
     assert any("MixedPrecisionPolicy" in warning for warning in found.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "copies"),
     [
@@ -391,6 +392,7 @@ def test_ddp_adds_buckets_of_all_gradients(options):
     assert largest(ranked, "parameters") == weights
 
 
+@pytest.mark.slow
 def test_gradients_in_ddps_buckets_take_nothing_more_once_they_are_averaged():
     model = Net()
     weights = sum(p.nbytes for p in model.parameters())
@@ -629,6 +631,7 @@ def test_ranks_and_sharding_are_part_of_what_a_cached_plan_answers():
     assert keys[4] == key(sharding=bf16())
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_ranks_and_sharding(tmp_path, capsys):
     (tmp_path / "net.py").write_text(
         "import torch\n"

@@ -15,8 +15,9 @@ import torch
 
 from autobatch.support.interrupts import uninterrupted
 from autobatch.support.randomness import random_state_kept
+from autobatch.support.torch_private import attention_priorities
 
-__all__ = ["one_at_a_time", "process_state_preserved"]
+__all__ = ["kernel_switches", "one_at_a_time", "process_state_preserved"]
 
 _SWITCHES = (
     (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
@@ -29,6 +30,24 @@ _PYTHONS_OWN_FROZEN = 1000
 """Python 3.12 starts with a few hundred frozen objects of its own: as many are not the user's."""
 
 _turn = threading.RLock()
+
+
+def kernel_switches() -> str:
+    """Return those of torch's switches that decide which kernels run, as a line to compare.
+
+    >>> "attention" in kernel_switches()
+    True
+    """
+    cuda = torch.backends.cuda
+    enabled = ("flash", "mem_efficient", "math", "cudnn")
+    switches = {
+        "attention": [getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in enabled],
+        "attention's order": list(map(int, attention_priorities())),
+        "cudnn": [getattr(of, name) for of, names in _SWITCHES for name in names],
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "products": torch.get_float32_matmul_precision(),
+    }
+    return str(switches)
 
 
 @contextlib.contextmanager

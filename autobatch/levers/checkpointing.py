@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import Any
 
 from torch import nn
 
+from autobatch.levers.attention import runs_fused_attention
 from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.naming import blocks_in_order, expression_of
@@ -60,7 +60,7 @@ def _options(setup: Setup) -> list[Option]:
     return options + [
         kept.selective(value)
         for value, (ops, _) in _SELECTIONS.items()
-        if ops is not _ATTENTION or _attends(model)
+        if ops is not _ATTENTION or runs_fused_attention(model)
     ]
 
 
@@ -191,17 +191,6 @@ def _averages(block: nn.Module) -> bool:
     """Whether a block has running averages that a second run would update again."""
     return any(
         isinstance(layer, BatchNorm) and layer.track_running_stats for layer in block.modules()
-    )
-
-
-def _attends(model: nn.Module) -> bool:
-    """Whether a model runs PyTorch's fused attention, as far as its modules tell."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "_attn_implementation"):
-        return bool(config._attn_implementation == "sdpa")
-    return any(
-        isinstance(module, nn.MultiheadAttention) or getattr(module, "fused_attn", False) is True
-        for module in model.modules()
     )
 
 

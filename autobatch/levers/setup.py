@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -27,12 +28,14 @@ class Setup:
         gpu: the card that is simulated.
         settings: of the caching allocator.
         tf32: whether float32 matrix products run in TF32; at first as this process has it.
+        kernels: those of attention, by priority; none leaves them as this process has them.
     """
 
     workload: Workload
     gpu: GpuSpec
     settings: AllocatorSettings = field(default_factory=AllocatorSettings.of_environment)
     tf32: bool = field(default_factory=lambda: torch.get_float32_matmul_precision() != "highest")
+    kernels: tuple[SDPBackend, ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -70,15 +73,24 @@ class Setup:
             batch=wrap(workload.batch), stream=tuple(wrap(one) for one in workload.stream)
         )
 
+    def executes_as(self, other: Setup) -> bool:
+        """Return whether one workload would run the same kernels in both setups, on one card.
+
+        >>> from autobatch.gpus.catalogue import find_gpu
+        >>> plain = Setup(workload=Workload(model=nn.Linear(1, 1), batch=list), gpu=find_gpu("t4"))
+        >>> plain.executes_as(replace(plain, tf32=not plain.tf32))
+        False
+        """
+        return (self.tf32, self.kernels) == (other.tf32, other.kernels)
+
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Let float32 matrix products be as this setup has them: a setting of the process."""
-        before = torch.get_float32_matmul_precision()
-        if self.tf32 == (before != "highest"):
+        """Let float32 products and attention be as this setup has them: settings of the process."""
+        with ExitStack() as settings:
+            before = torch.get_float32_matmul_precision()
+            if self.tf32 != (before != "highest"):
+                settings.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            if self.kernels:
+                settings.enter_context(sdpa_kernel(list(self.kernels), set_priority=True))
             yield
-            return
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)

@@ -221,10 +221,11 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
     chart = Chart("frontier", f"Micro-batch and throughput against {frontier.parameter}.")
     ranks = "" if frontier.world_size == 1 else f" x {frontier.world_size:,}"
     return Document(
-        title=f"Micro-batch along {name}, for an effective batch of {frontier.target:,}",
+        title=f"micro-batch along {name}: "
+        + ", ".join(f"{p.outcome.micro_batch or 'none'} at {p.value:,}" for p in frontier.points),
         subtitle=(
-            f"{printable(frontier.model)} on {printable(frontier.gpu.name)}{ranks}, headroom "
-            f"{frontier.headroom:g}"
+            f"{printable(frontier.model)} on {printable(frontier.gpu.name)}{ranks}, for an "
+            f"effective batch of {frontier.target:,}, headroom {frontier.headroom:g}"
         ),
         sections=(
             Section("", (_frontier_facts(frontier),)),

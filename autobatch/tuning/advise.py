@@ -297,7 +297,7 @@ class _Search:
         if lasting is None or lasting <= self._candidate(self.setup).budget_bytes:
             return None
         setup = self._having(options)
-        if setup.workload is self.setup.workload and setup.tf32 == self.setup.tf32:
+        if setup.workload is self.setup.workload and setup.executes_as(self.setup):
             return None  # another allocator replays what was executed
         return Choice(
             **_told(options),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autobatch.devices.base import Device
 from autobatch.devices.copies import batch_of
+from autobatch.devices.preserve import kernel_switches
 from autobatch.devices.virtual.elements import KEPT_ELEMENTS
 from autobatch.plan.plan import Plan
 from autobatch.records.plan_record import Objective
@@ -62,6 +63,7 @@ def question_of(
         "model": _structure(workload.model),
         "inputs": {".".join(path): _described(leaf) for path, leaf in leaves(batch)},
         "options": {name: _described(getattr(workload, name)) for name in _OPTIONS},
+        "switches": kernel_switches(),
         "arguments": sys.orig_argv[1:],
     }
 

@@ -156,7 +156,7 @@ def test_vary_shows_the_frontier(command: str, capfd: pytest.CaptureFixture[str]
     options = ["--target", "32", "--gpu", "t4", "--vary", "seq=64,32"]
     assert main([command, GPT2, *options]) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("Micro-batch along seq, for an effective batch of 32\n")
+    assert out.startswith("micro-batch along seq: 32 at 32, 32 at 64\n")
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if row and row[0] in ("32", "64")] == ["32", "64"]
     assert "est. tokens/s" in out and "bucket" in out

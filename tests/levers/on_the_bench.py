@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from autobatch.workload.workload import Workload
 from tests.bench.programs import tell
 from tests.levers.setups import RUNS, SAMPLES, executed, options_of, setup_of
 
@@ -16,6 +17,15 @@ from tests.levers.setups import RUNS, SAMPLES, executed, options_of, setup_of
 def peaks(name: str, label: str) -> list[int]:
     workload = RUNS[name]()
     code = "" if label == "none" else options_of(setup_of(workload))[label].code
+    if label.startswith("attention"):
+        executed(f"{code}\n    train(workload)", train=train, workload=workload)
+    else:
+        train(workload, code)
+    stats = torch.cuda.memory_stats()
+    return [stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"]]
+
+
+def train(workload: Workload, code: str = "") -> None:
     names = executed(code, model=workload.model)
     model = names["model"].cuda().train()
     if "optimizer" in code:  # an optimizer is made when the model is on the card
@@ -38,8 +48,6 @@ def peaks(name: str, label: str) -> list[int]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     del inputs, output, loss
-    stats = torch.cuda.memory_stats()
-    return [stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"]]
 
 
 if __name__ == "__main__":

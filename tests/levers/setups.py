@@ -108,11 +108,18 @@ def llama(**config: Any) -> Workload:
     return Workload(model=model, batch=batch_builder(batch))
 
 
+def half_llama() -> Workload:
+    workload = llama()
+    workload.model.to(torch.bfloat16)
+    return workload
+
+
 RUNS: dict[str, Callable[[], Workload]] = {
     "transformer": transformer,
     "convnet": convnet,
     "llama": llama,
     "eager llama": lambda: llama(attn_implementation="eager"),
+    "half llama": half_llama,
 }
 
 

@@ -75,6 +75,23 @@ def test_attention_alone_is_kept_only_where_a_fused_kernel_runs() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("gpu", "others"),
+    [("a100-40gb", ["memory-efficient", "cudnn"]), ("h100-80gb", ["flash", "memory-efficient"])],
+)
+def test_other_kernels_of_attention_are_offered_in_half_precision(
+    gpu: str, others: list[str]
+) -> None:
+    halves = replace(llama(), autocast="bf16")
+    assert of_lever("attention", halves, gpu=gpu) == others
+    assert of_lever("attention", halves, gpu="t4") == []
+    assert of_lever("attention", llama(), gpu=gpu) == []
+    assert of_lever("attention", replace(convnet(), autocast="bf16"), gpu=gpu) == []
+    setup = setup_of(halves, gpu)
+    for option in LEVERS["attention"].options(setup):
+        assert LEVERS["attention"].options(option.apply(setup)) == []
+
+
 def test_formats_are_those_that_the_card_and_the_model_leave_open() -> None:
     assert of_lever("precision", transformer(), gpu="t4") == ["fp16 autocast"]
     assert of_lever("precision", transformer()) == [

@@ -7,9 +7,13 @@ import os
 import pytest
 import torch
 
+from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.levers.setup import Setup
 from tests.levers.setups import (
     RUNS,
+    SAMPLES,
     by_hand,
+    executed,
     options_of,
     peaks,
     setup_of,
@@ -64,3 +68,23 @@ def test_code_by_hand_takes_what_was_promised_of_a_language_model(label: str) ->
     option = options[label]
     promised = option.apply(setup_of(RUNS[name]()))
     assert peaks(by_hand(option, RUNS[name])) == peaks(promised)
+
+
+@pytest.mark.parametrize(
+    ("value", "op"), [("memory-efficient", "efficient_attention"), ("cudnn", "cudnn_attention")]
+)
+def test_code_by_hand_runs_the_kernel_that_was_promised(value: str, op: str) -> None:
+    setup = setup_of(RUNS["half llama"]())
+    option = options_of(setup)[f"attention: {value}"]
+    promised = option.apply(setup)
+
+    def ops(setup: Setup) -> list[str]:
+        run = VirtualGpu(setup.gpu).run(setup.workload, micro_batch=SAMPLES, accumulation_steps=2)
+        return [block.op for block in run.trace.blocks]
+
+    by_hand: list[str] = []
+    executed(f"{option.code}\n    found.extend(ops(setup))", found=by_hand, ops=ops, setup=setup)
+    with promised.in_force():
+        assert by_hand == ops(promised)
+    assert any(op in each for each in by_hand)
+    assert not any(op in each for each in ops(setup))

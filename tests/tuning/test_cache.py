@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autobatch
 from autobatch.cli import main
@@ -159,6 +160,13 @@ def test_settings_of_the_environment_count(
     CacheEntry(tmp_path / "plan.json", QUESTION).store(example_plan())
     monkeypatch.setenv(name, "expandable_segments:True")
     assert CacheEntry(tmp_path / "plan.json", QUESTION).find() is None
+
+
+@pytest.mark.parametrize("switches", [{"set_priority": True}, {}])
+def test_switches_of_the_process_count(switches: dict[str, bool], tmp_path: Path) -> None:
+    tune(tmp_path / "plan.json")
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], **switches):
+        assert not is_known(tune(tmp_path / "plan.json"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"question": {}}', "\x00"])

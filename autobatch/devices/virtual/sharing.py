@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
 
-import torch
-
 from autobatch.devices.base import WINDOWS, Run
+from autobatch.devices.preserve import kernel_switches
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.devices.virtual.kernels.calls import Hashed, on_card
 from autobatch.devices.virtual.questions import questions
@@ -109,8 +108,7 @@ class SharingGpu(VirtualGpu):
             self.spec.compute_capability,
             _identity(workload),
             (micro_batch, accumulation_steps, windows),
-            # what is counted depends on the precision of products
-            (self._counts_work, torch.get_float32_matmul_precision()),
+            (self._counts_work, kernel_switches()),
         )
         kept = self._shared.find(key)
         if kept is not None:

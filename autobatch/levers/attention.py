@@ -14,7 +14,7 @@ from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.setup import Setup
 
-__all__ = ["ATTENTION", "runs_fused_attention"]
+__all__ = ["ATTENTION", "ATTENTION_KERNEL", "runs_fused_attention"]
 
 _SDPA = 'model.set_attn_implementation("sdpa")'
 
@@ -50,21 +50,23 @@ def runs_fused_attention(model: nn.Module) -> bool:
 
 
 def _options(setup: Setup) -> list[Option]:
-    if setup.kernels or setup.has("attention"):
+    if not _is_eager(setup.model) or setup.has("attention"):
         return []
-    if _is_eager(setup.model):
-        return [
-            Option(
-                lever="attention",
-                value="sdpa",
-                what="Attention runs in PyTorch's fused kernels, which keep no matrix of all pairs "
-                "of positions.",
-                code=_SDPA,
-                keeps_state=True,
-                apply=partial(Setup.changed, change=ModelCode("attention", _SDPA)),
-            )
-        ]
-    if not (
+    return [
+        Option(
+            lever="attention",
+            value="sdpa",
+            what="Attention runs in PyTorch's fused kernels, which keep no matrix of all pairs of "
+            "positions.",
+            code=_SDPA,
+            keeps_state=True,
+            apply=partial(Setup.changed, change=ModelCode("attention", _SDPA)),
+        )
+    ]
+
+
+def _kernels(setup: Setup) -> list[Option]:
+    if setup.kernels or not (
         setup.gpu.compute_capability >= _FUSED_IN_HALVES
         and runs_fused_attention(setup.model)
         and _computes_in_halves(setup)
@@ -81,7 +83,7 @@ def _first(value: str) -> Option:
     others = (kernel for kernel in (*_KERNELS.values(), SDPBackend.MATH) if kernel != first)
     kernels = (first, *others)
     return Option(
-        lever="attention",
+        lever="attention-kernel",
         value=value,
         what=f"Attention runs in the {value} kernel where it can, before the others.",
         code=_CODE.format(kernels=", ".join(f"SDPBackend.{kernel.name}" for kernel in kernels)),
@@ -109,6 +111,12 @@ def _is_eager(model: nn.Module) -> bool:
 
 ATTENTION = Lever(
     name="attention",
-    what="Compute attention in fused kernels, or in another one of them.",
+    what="Compute attention in fused kernels.",
     options=_options,
+)
+
+ATTENTION_KERNEL = Lever(
+    name="attention-kernel",
+    what="Compute attention in another one of PyTorch's fused kernels.",
+    options=_kernels,
 )

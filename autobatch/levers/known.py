@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from autobatch.errors import UsageError
 from autobatch.levers.allocator import ALLOCATOR
-from autobatch.levers.attention import ATTENTION
+from autobatch.levers.attention import ATTENTION, ATTENTION_KERNEL
 from autobatch.levers.checkpointing import CHECKPOINTING
 from autobatch.levers.lever import Lever
 from autobatch.levers.lora import LORA
@@ -25,6 +25,7 @@ LEVERS = {
     for lever in (
         PRECISION,
         ATTENTION,
+        ATTENTION_KERNEL,
         MEMORY_FORMAT,
         LOSS,
         LORA,

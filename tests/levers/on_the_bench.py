@@ -17,7 +17,7 @@ from tests.levers.setups import RUNS, SAMPLES, executed, options_of, setup_of
 def peaks(name: str, label: str) -> list[int]:
     workload = RUNS[name]()
     code = "" if label == "none" else options_of(setup_of(workload))[label].code
-    if label.startswith("attention"):
+    if label.startswith("attention-kernel"):
         executed(f"{code}\n    train(workload)", train=train, workload=workload)
     else:
         train(workload, code)

@@ -24,7 +24,7 @@ CASES = [
     ("llama", "lora: rank 16, all linear"),
     ("llama", "checkpointing: every block"),
     ("half llama", "none"),
-    ("half llama", "attention: memory-efficient"),
+    ("half llama", "attention-kernel: memory-efficient"),
 ]
 
 

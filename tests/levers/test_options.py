@@ -83,13 +83,13 @@ def test_other_kernels_of_attention_are_offered_in_half_precision(
     gpu: str, others: list[str]
 ) -> None:
     halves = replace(llama(), autocast="bf16")
-    assert of_lever("attention", halves, gpu=gpu) == others
-    assert of_lever("attention", halves, gpu="t4") == []
-    assert of_lever("attention", llama(), gpu=gpu) == []
-    assert of_lever("attention", replace(convnet(), autocast="bf16"), gpu=gpu) == []
+    assert of_lever("attention-kernel", halves, gpu=gpu) == others
+    assert of_lever("attention-kernel", halves, gpu="t4") == []
+    assert of_lever("attention-kernel", llama(), gpu=gpu) == []
+    assert of_lever("attention-kernel", replace(convnet(), autocast="bf16"), gpu=gpu) == []
     setup = setup_of(halves, gpu)
-    for option in LEVERS["attention"].options(setup):
-        assert LEVERS["attention"].options(option.apply(setup)) == []
+    for option in LEVERS["attention-kernel"].options(setup):
+        assert LEVERS["attention-kernel"].options(option.apply(setup)) == []
 
 
 def test_formats_are_those_that_the_card_and_the_model_leave_open() -> None:

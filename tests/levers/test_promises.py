@@ -75,7 +75,7 @@ def test_code_by_hand_takes_what_was_promised_of_a_language_model(label: str) ->
 )
 def test_code_by_hand_runs_the_kernel_that_was_promised(value: str, op: str) -> None:
     setup = setup_of(RUNS["half llama"]())
-    option = options_of(setup)[f"attention: {value}"]
+    option = options_of(setup)[f"attention-kernel: {value}"]
     promised = option.apply(setup)
 
     def ops(setup: Setup) -> list[str]:

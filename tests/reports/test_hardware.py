@@ -366,10 +366,10 @@ def lightning_modes():
 @pytest.mark.slow
 def test_lightning_searches_with_the_same_window(tmp_path):
     names = lightning_modes()
-    bench, _ = rehearsed(44 * MIB)
+    bench, _ = rehearsed(30 * MIB)
     findings = Findings(tmp_path / "rivals.json")
     # what a finder does, not how long it takes here
-    rivals.compare(tiny_cnn(), bench, findings, ceiling=300, cap_s=600)
+    rivals.compare(tiny_cnn(), bench, findings, ceiling=100, cap_s=600)
     assert findings["errors"] == []
     found = {finder["finder"]: finder for finder in findings["finders"]}
     for name in names:
@@ -387,7 +387,7 @@ def test_accelerate_searches_with_the_same_window(tmp_path):
     bench, _ = rehearsed()
     with bench.limited():
         tried = rivals.Tried(bench.card, 60)
-        found = rivals.with_accelerate(tiny_cnn(), bench, tried, 4096)
+        found = rivals.with_accelerate(tiny_cnn(), bench, tried, 1024)
     assert [row["oom"] for row in tried.rows] == [True] * (len(tried.rows) - 1) + [False]
     assert tried.rows[-1]["micro_batch"] == found
 

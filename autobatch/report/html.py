@@ -16,6 +16,7 @@ from pathlib import Path
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.content import summary
 from autobatch.report.document import ContentBlock, Document
+from autobatch.report.drawings import breakdown
 from autobatch.report.page.plan_page import plan_values
 from autobatch.support.templates import render
 
@@ -48,8 +49,17 @@ def plan_page(plan: PlanRecord) -> str:
 
 
 def notebook(plan: PlanRecord) -> str:
-    """Return the plan's summary as a small HTML fragment, styled by the notebook itself."""
-    return _render("notebook.html.jinja", document=summary(plan), drawings={})
+    """Return the plan's summary as a small HTML fragment, styled by the notebook itself.
+
+    Its headline is larger than those of its sections, and what is on the device is drawn below it.
+    """
+    return _render(
+        "notebook.html.jinja",
+        document=summary(plan),
+        heading="h3",
+        chart=breakdown(plan),
+        drawings={},
+    )
 
 
 _THEME = {"#1d2430": "--ink", "#5b6678": "--faint", "#e7eaef": "--line", "#ffffff": "--card"}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,13 @@ def test_the_notebook_form_is_a_small_escaped_fragment() -> None:
     assert "<script>" not in fragment
     assert "effective batch 256" in fragment
     assert len(fragment) < 20_000
+
+
+def test_the_notebook_form_has_a_chart_below_a_headline_larger_than_its_sections() -> None:
+    fragment = example_plan()._repr_html_()
+    headings = re.findall(r"<(h\d|svg)", fragment)
+    assert headings[:2] == ["h2", "svg"]
+    assert set(headings[2:]) == {"h3"}
 
 
 def test_printing_a_plan_imports_no_heavy_package() -> None:

@@ -147,7 +147,7 @@ def _flat_named(layout: Layout) -> tuple[str, ...]:
     of = f" of {listed(others, NAMES_SHOWN)}" if others else ""
     return (
         f"the sample was read as {layout.size} samples{of}, with {listed(flat, NAMES_SHOWN)} as "
-        "flat rows of all of them",
+        "flat rows of all of them; pass batch_dims= if that is wrong",
     )
 
 

@@ -8,6 +8,7 @@ function useTimeline(history, icicle) {
   plot.append(cursor, selection);
   plot.tabIndex = 0;
   plot.setAttribute("role", "slider");
+  plot.setAttribute("aria-label", byId("timeline-drawing").getAttribute("aria-label"));
   plot.setAttribute("aria-describedby", "timeline-help");
   plot.setAttribute("aria-valuemin", String(history.first));
   plot.setAttribute("aria-valuemax", String(history.last));

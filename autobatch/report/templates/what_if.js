@@ -113,7 +113,7 @@ function useWhatIf(data, answers) {
     if (found.split) place("curve-plan", found.split.microBatch, found.peak);
     place("curve-hand", Number(size.value), answers.peak(Number(size.value)).bytes);
     byId("curve-hand").hidden = found.split !== null && Number(size.value) === found.split.microBatch;
-    byId("curve").setAttribute("aria-label", "Reserved memory against the micro-batch on " + chosen.name +
+    byId("curve-drawing").setAttribute("aria-label", "Reserved memory against the micro-batch on " + chosen.name +
       ": the ceiling is " + found.ceiling + ", the budget " + formatBytes(found.budget));
   }
 

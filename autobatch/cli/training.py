@@ -113,14 +113,10 @@ class Training:
         if self.precision not in ("fp32", "tf32"):
             yield
             return
-        import torch
+        from autobatch.support.products import products_in_tf32
 
-        before = torch.get_float32_matmul_precision()
-        self._set_products()
-        try:
+        with products_in_tf32(self.precision == "tf32"):
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _set_products(self) -> None:
         import torch

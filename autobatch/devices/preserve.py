@@ -26,6 +26,9 @@ _SWITCHES = (
     (torch.backends.cudnn.rnn, ("fp32_precision",)),
 )
 
+_USUAL_ORDER, _CUDNN_FIRST = [1, 2, 0, 3], [3, 1, 2, 0]
+"""Flash, memory-efficient, math and cuDNN's kernel, as `torch.nn.attention.SDPBackend` has them."""
+
 _PYTHONS_OWN_FROZEN = 1000
 """Python 3.12 starts with a few hundred frozen objects of its own: as many are not the user's."""
 
@@ -42,12 +45,27 @@ def kernel_switches() -> str:
     enabled = ("flash", "mem_efficient", "math", "cudnn")
     switches = {
         "attention": [getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in enabled],
-        "attention's order": list(map(int, attention_priorities())),
+        "attention's order": _asked_order(),
         "cudnn": [getattr(of, name) for of, names in _SWITCHES for name in names],
         "deterministic": torch.get_deterministic_debug_mode(),
-        "products": torch.get_float32_matmul_precision(),
+        "products": torch.backends.cuda.matmul.fp32_precision,
     }
     return str(switches)
+
+
+def _asked_order() -> list[int]:
+    """Return the order of attention's kernels that the user set, or PyTorch's before its first use.
+
+    At its first use on a Hopper or Blackwell card of the machine, PyTorch puts cuDNN's kernel first
+    where it keeps the user's order.
+    """
+    order = list(map(int, attention_priorities()))
+    is_usual = (
+        order[:4] == _CUDNN_FIRST
+        and torch.cuda.is_initialized()
+        and torch.cuda.get_device_capability()[0] in (9, 10)
+    )
+    return [*_USUAL_ORDER, *order[4:]] if is_usual else order
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.support.products import are_in_tf32, products_in_tf32
 from autobatch.workload.workload import Change, Workload
 from autobatch.workload.wrappers import unwrapped
 
@@ -34,7 +34,7 @@ class Setup:
     workload: Workload
     gpu: GpuSpec
     settings: AllocatorSettings = field(default_factory=AllocatorSettings.of_environment)
-    tf32: bool = field(default_factory=lambda: torch.get_float32_matmul_precision() != "highest")
+    tf32: bool = field(default_factory=are_in_tf32)
     kernels: tuple[SDPBackend, ...] = ()
 
     @property
@@ -87,10 +87,7 @@ class Setup:
     def in_force(self) -> Iterator[None]:
         """Let float32 products and attention be as this setup has them: settings of the process."""
         with ExitStack() as settings:
-            before = torch.get_float32_matmul_precision()
-            if self.tf32 != (before != "highest"):
-                settings.callback(torch.set_float32_matmul_precision, before)
-                torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            settings.enter_context(products_in_tf32(self.tf32))
             if self.kernels:
                 settings.enter_context(sdpa_kernel(list(self.kernels), set_priority=True))
             yield

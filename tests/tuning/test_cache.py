@@ -17,12 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autobatch
 from autobatch.cli import main
+from autobatch.devices.preserve import kernel_switches
 from autobatch.errors import FileError, UsageError
 from autobatch.tuning import cache
 from autobatch.tuning.cache import CacheEntry, named_entry
 from tests.support import ROOT
 from tests.support.plans import example_plan
 
+REST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 QUESTION = {"spec": "timm:resnet50", "target": 256}
 
 
@@ -167,6 +169,20 @@ def test_switches_of_the_process_count(switches: dict[str, bool], tmp_path: Path
     tune(tmp_path / "plan.json")
     with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], **switches):
         assert not is_known(tune(tmp_path / "plan.json"))
+
+
+def test_the_order_that_pytorch_sets_by_itself_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = kernel_switches()
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST]
+    with sdpa_kernel(kernels, set_priority=True):
+        assert kernel_switches() != before
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        assert kernel_switches() == before
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        assert kernel_switches() != before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"question": {}}', "\x00"])

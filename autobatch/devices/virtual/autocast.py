@@ -19,8 +19,10 @@ from torch import Tensor
 
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import (
+    DisableTorchFunction,
     DispatchKeySet,
     ExcludeDispatchKeyGuard,
+    FakeTensor,
     parse_dispatch_key,
     torch_version,
     tree_leaves,
@@ -65,6 +67,8 @@ _PROMOTE = """
 """.split()
 
 _HALVES = (torch.float16, torch.bfloat16)
+_UNCAST = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
+"""Kinds of arguments that hold no tensor."""
 _CAST_HAS_A_GRADIENT = torch_version() >= (2, 11)
 """Whether a weight that is cast under `no_grad` and kept can be trained all the same."""
 
@@ -80,6 +84,15 @@ class _Policy:
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        """Return an argument, or what a list or dict of them holds, cast to a dtype."""
+        kind = type(value)
+        if kind in _UNCAST:
+            return value
+        if kind is not FakeTensor and not isinstance(value, Tensor):
+            return tree_map(lambda leaf: self._cast(leaf, dtype), value)
+        return self._cast(value, dtype)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not self._eligible(value) or value.dtype is dtype:
             return value
         cacheable = (
@@ -98,10 +111,12 @@ class _Policy:
         return self.cache[id(value)][1]
 
     def _eligible(self, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        place = value.fake_device if type(value) is FakeTensor else value.device
         return (
-            isinstance(value, Tensor)
             # where a function mode is on, a tensor says that it is on CUDA
-            and value.device.type in (self.device_type, "cuda")
+            place.type in (self.device_type, "cuda")
             and value.is_floating_point()
             and value.dtype is not torch.float64
         )
@@ -132,12 +147,9 @@ class _Policy:
         In PyTorch the casts are arguments of one C++ call, which GCC evaluates from right to left;
         those of a list are made in its order (`cached_cast` in `ATen/autocast_mode.h`).
         """
-
-        def cast(value: Any) -> Any:
-            return tree_map(lambda leaf: self.cast(leaf, dtype), value)
-
-        named = {name: cast(value) for name, value in reversed(kwargs.items())}
-        placed = [cast(value) for value in reversed(args)]
+        with DisableTorchFunction():  # nothing of this is a call of the user's
+            named = {name: self.cast(value, dtype) for name, value in reversed(kwargs.items())}
+            placed = [self.cast(value, dtype) for value in reversed(args)]
         return op(*reversed(placed), **named)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "has_values",
     "is_certain",
     "is_mixed",
+    "is_plain",
     "is_unbounded",
     "is_varied",
     "known_number",
@@ -60,7 +61,17 @@ results may decide which ops run.
 WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool))
 """Dtypes of whole numbers and truth values."""
 
+_OF_TENSORS = frozenset(("placeholder", "certain", "unbounded", "most", "bounds", "mixed"))
+_OF_STORAGES = frozenset(("mirror", "true_count", "upper_bound"))
+"""What may be known, by the names of attributes."""
+
 _FLOAT = 0.6  # x, 1 - x and x - 0.5 are all positive: few thresholds are met exactly
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nothing is known of a tensor's elements, nor of the memory that it shares."""
+    storage = tensor.untyped_storage()
+    return _OF_TENSORS.isdisjoint(vars(tensor)) and _OF_STORAGES.isdisjoint(vars(storage))
 
 
 def placeholder_of(value: Any) -> Any:

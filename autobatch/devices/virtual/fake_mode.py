@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.dtype_checks import check_dtypes
+from autobatch.devices.virtual.elements import is_plain
 from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
@@ -54,10 +55,11 @@ class _Uncacheable(Exception):
     """A call whose answer depends on more than the layout of its arguments."""
 
 
-_Repeated = tuple[Recipe, Any, str, OpOverload]
+_Repeated = tuple[Recipe, Any, str, bool, OpOverload]
 """Of calls with the same layouts: the recipe, what `Workspaces.call_of` returned, the op's name.
 
-The op is held so that its id is no other's.
+Then whether nothing follows of elements where nothing is known, and the op, held so that its id is
+no other's.
 """
 
 # ops that change a tensor's layout, or whose result depends on values
@@ -173,6 +175,7 @@ class VirtualMode(FakeTensorMode):
                     return self._repeated(known, func, args, kwargs, tensors)
         if args and self._is_virtual(args[0]):
             check_dtypes(func, args, kwargs)
+        were_plain = key is not None and all(map(is_plain, tensors))
         call = self._workspaces.call_of(func, args, kwargs)
         after = self._workspaces.begun(call)
         output = unknown.answer(self, func, args, kwargs)
@@ -181,12 +184,13 @@ class VirtualMode(FakeTensorMode):
             output, recipe = self._answer(func, args, kwargs, key, tensors)
         elif key is not None:
             recipe = self._recipe_of(func, output, tensors)
-        if recipe is not None:
-            self._recipes[key] = (recipe, call, func.name(), func)
         self._created(output, func, args)
         if after is not None:
             after()
         unknown.follow(func, args, kwargs, output)
+        if recipe is not None:
+            is_silent = were_plain and unknown.is_silent(func, tensors, output)
+            self._recipes[key] = (recipe, call, func.name(), is_silent, func)
         return output
 
     def _repeated(
@@ -198,7 +202,7 @@ class VirtualMode(FakeTensorMode):
         tensors: list[Any],
     ) -> Any:
         """Answer a call as one before it with arguments of the same layouts."""
-        recipe, call, name, _ = known
+        recipe, call, name, is_silent, _ = known
         after = self._workspaces.begun(call)
         kind = recipe[0]
         output = self._build(recipe, tensors)
@@ -208,7 +212,8 @@ class VirtualMode(FakeTensorMode):
             self._created(output, func, args)
         if after is not None:
             after()
-        self._unknown.follow(func, args, kwargs, output)
+        if not is_silent or not all(map(is_plain, tensors)):
+            self._unknown.follow(func, args, kwargs, output)
         return output
 
     def _in_place(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -101,6 +101,11 @@ class KnownValues:
         values = _values_in(args, self._most) if traits.is_sure else None
         return NotImplemented if values is None else _run(func, values, kwargs)
 
+    def only_reads(self, func: Any) -> bool:
+        """Whether an op writes to no argument, and makes nothing but of its tensors."""
+        traits = _TRAITS.get(id(func)) or _traits(func)
+        return not (traits.written or traits.is_maker or traits.is_collective)
+
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:

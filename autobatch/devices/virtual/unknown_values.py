@@ -25,6 +25,7 @@ from autobatch.devices.virtual.elements import (
     bounds_of,
     has_values,
     is_certain,
+    is_plain,
     is_unbounded,
     mark_upper_bound,
     most_of,
@@ -155,6 +156,18 @@ class UnknownValues:
         else:
             follow_varied(name, args, kwargs, output, self._guesses.share)
         self.known.follow(func, args, kwargs, output)
+
+    def is_silent(self, func: Any, tensors: Sequence[Tensor], output: Any) -> bool:
+        """Whether nothing follows from calls of an op, as from one with these layouts.
+
+        Args:
+            func: the op.
+            tensors: its arguments, of whose elements nothing is known.
+            output: its result, after `follow`.
+        """
+        made = output if isinstance(output, (list, tuple)) else (output,)
+        is_known = any(isinstance(part, Tensor) and not is_plain(part) for part in made)
+        return bool(tensors) and not is_known and self.known.only_reads(func)
 
     def notes(self) -> Iterator[str]:
         """Say which shapes of the run were bounded, taken to be equal, or those of the sample."""

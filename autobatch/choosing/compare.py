@@ -6,8 +6,8 @@ Invariant: every ceiling is the one that `tune` finds for that card.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from autobatch.choosing.outcomes import (
     versions,
     window_time,
 )
+from autobatch.devices.virtual.ahead import Task, run_ahead
 from autobatch.devices.virtual.questions import questions
 from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
@@ -36,10 +37,11 @@ from autobatch.records.progress import ProgressCallback, silent
 from autobatch.records.split import split
 from autobatch.support.interrupts import arriving
 from autobatch.support.wording import one_line
+from autobatch.tuning.ceiling import SMALL
 from autobatch.tuning.objective import require_objective
 from autobatch.tuning.planning import LARGEST, probe_of
 from autobatch.tuning.probe import Probe
-from autobatch.tuning.speed import window_estimates
+from autobatch.tuning.speed import SpeedModel
 from autobatch.tuning.workloads import require_share, whole, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions
 from autobatch.workload.workload import Workload
@@ -163,6 +165,7 @@ class _Search:
         plans: dict[str, Plan] = {}
         outcomes: dict[str, Outcome] = {}
         errors: list[AutobatchError] = []
+        run_ahead(self._foreseen(cards))
         for gpu in cards:
             self._told.begin(gpu.name)
             try:
@@ -207,10 +210,18 @@ class _Search:
             plans=plans,
         )
 
+    def _foreseen(self, cards: Sequence[GpuSpec]) -> Iterator[Task]:
+        """Yield tasks for helpers: what is executed first for each kind of card."""
+        kinds = {gpu.compute_capability: gpu for gpu in reversed(cards)}
+        for gpu in cards:
+            if gpu is kinds[gpu.compute_capability]:
+                with suppress(AutobatchError):  # it is told when its turn comes
+                    yield from self._probe(gpu).foreseen(*SMALL)
+
     def _probe(self, gpu: GpuSpec) -> Probe:
         probe = probe_of(
             self._builder.on(gpu),
-            SharingGpu(gpu, self._shared),
+            SharingGpu(gpu, self._shared, counts_work=True),
             target=self._target,
             headroom=self._headroom,
             progress=self._told,
@@ -219,29 +230,20 @@ class _Search:
         return probe
 
     def _windows(self, plans: Mapping[str, Plan]) -> dict[str, WindowTime]:
-        """Estimate the windows of the plans, those of one size on all their cards together."""
-        alike: dict[tuple[int, int, int], list[str]] = defaultdict(list)
-        for name, plan in plans.items():
-            workload = self._probes[name].workload
-            alike[id(workload.batch), plan.micro_batch, plan.accumulation_steps].append(name)
+        """Estimate the windows of the plans, from the work of the runs that found them."""
         found: dict[str, WindowTime] = {}
-        for (_, micro_batch, steps), names in alike.items():
+        for name, plan in plans.items():
+            probe = self._probes[name]
+            speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs)
             try:
-                estimates = window_estimates(
-                    self._probes[names[0]].workload,
-                    [plans[name].gpu for name in names],
-                    micro_batch=micro_batch,
-                    accumulation_steps=steps,
-                )
+                estimate = speed.estimate(plan.micro_batch, plan.accumulation_steps)
             except WorkloadError as error:
                 self._notes.append(
-                    f"{', '.join(names)}: the time of a window could not be estimated "
-                    f"({one_line(error)})"
+                    f"{name}: the time of a window could not be estimated ({one_line(error)})"
                 )
                 continue
-            for name, estimate in zip(names, estimates, strict=True):
-                if estimate is not None:
-                    found[name] = window_time(estimate)
+            if estimate is not None:
+                found[name] = window_time(estimate)
         return found
 
     def _smallest_card(self, outcomes: Mapping[str, Outcome]) -> str | None:

@@ -21,6 +21,7 @@ from autobatch.memory.blocks import (
     round_size,
     segment_size,
 )
+from autobatch.memory.history import History, history_of
 from autobatch.memory.holdings import Basis, Life, classify, lives_of
 from autobatch.memory.recorded_run import RecordedRun
 from autobatch.memory.recording import Recording, rewind
@@ -258,6 +259,7 @@ class DeviceExplanation:
         alternatives: what other settings would have reserved; empty without events.
         starts_empty: whether nothing was alive when the recording began.
         shortage: the request that failed; None where none did.
+        history: what was held over the recording; None without events.
         notes: what the reader has to know about these figures.
     """
 
@@ -277,6 +279,7 @@ class DeviceExplanation:
     alternatives: tuple[Alternative, ...]
     starts_empty: bool
     shortage: Shortage | None
+    history: History | None
     notes: tuple[str, ...]
 
 
@@ -407,6 +410,7 @@ class _Device:
             alternatives=self._alternatives(capacity, shortage, tried) if self.events else (),
             starts_empty=not _blocks_in_use(self.recording.start),
             shortage=shortage,
+            history=self._history(lives, purposes, run) if self.events else None,
             notes=tuple(self.notes),
         )
 
@@ -429,6 +433,12 @@ class _Device:
             replayed_reserved_bytes=free.peak_reserved_bytes,
             first_difference=difference,
         )
+
+    def _history(
+        self, lives: Sequence[Life], purposes: Sequence[tuple[str, Basis]], run: _Walk
+    ) -> History:
+        named = [(life, name) for life, (name, _) in zip(lives, purposes, strict=True)]
+        return history_of(named, run.allocated, run.reserved)
 
     def _shortage(self, run: _Walk) -> Shortage | None:
         failed = [index for index, event in enumerate(self.events) if event.action == "oom"]
@@ -556,6 +566,8 @@ class _Walk:
         self._settings = settings
         self.run = RecordedRun(recording, settings)
         allocator = self.run.allocator
+        self.allocated: list[int] = []  # after each event
+        self.reserved: list[int] = []
         self.peak_event = -1
         self.peak_allocated = allocator.allocated_bytes
         self.peak_reserved = sum(part.size_bytes for part in recording.start)
@@ -564,7 +576,9 @@ class _Walk:
             allocator = self.run.allocator
             if allocator.allocated_bytes > self.peak_allocated:
                 self.peak_allocated, self.peak_event = allocator.allocated_bytes, index
-            self.peak_reserved = max(self.peak_reserved, allocator.reserved_bytes)
+            self.allocated.append(allocator.allocated_bytes)
+            self.reserved.append(allocator.reserved_bytes)
+        self.peak_reserved = max((self.peak_reserved, *self.reserved))
 
     def segments_at(self, event: int) -> tuple[SegmentInfo, ...]:
         """Return the state after an event; before the first one it is -1."""

@@ -17,10 +17,10 @@ from autobatch.report.page import figures
 from autobatch.report.page.figures import Bar, Tick
 from autobatch.support.units import format_bytes
 
-__all__ = ["breakdown", "memory", "timeline"]
+__all__ = ["COLOURS", "breakdown", "memory", "timeline"]
 
 # Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
-_COLOURS = {
+COLOURS = {
     "other processes": "#1b1f26",
     "context": "#5d6673",
     "parameters": "#332288",
@@ -204,13 +204,13 @@ def memory(plan: PlanRecord) -> str:
         sheet.mark(kind, box.x(point.left), box.y(point.top), colour)
     known = {point.evidence for point in curve.points}
     keys += [_Key(kinds[each], _EVIDENCE[each], each) for each in _EVIDENCE if each in known]
-    sheet.mark("ring", box.x(curve.plan[0]), box.y(curve.plan[1]), _COLOURS["parameters"])
+    sheet.mark("ring", box.x(curve.plan[0]), box.y(curve.plan[1]), COLOURS["parameters"])
     reserved = format_bytes(plan.footprint.peak_reserved_bytes)
-    keys.append(_Key("ring", _COLOURS["parameters"], f"the plan, {reserved}"))
+    keys.append(_Key("ring", COLOURS["parameters"], f"the plan, {reserved}"))
     chosen, ceiling = plan.footprint.micro_batch, plan.ceiling_at_least
-    names = [(curve.plan[0], f"plan {chosen:,}", _COLOURS["parameters"])]
+    names = [(curve.plan[0], f"plan {chosen:,}", COLOURS["parameters"])]
     if ceiling == chosen:
-        names = [(curve.plan[0], f"plan = {_ceiling(plan)} {chosen:,}", _COLOURS["parameters"])]
+        names = [(curve.plan[0], f"plan = {_ceiling(plan)} {chosen:,}", COLOURS["parameters"])]
     else:
         names.append((curve.ceiling[0], f"{_ceiling(plan)} {ceiling:,}", _INK))
     _name_lines(sheet, box, names)
@@ -244,7 +244,7 @@ def breakdown(plan: PlanRecord) -> str:
         ],
     )
     used = {part.name for bar in bars for part in bar.parts}
-    keys = [_Key("area", colour, name) for name, colour in _COLOURS.items() if name in used]
+    keys = [_Key("area", colour, name) for name, colour in COLOURS.items() if name in used]
     if any(bar.low is not None for bar in bars):
         keys.append(_Key("line", _INK, "nine of ten runs end in here"))
     return sheet.svg(sheet.legend(box.y(100) + 60, keys))
@@ -259,7 +259,7 @@ def timeline(plan: PlanRecord) -> str:
     box = _Box(88, 300)
     sheet.rows(box, figure.rows)
     for name, path in figure.areas:
-        sheet.figure(box, path, f'fill="{_COLOURS.get(name, _OTHER)}"')
+        sheet.figure(box, path, f'fill="{COLOURS.get(name, _OTHER)}"')
     stroke = f'fill="none" stroke="{_BUDGET}" stroke-width="1.5" stroke-dasharray="5 4"'
     sheet.figure(box, figure.reserved, stroke)
     _draw_phases(sheet, box, figure.phases)
@@ -279,7 +279,7 @@ def timeline(plan: PlanRecord) -> str:
     ran = {phase.name for phase in figure.phases}
     keys = [
         _Key("dashes", _BUDGET, "reserved by the allocator"),
-        *(_Key("area", colour, name) for name, colour in _COLOURS.items() if name in shown),
+        *(_Key("area", colour, name) for name, colour in COLOURS.items() if name in shown),
         *(
             _Key("area", colour, f"{name} (phase)")
             for name, colour in _PHASES.items()
@@ -292,7 +292,7 @@ def timeline(plan: PlanRecord) -> str:
 def _draw_bar(sheet: _Sheet, box: _Box, top: float, bar: Bar) -> None:
     for part in bar.parts:
         left, width = box.x(part.left), box.x(part.left + part.width) - box.x(part.left)
-        colour = _COLOURS.get(part.name, _OTHER)
+        colour = COLOURS.get(part.name, _OTHER)
         sheet.rect(left, top, width, 40, colour)
         if width > 8 + max(_width(part.name), _width(part.text)):
             ink, middle = _ink_on(colour), left + width / 2

@@ -27,6 +27,7 @@ from autobatch.records.codec import dump_json, encode
 from autobatch.report import text
 from autobatch.report.document import (
     Bullets,
+    Chart,
     ContentBlock,
     Document,
     Facts,
@@ -70,7 +71,7 @@ class Explanation(ExplanationRecord):
         return dump_json({"schema_version": SCHEMA_VERSION} | encode(self))
 
     def report(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.html, report.md and explanation.json into a folder.
+        """Write report.html, report.md, explanation.json and charts into a folder.
 
         Returns:
             The path of report.html, which opens from disk.
@@ -82,9 +83,10 @@ class Explanation(ExplanationRecord):
 
         target = prepare_folder(folder)
         document = explanation_summary(self)
+        drawings = _write_charts(self.devices, target)
         write_text(target / "explanation.json", self.to_json())
         write_text(target / "report.md", markdown.render(document))
-        return write_text(target / "report.html", html.page(document, {}))
+        return write_text(target / "report.html", html.page(document, drawings))
 
     def __repr__(self) -> str:
         """Name what is shown; `print(explanation)` shows the whole."""
@@ -160,7 +162,11 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
     yield Section(prefix.rstrip(": "), (_facts(device, source),))
     if device.shortage:
         yield Section(f"{prefix}Out of memory", _shortage(device.shortage, device.alternatives))
-    yield Section(f"{prefix}What held the {moment} (measured)", (_account(device),))
+    account: list[ContentBlock] = [_account(device)]
+    if device.history is not None:
+        caption = f"What was held over the recording on device {device.device}, and the reserve."
+        account.insert(0, Chart(_chart_of(device), caption))
+    yield Section(f"{prefix}What held the {moment} (measured)", tuple(account))
     if device.places:
         yield Section(f"{prefix}By line of code", (_places(device),))
         if any(place.operator for place in device.places):
@@ -175,6 +181,27 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
     if device.notes:
         notes = tuple(map(printable, device.notes))
         yield Section(f"{prefix}Notes", (Bullets(notes),))
+
+
+def _write_charts(devices: Sequence[DeviceExplanation], folder: Path) -> dict[str, str]:
+    """Draw what each device held over time; return the drawings by name."""
+    recorded = [device for device in devices if device.history is not None]
+    if not recorded:
+        return {}
+    from autobatch.report.charts.frame import save, style
+    from autobatch.report.charts.history import draw_history
+    from autobatch.report.drawings import COLOURS
+
+    charts = prepare_folder(folder / "charts")
+    with style():
+        return {
+            _chart_of(device): save(draw_history(device, COLOURS), charts, _chart_of(device))
+            for device in recorded
+        }
+
+
+def _chart_of(device: DeviceExplanation) -> str:
+    return f"history-{device.device}"
 
 
 def _facts(device: DeviceExplanation, source: str) -> Facts:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["claim", "is_ours"]
+import ctypes
+import os
+import signal
+import sys
+from contextlib import suppress
+
+__all__ = ["claim", "end_with_parent", "is_ours"]
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _ours = False
 
@@ -16,3 +24,17 @@ def claim() -> None:
 def is_ours() -> bool:
     """Return whether registering a device for good disturbs nobody."""
     return _ours
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process with its parent, also where its threads are stuck in C.
+
+    Args:
+        parent: the number of the process that is the parent; it may have ended already.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)

@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from autobatch.devices.choose import Gpu, described
+from autobatch.devices.virtual.ahead import Task, run_ahead
 from autobatch.devices.virtual.sharing import SharedRuns
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.gpus.catalogue import CATALOGUE
@@ -33,6 +35,7 @@ from autobatch.records.split import split
 from autobatch.support.interrupts import arriving
 from autobatch.support.wording import for_reader, one_line, said_by
 from autobatch.tuning.candidate import Candidate
+from autobatch.tuning.ceiling import SMALL
 from autobatch.tuning.planning import LARGEST
 from autobatch.tuning.workloads import require_share, whole, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions
@@ -226,14 +229,31 @@ class _Search:
     def choices(self, levers: Sequence[Lever], *, allow: bool) -> list[Choice]:
         """Return what was tried, the best first; `allow` combines what changes numbers, too."""
         self._as_is = self._as_it_is()
-        for lever in levers:
-            for option in self._options(lever):
-                self._try((option,))
+        alone = [(option,) for lever in levers for option in self._options(lever)]
+        run_ahead(self._foreseen(alone))
+        for options in alone:
+            self._try(options)
         self._combine(levers, allow=allow)
         fits_unchanged = any(t.choice.fits and not t.choice.changes_numerics for t in self.tried)
         if not allow and not self._as_is.fits and not fits_unchanged:
             self._combine(levers, allow=True)
         return sorted((tried.choice for tried in self.tried), key=_rank)
+
+    def _foreseen(
+        self, tried: Iterable[tuple[Option, ...]], sizes: Sequence[int] = ()
+    ) -> Iterator[Task]:
+        """Yield tasks for helpers: what trying options will execute first, or these sizes."""
+        for options in tried:
+            if self._known(options) is not None:
+                continue
+            with suppress(AutobatchError):  # it is told when they are tried
+                if self._hopeless(options) is None:
+                    candidate = self._candidate(self._having(options))
+                    yield from candidate.foreseen(*sizes or self._first_sizes()[:1])
+
+    def _first_sizes(self) -> tuple[int, int]:
+        """Return the sizes that a candidate is executed at first."""
+        return (1, SMALL[0]) if self._reference == 1 else SMALL
 
     def _options(self, lever: Lever) -> Sequence[Option]:
         """Return what a lever offers; one that fails on an odd model is left out, and noted."""
@@ -254,10 +274,8 @@ class _Search:
 
     def _try(self, options: tuple[Option, ...]) -> Choice | None:
         """Return the setup with some options, tried once; None where it fails, or time is up."""
-        labels = tuple(option.label for option in options)
-        for tried in self.tried:
-            if tried.choice.options == labels:
-                return tried.choice
+        if (known := self._known(options)) is not None:
+            return known
         if self._is_late():
             return None
         assert self._as_is is not None
@@ -267,17 +285,22 @@ class _Search:
                     return None  # that each of them is hopeless is told already
                 self.tried.append(_Tried(hopeless, options))
                 return hopeless
-            self._tell(" + ".join(labels))
+            self._tell(_joined(options))
             candidate = self._candidate(self._having(options))
             is_hopeless = self._reference == 1 and not candidate.fits(1)
             plan = None if is_hopeless else candidate.plan()
             as_is_bytes = self._as_is.reference_bytes
             choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
         except AutobatchError as error:
-            self.notes.append(f"{' + '.join(labels)} cannot be had here: {one_line(error)}")
+            self.notes.append(f"{_joined(options)} cannot be had here: {one_line(error)}")
             return None
         self.tried.append(_Tried(choice, options))
         return choice
+
+    def _known(self, options: tuple[Option, ...]) -> Choice | None:
+        """Return what was found of options that were tried."""
+        labels = tuple(option.label for option in options)
+        return next((t.choice for t in self.tried if t.choice.options == labels), None)
 
     def _having(self, options: tuple[Option, ...]) -> Setup:
         """Return the setup with some options, the same one whenever it is asked for."""
@@ -335,21 +358,26 @@ class _Search:
             less_state = [tried for tried in ranked if not tried.options[0].keeps_state]
             ranked = [*less_state, *more, *(tried for tried in ranked if tried not in less_state)]
 
-        def together(*options: Option) -> Choice | None:
-            return self._try(tuple(sorted(options, key=lambda one: order[one.lever])))
+        def in_order(*options: Option) -> tuple[Option, ...]:
+            return tuple(sorted(options, key=lambda one: order[one.lever]))
 
+        best_ones = [tried.options[0] for tried in ranked[:_PAIRED]]
+        pairs = [in_order(*two) for two in combinations(best_ones, 2) if two[0].goes_with(two[1])]
         had: list[Option] = []
         saved, fitting = 0, 0
         for (option,) in (tried.options for tried in ranked):
             if len(had) == _TOGETHER or fitting == _ENOUGH or not all(map(option.goes_with, had)):
                 continue
-            found = together(*had, option)
+            options = in_order(*had, option)
+            second = self._first_sizes()[1:]
+            run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
+            found = self._try(options)
             if found is not None and _saved(found) >= saved + least:
                 had, saved = [*had, option], _saved(found)
                 fitting += found.fits and len(had) > 1
-        for (one,), (other,) in combinations([tried.options for tried in ranked[:_PAIRED]], 2):
-            if one.goes_with(other):
-                together(one, other)
+        run_ahead(self._foreseen(reversed(pairs), self._first_sizes()))
+        for options in pairs:
+            self._try(options)
 
     def _choice(
         self,
@@ -376,6 +404,7 @@ class _Search:
 
     def _needs(self, resized: tuple[str, int, Resized] | None) -> Iterator[Need]:
         """Yield what would let the run fit without a lever."""
+        run_ahead(task for ranks in self._shared_over() for task in self._over(ranks).foreseen(1))
         for tell in (self._larger_card, self._more_cards):
             if (need := tell()) is not None:
                 yield need
@@ -404,12 +433,9 @@ class _Search:
 
     def _more_cards(self) -> Need | None:
         """Return how many cards share the run by FSDP2 where it fits."""
-        if self.setup.workload.is_sharded:
-            return None
-        ranks = max(2, 2 * self.setup.workload.world_size)
-        while ranks <= min(self.target, _MOST_RANKS):
+        for ranks in self._shared_over():
             self._tell(f"{ranks} cards with FSDP2")
-            candidate = self._candidate(self.setup.having(world_size=ranks, sharding="fsdp"))
+            candidate = self._over(ranks)
             try:
                 if candidate.fits(1):
                     reserved = candidate.reserved(1)
@@ -418,8 +444,17 @@ class _Search:
             except AutobatchError as error:
                 self.notes.append(f"sharing by FSDP2 was not tried: {one_line(error)}")
                 return None
-            ranks *= 2
         return None
+
+    def _shared_over(self) -> Iterator[int]:
+        """Yield how many GPUs the run may be shared over by FSDP2, the fewest first."""
+        ranks = max(2, 2 * self.setup.workload.world_size)
+        while not self.setup.workload.is_sharded and ranks <= min(self.target, _MOST_RANKS):
+            yield ranks
+            ranks *= 2
+
+    def _over(self, ranks: int) -> Candidate:
+        return self._candidate(self.setup.having(world_size=ranks, sharding="fsdp"))
 
     def _smaller(self, name: str, size: int, resized: Resized) -> Need | None:
         """Return the largest size below the present one that fits, to a sixteenth of it."""
@@ -461,6 +496,10 @@ class _Search:
 def _changing_state(options: Iterable[Option]) -> frozenset[str]:
     """Return the labels of those options that may leave less state than there is."""
     return frozenset(option.label for option in options if not option.keeps_state)
+
+
+def _joined(options: Iterable[Option]) -> str:
+    return " + ".join(option.label for option in options)
 
 
 def _told(options: Sequence[Option]) -> dict[str, Any]:

@@ -7,8 +7,12 @@ Invariant: its plan is the one that `tune` makes for the same workload and card.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
+from autobatch.devices.virtual.ahead import Task
 from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import DoesNotFitError
 from autobatch.gpus.roofline import can_estimate
@@ -59,6 +63,16 @@ class Candidate:
         """Whether a micro-batch fits."""
         with self._setup.in_force():
             return self._probe.fits(micro_batch)
+
+    def foreseen(self, *micro_batches: int) -> list[Task]:
+        """Return tasks for helpers: sizes that will probably be executed."""
+        with self._setup.in_force():
+            tasks = self._probe.foreseen(*micro_batches)
+        return [(key, partial(self._run_in_force, run)) for key, run in tasks]
+
+    def _run_in_force(self, run: Callable[[], Any]) -> Any:
+        with self._setup.in_force():
+            return run()
 
     def plan(self) -> Plan | None:
         """Return the plan; None where not even micro-batch 1 fits."""

@@ -12,12 +12,14 @@ executed, or predicted not to fit by a model that had just been confirmed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from autobatch.devices.base import Run
+from autobatch.devices.virtual.ahead import run_ahead
 from autobatch.errors import HostMemoryError, WorkloadError
+from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.tuning.probe import Probe
@@ -44,6 +46,9 @@ low (`reports/hardware`), most of them less than 1 %."""
 
 SECONDS_BEYOND = 20.0
 """So long are sizes executed one by one, beyond those that the target needs."""
+
+_GUESSABLE = 8
+"""Up to this size, a straight line through one run and what lasts mostly meets the ceiling."""
 
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
@@ -137,8 +142,12 @@ def _find_ceiling(
     first, second = (min(size, limit) for size in SMALL)
     if first == second:
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
-    if is_brief and not probe.fits(first):
+    if not is_brief:
+        run_ahead(probe.foreseen(second))
+    elif not probe.fits(first):
         return _small_ceiling(probe, None)
+    else:
+        run_ahead(probe.foreseen(*_guessed_check(probe, limit)))
     guess = foreseen.micro_batch if foreseen is not None else None
     reason = ""
     # a simulation's kernels vary where they take scratch memory at large sizes only
@@ -154,6 +163,18 @@ def _find_ceiling(
         except Misaligned as error:
             reason = reason or str(error)
     return _by_execution(probe, limit, reason=reason, share=share, guess=guess)
+
+
+def _guessed_check(probe: Probe, limit: int) -> Iterator[int]:
+    """Yield the size that will be executed after the first two, if one run tells which."""
+    first, second = SMALL
+    lasting = lasting_bytes(probe.runs[first].trace)
+    per_sample = (probe.runs[first].replay.peak_reserved_bytes - lasting) / first
+    if per_sample > 0:
+        guess = int((probe.budget_bytes - lasting) / per_sample)
+        size = guess if guess > second else second + 1
+        if second <= guess <= _GUESSABLE and size <= limit:
+            yield size
 
 
 def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:

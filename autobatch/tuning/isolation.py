@@ -6,7 +6,6 @@ no child behind; each line of the log is on disk before the child goes on.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import inspect
 import json
@@ -51,7 +50,6 @@ _NAME = "autobatch probe in "
 
 _POLL_S, _GRACE_S = 0.05, 3.0
 _INTERRUPTED = 130
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RemoteTraceback(Exception):
@@ -351,10 +349,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if sys.platform == "linux":
-        # The kernel also ends a child whose threads are stuck in the driver.
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    assert parent.pid is not None
+    process.end_with_parent(parent.pid)
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
@@ -366,8 +362,11 @@ def _outcome(folder: Path) -> dict[str, Any]:
         what = f"the process of the probe cannot rebuild what it was sent ({one_line(error)})"
         return _error("UsageError", f"{what}: {_sendable()}", error)
     (folder / _WORK).unlink()
+    from autobatch.devices.virtual.ahead import running_ahead
+
     try:
-        answer = work(*args, progress=partial(_tell, folder), **kwargs)
+        with running_ahead():
+            answer = work(*args, progress=partial(_tell, folder), **kwargs)
         if isinstance(answer, Plan):
             answer.save(folder / _PLAN)
             return {"plan": _PLAN}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from autobatch.devices.base import Device, Run
+from autobatch.devices.virtual.ahead import Task
+from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.budget import budget_bytes
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace_model import TraceModel
@@ -49,6 +51,13 @@ class Probe:
         if micro_batch not in self.runs:
             self.execute(micro_batch, self.accumulation_steps)
         return self.runs[micro_batch]
+
+    def foreseen(self, *micro_batches: int) -> list[Task]:
+        """Return tasks for helpers: sizes that will probably be executed; none on a real GPU."""
+        if not isinstance(self.device, VirtualGpu):
+            return []
+        new = [size for size in micro_batches if size not in self.runs]
+        return self.device.foreseen(self.workload, new, self.accumulation_steps)
 
     def execute(self, micro_batch: int, accumulation_steps: int) -> Run:
         """Run two windows and log the trial; runs of the probed window are remembered."""

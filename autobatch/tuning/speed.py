@@ -6,7 +6,7 @@ The window runs once on the simulated card with its work counted; a roofline mak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autobatch.devices.base import Run
@@ -18,7 +18,7 @@ from autobatch.gpus.work import LinearWork, WindowWork, Work
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.workload.workload import Workload
 
-__all__ = ["SpeedModel", "knee", "window_estimate", "window_estimates"]
+__all__ = ["SpeedModel", "knee", "window_estimate"]
 
 _SIZES = (2, 3)
 """Micro-batches that are counted; at one, PyTorch leaves out copies that it makes at all others."""
@@ -61,42 +61,11 @@ def window_estimate(
     >>> window.bound, window.samples, window.low < window.seconds < window.high
     ('launch', 16, True)
     """
-    (found,) = window_estimates(
-        workload,
-        [gpu],
-        micro_batch=micro_batch,
-        accumulation_steps=accumulation_steps,
-        settings=settings,
-    )
-    return found
-
-
-def window_estimates(
-    workload: Workload,
-    gpus: Sequence[GpuSpec],
-    *,
-    micro_batch: int,
-    accumulation_steps: int,
-    settings: AllocatorSettings | None = None,
-) -> list[SpeedEstimate | None]:
-    """Estimate the seconds of a window on several cards, in their order.
-
-    The window runs once for all cards of one compute capability, which run the same kernels. The
-    arguments and errors are those of `window_estimate`.
-    """
-    works: dict[tuple[int, int], WindowWork | None] = {}
-    found: list[SpeedEstimate | None] = []
-    for gpu in gpus:
-        if not can_estimate(gpu):
-            found.append(None)
-            continue
-        family = gpu.compute_capability
-        if family not in works:
-            works[family] = _counted(
-                workload, gpu, micro_batch, min(accumulation_steps, _STEPS), settings
-            )
-        found.append(_estimated(works[family], gpu, accumulation_steps, workload))
-    return found
+    if not can_estimate(gpu):
+        return None
+    counted = min(accumulation_steps, _STEPS)
+    work = _counted(workload, gpu, micro_batch, counted, settings)
+    return _estimated(work, gpu, accumulation_steps, workload)
 
 
 @dataclass(slots=True)

@@ -117,6 +117,39 @@ def test_the_report_says_all_that_the_terminal_does(tmp_path: Path) -> None:
     assert "no line of Python" in written and "run/model.py:12 forward" in written
 
 
+def test_the_history_has_the_peak_and_is_drawn(tmp_path: Path) -> None:
+    found = trained(tmp_path)
+    (device,) = found.devices
+    history = device.history
+    assert history is not None and device.moment_event is not None
+    held = dict(history.held_bytes)
+    sums = [sum(each) for each in zip(*held.values(), strict=True)]
+    peak = history.events.index(device.moment_event)
+    assert max(sums) == sums[peak] == device.reserve.allocated_bytes - device.reserve.rounding_bytes
+    assert max(history.reserved_bytes) == device.peak_reserved_bytes
+    assert {name: each[peak] for name, each in held.items() if each[peak]} == {
+        part.category: part.size_bytes for part in device.held
+    }
+    page = found.report(tmp_path / "report")
+    drawing = (page.parent / "charts" / "history-0.svg").read_text()
+    marked = '<g id="history-0-figure_1">'
+    assert marked in drawing
+    assert marked in page.read_text()
+    assert "(charts/history-0.svg)" in (page.parent / "report.md").read_text()
+
+
+def test_a_long_recording_keeps_its_peak(tmp_path: Path) -> None:
+    made = stack_recorder()
+    for number in range(700):
+        made.free(made.at([], (40 if number == 433 else 1 + number % 3) * MIB))
+    history = explained(tmp_path, made).devices[0].history
+    assert history is not None
+    assert len(history.events) <= 500
+    sums = [sum(each) for each in zip(*dict(history.held_bytes).values(), strict=True)]
+    assert max(sums) == 40 * MIB
+    assert set(sums) < {0, MIB, 2 * MIB, 3 * MIB, 40 * MIB}
+
+
 def test_names_in_a_recording_are_text_on_the_page(tmp_path: Path) -> None:
     made = stack_recorder()
     made.at([frame("<script>alert(1)</script>", "/home/me/run/data.py", 3)], 3 * MIB)
@@ -219,10 +252,13 @@ def test_a_snapshot_without_events_explains_its_last_state(tmp_path: Path) -> No
     training_steps(made)
     content = made.content()
     content["device_traces"] = [[]]
-    text = str(explain(write(tmp_path / "state.pickle", content)))
+    found = explain(write(tmp_path / "state.pickle", content))
+    text = str(found)
     assert text.startswith("56.0 MiB allocated in the final state")
     assert "there are no events to replay" in text
     assert "What held the final state (measured)" in text
+    assert found.devices[0].history is None
+    assert not (found.report(tmp_path / "report").parent / "charts").exists()
     assert "simulated" not in text
 
 

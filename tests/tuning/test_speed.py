@@ -13,7 +13,7 @@ from torch import nn
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.tuning.speed import SpeedModel, knee, window_estimate, window_estimates
+from autobatch.tuning.speed import SpeedModel, knee, window_estimate
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 
@@ -89,23 +89,6 @@ def test_windows_that_change_their_calls_are_counted_at_every_size():
     model = SpeedModel.of(branching, A100)
     direct = window_estimate(branching, A100, micro_batch=5, accumulation_steps=2)
     assert model.seconds(5, 2) == pytest.approx(direct.seconds)
-
-
-def test_cards_of_one_family_share_a_run(monkeypatch):
-    cards = []
-    run = VirtualGpu.run
-
-    def counted(self, *args, **more):
-        cards.append(self.spec.name)
-        return run(self, *args, **more)
-
-    monkeypatch.setattr(VirtualGpu, "run", counted)
-    gpus = [find_gpu(name) for name in ("a100-40gb", "a100-80gb", "t4", "24GiB")]
-    found = window_estimates(workload(), gpus, micro_batch=4096, accumulation_steps=1)
-    assert cards == ["a100-40gb", "t4"]
-    assert found[3] is None
-    fast, faster, slow = (one.seconds for one in found[:3])
-    assert faster < fast < slow
 
 
 def test_a_card_without_figures_has_no_estimate_and_runs_nothing(monkeypatch):

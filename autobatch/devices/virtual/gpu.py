@@ -10,8 +10,9 @@ import contextlib
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch import nn
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.copies import Copier
 from autobatch.devices.one_card import require_one_card
-from autobatch.devices.preserve import process_state_preserved
+from autobatch.devices.preserve import kernel_switches, process_state_preserved
 from autobatch.devices.session import Session, user_errors
+from autobatch.devices.virtual.ahead import Task, taken
 from autobatch.devices.virtual.backend import emulated_cuda, virtual_device
 from autobatch.devices.virtual.compiled_functions import compiled_functions_fused
 from autobatch.devices.virtual.device_guard import lost_errors_found
@@ -29,12 +31,14 @@ from autobatch.devices.virtual.fake_mode import VirtualMode
 from autobatch.devices.virtual.function_mode import CudaCalls
 from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.kernels import outputs
+from autobatch.devices.virtual.kernels.calls import Hashed
 from autobatch.devices.virtual.kernels.cuda_functions import cuda_kernels
 from autobatch.devices.virtual.kernels.rnn import flatten_weights
 from autobatch.devices.virtual.kernels.triton_launches import triton_skipped
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
 from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.leftovers import leftovers_removed
+from autobatch.devices.virtual.questions import Question, note_question, questions
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.unknown_values import UnknownValues
 from autobatch.devices.virtual.work import WorkCounter, counting
@@ -53,7 +57,7 @@ from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
 
-__all__ = ["VirtualGpu"]
+__all__ = ["VirtualGpu", "identity_of"]
 
 Shard = Callable[[nn.Module, Workload, Any, contextlib.ExitStack], tuple[nn.Module, list[str]]]
 
@@ -134,9 +138,58 @@ class VirtualGpu:
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
+        found = taken(self._key(workload, micro_batch, accumulation_steps, windows))
+        if found is not None:
+            ran, asked = found
+            for question in asked:
+                note_question(question, None)
+            return ran  # type: ignore[no-any-return]
+        return self._run_here(workload, micro_batch, accumulation_steps, windows)
+
+    def foreseen(
+        self, workload: Workload, micro_batches: Iterable[int], accumulation_steps: int
+    ) -> list[Task]:
+        """Return tasks for helpers: runs of a workload that are likely to be asked for."""
+        return [
+            (
+                self._key(workload, size, accumulation_steps, WINDOWS),
+                partial(self._run_ahead, workload, size, accumulation_steps),
+            )
+            for size in micro_batches
+        ]
+
+    def _run_ahead(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int
+    ) -> tuple[Run, set[Question]] | None:
+        """Return a run and what it asked; None where values decided something in it.
+
+        What is learned of values stays in the process that learns it.
+        """
+        with questions() as asked:
+            ran = self._run_here(workload, micro_batch, accumulation_steps, WINDOWS)
+        return (ran, asked) if self._guesses_of(workload).is_unused else None
+
+    def _key(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int, windows: int
+    ) -> Hashable:
+        """Return what is the same for runs that are alike."""
+        return (
+            (Hashed(self.spec), repr(self._settings)),
+            identity_of(workload),
+            (micro_batch, accumulation_steps, windows),
+            (self._counts_work, kernel_switches()),
+        )
+
+    def _guesses_of(self, workload: Workload) -> Guesses:
+        return self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
+
+    def _run_here(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int, windows: int
+    ) -> Run:
+        """Run in this process."""
         _require_eager(workload.model)
         require_one_card(workload.model)
-        guesses = self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
+        guesses = self._guesses_of(workload)
         job = _Job(workload, micro_batch, accumulation_steps, windows, guesses)
         first: WorkloadError | None = None
         while True:
@@ -309,6 +362,13 @@ class VirtualGpu:
             work=None if counter is None else counter.work(job.micro_batch),
             counts=session.counts,
         )
+
+
+def identity_of(workload: Workload) -> Hashable:
+    """Return what is the same for workloads that run the same; notes do not run."""
+    return tuple(
+        id(getattr(workload, each.name)) for each in fields(workload) if each.name != "notes"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ something (what is learned of them depends on what ran before), or which tells o
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.preserve import kernel_switches
-from autobatch.devices.virtual.gpu import VirtualGpu
+from autobatch.devices.virtual.ahead import Task
+from autobatch.devices.virtual.gpu import VirtualGpu, identity_of
 from autobatch.devices.virtual.kernels.calls import Hashed, on_card
 from autobatch.devices.virtual.questions import questions
 from autobatch.gpus.catalogue import GpuSpec
@@ -104,12 +105,7 @@ class SharingGpu(VirtualGpu):
         Raises:
             WorkloadError: the user's model, loss or optimizer failed; the cause is chained.
         """
-        key = (
-            self.spec.compute_capability,
-            _identity(workload),
-            (micro_batch, accumulation_steps, windows),
-            (self._counts_work, kernel_switches()),
-        )
+        key = self._shared_key(workload, micro_batch, accumulation_steps, windows)
         kept = self._shared.find(key)
         if kept is not None:
             return self._taken_over(kept)
@@ -121,11 +117,33 @@ class SharingGpu(VirtualGpu):
                 accumulation_steps=accumulation_steps,
                 windows=windows,
             )
-        guesses, _ = self._guesses[id(workload.model)]
+        guesses = self._guesses_of(workload)
         tells_of_card = any(self.spec.name in note for note in ran.notes)
         if "card" not in asked and guesses.is_unused and not tells_of_card:
             self._shared.keep(key, ran, self.spec, self._settings, workload)
         return ran
+
+    def foreseen(
+        self, workload: Workload, micro_batches: Iterable[int], accumulation_steps: int
+    ) -> list[Task]:
+        """Return tasks for helpers: runs that are likely to be asked for, and that none shares."""
+        new = [
+            size
+            for size in micro_batches
+            if not self._shared.find(self._shared_key(workload, size, accumulation_steps, WINDOWS))
+        ]
+        return super().foreseen(workload, new, accumulation_steps)
+
+    def _shared_key(
+        self, workload: Workload, micro_batch: int, accumulation_steps: int, windows: int
+    ) -> Hashable:
+        """Return what is the same for runs that one execution serves."""
+        return (
+            self.spec.compute_capability,
+            identity_of(workload),
+            (micro_batch, accumulation_steps, windows),
+            (self._counts_work, kernel_switches()),
+        )
 
     def _taken_over(self, kept: _Kept) -> Run:
         """Return a run as it is on this card."""
@@ -137,13 +155,6 @@ class SharingGpu(VirtualGpu):
         elif kept.settings == self._settings:
             return kept.run
         return replace(kept.run, trace=trace, replay=replay(trace, self.allocator()))
-
-
-def _identity(workload: Workload) -> Hashable:
-    """Return what is the same for workloads that run the same; notes do not run."""
-    return tuple(
-        id(getattr(workload, each.name)) for each in fields(workload) if each.name != "notes"
-    )
 
 
 def are_alike(one: GpuSpec, other: GpuSpec) -> bool:

@@ -1,4 +1,4 @@
-"""Charts of comparisons and sweeps: records of numbers, then figures; the only user of matplotlib.
+"""Charts of comparisons, sweeps and recordings: numbers, then figures; the only user of matplotlib.
 
-Imports records and support; `report.choices` and `report.sweep` import it, for a report's folder.
+Imports records, memory and support; the modules of `report` import it, for a report's folder.
 """

@@ -369,8 +369,9 @@ class _Search:
             if len(had) == _TOGETHER or fitting == _ENOUGH or not all(map(option.goes_with, had)):
                 continue
             options = in_order(*had, option)
-            second = self._first_sizes()[1:]
-            run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
+            if self._known(options) is None:
+                second = self._first_sizes()[1:]
+                run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
             found = self._try(options)
             if found is not None and _saved(found) >= saved + least:
                 had, saved = [*had, option], _saved(found)

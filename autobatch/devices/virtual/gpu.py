@@ -94,7 +94,7 @@ class VirtualGpu:
         self.others_bytes = 0
         self.allowed_bytes = None
         self._settings = AllocatorSettings.of_environment() if settings is None else settings
-        self._recipes: dict[Any, Any] = {}
+        self._known_layouts: dict[Any, Any] = {}
         self._guesses: dict[int, tuple[Guesses, nn.Module]] = {}  # a model keeps its id
 
     def require(self, workload: Workload) -> None:
@@ -179,6 +179,10 @@ class VirtualGpu:
             (micro_batch, accumulation_steps, windows),
             (self._counts_work, kernel_switches()),
         )
+
+    def _recipes(self) -> dict[Any, Any]:
+        """Return the cache of output layouts that a run here begins with, and adds to."""
+        return self._known_layouts
 
     def _guesses_of(self, workload: Workload) -> Guesses:
         return self._guesses.setdefault(id(workload.model), (Guesses(), workload.model))[0]
@@ -304,7 +308,7 @@ class VirtualGpu:
         if self._counts_work:
             counter = WorkCounter(recorder, device, workload.world_size, job.windows)
         mode = (mode_class if counter is None else counting(mode_class, counter))(
-            device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes
+            device, recorder, unknown, workspaces, copier.move, copier.is_copy, self._recipes()
         )
         modes.append(weakref.ref(mode))
         calls = CudaCalls(device, guesses)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autobatch.devices.base import WINDOWS, Run
 from autobatch.devices.preserve import kernel_switches
@@ -52,11 +53,16 @@ class SharedRuns:
     def __init__(self) -> None:
         """Begin with none."""
         self._kept: dict[Hashable, _Kept] = {}
+        self._recipes: dict[Hashable, dict[Any, Any]] = {}
         self.executions = 0
 
     def find(self, key: Hashable) -> _Kept | None:
         """Return the run of a key; None where there is none to share."""
         return self._kept.get(key)
+
+    def recipes(self, key: Hashable) -> dict[Any, Any]:
+        """Return the cache of output layouts of runs of one kind."""
+        return self._recipes.setdefault(key, {})
 
     def keep(
         self,
@@ -133,6 +139,10 @@ class SharingGpu(VirtualGpu):
             if not self._shared.find(self._shared_key(workload, size, accumulation_steps, WINDOWS))
         ]
         return super().foreseen(workload, new, accumulation_steps)
+
+    def _recipes(self) -> dict[Any, Any]:
+        """Return the cache of output layouts of all that runs on such a card, in such a process."""
+        return self._shared.recipes((Hashed(self.spec), kernel_switches()))
 
     def _shared_key(
         self, workload: Workload, micro_batch: int, accumulation_steps: int, windows: int

@@ -74,11 +74,15 @@ class RunningModule:
     def learn(self, model: nn.Module) -> None:
         """Learn the names of a model's modules, and which of them own its tensors.
 
-        What is known already keeps its name; what was added to the model since is called by its
-        path without what wrappers add. The model has to stay alive.
+        What is known already keeps its name; what was added to the model since, as adapters are, is
+        called by its place below what is known, without what wrappers add. The model has to stay
+        alive.
         """
+        names: dict[str, str] = {}  # by path
         for path, module in model.named_modules():
-            name = self._names.setdefault(id(module), plain_name(path))
+            parent, _, own = path.rpartition(".")
+            place = plain_name(f"{names[parent]}.{own}" if names.get(parent) else own)
+            name = names[path] = self._names.setdefault(id(module), place)
             for held in (module._parameters, module._buffers):
                 for tensor in held.values():
                     if tensor is not None:

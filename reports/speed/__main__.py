@@ -33,6 +33,7 @@ REPEATS = 7
 Figures = dict[str, Any]
 
 TARGETS = {
+    "median_times_import_torch": 0.6,
     "median_seconds": 6.0,
     "slowest_seconds": 20.0,
     "llama_seconds": 20.0,
@@ -94,6 +95,8 @@ def summarise(rows: Sequence[Figures]) -> Figures:
     large = [row["seconds"] for row in measured if (row["spec"], row["gpu"]) == LARGE]
     summary: Figures = {}
     if small:
+        ratios = [row["seconds"] / row["import_torch_seconds"] for row in small]
+        summary["median_times_import_torch"] = round(median(ratios), 2)
         summary["median_seconds"] = round(median(row["seconds"] for row in small), 2)
         summary["slowest_seconds"] = max(row["seconds"] for row in small)
     if large:
@@ -106,14 +109,14 @@ def summarise(rows: Sequence[Figures]) -> Figures:
 def markdown(row: Figures) -> str:
     """Render a row of the table below `HEADER`."""
     if "seconds" not in row:
-        return (
-            f"| {row['spec']} | {row['gpu']} | | | {row['process_seconds']} | | | {row['error']} |"
-        )
+        name, gpu, spent, error = (row[key] for key in ("spec", "gpu", "process_seconds", "error"))
+        return f"| {name} | {gpu} | | | | {spent} | | | {error} |"
     cells = (
         row["spec"],
         row["gpu"],
         f"{row['parameters'] / 1e6:,.1f}",
         f"{row['seconds']:.1f}",
+        f"{row['seconds'] / row['import_torch_seconds']:.2f}",
         f"{row['process_seconds']:.1f}",
         format_bytes(row["peak_rss_bytes"]),
         row.get("executions", ""),
@@ -123,8 +126,8 @@ def markdown(row: Figures) -> str:
 
 
 HEADER = (
-    "| model | GPU | parameters (M) | tune (s) | process (s) | peak RSS | executions | ceiling |\n"
-    "|-|-|-|-|-|-|-|-|"
+    "| model | GPU | parameters (M) | tune (s) | times `import torch` | process (s) | peak RSS "
+    "| executions | ceiling |\n|-|-|-|-|-|-|-|-|-|"
 )
 
 
@@ -167,7 +170,7 @@ def _jobs(specs: Sequence[str], models: int, seed: int) -> list[tuple[str, str]]
 def _print_summary(summary: Figures, missed: Sequence[str], failed: Sequence[str]) -> None:
     print("\n| figure | measured | target |\n|-|-|-|")
     for name, value in summary.items():
-        label = name.rsplit("_", 1)[0].replace("_", " ")
+        label = name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
         print(f"| {label} | {_shown(name, value)} | {_shown(name, TARGETS.get(name))} |")
     for name in missed:
         print(f"missed: {name}")
@@ -178,7 +181,9 @@ def _print_summary(summary: Figures, missed: Sequence[str], failed: Sequence[str
 def _shown(name: str, figure: float | None) -> str:
     if figure is None:
         return ""
-    return format_bytes(int(figure)) if name.endswith("_bytes") else f"{figure:.2f} s"
+    if name.endswith("_bytes"):
+        return format_bytes(int(figure))
+    return f"{figure:.2f} s" if name.endswith("_seconds") else f"{figure:.2f}"
 
 
 def _document(summary: Figures, rows: Sequence[Figures], options: argparse.Namespace) -> Figures:

@@ -216,3 +216,28 @@ def test_names_are_the_users_when_a_lever_wraps_modules():
 
     assert modules(trace, "forward") == {"", "first", "act", "last"}
     assert plain_name("a._checkpoint_wrapped_module.b") == "a.b"
+
+
+def test_names_are_the_users_when_a_lever_puts_the_model_into_another_one():
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+            self.adapter = nn.Linear(base.in_features, base.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.adapter(x)
+
+    model = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "head": nn.ReLU()})
+    running = RunningModule()
+    running.learn(model)
+    outer = nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})})
+    model["layers"][0] = Adapted(model["layers"][0])
+    running.learn(outer)
+
+    named = {path: running.name_of(module, "?") for path, module in outer.named_modules()}
+    below = "base_model.model.layers.0"
+    assert named["base_model.model.head"] == "head"
+    assert named[below] == named[f"{below}.base_layer"] == "layers.0"
+    assert named[f"{below}.adapter"] == "layers.0.adapter"
+    assert running.owner(model["layers"][0].adapter.weight) == "layers.0.adapter"

@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 _LOG, _PLAN, _WORK = "log.jsonl", "plan.json", "work.pickle"
 _ANSWER = "answer.pickle"
+_AHEAD = "ahead"
 _NAME = "autobatch probe in "
 """What a child is called before its folder; it knows its name before it imports anything."""
 
@@ -145,6 +146,7 @@ def _record() -> Iterator[Path]:
         yield folder
     except ProbeDiedError:
         (folder / _WORK).unlink(missing_ok=True)
+        shutil.rmtree(folder / _AHEAD, ignore_errors=True)
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -365,7 +367,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
     from autobatch.devices.virtual.ahead import running_ahead
 
     try:
-        with running_ahead():
+        with running_ahead(folder / _AHEAD):
             answer = work(*args, progress=partial(_tell, folder), **kwargs)
         if isinstance(answer, Plan):
             answer.save(folder / _PLAN)

@@ -18,11 +18,12 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,26 +42,35 @@ Task = tuple[Hashable, Callable[[], Any]]
 _MOST_HELPERS = 4
 """Helpers of one list: the next run is rarely foreseen for more."""
 
-_lists: list[_List] | None = None
+_PATIENCE_S = 120.0
+"""A helper that has not finished a run in so long after it was asked for is given up."""
+
+_running: _Running | None = None
 
 
 @contextlib.contextmanager
-def running_ahead() -> Iterator[None]:
-    """Let helpers run what is foreseen in the block, where that is safe; they end with it."""
-    global _lists
-    if not _may_fork() or _lists is not None:
+def running_ahead(folder: Path) -> Iterator[None]:
+    """Let helpers run what is foreseen in the block, where that is safe; they end with it.
+
+    Args:
+        folder: where they leave what they find; it is made, and removed.
+    """
+    global _running
+    if not _may_fork() or _running is not None:
         yield
         return
     # an engine that has run before the simulated device is known starts no threads, which would
     # not survive a fork
-    torch.ones((), requires_grad=True).backward()
-    _lists = []
+    with torch.enable_grad():
+        torch.ones((), device="cpu", requires_grad=True).backward()
+    _running = _Running(folder)
     try:
         yield
     finally:
-        for each in _lists:
+        for each in _running.lists:
             each.close()
-        _lists = None
+        shutil.rmtree(folder, ignore_errors=True)
+        _running = None
 
 
 def run_ahead(tasks: Iterable[Task]) -> None:
@@ -68,23 +78,33 @@ def run_ahead(tasks: Iterable[Task]) -> None:
 
     Tasks are asked for only where there are.
     """
-    if _lists is None:
+    if _running is None:
         return
-    idle = _cores() - 1 - sum(each.busy() for each in _lists)
+    lists = _running.lists
+    idle = _cores() - 1 - sum(each.busy() for each in lists)
     if idle <= 0:
         return
-    new = [task for task in tasks if not any(task[0] in each.keys for each in _lists)]
+    new = [task for task in tasks if not any(task[0] in each.keys for each in lists)]
     if new:
         with contextlib.suppress(OSError, ImportError):  # no process, memory or semaphore is left
-            _lists.append(_List(new, min(idle, len(new), _MOST_HELPERS)))
+            folder = _running.folder / str(len(lists))
+            lists.append(_List(new, min(idle, len(new), _MOST_HELPERS), folder))
 
 
 def taken(key: Hashable) -> Any:
     """Return what a helper found, once; None where none has begun with it, or where it failed."""
-    for each in _lists or ():
+    for each in _running.lists if _running is not None else ():
         if key in each.keys:
             return each.take(key)
     return None
+
+
+@dataclass(slots=True)
+class _Running:
+    """The lists of a block, each with a folder of its own in this one."""
+
+    folder: Path
+    lists: list[_List] = field(default_factory=list)
 
 
 def _may_fork() -> bool:
@@ -105,17 +125,18 @@ class _List:
         keys: of the tasks whose results were not taken, with their places in the list.
     """
 
-    def __init__(self, tasks: Sequence[Task], helpers: int) -> None:
+    def __init__(self, tasks: Sequence[Task], helpers: int, folder: Path) -> None:
         """Start helpers; each has this process's memory as it is now."""
         self.keys = {key: place for place, (key, _) in enumerate(tasks)}
         self._tasks = tasks  # keys hold ids of what these hold
         self._ended: dict[int, bool] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="autobatch-ahead-")
+        self._folder = folder
+        folder.mkdir(parents=True)
         context = multiprocessing.get_context("fork")
         self._claims = context.Array("b", len(tasks))
         self._told, tell = context.Pipe(duplex=False)
         self._helpers: list[BaseProcess] = []
-        arguments = (tasks, self._claims, tell, Path(self._folder.name), os.getpid())
+        arguments = (tasks, self._claims, tell, folder, os.getpid())
         try:
             with warnings.catch_warnings():  # Python cannot know what other threads do: they wait
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -138,23 +159,24 @@ class _List:
         if _claimed(self._claims, place):
             return None
         while place not in self._ended:
+            if not self._told.poll(_PATIENCE_S):  # what it waits for may be a thread of the parent
+                self.close()
+                return None
             try:
                 ended, has_result = self._told.recv()
             except EOFError:  # a helper died at it
                 return None
             self._ended[ended] = has_result
-        if not self._ended[place]:
-            return None
-        return pickle.loads(_file(Path(self._folder.name), place).read_bytes())
+        return pickle.loads(_file(self._folder, place).read_bytes()) if self._ended[place] else None
 
     def close(self) -> None:
-        """End the helpers, whatever they are at."""
+        """End the helpers, whatever they are at; nothing is taken afterwards."""
+        self.keys.clear()
         for helper in self._helpers:
             helper.kill()
         for helper in self._helpers:
             helper.join()
         self._told.close()
-        self._folder.cleanup()
 
 
 def _claimed(claims: Any, place: int) -> bool:

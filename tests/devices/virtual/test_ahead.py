@@ -29,9 +29,15 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def helped() -> Iterator[None]:
+def folder(tmp_path: Path) -> Path:
+    """Return where helpers leave what they find."""
+    return tmp_path / "ahead"
+
+
+@pytest.fixture
+def helped(folder: Path) -> Iterator[None]:
     """Run a test where helpers run ahead."""
-    with running_ahead():
+    with running_ahead(folder):
         yield
 
 
@@ -42,8 +48,8 @@ def _process() -> tuple[int]:
 
 def _begun(key: object) -> Any:
     """Wait until a helper has begun with a task, and take its result."""
-    assert ahead._lists is not None
-    (tasks,) = ahead._lists
+    assert ahead._running is not None
+    (tasks,) = ahead._running.lists
     while not tasks._claims[tasks.keys[key]]:
         time.sleep(0.01)
     return taken(key)
@@ -92,7 +98,7 @@ def test_a_helper_goes_on_after_a_task_that_failed(helped: None) -> None:
 def test_no_more_helpers_than_idle_cores(helped: None) -> None:
     run_ahead([("slow", lambda: time.sleep(60))])
     run_ahead([("more", _process)])
-    assert len(ahead._lists or ()) == 1
+    assert ahead._running is not None and len(ahead._running.lists) == 1
     assert len(multiprocessing.active_children()) == 1
 
 
@@ -107,15 +113,35 @@ def test_where_no_process_can_be_had_this_one_does_it_all(
     assert taken("it") is None
 
 
-def test_helpers_end_with_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with running_ahead():
+def test_helpers_and_what_they_leave_end_with_the_block(folder: Path) -> None:
+    with running_ahead(folder):
         run_ahead([("slow", lambda: time.sleep(60))])
         assert multiprocessing.active_children()
+        assert folder.exists()
     assert not multiprocessing.active_children()
-    assert not [*tmp_path.iterdir()]
+    assert not folder.exists()
     run_ahead([("late", _process)])
     assert taken("late") is None
+
+
+def test_a_helper_that_hangs_is_given_up(helped: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_PATIENCE_S", 0.2)
+    run_ahead([("hangs", lambda: time.sleep(60)), ("after", _process)])
+    assert _begun("hangs") is None
+    assert not multiprocessing.active_children()
+    assert taken("after") is None
+
+
+@pytest.mark.parametrize("setting", ["set_grad_enabled", "set_default_device"])
+def test_settings_of_the_users_script_are_no_obstacle(folder: Path, setting: str) -> None:
+    getattr(torch, setting)(False if setting == "set_grad_enabled" else "meta")
+    try:
+        with running_ahead(folder):
+            run_ahead([("it", _process)])
+            assert _begun("it") is not None
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_device(None)
 
 
 def test_a_helper_is_silent(helped: None, capfd: pytest.CaptureFixture[str]) -> None:
@@ -133,24 +159,24 @@ def test_a_helper_is_silent(helped: None, capfd: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_nothing_is_forked_where_that_is_unsafe_or_useless(
-    monkeypatch: pytest.MonkeyPatch, name: str, replacement: Any
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, replacement: Any
 ) -> None:
     target = f"autobatch.devices.virtual.ahead.{name}" if name == "_cores" else name
     monkeypatch.setattr(target, replacement)
-    with running_ahead():
+    with running_ahead(folder):
         run_ahead([("it", _process)])
         assert not multiprocessing.active_children()
         assert taken("it") is None
 
 
 _KILLED = """
-import os, sys, time
+import os, pathlib, sys, time
 from autobatch.devices.virtual import ahead
 ahead._cores = lambda: 2
 def slow():
     print(os.getpid(), file=open(sys.argv[1], "w"), flush=True)
     time.sleep(60)
-with ahead.running_ahead():
+with ahead.running_ahead(pathlib.Path(sys.argv[1] + ".ahead")):
     ahead.run_ahead([("slow", slow)])
     while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read().strip():
         time.sleep(0.01)
@@ -170,7 +196,7 @@ def test_a_helper_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 _ADVISED = """
-import contextlib, json, sys
+import contextlib, json, pathlib, sys
 import torch
 from torch import nn
 import autobatch
@@ -184,7 +210,8 @@ def noted(key, take=ahead.taken):
     return result
 gpu.taken = noted
 model = nn.Sequential(nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 8))
-with ahead.running_ahead() if sys.argv[1] == "ahead" else contextlib.nullcontext():
+folder = pathlib.Path(sys.argv[2]) / "ahead"
+with ahead.running_ahead(folder) if sys.argv[1] == "ahead" else contextlib.nullcontext():
     plan = autobatch.tune(model, target=64, gpu="t4", cache=False)
     advice = autobatch.advise(model, target=4096, gpu="0.75GiB", levers=["optimizer"])
 told = [json.loads(plan.to_json()), json.loads(advice.to_json())]
@@ -198,12 +225,15 @@ json.dump({"told": told, "taken": sum(found)}, sys.stdout)
 
 
 @pytest.mark.slow
-def test_answers_are_the_same_with_helpers() -> None:
+def test_answers_are_the_same_with_helpers(tmp_path: Path) -> None:
     """Fresh processes: an autograd that ran with the simulated device known cannot be forked."""
     ways = {
         way: json.loads(
             subprocess.run(
-                [sys.executable, "-c", _ADVISED, way], check=True, capture_output=True, text=True
+                [sys.executable, "-c", _ADVISED, way, str(tmp_path)],
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout
         )
         for way in ("ahead", "alone")

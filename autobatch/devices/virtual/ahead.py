@@ -60,9 +60,8 @@ def running_ahead(folder: Path) -> Iterator[None]:
         yield
         return
     # an engine that has run before the simulated device is known starts no threads, which would
-    # not survive a fork
-    with torch.enable_grad():
-        torch.ones((), device="cpu", requires_grad=True).backward()
+    # not survive a fork; the user's script may have set another default device
+    torch.ones((), device="cpu", requires_grad=True).backward()
     _running = _Running(folder)
     try:
         yield
@@ -131,7 +130,7 @@ class _List:
         self._tasks = tasks  # keys hold ids of what these hold
         self._ended: dict[int, bool] = {}
         self._folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # of a list that could not be had
         context = multiprocessing.get_context("fork")
         self._claims = context.Array("b", len(tasks))
         self._told, tell = context.Pipe(duplex=False)

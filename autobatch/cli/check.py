@@ -81,9 +81,10 @@ def _equivalence(
     from autobatch.workload.workload import Workload
 
     subject = model()
-    if isinstance(subject, Workload):
-        subject = _changed(subject)
-    return check_equivalence(subject, **options)
+    if not isinstance(subject, Workload):
+        return check_equivalence(subject, **options)
+    result = check_equivalence(_changed(subject), **options)
+    return replace(result, notes=tuple(dict.fromkeys((*subject.notes, *result.notes))))
 
 
 def _changed(workload: Workload) -> Workload:

@@ -135,6 +135,8 @@ def test_check_compares_the_model_as_levers_change_it(
     assert found["rounding"] is not None and plain["rounding"] is None
     assert len(found["parameters"]) == 4 * 2 * 2  # two matrices beside two layers of each block
     assert all("lora_" in name for name in found["parameters"])
+    told = [note for note in found["notes"] if note.startswith("with ")]
+    assert len(told) == 2 and any("checkpointing" in note for note in told)
     assert len(plain["parameters"]) == 4 * 2 * 2  # weights and biases
 
 

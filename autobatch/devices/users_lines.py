@@ -6,20 +6,26 @@ same for as long as it runs.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
 from types import CodeType, FrameType
 
+from autobatch.memory.snapshot import Stack
 from autobatch.memory.stacks import is_of_library, line_as_text
+from autobatch.memory.trace import Phase
 
-__all__ = ["UsersLines"]
+__all__ = ["UsersLines", "has_users_line", "users_line"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OUTERMOST = os.path.join(_OURS, "devices", "session.py")
 """Who calls for windows to run is no part of them."""
 _CALLS = os.path.join(_OURS, "devices", "running_module.py"), "called"
 """The function in which each call of a module is followed."""
+
+_WITHOUT: tuple[Phase, ...] = ("setup", "backward", "step")
+"""Phases in which only libraries and autobatch run."""
 
 _OF_THE_RECORDER = 4
 """Frames at the top of each stack: `current`, and three of the recorder that asks."""
@@ -76,12 +82,7 @@ class UsersLines:
 
     def _kind_of(self, code: CodeType) -> int:
         path = code.co_filename
-        if (path, code.co_name) == _CALLS:
-            kind = _CALL
-        elif path == _OUTERMOST:
-            kind = _END
-        else:
-            kind = _LIBRARYS if path.startswith(_OURS) or is_of_library(path) else _USERS
+        kind = _CALL if (path, code.co_name) == _CALLS else _kind_of_file(path)
         self._codes.append(code)
         self._kinds[id(code)] = kind
         return kind
@@ -92,3 +93,26 @@ class UsersLines:
             text = line_as_text(code.co_filename, line, code.co_name)
             self._texts[id(code), line] = text
         return text
+
+
+def has_users_line(phase: Phase) -> bool:
+    """Whether the user's code may run in a phase of a window."""
+    return phase not in _WITHOUT
+
+
+def users_line(stack: Stack) -> str:
+    """Return the innermost line of the user's code in a recorded stack; empty where none is."""
+    for frame in stack:
+        kind = _kind_of_file(frame.filename)
+        if kind == _USERS:
+            return line_as_text(frame.filename, frame.line, frame.name)
+        if kind == _END:
+            break
+    return ""
+
+
+@functools.cache
+def _kind_of_file(path: str) -> int:
+    if path == _OUTERMOST:
+        return _END
+    return _LIBRARYS if path.startswith(_OURS) or is_of_library(path) else _USERS

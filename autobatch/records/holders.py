@@ -31,9 +31,10 @@ class Holder:
         phase: of the window in which it was allocated.
         shape: of the first tensor in this memory; empty for a scalar, and where `dtype` is.
         dtype: of that tensor, as "float32"; empty for scratch of a kernel, which no tensor shows,
-            on a GPU that is measured, and for blocks that take another shape by micro-batch.
+            for blocks that take another shape by micro-batch, and on a GPU that is measured for
+            what no operator took as it was made.
         where: the innermost line of the user's code, as "run/train.py:12 loss"; empty in backward
-            passes and steps, where only libraries run, and on a GPU that is measured.
+            passes and steps, where only libraries run.
     """
 
     module: str

@@ -48,3 +48,18 @@ def test_ceilings_are_exact_under_other_settings_of_the_allocator(setting: str) 
     )
     for plan in plans.values():
         assert_exact(plan)
+
+
+@pytest.mark.slow
+def test_blocks_at_the_peak_are_called_as_on_the_simulated_card() -> None:
+    found = answer("attributed", capacity="2GiB", gpu="t4")
+    # of these, the bench takes what cuDNN keeps for smaller, or a sort's scratch for larger
+    for other in ("recurrent", "several inputs"):
+        found.pop(other)
+    assert len(found) >= 10
+    assert len({line for seen in found.values() for line in seen["lines"]}) >= 4
+    for kind, seen in found.items():
+        assert seen["evidence"] == "measured"
+        assert seen["strange modules"] == []
+        assert seen["bytes"] > 100_000
+        assert seen["only simulated"] == [], kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 import weakref
 
 import torch
@@ -20,7 +21,7 @@ from autobatch.devices.cuda.runtime import Stats
 from autobatch.gpus.budget import DeviceReading
 from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.snapshot import Snapshot, TraceEvent
+from autobatch.memory.snapshot import Frame, Snapshot, TraceEvent
 from autobatch.support.patching import patched
 
 MIB = 2**20
@@ -127,8 +128,9 @@ class CudaOnCpu:
         ]
 
     @contextlib.contextmanager
-    def recording(self):
+    def recording(self, *, stacks=False):
         self.is_recording = True
+        self.stacks = stacks
         self.events = []
         try:
             with _Ledger(self):
@@ -142,12 +144,12 @@ class CudaOnCpu:
         yield self.ops
         self.ops = None
 
-    def snapshot(self):
+    def snapshot(self, *, stacks=False):
         return Snapshot(
             segments={0: ()}, traces={0: tuple(self.events)}, settings=AllocatorSettings()
         )
 
-    def malloc(self, address, size_bytes):
+    def malloc(self, address, size_bytes, tensors=()):
         try:
             block = self.allocator.malloc(size_bytes)
         except OutOfMemory as error:
@@ -161,7 +163,7 @@ class CudaOnCpu:
         self.requested_bytes += size_bytes
         self._note("alloc", address, size_bytes)
         if self.ops is not None:
-            self.ops.append(Made(self.running, self.modules.name()))
+            self.ops.append(Made(self.running, self.modules.name(), tensors))
         return block
 
     def free(self, address, block, size_bytes):
@@ -172,7 +174,8 @@ class CudaOnCpu:
     def _note(self, action, address, size_bytes):
         self.calls += 1
         if self.is_recording:
-            self.events.append(TraceEvent(action, address, size_bytes, 0))
+            stack = _stack() if self.stacks else ()
+            self.events.append(TraceEvent(action, address, size_bytes, 0, stack=stack))
 
 
 class _Ledger(TorchDispatchMode):
@@ -205,7 +208,8 @@ class _Ledger(TorchDispatchMode):
         if key in self.known:
             return
         size, address = storage.nbytes(), storage.data_ptr()
-        block = self.card.malloc(address, size) if is_new and size else None
+        made = ((tuple(tensor.shape), tensor.dtype),)
+        block = self.card.malloc(address, size, made) if is_new and size else None
 
         def gone(_):
             if self.known.get(key) is reference:
@@ -214,6 +218,13 @@ class _Ledger(TorchDispatchMode):
                 self.card.free(address, block, size)
 
         self.known[key] = reference = weakref.ref(storage, gone)
+
+
+def _stack():
+    """The lines of Python that run, as PyTorch's memory history records them."""
+    stack = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)
+    frames = (Frame(frame.name, frame.filename, frame.lineno) for frame in stack)
+    return tuple(frame for frame in frames if frame.filename != __file__)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from autobatch.devices.cuda.op_names import Made
 from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.devices.running_module import RunningModule
+from autobatch.devices.users_lines import has_users_line, users_line
 from autobatch.errors import AutobatchError
 from autobatch.memory.snapshot import TraceEvent
 from autobatch.memory.trace import Allocation, Category, Label, Mark, Phase, Trace
@@ -35,7 +37,8 @@ class HistoryRecorder:
 
         Args:
             runtime: the device.
-            labelled: whether the op and the module of every allocation are found, which takes time.
+            labelled: whether it is found what made every allocation, and in which line of the
+                user's code, which takes time.
             follows_modules: whether calls of modules are followed for that; compiled ones are not.
         """
         self._runtime = runtime
@@ -55,7 +58,7 @@ class HistoryRecorder:
     def recording(self) -> Iterator[None]:
         """Record until the end of the block, or until `stop`."""
         with self._switches:
-            self._switches.enter_context(self._runtime.recording())
+            self._switches.enter_context(self._runtime.recording(stacks=self._labelled))
             self._first = self._runtime.stats().events
             self._is_on = True
             if self._labelled:
@@ -77,7 +80,9 @@ class HistoryRecorder:
         self.running.stop()
         with self._switches:
             count = self._count()
-            trace = self._runtime.snapshot().traces.get(self._runtime.index, ())
+            trace = self._runtime.snapshot(stacks=self._labelled).traces.get(
+                self._runtime.index, ()
+            )
             self._events = [e for e in trace if e.action in ("alloc", "free_requested")][:count]
             if len(self._events) < count:
                 raise AutobatchError(
@@ -152,7 +157,7 @@ class HistoryRecorder:
                     phase,
                     made[index].op,
                     streams[e.stream],
-                    Label(_module_of(category, owners.get(index), made[index].module)),
+                    self._label(e, category, phase, owners.get(index), made[index]),
                 )
                 for index, (e, category, phase) in enumerate(
                     zip(starts, categories, phases, strict=True)
@@ -164,6 +169,14 @@ class HistoryRecorder:
                 for m in self._marks
             ),
         )
+
+    def _label(
+        self, event: TraceEvent, category: Category, phase: Phase, owner: str | None, made: Made
+    ) -> Label:
+        """Return what reports call a block."""
+        shape, dtype = _first_tensor(event.size_bytes, made)
+        where = users_line(event.stack) if has_users_line(phase) else ""
+        return Label(_module_of(category, owner, made.module), shape, dtype, where)
 
     def _phases(self, lives: Sequence[tuple[int, int]]) -> list[Phase]:
         begins = [mark.event for mark in self._marks]
@@ -231,6 +244,14 @@ def _module_of(category: Category, owner: str | None, maker: str) -> str:
     if owner is not None:
         return owner
     return "" if category == "workspace" else maker  # a library keeps it for all that follows
+
+
+def _first_tensor(size_bytes: int, made: Made) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype of the first tensor that fills a block; empty where none does."""
+    for shape, dtype in made.tensors:
+        if prod(shape) * dtype.itemsize == size_bytes:
+            return shape, str(dtype).removeprefix("torch.")
+    return (), ""
 
 
 def _by_life(life: tuple[int, int], phase: Phase, backwards: Sequence[int], end: int) -> Category:

@@ -182,10 +182,17 @@ class CudaRuntime:
         return is_memory_history_on()
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record every allocator event, without stacks; `snapshot` shows them until the end."""
+    def recording(self, *, stacks: bool = False) -> Iterator[None]:
+        """Record every allocator event; `snapshot` shows them until the end.
+
+        With `stacks`, the lines of Python that allocate are recorded as well.
+        """
         record_memory_history(
-            "all", context=None, stacks="python", max_entries=MAX_EVENTS, device=self.index
+            "all",
+            context="alloc" if stacks else None,
+            stacks="python",
+            max_entries=MAX_EVENTS,
+            device=self.index,
         )
         try:
             yield
@@ -199,10 +206,10 @@ class CudaRuntime:
         """
         return op_of_each_allocation(self.device, running)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, stacks: bool = False) -> Snapshot:
         """Return the allocator's state, and its events since recording began."""
         torch.cuda.synchronize(self.index)
-        return read_snapshot(memory_snapshot(self.index))
+        return read_snapshot(memory_snapshot(self.index), stacks=stacks)
 
 
 def _parent_bytes(occupancy: nvml.Occupancy | None) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.running_module import RunningModule
-from autobatch.devices.users_lines import UsersLines
+from autobatch.devices.users_lines import UsersLines, has_users_line
 from autobatch.memory.scratch import Steps, with_scratch
 from autobatch.memory.trace import (
     Allocation,
@@ -137,8 +137,7 @@ class StorageRecorder:
         module = self.running.current
         if module is None:
             module = self.running.name()
-        has_line = self.phase not in ("setup", "backward", "step")
-        return module, self._lines.current() if has_line else ""
+        return module, self._lines.current() if has_users_line(self.phase) else ""
 
     def latest(self, tensor: Any) -> str | None:
         """Return the op that made a tensor, if no tensor was allocated since."""

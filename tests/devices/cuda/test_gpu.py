@@ -475,6 +475,10 @@ def test_the_window_of_a_plan_is_labelled_by_a_run_that_is_no_trial():
     assert convolutions
     assert {block.label.module for block in labelled.blocks} <= names
     assert all(block.label.module for block in convolutions)
+    forward = next(b for b in convolutions if b.phase == "forward")
+    assert (forward.label.shape, forward.label.dtype) == ((4, 16, 32, 32), "float32")
+    assert forward.label.where.endswith(" cross_entropy")
+    assert {b.label.where for b in labelled.blocks if b.phase in ("backward", "step")} == {""}
 
 
 def test_a_trace_stays_as_it_is_where_the_run_that_labels_it_fails():

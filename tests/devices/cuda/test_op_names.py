@@ -38,9 +38,21 @@ def test_an_allocation_is_that_of_the_module_whose_forward_or_backward_pass_make
         model(inputs).pow(2).sum().backward()
 
     modules = {}
-    for op, module in seen:
-        modules.setdefault(op, set()).add(module)
+    for made in seen:
+        modules.setdefault(made.op, set()).add(made.module)
     assert modules["aten::addmm"] == {"0", "2"}
     assert modules["aten::gelu"] == modules["aten::gelu_backward"] == {"1"}
     assert modules["aten::mm"] == {"0", "2"}
     assert modules["aten::sum"] >= {""}
+
+
+def test_an_allocation_has_the_tensors_that_ops_took_from_it():
+    layer, inputs = nn.Linear(64, 32), torch.zeros(8, 64)
+    with op_of_each_allocation(torch.device("cpu")) as seen:
+        hidden = layer(inputs)
+        torch.cat([hidden.half().view(4, 64), inputs[:4]]).sum()
+
+    tensors = [(made.op, made.tensors) for made in seen]
+    assert tensors[0] == ("aten::addmm", (((8, 32), torch.float32),))
+    assert tensors[1][1][0] == ((8, 32), torch.float16)  # before it is looked at otherwise
+    assert ((4, 64), torch.float16) in tensors[1][1]

@@ -8,16 +8,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from autobatch.support.interrupts import uninterrupted
 from autobatch.support.randomness import random_state_kept
-from autobatch.support.torch_private import attention_priorities
+from autobatch.support.torch_private import attention_priorities, set_attention_priorities
 
-__all__ = ["kernel_switches", "one_at_a_time", "process_state_preserved"]
+__all__ = [
+    "attention_in_asked_order",
+    "kernel_switches",
+    "one_at_a_time",
+    "process_state_preserved",
+]
 
 _SWITCHES = (
     (torch.backends.cudnn, ("enabled", "benchmark", "deterministic")),
@@ -33,6 +38,10 @@ _PYTHONS_OWN_FROZEN = 1000
 """Python 3.12 starts with a few hundred frozen objects of its own: as many are not the user's."""
 
 _turn = threading.RLock()
+
+# of the machine: a simulated card takes their places in `torch.cuda` for a time
+_is_cuda_initialized: Callable[[], bool] = torch.cuda.is_initialized
+_real_capability: Callable[[], tuple[int, int]] = torch.cuda.get_device_capability
 
 
 def kernel_switches() -> str:
@@ -61,11 +70,23 @@ def _asked_order() -> list[int]:
     """
     order = list(map(int, attention_priorities()))
     is_usual = (
-        order[:4] == _CUDNN_FIRST
-        and torch.cuda.is_initialized()
-        and torch.cuda.get_device_capability()[0] in (9, 10)
+        order[:4] == _CUDNN_FIRST and _is_cuda_initialized() and _real_capability()[0] in (9, 10)
     )
     return [*_USUAL_ORDER, *order[4:]] if is_usual else order
+
+
+@contextlib.contextmanager
+def attention_in_asked_order() -> Iterator[None]:
+    """Let PyTorch's order of attention's kernels be the user's, not that of the machine's card."""
+    before, asked = list(map(int, attention_priorities())), _asked_order()
+    if asked == before:
+        yield
+        return
+    set_attention_priorities(asked)
+    try:
+        yield
+    finally:
+        set_attention_priorities(before)
 
 
 @contextlib.contextmanager

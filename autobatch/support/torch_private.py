@@ -70,6 +70,7 @@ __all__ = [
     "register_private_use_1",
     "replicated_count",
     "run_backward",
+    "set_attention_priorities",
     "shard_groups",
     "storage_use_count",
     "subclasses",
@@ -114,6 +115,7 @@ with _known():
     from torch._C import _get_privateuse1_backend_name as private_use_1_name
     from torch._C import _get_sdp_priority_order as attention_priorities
     from torch._C import _parse_dispatch_key as parse_dispatch_key
+    from torch._C import _set_sdp_priority_order as set_attention_priorities
     from torch._C import _storage_Use_Count as storage_use_count
     from torch._C._acc import DeviceGuard, PrivateUse1Hooks
     from torch._C._autograd import DeviceType

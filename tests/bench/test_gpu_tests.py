@@ -24,3 +24,18 @@ def test_every_test_that_needs_a_gpu_passes() -> None:
     passed = re.search(r"(\d+) passed", said)
     assert "skipped" not in said
     assert passed is not None and int(passed[1]) >= 50, said
+
+
+@pytest.mark.slow
+def test_another_card_is_simulated_as_on_a_machine_without_one() -> None:
+    virtual = ROOT / "tests" / "devices" / "virtual"
+    names = ("test_cuda_types.py", "test_function_mode.py", "kernels/test_attention.py")
+    files = [virtual / name for name in names]
+    shared = virtual / "test_sharing.py"
+    asking = [
+        f"{shared}::test_a_run_that_asks_for_its_card_is_not_shared",
+        f"{shared}::test_code_that_builds_a_model_is_seen_to_ask",
+    ]
+    said = run(["-m", "pytest", "-p", "no:cacheprovider", "--no-header", *files, *asking])
+    passed = re.search(r"(\d+) passed", said)
+    assert passed is not None and int(passed[1]) >= 30, said

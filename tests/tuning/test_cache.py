@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autobatch
 from autobatch.cli import main
+from autobatch.devices import preserve
 from autobatch.devices.preserve import kernel_switches
 from autobatch.errors import FileError, UsageError
 from autobatch.tuning import cache
@@ -178,10 +179,10 @@ def test_the_order_that_pytorch_sets_by_itself_does_not_count(
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST]
     with sdpa_kernel(kernels, set_priority=True):
         assert kernel_switches() != before
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(preserve, "_is_cuda_initialized", lambda: True)
+        monkeypatch.setattr(preserve, "_real_capability", lambda: (9, 0))
         assert kernel_switches() == before
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(preserve, "_real_capability", lambda: (8, 0))
         assert kernel_switches() != before
 
 

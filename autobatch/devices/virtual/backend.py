@@ -1,8 +1,9 @@
 """A device type for simulated GPUs, and user code that says "cuda" landing on it.
 
 Where the process has a live CUDA device, fake tensors on `cuda` need no backend and nothing is
-registered. Elsewhere PyTorch's PrivateUse1 slot is claimed once, under the name `virtual_gpu`;
-outside of a simulation it reports itself as unavailable.
+registered; what `torch.cuda` tells is of the simulated card there, too. Elsewhere PyTorch's
+PrivateUse1 slot is claimed once, under the name `virtual_gpu`; outside of a simulation it reports
+itself as unavailable.
 
 Invariant: nothing is registered in a user's process that has a real accelerator. Registration
 would make the virtual device the current accelerator of that process, for as long as it lives.
@@ -196,8 +197,8 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         for module in FOREACH_MODULES:
             types = [*module._foreach_supported_types, FakeTensor]
             patches.enter_context(patched(module, _foreach_supported_types=types))
+        patches.enter_context(_says_cuda(spec, device))
         if device.type == _NAME:
-            patches.enter_context(_says_cuda(spec, device))
             patches.enter_context(autocast.follows_cuda(_NAME))
             _active = True
         try:
@@ -210,10 +211,11 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
 def built_for(spec: GpuSpec) -> Iterator[None]:
     """Let code that builds a model find a CUDA card; what it puts there is on the CPU.
 
-    Where there is a CUDA device, that one is found.
+    Where there is a CUDA device, what it puts there is on it, and the card is described as `spec`.
     """
     if torch.cuda.is_available():
-        yield
+        with patched(torch.cuda, **_had(torch.cuda, _description(spec))):
+            yield
         return
     host = torch.device("cpu")
     with _says_cuda(spec, host), CudaOnHost():
@@ -257,25 +259,32 @@ def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     }
     for name in ("current_device_index", "current_device_idx"):
         if hasattr(torch.accelerator, name):
-            accelerator[name] = lambda: 0
-    answers = _answers(spec)
+            accelerator[name] = lambda: device.index or 0
+    answers = {
+        **_emulation(),
+        **_description(spec),
+        "current_device": lambda: device.index or 0,
+        "set_device": lambda place: require_card(place, device.index or 0),
+    }
     if device.type == _NAME:  # a simulated rank has put streams of its own into its module
         module = torch.get_device_module(device)
         answers.update({name: getattr(module, name) for name in _STREAMS})
-    found = {name: answers[name] for name in answers if hasattr(torch.cuda, name)}
-    types = {k: v for k, v in legacy_types(device).items() if hasattr(torch.cuda, k)}
-    in_memory = {name: found[name] for name in found if hasattr(torch.cuda.memory, name)}
     with (
-        patched(torch.cuda, **found, **types),
-        patched(torch.cuda.memory, **in_memory),
+        patched(torch.cuda, **_had(torch.cuda, {**answers, **legacy_types(device)})),
+        patched(torch.cuda.memory, **_had(torch.cuda.memory, answers)),
         patched(torch.accelerator, **accelerator),
         patched(torch, Generator=CudaGenerator),
     ):
         yield
 
 
-def _answers(spec: GpuSpec) -> dict[str, Any]:
-    """Return what takes the place of functions and classes of `torch.cuda`, by name."""
+def _had(module: ModuleType, answers: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers that a module of this PyTorch has a name for."""
+    return {name: answer for name, answer in answers.items() if hasattr(module, name)}
+
+
+def _description(spec: GpuSpec) -> dict[str, Any]:
+    """Return what takes the place of functions of `torch.cuda` that describe a card, by name."""
     major, minor = spec.compute_capability
     properties = Properties(
         name=spec.name,
@@ -303,13 +312,28 @@ def _answers(spec: GpuSpec) -> dict[str, Any]:
         shared_memory_per_block_optin=101376,
         shared_memory_per_multiprocessor=102400,
     )
+    return {
+        "get_arch_list": lambda: note_question("capability", [f"sm_{major}{minor}"]),
+        "get_device_capability": lambda device=None: note_question("capability", (major, minor)),
+        "get_device_name": lambda device=None: note_question("card", spec.name),
+        "get_device_properties": lambda device=None: properties,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_tf32_supported": lambda: note_question("capability", major >= 8),
+        "mem_get_info": lambda device=None: note_question(
+            "card", (spec.capacity_bytes, spec.capacity_bytes)
+        ),
+    }
+
+
+def _emulation() -> dict[str, Any]:
+    """Return what takes the place of other functions and classes of `torch.cuda`, by name."""
     no_bytes = """
         memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_cached
         max_memory_cached device_memory_used utilization memory_usage temperature power_draw
         clock_rate get_sync_debug_mode initial_seed
     """
     no_effect = """
-        set_device synchronize empty_cache manual_seed manual_seed_all set_rng_state
+        synchronize empty_cache manual_seed manual_seed_all set_rng_state
         set_rng_state_all reset_peak_memory_stats reset_max_memory_allocated
         reset_max_memory_cached reset_accumulated_memory_stats set_per_process_memory_fraction
         init ipc_collect seed seed_all set_stream set_sync_debug_mode
@@ -320,25 +344,14 @@ def _answers(spec: GpuSpec) -> dict[str, Any]:
         **dict.fromkeys(("is_available", "is_initialized"), lambda: True),
         **_STREAMS,
         **dict.fromkeys(("device", "device_of"), Inert),
-        "set_device": require_card,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
         "can_device_access_peer": lambda device, peer: False,
-        "get_arch_list": lambda: note_question("capability", [f"sm_{major}{minor}"]),
-        "get_device_capability": lambda device=None: note_question("capability", (major, minor)),
-        "get_device_name": lambda device=None: note_question("card", spec.name),
-        "get_device_properties": lambda device=None: properties,
-        "is_bf16_supported": lambda including_emulation=True: True,
-        "is_tf32_supported": lambda: note_question("capability", major >= 8),
         "is_current_stream_capturing": lambda: False,
         "memory_stats": lambda device=None: defaultdict(int),
         "memory_summary": lambda device=None, abbreviated=False: "",
         "memory_snapshot": lambda *args: [],
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "mem_get_info": lambda device=None: note_question(
-            "card", (spec.capacity_bytes, spec.capacity_bytes)
-        ),
     }
 
 

@@ -89,6 +89,9 @@ class CudaCalls(TorchFunctionMode):
             torch.tensor: partial(self._of_numbers, torch.tensor),
             torch.as_tensor: partial(self._of_numbers, torch.as_tensor),
             Tensor.cuda: self._cuda,
+            # its words are no devices yet: "cuda" may be followed by an index
+            torch.device: lambda *args, **kwargs: self._shown(torch.device(*args, **kwargs)),
+            Tensor.type: self._type,
             Tensor.data_ptr: _data_ptr,
             Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
         }
@@ -97,10 +100,6 @@ class CudaCalls(TorchFunctionMode):
             self._routes[is_cuda.__get__] = self._is_virtual
             place: Any = Tensor.device  # asked of tensors that consist of others
             self._routes[place.__get__] = lambda tensor: self._shown(tensor.device)
-            self._routes[Tensor.type] = self._type
-            self._routes[torch.device] = lambda *args, **kwargs: self._shown(
-                torch.device(*args, **kwargs)
-            )
 
     def __torch_function__(
         self,
@@ -215,7 +214,7 @@ class CudaCalls(TorchFunctionMode):
         return self._shown(tensor.device) == _CUDA
 
     def _shown(self, device: torch.device) -> torch.device:
-        return _CUDA if device.type == self._device.type else device
+        return _CUDA if device.type == self._device.type != "cuda" else device
 
     def _type(self, tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Name a tensor's legacy type, or convert to one, as `torch.cuda.FloatTensor`."""
@@ -238,8 +237,13 @@ class CudaCalls(TorchFunctionMode):
 
         A fake tensor tells its device without asking a function mode.
         """
+
+        def record_stream(tensor: Any, stream: Any) -> None:
+            """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
+
         if self._device.type == "cuda":
-            yield
+            with patched(FakeTensor, record_stream=record_stream):
+                yield
             return
 
         def device(tensor: Any) -> torch.device:
@@ -251,9 +255,6 @@ class CudaCalls(TorchFunctionMode):
             # checkpointing compares what it saved, there or elsewhere, with what it computed again
             is_pytorchs = self._depth and sys._getframe(1).f_globals.get("__name__") != _CHECKPOINT
             return place if is_pytorchs else self._shown(place)
-
-        def record_stream(tensor: Any, stream: Any) -> None:
-            """Do nothing: there is one stream. PyTorch's own takes no stand-in for one."""
 
         make: Any = Tensor._make_wrapper_subclass
 

@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend
 
 from autobatch.devices.virtual.autocast import inside_an_op
 from autobatch.support.torch_private import (
-    FakeTensor,
     attention_priorities,
     cudnn_bindings,
     torch_version,
@@ -169,9 +168,7 @@ def _order(call: _Call) -> list[SDPBackend]:
     """Return the kernels by priority: the user's order, or PyTorch's for the card."""
     order = [SDPBackend(value) for value in attention_priorities()]
     order = [kernel for kernel in order if kernel in _USUAL_ORDER]
-    # PyTorch keeps its own order for a GPU of this machine where it keeps the user's
-    is_on_gpu = isinstance(call.query, FakeTensor) and call.query.fake_device.type == "cuda"
-    if order == _USUAL_ORDER or (order == _CUDNN_FIRST and is_on_gpu):
+    if order == _USUAL_ORDER:
         prefers_cudnn = (
             _cudnn_version() > _CUDNN_PREFERRED_ABOVE
             and call.capability[0] in (9, 10)

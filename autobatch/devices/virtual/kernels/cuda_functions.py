@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autobatch.devices.preserve import attention_in_asked_order
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention import attend
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
@@ -48,6 +49,7 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
     attention = on_device(F.scaled_dot_product_attention, partial(attend, capability))
     one_hot = on_device(F.one_hot, partial(_one_hot, F.one_hot))
     with (
+        attention_in_asked_order(),
         patched(F, scaled_dot_product_attention=attention, one_hot=one_hot),
         patched(
             torch,

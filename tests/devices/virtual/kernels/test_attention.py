@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from autobatch.devices import preserve
+from autobatch.support.torch_private import attention_priorities
 from tests.support.simulated import (
     WIDTH,
     ops,
@@ -63,6 +65,29 @@ def test_attention_takes_the_kernel_that_the_user_asks_for(backends, in_order, k
     with sdpa_kernel(backends, set_priority=in_order):
         trace = run(Attention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
     assert any(f"_scaled_dot_product_{kernel}_attention" in op for op in ops(trace))
+
+
+def test_the_order_of_the_card_in_the_machine_is_not_that_of_the_simulated_one(monkeypatch):
+    monkeypatch.setattr(preserve, "_is_cuda_initialized", lambda: True)
+    monkeypatch.setattr(preserve, "_real_capability", lambda: (9, 0))
+    with sdpa_kernel([CUDNN, FLASH, EFFICIENT, MATH], set_priority=True):  # as a Hopper card does
+        before = attention_priorities()
+        trace = run(Attention(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+        assert attention_priorities() == before
+    assert any("_scaled_dot_product_flash_attention" in op for op in ops(trace))
+
+
+class AsksForCudnn(Attention):
+    def forward(self, x):
+        with sdpa_kernel([CUDNN, FLASH, EFFICIENT, MATH], set_priority=True):
+            return super().forward(x)
+
+
+def test_what_a_model_asks_for_counts_on_a_machine_whose_card_has_the_same_order(monkeypatch):
+    monkeypatch.setattr(preserve, "_is_cuda_initialized", lambda: True)
+    monkeypatch.setattr(preserve, "_real_capability", lambda: (9, 0))
+    trace = run(AsksForCudnn(), autocast="bf16", sample=torch.zeros(2, 32, WIDTH))
+    assert any("_scaled_dot_product_cudnn_attention" in op for op in ops(trace))
 
 
 def test_a_first_kernel_of_math_is_taken():

@@ -8,30 +8,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 from autobatch.memory.holdings import Life
+from autobatch.records.explanation import History
 
-__all__ = ["History", "history_of"]
+__all__ = ["history_of"]
 
 _INSTANTS = 500
 """So many are kept at most: a chart is not wider."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """What a recording shows over time; all columns are of one length.
-
-    Attributes:
-        events: after which recorded event each instant is, from 0.
-        held_bytes: by category, as requested, the category that held most first.
-        reserved_bytes: in segments.
-    """
-
-    events: tuple[int, ...]
-    held_bytes: tuple[tuple[str, tuple[int, ...]], ...]
-    reserved_bytes: tuple[int, ...]
 
 
 def history_of(

@@ -8,16 +8,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from autobatch.memory.recording import Recording
 from autobatch.memory.snapshot import Annotation, Stack, TraceEvent
 from autobatch.memory.stacks import Origin, Part, origin_of
+from autobatch.records.explanation import Basis
 
-__all__ = ["UNKNOWN", "Basis", "Life", "classify", "lives_of"]
-
-Basis = Literal["stack", "stack and lifetime", "lifetime", "annotation", "profiler", "nothing"]
-"""What a category is known by."""
+__all__ = ["UNKNOWN", "Life", "classify", "lives_of"]
 
 UNKNOWN: Final = "unknown (no stack)"
 _SILENT: Final = "unknown (the stack does not tell)"

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from autobatch.memory.explanation import (
+from autobatch.memory.explanation import explain_snapshot, load_for_explanation
+from autobatch.records.codec import dump_json, encode
+from autobatch.records.explanation import (
     Alternative,
     DeviceExplanation,
     ExplanationRecord,
@@ -20,10 +22,7 @@ from autobatch.memory.explanation import (
     Replay,
     Reserve,
     Shortage,
-    explain_snapshot,
-    load_for_explanation,
 )
-from autobatch.records.codec import dump_json, encode
 from autobatch.report import text
 from autobatch.report.document import (
     Bullets,

@@ -13,14 +13,11 @@ from hypothesis import given
 
 from autobatch.errors import FileError, UsageError
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.explanation import (
-    DeviceExplanation,
-    explain_snapshot,
-    load_for_explanation,
-)
+from autobatch.memory.explanation import explain_snapshot, load_for_explanation
 from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import read_snapshot
 from autobatch.memory.what_if import releases, rerun
+from autobatch.records.explanation import DeviceExplanation
 from autobatch.support.units import GIB, MIB
 from tests.support.random_recordings import recordings
 from tests.support.recordings import EXPANDABLE, Recorder, plain, recorder, write

@@ -9,8 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from autobatch.memory.explanation import DeviceExplanation
-from autobatch.memory.history import History
+from autobatch.records.explanation import DeviceExplanation, History
 from autobatch.report.charts.frame import BUDGET, INK, add_legend, byte_unit, name_lines, new_figure
 from autobatch.report.document import printable
 from autobatch.support.units import format_bytes

@@ -21,7 +21,8 @@ from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.torch_private import BatchNorm
 from autobatch.workload.dataset import dataset_length
-from autobatch.workload.layout import Layout, compared
+from autobatch.workload.layout import Layout
+from autobatch.workload.layout_reading import compared
 from autobatch.workload.loss import DefaultLoss, checked_loss
 from autobatch.workload.sample import Rows, rows_of
 from autobatch.workload.tree import map_tensors

@@ -24,12 +24,11 @@ from autobatch.workload.layout import (
     Flat,
     Group,
     Layout,
-    compared,
     dotted,
     is_per_sample,
-    layout_of,
     named_tensors,
 )
+from autobatch.workload.layout_reading import compared, layout_of
 from autobatch.workload.tree import Path, is_array, leaves, map_leaves, map_tensors
 
 __all__ = ["BatchDims", "Built", "Rows", "batch_builder", "built", "named_tensors", "rows_of"]

@@ -42,11 +42,12 @@ class Choice:
             none.
         changes_numerics: whether training would compute something else.
         fits: whether micro-batch 1 fits.
-        reference_bytes: reserved peak at the reference micro-batch of the advice; at least this
-            where nothing was executed.
+        reference_bytes: reserved peak at the reference micro-batch of the advice, in windows that
+            accumulate where they can; at least this where nothing was executed.
         saved_bytes: how much less that is than as it is; negative where it is more, None where
             nothing was executed.
-        ceiling: largest micro-batch that fits, at least; 0 where none does.
+        ceiling: largest micro-batch that is known to fit; 0 where none does.
+        is_ceiling: whether no larger one fits; False where they were not all looked at.
         micro_batch, accumulation_steps: of the plan for the target; 0 where none fits.
         likelihood: how likely the plan is to fit a real GPU; None where it does not fit here.
         window_seconds: estimated time of one update of the whole target; None where the card's
@@ -69,6 +70,7 @@ class Choice:
     likelihood: float | None
     window_seconds: float | None
     is_executed: bool = True
+    is_ceiling: bool = True
 
     @property
     def label(self) -> str:
@@ -207,7 +209,7 @@ def _table(advice: Advice) -> Table:
 def _row(advice: Advice, choice: Choice) -> tuple[str, ...]:
     if choice.fits:
         plan = f"{choice.micro_batch:,} x {choice.accumulation_steps:,}"
-        ceiling = f"{choice.ceiling:,}"
+        ceiling = f"{choice.ceiling:,}{'' if choice.is_ceiling else '+'}"
     else:
         over = choice.reference_bytes - advice.budget_bytes
         plan = f"{format_bytes(over)} too much" if over > 0 else f"{advice.target:,} at once do not"
@@ -244,11 +246,19 @@ def _explanation(advice: Advice) -> str:
     return (
         f"Ceilings are the largest micro-batches that fit in the budget of {budget}, plans are "
         f"micro-batch x accumulation steps for {advice.target:,} samples, and what is saved is "
-        f"reserved memory at micro-batch {advice.reference:,}. Times are estimates for one update "
+        f"reserved memory at micro-batch {advice.reference:,} in windows that accumulate, where "
+        f"they can.{_open_ceilings(advice)} Times are estimates for one update "
         "of the whole target, by a roofline over every operator; they tell which is faster rather "
         "than how fast it is. With other numbers, training computes something else."
         f"{_not_executed(advice)}"
     )
+
+
+def _open_ceilings(advice: Advice) -> str:
+    """Say what a mark beside a ceiling means, where there is one."""
+    if all(choice.is_ceiling for choice in (advice.as_it_is, *advice.choices)):
+        return ""
+    return " Above a ceiling with +, larger ones may fit, which were not looked at."
 
 
 def _not_executed(advice: Advice) -> str:

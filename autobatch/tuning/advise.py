@@ -397,6 +397,7 @@ class _Search:
             reference_bytes=reserved,
             saved_bytes=0 if as_is_bytes is None else as_is_bytes - reserved,
             ceiling=0 if plan is None else plan.ceiling_at_least,
+            is_ceiling=plan is None or plan.ceiling is not None,
             micro_batch=0 if plan is None else plan.micro_batch,
             accumulation_steps=0 if plan is None else plan.accumulation_steps,
             likelihood=None if plan is None else plan.likelihood,

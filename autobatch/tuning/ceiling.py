@@ -11,7 +11,6 @@ executed, or predicted not to fit by a model that had just been confirmed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +45,10 @@ low (`reports/hardware`), most of them less than 1 %."""
 
 SECONDS_BEYOND = 20.0
 """So long are sizes executed one by one, beyond those that the target needs."""
+
+_SECONDS_AN_EVENT = 5e-5
+"""What a simulated run takes for each event of its trace, on a usual machine. It stands for the
+time that was taken, so that no answer depends on how busy the machine is."""
 
 _GUESSABLE = 8
 """Up to this size, a straight line through one run and what lasts mostly meets the ceiling."""
@@ -354,22 +357,26 @@ def _by_execution(
     """
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes)
 
+    spent = 0.0
+
     def told(size: int) -> None:
+        nonlocal spent
+        spent += 0.0 if size in probe.runs else _seconds(probe, size)
         search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
 
     for size in tuple(probe.runs):
         told(size)
     if guess is not None and search.ceiling < guess <= limit and search.ask() is not None:
         told(guess)
-    started = time.monotonic()
+    spent = 0.0
     gave_up = False
     while (asked := search.ask()) is not None:
         known = search.ceiling
         if share is not None and known and asked > known:
-            left = SECONDS_BEYOND - (time.monotonic() - started)
+            left = SECONDS_BEYOND - spent
             if known < share < asked and share not in probe.runs:
                 asked = share
-            affordable = int(known * max(left, 0) / max(probe.runs[known].seconds, 1e-3))
+            affordable = int(known * max(left, 0) / _seconds(probe, known))
             if asked > affordable and (asked > share or affordable <= known):
                 asked = min(affordable, limit)
                 if asked in probe.runs or asked < known + max(known // 4, 1):
@@ -383,3 +390,10 @@ def _by_execution(
         model=None,
         reason=reason,
     )
+
+
+def _seconds(probe: Probe, size: int) -> float:
+    """Return what the execution of a size takes; where it is simulated, by its events."""
+    run = probe.run(size)
+    is_simulated = probe.device.is_simulated
+    return max(len(run.trace.events) * _SECONDS_AN_EVENT if is_simulated else run.seconds, 1e-3)

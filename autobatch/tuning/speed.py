@@ -151,8 +151,9 @@ class SpeedModel:
 
     def _work(self, micro_batch: int) -> WindowWork | None:
         if micro_batch not in self._counts:
+            steps = _STEPS if self.workload.accumulates else 1
             self._counts[micro_batch] = _counted(
-                self.workload, self.gpu, micro_batch, _STEPS, self._settings
+                self.workload, self.gpu, micro_batch, steps, self._settings
             )
         return self._counts[micro_batch]
 
@@ -187,25 +188,28 @@ class _Lines:
 
     forward: LinearWork
     backward: LinearWork
-    later_forward: LinearWork
-    later_backward: LinearWork
+    later_forward: LinearWork | None
+    later_backward: LinearWork | None
     second: WindowWork
 
     @classmethod
     def through(cls, first: WindowWork, second: WindowWork) -> _Lines | None:
         """Lay two windows side by side; None where they are not the same calls."""
-        if None in (first.later_forward, first.later_backward):
-            return None
 
-        def line(one: Work | None, other: Work | None) -> LinearWork:
-            return LinearWork.of((first.samples, one or Work()), (second.samples, other or Work()))
+        def line(one: Work, other: Work) -> LinearWork:
+            return LinearWork.of((first.samples, one), (second.samples, other))
+
+        def later(one: Work | None, other: Work | None) -> LinearWork | None:
+            if one is None and other is None:  # windows of one micro-batch
+                return None
+            return line(one or Work(), other or Work())
 
         try:
             return cls(
                 line(first.forward, second.forward),
                 line(first.backward, second.backward),
-                line(first.later_forward, second.later_forward),
-                line(first.later_backward, second.later_backward),
+                later(first.later_forward, second.later_forward),
+                later(first.later_backward, second.later_backward),
                 second,
             )
         except ValueError:
@@ -213,12 +217,13 @@ class _Lines:
 
     def at(self, micro_batch: int) -> WindowWork:
         """Return the window at a micro-batch; its update is the same at all of them."""
+        forward, backward = self.later_forward, self.later_backward
         return WindowWork(
             samples=micro_batch,
             forward=self.forward.at(micro_batch),
             backward=self.backward.at(micro_batch),
-            later_forward=self.later_forward.at(micro_batch),
-            later_backward=self.later_backward.at(micro_batch),
+            later_forward=None if forward is None else forward.at(micro_batch),
+            later_backward=None if backward is None else backward.at(micro_batch),
             update=self.second.update,
             averages=self.second.averages,
         )

@@ -407,8 +407,9 @@ def test_the_ceiling_is_that_of_brute_force_where_traces_never_align(trace_at, b
 
 @dataclass
 class SlowDevice(FakeDevice):
-    """Takes a second a sample, on a clock that the test reads."""
+    """A real card that takes a second a sample, on a clock that the test reads."""
 
+    is_simulated: bool = False
     clock: list[float] = field(default_factory=lambda: [0.0])
 
     def run(self, workload, *, micro_batch, accumulation_steps):
@@ -418,15 +419,40 @@ class SlowDevice(FakeDevice):
 
 
 @pytest.mark.parametrize("share", [4, 640])
-def test_sizes_that_run_one_by_one_end_at_the_time_limit_with_at_least(share, monkeypatch):
+def test_sizes_that_run_one_by_one_end_at_the_time_limit_with_at_least(share):
     kinds = ["aten::mm", "aten::add"]  # traces that do not align
     device = SlowDevice(lambda n: trace_of(n, [n * MIB], op=kinds[n % 2]))
-    monkeypatch.setattr(ceiling.time, "monotonic", lambda: device.clock[0])
     probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
     found = find_ceiling(probe, 2**16, share=share)
     assert found.stopped and found.limit_reached and found.method == "bisection"
     assert found.micro_batch == max(device.executed) >= 3
     assert device.clock[0] <= 5 + ceiling.SECONDS_BEYOND
+
+
+@dataclass
+class BusyDevice(FakeDevice):
+    """A simulated card on a machine that is busy for a while."""
+
+    busy: int = 0
+
+    def run(self, workload, *, micro_batch, accumulation_steps):
+        run = super().run(workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps)
+        return replace(run, seconds=60.0 if len(self.executed) > self.busy else 0.01)
+
+
+def test_where_sizes_run_one_by_one_the_ceiling_does_not_depend_on_how_busy_the_machine_is(
+    monkeypatch,
+):
+    monkeypatch.setattr(ceiling, "_SECONDS_AN_EVENT", 4.0)
+    kinds = ["aten::mm", "aten::add"]
+    found = set()
+    for busy in (0, 3, 100):
+        device = BusyDevice(lambda n: trace_of(n, [n * MIB], op=kinds[n % 2]), busy=busy)
+        probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+        ended = find_ceiling(probe, 2**16, share=4)
+        found.add((ended.micro_batch, ended.stopped, tuple(device.executed)))
+    [(micro_batch, stopped, _)] = found
+    assert micro_batch > 4 and stopped
 
 
 @pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 400])

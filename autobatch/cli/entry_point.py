@@ -6,6 +6,8 @@ stdout, progress and errors to stderr.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -22,7 +24,10 @@ from autobatch.support.wording import ON_COMMAND_LINE
 
 __all__ = ["entry", "main"]
 
-_BROKEN_PIPE, _INTERRUPTED = 141, 130
+_USAGE, _BROKEN_PIPE, _INTERRUPTED = 2, 141, 130
+
+_NOT_WRITTEN = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF))
+"""What a stream answers that takes no more: a full disk, most of the time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,22 +48,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = parsed(given)
         except SystemExit as exit_:  # argparse has printed its message
-            return exit_.code if isinstance(exit_.code, int) else 2
+            sys.stdout.flush()
+            return exit_.code if isinstance(exit_.code, int) else _USAGE
         debug = arguments.debug
         arguments.command = shlex.join(["autobatch", *given])
         with exits_reported("the workload"):
             code: int | None = arguments.run(arguments)
         sys.stdout.flush()
     except AutobatchError as error:
-        if debug:
-            traceback.print_exc()
-        elif isinstance(error, WorkloadError) and error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        print(f"autobatch: error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the exit code tells it, too
+            if debug:
+                traceback.print_exc()
+            elif isinstance(error, WorkloadError) and error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
+            print(f"autobatch: error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN or error.filename is not None:
+            raise  # it is not about what is printed
+        _let_go_of_stdout()
+        with contextlib.suppress(OSError):  # both streams may be on the same disk
+            if debug:
+                traceback.print_exc()
+            print(
+                f"autobatch: error: what is printed cannot be written: {os.strerror(error.errno)}",
+                file=sys.stderr,
+            )
+        return _USAGE
     except KeyboardInterrupt:
         return _INTERRUPTED
     finally:
@@ -71,8 +90,7 @@ def entry() -> None:
     complete(parser)
     process.claim()
     try:
-        _unicode_or_less()
-        code = main()
+        code = main() if _streams_are_ready() else _USAGE
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the answer is out
     except KeyboardInterrupt:
         code = _INTERRUPTED
@@ -80,6 +98,27 @@ def entry() -> None:
     sys.exit(code)
 
 
-def _unicode_or_less() -> None:
+def _streams_are_ready() -> bool:
+    """Prepare the streams, and say whether there is one for the answer.
+
+    Without a stderr, progress and errors are not shown. Its number must not be free, or a file
+    that is opened later gets what is written there.
+    """
+    if sys.stderr is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+    if sys.stdout is None:
+        print(
+            "autobatch: error: stdout is closed, and there is nowhere to print the answer: send it "
+            "to a file, or to /dev/null",
+            file=sys.stderr,
+        )
+        return False
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    return True
+
+
+def _let_go_of_stdout() -> None:
+    """Let what is still to be written to stdout go nowhere, so that the process ends in peace."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

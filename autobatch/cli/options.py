@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "add_workload_options",
     "complete_gpus",
     "filled",
+    "number",
 ]
 
 SPEC_HELP = (
@@ -34,6 +36,33 @@ SPEC_HELP = (
 JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
 
 Completer = Callable[..., Sequence[str]]
+
+
+def number(text: str) -> float:
+    """Read a number that is finite; no option means anything by another one.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none; the parser says of which option.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    """Read a time that can pass.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, more than 0")
+    return value
 
 
 def add_verb(
@@ -127,7 +156,7 @@ def add_question(parser: argparse.ArgumentParser, headroom: str) -> None:
     )
     parser.add_argument(
         "--headroom",
-        type=float,
+        type=number,
         metavar="SHARE",
         help=f"share of the usable memory to leave free (default: {headroom})",
     )
@@ -148,7 +177,7 @@ def add_time_limit(parser: argparse.ArgumentParser) -> None:
     """Add how long a trial on a real GPU may take."""
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=_seconds,
         default=900.0,
         metavar="S",
         help="seconds that one trial may take on the GPU in this machine (default 900)",
@@ -227,7 +256,7 @@ def add_workload_options(
         metavar="NAME",
         help=f"default adamw; {', '.join(sorted(OPTIMIZERS))}",
     )
-    how.add_argument("--clip-norm", type=float, metavar="X", help="clip the gradient norm to this")
+    how.add_argument("--clip-norm", type=number, metavar="X", help="clip the gradient norm to this")
     add_levers(how)
     parser.add_argument("--json", metavar="FILE", help=JSON_HELP)
     add_isolation(parser)

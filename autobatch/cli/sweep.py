@@ -7,7 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autobatch.cli.options import add_question, add_report, add_verb, add_workload_options
+from autobatch.cli.options import (
+    add_question,
+    add_report,
+    add_verb,
+    add_workload_options,
+    number,
+)
 from autobatch.cli.running import (
     Model,
     following,
@@ -62,7 +68,7 @@ def add(verbs: Any) -> None:
         help="configurations to run at most (default: all of a small space, 100 of a larger one)",
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="S", help="begin no more configurations after this long"
+        "--timeout", type=number, metavar="S", help="begin no more configurations after this long"
     )
     parser.add_argument(
         "--storage",

@@ -73,6 +73,7 @@ def with_scratch(bare: Bare) -> Trace:
         events=tuple([numbers[e] if e >= 0 else ~numbers[~e] for e in mixed.events]),
         marks=tuple(_moved(trace.marks, mixed.places)),
         bare=bare,
+        parts=trace.parts,
     )
 
 

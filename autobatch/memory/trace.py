@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
@@ -101,6 +102,8 @@ class Trace:
         events: `b` allocates `blocks[b]`; `~b` (negative) frees it.
         marks: where phases begin, in order.
         bare: the same without the scratch of kernels, where a rule says what that is.
+        parts: of elements that were spread equally, before each was rounded up; in order, each once
+            (`memory/rounding.py`).
     """
 
     micro_batch: int
@@ -109,6 +112,7 @@ class Trace:
     events: tuple[int, ...]
     marks: tuple[Mark, ...]
     bare: Bare | None = field(default=None, compare=False, repr=False)
+    parts: tuple[Fraction, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:

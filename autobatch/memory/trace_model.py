@@ -2,7 +2,8 @@
 
 Invariant: the largest fitted trace is reproduced exactly, block by block, the others as well where
 they differ in sizes alone, and every size is computed in integers. Two traces give sizes affine in
-the micro-batch, three give quadratic ones.
+the micro-batch, three give quadratic ones; or, where elements were spread equally over parts and
+each part was rounded up, sizes affine in the micro-batch and in that count.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from autobatch.memory.alignment import counterparts, same_kind, with_frees_in_order
+from autobatch.memory.rounding import Rounding, roundings
 from autobatch.memory.scratch import interleaved, with_scratch
 from autobatch.memory.trace import (
     UNLABELLED,
@@ -25,14 +27,18 @@ from autobatch.memory.trace import (
     running_bytes,
 )
 
-__all__ = ["Misaligned", "TraceModel", "scratch_blocks"]
+__all__ = ["Misaligned", "Refuted", "TraceModel", "nodes_for", "scratch_blocks"]
 
 SCRATCH_EVENTS = 8
 """Scratch memory is freed within this many events, because a kernel takes only a few buffers."""
 
 
 class Misaligned(ValueError):
-    """Two traces are not the same sequence of allocations and frees."""
+    """Traces are not the same sequence of allocations and frees, or their sizes follow no model."""
+
+
+class Refuted(Misaligned):
+    """Traces are one sequence of allocations and frees, but their sizes follow another rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,8 @@ class TraceModel:
 
     Newton's divided differences over a common denominator: with nodes n0 < n1 < n2,
     size(n) = (base + slope * (n - n0) + bend * (n - n0) * (n - n1)) / denominator.
+    Where there is a rounding, its departure from the line through n0 and n1 is in place of the
+    product: it is zero there as well.
 
     Attributes:
         template: the trace at the largest fitted micro-batch.
@@ -50,6 +58,9 @@ class TraceModel:
         kernels: those of the template that may take scratch.
         numbers: coefficients of the numbers of each kernel, as those of a block's size.
         labels: of each block of the template, in each fitted trace; empty where a trace lacks it.
+        rounding: the count that is rounded up, on which sizes depend; None where there is none.
+        is_exact: whether the traces differed in sizes alone. Then a size that is predicted to be
+            negative, or no whole number, shows that sizes follow another rule.
     """
 
     template: Trace
@@ -61,6 +72,8 @@ class TraceModel:
     kernels: tuple[Kernel, ...] = ()
     numbers: tuple[tuple[_Term, ...], ...] = ()
     labels: tuple[tuple[Label, ...], ...] = field(default=(), compare=False, repr=False)
+    rounding: Rounding | None = None
+    is_exact: bool = True
 
     @classmethod
     def fit(cls, traces: Sequence[Trace], *, kernels_may_vary: bool = False) -> TraceModel:
@@ -77,7 +90,8 @@ class TraceModel:
 
         Raises:
             Misaligned: the traces differ in anything but the sizes of their blocks, or, where
-                kernels may vary, have too little in common.
+                kernels may vary, have too little in common; or their sizes depend on counts that
+                are rounded up in several ways, or in one that these micro-batches do not show.
             ValueError: there are not two or three different micro-batches.
         """
         whole = sorted(traces, key=lambda trace: trace.micro_batch)
@@ -99,7 +113,7 @@ class TraceModel:
                 labels.append((UNLABELLED,) * len(last.blocks))
             else:
                 raise Misaligned(reason)
-        interpolation = _Interpolation.over(nodes)
+        interpolation = _Interpolation.over(nodes, _rounding(ordered))
         terms: list[_Term] = []
         rows = zip(*columns, last.sizes, strict=True)
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
@@ -120,12 +134,14 @@ class TraceModel:
             bends=bends,
             denominator=interpolation.denominator,
             labels=(*labels, tuple([block.label for block in last.blocks])),
+            rounding=interpolation.rounding,
+            is_exact=not kernels_may_vary,
         )
 
     @property
     def degree(self) -> int:
         """2 if any block's size is quadratic in the micro-batch, else 1."""
-        return 2 if any(self.bends) else 1
+        return 2 if any(self.bends) and self.rounding is None else 1
 
     @property
     def quadratic_share(self) -> float:
@@ -133,17 +149,26 @@ class TraceModel:
 
         A small share comes from kernels that pad to a multiple; their memory is not quadratic.
         """
-        if not any(self.bends):
+        if self.degree == 1:
             return 0.0
         first, second, last = self.nodes
         bent = sum(map(abs, self.bends)) * (last - first) * (last - second) / self.denominator
         return bent / max(sum(self.template.sizes), 1)
 
     def sizes(self, micro_batch: int) -> list[int]:
-        """Return the requested bytes of each block of the template, to the nearest byte."""
+        """Return the requested bytes of each block of the template.
+
+        Where the model is not exact, they are those to the nearest byte, and at least 0.
+
+        Raises:
+            Refuted: the model is exact, and a size would be no whole number, or negative.
+        """
         terms, places = self._terms
-        value_of = self._evaluator(micro_batch)
-        values = [max(0, value_of(term)) for term in terms]
+        if self.is_exact:
+            values = self._sizes_of(micro_batch)(terms)
+        else:
+            value_of = self._evaluator(micro_batch)
+            values = [max(0, value_of(term)) for term in terms]
         return [values[place] for place in places]
 
     @cached_property
@@ -154,7 +179,7 @@ class TraceModel:
     def _evaluator(self, micro_batch: int) -> Callable[[_Term], int]:
         """Return what evaluates the terms of a polynomial, to the nearest whole number."""
         step = micro_batch - self.nodes[0]
-        bend_step = step * (micro_batch - self.nodes[1])
+        bend_step = _bend(self.nodes, self.rounding, micro_batch)
         denominator = self.denominator
         half = denominator // 2
 
@@ -164,8 +189,39 @@ class TraceModel:
 
         return value_of
 
+    def _sizes_of(self, micro_batch: int) -> Callable[[Iterable[_Term]], list[int]]:
+        """Return what evaluates terms of sizes and strides.
+
+        It raises Refuted where one that varies is negative or, in an exact model, no whole
+        number.
+        """
+        step = micro_batch - self.nodes[0]
+        bend_step = _bend(self.nodes, self.rounding, micro_batch)
+        denominator, is_exact = self.denominator, self.is_exact
+        half = 0 if is_exact else denominator // 2
+
+        def sizes_of(terms: Iterable[_Term]) -> list[int]:
+            sizes = []
+            for base, slope, bend in terms:
+                times = base + slope * step + bend * bend_step + half
+                size, left = divmod(times, denominator)
+                varies = slope or bend  # a dimension that is counted from the end is -1 throughout
+                if varies and (size < 0 or (left and is_exact)):
+                    raise Refuted(
+                        f"what ran at micro-batches {', '.join(map(str, self.nodes))} foretells "
+                        f"{times / denominator:,g} at micro-batch {micro_batch}, which no size is"
+                    )
+                sizes.append(size)
+            return sizes
+
+        return sizes_of
+
     def trace(self, micro_batch: int) -> Trace:
-        """Return the whole trace at a micro-batch, executed or not."""
+        """Return the whole trace at a micro-batch, executed or not.
+
+        Raises:
+            Refuted: as `sizes` does, or a number of a kernel is.
+        """
         blocks = tuple(
             [
                 block
@@ -191,7 +247,7 @@ class TraceModel:
     def _labels(self, micro_batch: int) -> list[Label]:
         """Return the label of each block, its shape along the line through the fitted ones."""
         value_of = self._evaluator(micro_batch)
-        polynomial = _Interpolation.over(self.nodes).polynomial
+        polynomial = _Interpolation.over(self.nodes, self.rounding).polynomial
         known: dict[tuple[int, ...], Label] = {}  # by ids of labels, which the traces hold
         found = []
         for labels in zip(*self.labels, strict=True):
@@ -212,15 +268,18 @@ class TraceModel:
         """Return what the trace at a micro-batch asks the allocator for, event by event.
 
         It is the same as that of `trace`, but for the numbers of blocks, in a tenth of the time.
+
+        Raises:
+            Refuted: as `sizes` does, or a number of a kernel is.
         """
         sizes = self.sizes(micro_batch)
         streams = [block.stream for block in self.template.blocks]
         events: Sequence[int] = self.template.events
         if self.kernels:
-            value_of = self._evaluator(micro_batch)
+            sizes_of = self._sizes_of(micro_batch)
             firsts, shared = self._questions
             steps = {
-                first: self.kernels[first].takes(tuple(map(value_of, self.numbers[first])))
+                first: self.kernels[first].takes(tuple(sizes_of(self.numbers[first])))
                 for first in firsts
             }
             taking = zip(self.kernels, [steps[first] for first in shared], strict=True)
@@ -240,9 +299,9 @@ class TraceModel:
         return sorted(firsts.values()), shared
 
     def _kernels(self, micro_batch: int) -> tuple[Kernel, ...]:
-        value_of = self._evaluator(micro_batch)
+        sizes_of = self._sizes_of(micro_batch)
         firsts, shared = self._questions
-        numbers = {first: tuple(map(value_of, self.numbers[first])) for first in firsts}
+        numbers = {first: tuple(sizes_of(self.numbers[first])) for first in firsts}
         return tuple(
             [kernel.at(numbers[first]) for kernel, first in zip(self.kernels, shared, strict=True)]
         )
@@ -252,7 +311,11 @@ class TraceModel:
         bare = trace if trace.bare is None else trace.bare.trace
         if reason := _misalignment(self.template, bare):
             return reason
-        expected = self.sizes(trace.micro_batch)
+        try:
+            expected = self.sizes(trace.micro_batch)
+            foretold = self._kernels(trace.micro_batch)
+        except Misaligned as error:
+            return str(error)
         for index, (block, size) in enumerate(zip(bare.blocks, expected, strict=True)):
             if block.size_bytes != size:
                 return (
@@ -260,7 +323,6 @@ class TraceModel:
                     f"{trace.micro_batch}: expected {size} bytes, found {block.size_bytes}"
                 )
         kernels = () if trace.bare is None else trace.bare.kernels
-        foretold = self._kernels(trace.micro_batch)
         if [k.numbers for k in kernels] != [k.numbers for k in foretold]:
             return f"a kernel's arguments at micro-batch {trace.micro_batch} are others"
         return None
@@ -279,7 +341,10 @@ class TraceModel:
         )  # fmt: skip
         if template.events[:end] != trace.events[:end]:
             return False
-        sizes = self.sizes(trace.micro_batch)
+        try:
+            sizes = self.sizes(trace.micro_batch)
+        except Misaligned:
+            return False
         started = sum(event >= 0 for event in template.events[:end])
         return all(
             (block.op, block.phase, size) == (other.op, other.phase, other.size_bytes)
@@ -323,19 +388,35 @@ class _Interpolation:
 
     nodes: tuple[int, ...]
     denominator: int
+    rounding: Rounding | None
 
     @classmethod
-    def over(cls, nodes: tuple[int, ...]) -> _Interpolation:
+    def over(cls, nodes: tuple[int, ...], rounding: Rounding | None) -> _Interpolation:
+        """Prepare to fit sizes at micro-batches.
+
+        Raises:
+            Misaligned: they do not tell how sizes depend on the rounding.
+        """
+        if rounding is not None:
+            bend = _bend(nodes, rounding, nodes[-1])
+            if not bend:
+                raise Misaligned(f"micro-batches {nodes} do not show how a count is rounded up")
+            return cls(nodes, (nodes[1] - nodes[0]) * abs(bend), rounding)
         if len(nodes) == 2:
-            return cls(nodes, nodes[1] - nodes[0])
+            return cls(nodes, nodes[1] - nodes[0], None)
         n0, n1, n2 = nodes
-        return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0))
+        return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0), None)
 
     def polynomial(self, sizes: Sequence[int]) -> tuple[int, int, int]:
         """Return the polynomial through the sizes at all nodes."""
         if len(sizes) == 2:
             return sizes[0] * self.denominator, sizes[1] - sizes[0], 0
         (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
+        if self.rounding is not None:
+            step = _bend(self.nodes, self.rounding, n2)
+            bend = (s2 - s0) * (n1 - n0) - (s1 - s0) * (n2 - n0)
+            sign = 1 if step > 0 else -1
+            return s0 * self.denominator, (s1 - s0) * abs(step), bend * sign
         bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
         return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
 
@@ -349,6 +430,64 @@ class _Interpolation:
             rise = max(0, last - before)
             slope = rise * self.denominator // (self.nodes[-1] - self.nodes[-2])
         return last * self.denominator - slope * (self.nodes[-1] - self.nodes[0]), slope, 0
+
+
+def _bend(nodes: Sequence[int], rounding: Rounding | None, micro_batch: int) -> int:
+    """Return the part of sizes that is no line, which is zero at the first two nodes."""
+    first, second = nodes[:2]
+    if rounding is None:
+        return (micro_batch - first) * (micro_batch - second)
+    count = rounding.at(first)
+    rise = rounding.at(second) - count
+    return (rounding.at(micro_batch) - count) * (second - first) - rise * (micro_batch - first)
+
+
+def _rounding(traces: Sequence[Trace]) -> Rounding | None:
+    """Return the one way in which counts of traces depart from lines.
+
+    Raises:
+        Misaligned: there are several.
+    """
+    found = {count.departure for count in _counts(traces)}
+    if len(found) > 1:
+        raise Misaligned(f"{len(found)} counts are rounded up, each in its own way")
+    return next(iter(found), None)
+
+
+def _counts(traces: Sequence[Trace]) -> list[Rounding]:
+    nodes = [trace.micro_batch for trace in traces]
+    try:
+        return roundings(nodes, [trace.parts for trace in traces])
+    except ValueError as error:
+        raise Misaligned(str(error)) from error
+
+
+def nodes_for(traces: Sequence[Trace], limit: int) -> tuple[int, ...]:
+    """Return the micro-batches that a model has to be fitted to, by traces at two small ones.
+
+    They are these two, unless a count is rounded up: then three that show how, and at which there
+    are two of what is counted, because at one the order of events and strides often differ.
+
+    Raises:
+        Misaligned: one of them is above the limit.
+    """
+    first, second = (trace.micro_batch for trace in traces)
+    rounding = _rounding(traces)
+    if rounding is None:
+        return first, second
+    counts = _counts(traces)
+    for size in range(first, limit):
+        if all(count.at(size) >= _FEWEST for count in counts):
+            above = range(size + 2, limit + 1)
+            third = next((n for n in above if _bend((size, size + 1), rounding, n)), None)
+            if third is not None:
+                return size, size + 1, third
+            break
+    raise Misaligned(f"no micro-batches up to {limit} show how a count is rounded up")
+
+
+_FEWEST = 2
+"""Of what is counted, there are as many at the sizes that a model is fitted to, at least."""
 
 
 def _numbers(

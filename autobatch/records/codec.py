@@ -1,13 +1,15 @@
 """Frozen records to JSON and back, checked against their own type hints.
 
 Invariant: `decode(type(r), encode(r)) == r`, and `decode` either returns a record whose every field
-has its declared type, with finite numbers below 2**63, or raises `RecordError`.
+has its declared type, with finite numbers below 2**63 and text that a file can hold, or raises
+`RecordError`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -29,6 +31,8 @@ __all__ = ["RecordError", "decode", "dump_json", "encode", "parse_json"]
 T = TypeVar("T")
 
 _INTEGER_LIMIT = 2**63
+_HALF = re.compile("[\ud800-\udfff]")
+"""A surrogate, half of a character: JSON can spell it, and UTF-8 has no bytes for it."""
 _SCALARS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -102,7 +106,10 @@ def _decode(kind: Any, value: object, where: str) -> object:
     assert origin is not None and issubclass(origin, Mapping), f"{kind} has no JSON form"
     if not isinstance(value, dict):
         _fail(where, "an object", value)
-    return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    return {
+        cast(str, _scalar(str, key, where)): _decode(arguments[1], item, f"{where}.{key}")
+        for key, item in value.items()
+    }
 
 
 def _scalar(kind: type, value: object, where: str) -> object:
@@ -110,6 +117,8 @@ def _scalar(kind: type, value: object, where: str) -> object:
         return float(value)
     if type(value) is not kind:
         _fail(where, _SCALARS[kind], value)
+    if isinstance(value, str) and _HALF.search(value):
+        _fail(where, "text without half characters, which no file can hold", value)
     return value
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_json
 from autobatch.records.plan_record import PlanRecord
+from autobatch.records.soundness import check_sound
 
 __all__ = ["SCHEMA_VERSION", "read_plan", "write_plan"]
 
@@ -55,46 +56,7 @@ def read_plan(kind: type[P], text: str) -> P:
         )
     answer = document.pop("answer", None)
     plan = decode(kind, document)
-    _check_sound(plan)
+    check_sound(plan)
     if answer != _answer(plan):
         raise RecordError("its answer does not agree with its split")
     return plan
-
-
-def _check_sound(plan: PlanRecord) -> None:
-    """Raise a RecordError for figures that no tuner writes and no report can render."""
-    windows = plan.split.windows
-    footprints = (plan.footprint, plan.ceiling_footprint)
-    rules = {
-        "split.windows must hold sizes of at least 1, as many for each rank": (
-            bool(windows)
-            and len({len(window) for window in windows}) == 1
-            and all(window and min(window) >= 1 for window in windows)
-        ),
-        "split.windows must sum to split.target": sum(map(sum, windows)) == plan.target,
-        "gpu.capacity_bytes and budget_bytes must be positive": (
-            plan.gpu.capacity_bytes > 0 and plan.budget_bytes > 0
-        ),
-        "headroom must be at least 0 and below 1": 0 <= plan.headroom < 1,
-        "model.autocast must be bf16, fp16 or null": plan.model.autocast in (None, "bf16", "fp16"),
-        "every ceiling must be at least 1": plan.ceiling_at_least >= 1
-        and (plan.ceiling is None or plan.ceiling >= 1),
-        "every micro_batch must be at least 1": (
-            all(footprint.micro_batch >= 1 for footprint in footprints)
-            and all(trial.micro_batch >= 1 for trial in plan.trials)
-            and all(point.micro_batch >= 1 for point in plan.curve)
-        ),
-        "every footprint's categories must sum to its peak_allocated_bytes, above 0": all(
-            sum(footprint.categories.values()) == footprint.peak_allocated_bytes > 0
-            for footprint in footprints
-        ),
-    }
-    if plan.otherwise is not None:
-        parts = plan.otherwise.categories
-        rules["otherwise's categories must sum to its peak_allocated_bytes, above 0"] = (
-            set(parts) == set(plan.footprint.categories)
-            and sum(parts.values()) == plan.otherwise.peak_allocated_bytes > 0
-        )
-    for rule, holds in rules.items():
-        if not holds:
-            raise RecordError(rule)

@@ -1,10 +1,11 @@
 """Find the largest micro-batch that fits with about three executions.
 
 Two traces give a trace model; the allocator simulation over it gives a ceiling; an execution at
-that ceiling confirms the model, or corrects it. On a simulated GPU the two are of small sizes. On a
-real one kernels take other ways, and other scratch memory, at large sizes than at small ones, so
-that both are close to the ceiling which a simulation foresees. Where traces do not align, sizes
-are executed one by one. Invariant: a ceiling that is returned was executed and fits (or, on a
+that ceiling confirms the model, or corrects it. On a simulated GPU the two are of small sizes, or
+three, where elements are spread equally over parts and each part is rounded up. On a real one
+kernels take other ways, and other scratch memory, at large sizes than at small ones, so that both
+are close to the ceiling which a simulation foresees. Where traces do not align, sizes are executed
+one by one. Invariant: a ceiling that is returned was executed and fits (or, on a
 simulated GPU, the window that will run was, where that needs no accumulation); the next size was
 executed, or predicted not to fit by a model that had just been confirmed.
 """
@@ -20,7 +21,7 @@ from autobatch.devices.virtual.ahead import run_ahead
 from autobatch.errors import HostMemoryError, WorkloadError
 from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.replay import Replay
-from autobatch.memory.trace_model import Misaligned, TraceModel
+from autobatch.memory.trace_model import Misaligned, Refuted, TraceModel, nodes_for
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
 
@@ -69,6 +70,7 @@ class Ceiling:
         reason: why there is no model; None where there is one.
         whole: the executed window without accumulation, where that is what will run.
         predicted: what the model foretold at the sizes that the search looked at.
+        is_quadratic: whether memory was shown to grow with the square of the micro-batch.
     """
 
     micro_batch: int
@@ -78,11 +80,7 @@ class Ceiling:
     stopped: str | None = None
     whole: Run | None = None
     predicted: Mapping[int, Replay] = field(default_factory=dict)
-
-    @property
-    def is_quadratic(self) -> bool:
-        """Whether memory grows with the square of the micro-batch."""
-        return self.model is not None and self.model.quadratic_share > _NOTABLE_BEND
+    is_quadratic: bool = False
 
     @property
     def method(self) -> str:
@@ -153,19 +151,38 @@ def _find_ceiling(
         run_ahead(probe.foreseen(*_guessed_check(probe, limit)))
     guess = foreseen.micro_batch if foreseen is not None else None
     reason = ""
+    is_refuted = False
     # a simulation's kernels vary where they take scratch memory at large sizes only
     for kernels_may_vary in (True,) if probe.device.scratch_varies else (False, True):
         follow = partial(_by_model, probe, limit, wanted, prove, is_brief, kernels_may_vary)
         try:
             if foreseen is not None and (near := _near(probe, limit, foreseen)):
-                return follow(near)
+                return _told(follow(near), probe, is_refuted)
             for size in (first, second):
                 if (shortage := probe.run(size).shortage) is not None:
                     raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
-            return follow((first, second))
+            traces = [probe.run(size).trace for size in (first, second)]
+            return _told(follow(nodes_for(traces, limit)), probe, is_refuted)
         except Misaligned as error:
             reason = reason or str(error)
+            is_refuted = is_refuted or isinstance(error, Refuted)
     return _by_execution(probe, limit, reason=reason, share=share, guess=guess)
+
+
+def _told(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling:
+    """Return a ceiling that tells whether memory is quadratic in the micro-batch.
+
+    A quadratic goes through any three sizes, so a fourth one has to lie on it, too; and sizes that
+    an exact one did not meet are not quadratic because one is near them.
+    """
+    model = found.model
+    if model is None or model.quadratic_share <= _NOTABLE_BEND:
+        return found
+    others = (run.trace for size, run in probe.runs.items() if size not in model.nodes)
+    is_shown = not is_refuted
+    if model.is_exact:
+        is_shown = found.whole is not None or any(model.difference(t) is None for t in others)
+    return replace(found, is_quadratic=is_shown)
 
 
 def _guessed_check(probe: Probe, limit: int) -> Iterator[int]:
@@ -226,7 +243,8 @@ def _by_model(
                 return _modelled(search, model, predicted, whole)
         if is_brief and {ceiling, ceiling + 1} <= probe.runs.keys():
             return _modelled(search, model, predicted)
-        size = _next_check(ceiling, limit, probe, confirmed, kernels_may_vary)
+        is_corrected = not kernels_may_vary and len(model.nodes) > len(sizes)
+        size = _next_check(ceiling, limit, probe, confirmed, kernels_may_vary, is_corrected)
         if size == 1:  # one sample may be allocated in an order of its own
             return _small_ceiling(probe, model)
         if size is None and prove and ceiling < limit and ceiling + 1 not in probe.runs:
@@ -244,7 +262,7 @@ def _by_model(
         if not confirmed:
             model = corrected
             search, predicted = _search_model(model, probe, limit)
-    raise Misaligned("memory kept departing from what smaller sizes foretold")
+    raise Refuted("memory kept departing from what smaller sizes foretold")
 
 
 def _modelled(
@@ -288,7 +306,7 @@ def _corrected(model: TraceModel, probe: Probe, size: int) -> TraceModel:
     if difference is None:
         return model
     if len(model.nodes) == 3:
-        raise Misaligned(difference)
+        raise Refuted(difference)
     return _fit(probe, [*model.nodes, size])
 
 
@@ -322,7 +340,12 @@ def _unforeseen_bytes(model: TraceModel, probe: Probe) -> int:
 
 
 def _next_check(
-    ceiling: int, limit: int, probe: Probe, confirmed: bool, kernels_may_vary: bool
+    ceiling: int,
+    limit: int,
+    probe: Probe,
+    confirmed: bool,
+    kernels_may_vary: bool,
+    is_corrected: bool,
 ) -> int | None:
     """Return the size to execute next, or None where the ceiling stands."""
     size = max(ceiling, 1)
@@ -331,7 +354,11 @@ def _next_check(
     if confirmed:
         return None
     # a model made from the ceiling is checked above it, where a simulation cannot run out
-    return next((n for n in range(size, limit + 1) if n not in probe.runs), None)
+    above = next((n for n in range(size, limit + 1) if n not in probe.runs), None)
+    if above is not None or not is_corrected:
+        return above
+    # that it goes through the limit, of which it was made, shows nothing of a corrected one
+    return next((n for n in range(limit - 1, max(SMALL), -1) if n not in probe.runs), None)
 
 
 def _small_ceiling(probe: Probe, model: TraceModel | None) -> Ceiling:

@@ -101,6 +101,10 @@ class Probe:
         return run.replay.peak_reserved_bytes if run.is_free else None
 
     def predict(self, model: TraceModel, micro_batch: int) -> Replay:
-        """Return what the allocator would do with the model's trace at a size."""
+        """Return what the allocator would do with the model's trace at a size.
+
+        Raises:
+            Misaligned: the model foretells sizes there that cannot be.
+        """
         sizes, events, streams = model.requests(micro_batch)
         return simulate(sizes, events, allocator=self.device.allocator(), streams=streams)

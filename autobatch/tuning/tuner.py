@@ -5,6 +5,7 @@ Invariant: the user's model, optimizer and random state are as before, whatever 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -146,6 +147,11 @@ def tune(
     split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
+    is_time = isinstance(time_limit, (int, float)) and 0 < time_limit < math.inf
+    if time_limit is not None and not is_time:
+        raise UsageError(
+            f"time_limit is {time_limit!r}: give seconds, more than 0, or None for no limit"
+        )
     file = _checked_file(cache) if cache else None
     request = _Request(
         target=target,
@@ -268,6 +274,8 @@ def predict(
     for name, value in (("micro_batch", micro_batch), ("accumulation_steps", accumulation_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{argument(name)} is {value!r}: use a whole number of at least 1")
+    if micro_batch > _ADDRESSES:
+        raise _beyond_addresses(micro_batch)
     device = VirtualGpu(described(gpu))
     asked = Asked(
         model=model,
@@ -288,6 +296,8 @@ def predict(
         progress=progress,
     )
     run = probe.run(micro_batch)
+    if not run.replay.fits:  # there is no other limit than that of addresses
+        raise _beyond_addresses(micro_batch)
     footprint = footprint_of(
         run.trace,
         run.replay,
@@ -299,3 +309,14 @@ def predict(
     footprint = replace(footprint, accumulation_steps=accumulation_steps)
     stream = Stream.of(workload, device, footprint)
     return footprint if stream is None else stream.footprint(footprint)
+
+
+_ADDRESSES = 2**47
+"""As many bytes as a process can address; samples that take none are no batch."""
+
+
+def _beyond_addresses(micro_batch: int) -> UsageError:
+    return UsageError(
+        f"{argument('micro_batch')} is {micro_batch:,}: it needs more memory than there are "
+        "addresses; use a smaller one"
+    )

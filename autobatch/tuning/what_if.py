@@ -15,7 +15,7 @@ from autobatch.devices.virtual.sharing import are_alike
 from autobatch.errors import UsageError
 from autobatch.gpus.budget import budget_bytes
 from autobatch.gpus.catalogue import CATALOGUE, GpuSpec
-from autobatch.memory.trace_model import TraceModel
+from autobatch.memory.trace_model import Misaligned, TraceModel
 from autobatch.records.evidence import MemoryPoint
 from autobatch.records.split import Split, split
 from autobatch.records.what_if import WhatIf, WhatIfCard
@@ -198,6 +198,9 @@ class _Known:
             if self._left <= keeping:
                 return False
             self._left -= 1
-            foretold = self._probe.predict(self._model, micro_batch)
+            try:
+                foretold = self._probe.predict(self._model, micro_batch)
+            except Misaligned:
+                return False
             self.peaks[micro_batch] = foretold.peak_reserved_bytes
         return True

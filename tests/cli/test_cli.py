@@ -180,7 +180,23 @@ def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "m.py:build", "--micro-batch", "8", "--gpu", "p9"], "such as --gpu 24GiB"),
         (
             ["predict", "m.py:build", "--micro-batch", "8", "--gpu", "t4", "--clip-norm", "0"],
-            "--clip-norm is 0.0: use a positive norm, or leave it out",
+            "--clip-norm is 0.0: use a positive norm that is finite, or leave it out",
+        ),
+        *(
+            (
+                ["probe", "m.py:build", "--target", "8", "--gpu", "t4", f"{option}={number}"],
+                f"argument {option}: '{number}' is no",
+            )
+            for option in ("--headroom", "--clip-norm", "--time-limit")
+            for number in ("nan", "inf", "-inf", "x")
+        ),
+        (
+            ["probe", "m.py:build", "--target", "8", "--gpu", "t4", "--time-limit", "0"],
+            "'0' is no time: give seconds",
+        ),
+        (
+            ["sweep", "m.py:build", "--target", "8", "--gpu", "t4", "--timeout", "nan"],
+            "argument --timeout: 'nan' is no finite number",
         ),
         (["probe", "m.py:build", "--target", "8"], "such as --gpu a100-40gb or --gpu 24GiB"),
         (["predict", "m.py:build", "--micro-batch", "0", "--gpu", "t4"], "--micro-batch is 0:"),
@@ -314,6 +330,47 @@ def test_a_closed_pipe_is_quiet() -> None:
     _, errors = process.communicate()
     assert errors == b""
     assert process.returncode == 141
+
+
+def redirected(arguments: str, streams: str) -> tuple[int, str, str]:
+    """Run a command in a shell, and return its exit code, its stdout and its stderr."""
+    done = subprocess.run(
+        ["sh", "-c", f"exec {shlex.quote(sys.executable)} -m autobatch {arguments} {streams}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code", "hint"),
+    [
+        ("gpus", ">&-", 2, "stdout is closed"),
+        ("gpus", ">&- 2>&-", 2, ""),
+        ("gpus", ">/dev/full", 2, "cannot be written: No space left on device"),
+        ("gpus", ">/dev/full 2>/dev/full", 2, ""),
+        ("probe m.py --target 8 --gpu t4", ">&-", 2, "stdout is closed"),
+        ("probe m.py --target 8 --gpu t4", "2>&-", 2, ""),
+        ("probe m.py --target 8 --gpu t4", "2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_take_nothing_end_in_one_line_and_a_code(
+    arguments: str, streams: str, code: int, hint: str
+) -> None:
+    returned, out, errors = redirected(arguments, streams)
+    assert (returned, out) == (code, "")
+    assert hint in errors
+    assert errors.count("\n") == bool(hint)
+
+
+def test_an_answer_is_printed_without_a_stderr() -> None:
+    code, out, errors = redirected("gpus", "2>&-")
+    assert (code, errors) == (0, "")
+    assert "a100-40gb" in out
 
 
 def test_an_ascii_terminal_still_gets_an_answer() -> None:

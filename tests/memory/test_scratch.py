@@ -121,3 +121,23 @@ def test_scratch_of_another_stream_is_asked_for_there():
     assert simulate(sizes, events, streams=streams) == simulate(
         model.trace(5).sizes, model.trace(5).events, streams=model.trace(5).streams
     )
+
+
+@pytest.mark.parametrize("kernels_may_vary", [False, True])
+def test_a_rule_is_never_asked_of_a_negative_size_that_was_not_given_to_it(kernels_may_vary):
+    def at(micro_batch, *numbers):
+        bare = whole(micro_batch, lambda n: ()).bare
+        (kernel,) = bare.kernels
+
+        def takes(numbers):
+            assert numbers[0] >= 0
+            return [8 * numbers[0]]
+
+        return with_scratch(Bare(bare.trace, (replace(kernel, numbers=numbers, takes=takes),)))
+
+    # a dimension counted from the end is -1 throughout; a size that shrinks ends at 3
+    model = TraceModel.fit([at(2, 1, -1), at(3, 0, -1)], kernels_may_vary=kernels_may_vary)
+    assert list(model.requests(3).sizes) == [24, 24, 24]
+    for ask in (model.trace, model.requests):
+        with pytest.raises(Misaligned, match="foretells -1 at micro-batch 4"):
+            ask(4)

@@ -80,14 +80,27 @@ def test_fitted_traces_are_reproduced_whatever_their_sizes_are(nodes, rows):
     assert all(model.difference(trace) is None for trace in traces)
 
 
-def test_a_size_between_bytes_is_rounded_to_the_nearest_one():
-    model = TraceModel.fit([make_trace(1, [0, 0]), make_trace(4, [1, 2])])
-    assert [model.sizes(n) for n in (1, 2, 3, 4)] == [[0, 0], [0, 1], [1, 1], [1, 2]]
+def test_a_size_between_bytes_is_rounded_to_the_nearest_one_where_kernels_vary():
+    traces = [make_trace(1, [9, 99]), make_trace(4, [10, 101])]
+    model = TraceModel.fit(traces, kernels_may_vary=True)
+    assert [model.sizes(n) for n in (1, 2, 3, 4)] == [[9, 99], [9, 100], [10, 100], [10, 101]]
+    exact = TraceModel.fit(traces)
+    assert [exact.sizes(n) for n in (1, 4, 7)] == [[9, 99], [10, 101], [11, 103]]
+    for ask in (exact.sizes, exact.trace, exact.requests):
+        with pytest.raises(Misaligned, match=r"1, 4 foretells 9\.33.* at micro-batch 2, which no"):
+            ask(2)
 
 
-def test_sizes_that_shrink_with_the_micro_batch_stop_at_zero():
-    model = TraceModel.fit([make_trace(2, [100]), make_trace(3, [60])])
+def test_sizes_that_shrink_below_zero_refute_the_model_or_stop_there_where_kernels_vary():
+    traces = [make_trace(2, [100]), make_trace(3, [60])]
+    model = TraceModel.fit(traces, kernels_may_vary=True)
     assert [model.sizes(n) for n in (1, 4, 5, 100)] == [[140], [20], [0], [0]]
+    exact = TraceModel.fit(traces)
+    assert [exact.sizes(n) for n in (1, 4)] == [[140], [20]]
+    with pytest.raises(Misaligned, match="foretells -20 at micro-batch 5"):
+        exact.sizes(5)
+    assert "-20" in exact.difference(make_trace(5, [0]))
+    assert not exact.predicts_start_of(make_trace(5, [0]))
 
 
 def test_a_quadratic_block_shows_as_a_difference_at_a_third_size():

@@ -1,4 +1,6 @@
+import math
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
-from autobatch.memory.trace import Allocation, Mark, Trace
+from autobatch.memory.scratch import with_scratch
+from autobatch.memory.trace import Allocation, Bare, Kernel, Mark, Trace
 from autobatch.records.progress import silent
 from autobatch.tuning import ceiling
 from autobatch.tuning.ceiling import find_ceiling
@@ -167,6 +170,70 @@ def test_quadratic_memory_is_found_where_the_line_misses_and_takes_one_size_more
     assert executed == [2, 3, 94, 57]  # 94 is what a line through 2 and 3 promises
     assert found.micro_batch == 57
     assert found.model.degree == 2
+
+
+def experts(chosen, number, each=MIB):
+    """Rows of a sample, and as many for one of so many experts as an equal part has."""
+
+    def trace_at(n):
+        part = Fraction(chosen * n, number)
+        trace = trace_of(n, [64 * MIB, n * each, math.ceil(part) * each])
+        return replace(trace, parts=(part,))
+
+    return trace_at
+
+
+@pytest.mark.parametrize(
+    ("chosen", "number", "executed"),
+    [(2, 4, [2, 3, 4, 5]), (1, 8, [2, 3, 9, 10, 17]), (4, 10, [2, 3, 4, 6]), (4, 2, [2, 3])],
+)
+@pytest.mark.parametrize("budget", [1164 * MIB, 1165 * MIB, 2**34])
+def test_counts_that_are_rounded_up_have_a_model_and_are_no_quadratic(
+    chosen, number, executed, budget
+):
+    trace_at = experts(chosen, number)
+    found, sizes = search(trace_at, budget)
+    assert sizes == [*executed, found.micro_batch]
+    assert reserved_bytes(trace_at(found.micro_batch)) <= budget
+    assert reserved_bytes(trace_at(found.micro_batch + 1)) > budget
+    assert found.method == "trace model"
+    assert all(found.model.difference(trace_at(n)) is None for n in (4, 33, 40, 999))
+
+
+@pytest.mark.parametrize("limit", [4, 5, 64, 999, 1000])
+def test_memory_that_grows_in_steps_is_not_called_quadratic_where_the_limit_is_reached(limit):
+    found, executed = search(lambda n: trace_of(n, [n * KIB, -(-n // 3) * KIB]), 2**40, limit)
+    assert (found.micro_batch, found.limit_reached) == (limit, True)
+    assert not found.is_quadratic
+    assert executed[:2] == [2, 3]
+
+
+def test_quadratic_memory_is_called_so_where_the_limit_is_reached():
+    found, executed = search(polynomial(100 * MIB, 10 * MIB, MIB // 8), 2**40, 1000)
+    assert found.is_quadratic
+    assert executed == [2, 3, 1000, 999]
+
+
+@pytest.mark.parametrize("budget", [400 * MIB, 401 * MIB, 402 * MIB])
+def test_a_model_that_foretells_negative_sizes_is_refuted(budget):
+    """Half of the rows go on: 1 of 2, 2 of 3, 5 of 10."""
+
+    def trace_at(n):
+        trace = trace_of(n, [64 * MIB, n * MIB, -(-n // 2) * MIB, max(4, 8 - n) * MIB])
+        kernel = Kernel(
+            kind="rows", name="scratch", phase="forward", stream=0, start=1, results=(), end=2,
+            marks=1, numbers=(-(-n // 2), max(0, 8 - n), -1), takes=takes,
+        )  # fmt: skip
+        return with_scratch(Bare(trace, (kernel,)))
+
+    def takes(numbers):
+        assert min(numbers[:2]) >= 0
+        return [numbers[0] * MIB]
+
+    found, _ = search(trace_at, budget)
+    assert reserved_bytes(trace_at(found.micro_batch)) <= budget
+    assert reserved_bytes(trace_at(found.micro_batch + 1)) > budget
+    assert not found.is_quadratic
 
 
 def test_memory_that_no_quadratic_follows_is_bisected_by_executions():

@@ -432,10 +432,19 @@ def test_an_unknown_autocast_names_the_known_ones(autocast):
     one_line(caught)
 
 
-@pytest.mark.parametrize("clip_norm", [0, -1.0])
-def test_a_clip_norm_that_is_not_positive_is_a_usage_error(clip_norm):
+@pytest.mark.parametrize("clip_norm", [0, -1.0, float("nan"), float("inf")])
+def test_a_clip_norm_that_is_not_positive_and_finite_is_a_usage_error(clip_norm, tmp_path):
     with pytest.raises(UsageError, match="use a positive norm"):
-        tune(clip_norm=clip_norm)
+        tune(clip_norm=clip_norm, cache=tmp_path / "plans.json")
+    with pytest.raises(UsageError, match="use a positive norm"):
+        Workload(model=nn.Linear(1, 1), batch=lambda n: None, clip_norm=clip_norm)
+
+
+@pytest.mark.parametrize("time_limit", [0, -1.0, float("nan"), float("inf"), "5"])
+def test_a_time_limit_that_cannot_pass_is_a_usage_error(time_limit):
+    with pytest.raises(UsageError, match=r"time_limit is .*: give seconds") as caught:
+        tune(time_limit=time_limit, isolate=True)
+    one_line(caught)
 
 
 def test_what_is_no_module_is_a_usage_error():
@@ -449,6 +458,32 @@ def test_what_is_no_module_is_a_usage_error():
 def test_predict_refuses_sizes_that_are_no_positive_whole_numbers(sizes):
     with pytest.raises(UsageError, match="use a whole number of at least 1"):
         autobatch.predict(perceptron(), sample=SAMPLE, gpu=SMALL_CARD, **sizes)
+
+
+def test_predict_takes_as_long_for_any_micro_batch_and_refuses_what_has_no_addresses():
+    def predicted(micro_batch):
+        return autobatch.predict(
+            perceptron(), sample=SAMPLE, gpu=SMALL_CARD, micro_batch=micro_batch
+        )
+
+    few, many = predicted(10**6), predicted(10**12)
+    of_samples = few.activations_bytes + few.inputs_bytes
+    assert many.activations_bytes + many.inputs_bytes == pytest.approx(10**6 * of_samples)
+    for micro_batch in (10**17, 10**30):
+        with pytest.raises(UsageError, match="more memory than there are addresses") as caught:
+            predicted(micro_batch)
+        one_line(caught)
+
+
+def test_a_batch_of_more_bytes_than_there_are_addresses_is_refused_after_its_run():
+    def sized(model, batch):
+        return model(batch.expand(-1, 2**20)[:, :1024]).mean() + batch.repeat(1, 2**24).mean()
+
+    with pytest.raises(UsageError, match="more memory than there are addresses"):
+        autobatch.predict(
+            nn.Linear(1024, 1), sample=torch.zeros(2, 1), loss=sized, gpu=SMALL_CARD,
+            micro_batch=2**36,
+        )  # fmt: skip
 
 
 # The user's objects stay as they are

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from autobatch.memory.trace import (
     running_bytes,
 )
 from autobatch.support.tensor_parts import parts_of
+from autobatch.support.torch_private import current_graph_task_id
 
 __all__ = ["StorageRecorder", "Takes"]
 
@@ -47,6 +49,7 @@ class _Block:
     dtype: torch.dtype | None = None
     stream: int = 0
     outlived_forward: bool = False
+    is_forward: bool = False
 
 
 Takes = Callable[[tuple[int, ...]], Steps]
@@ -83,9 +86,11 @@ class StorageRecorder:
         phase: the phase that runs.
         is_muted: whether what is made now has no memory on a real GPU.
         running: tells which module of the model is at work.
+        parts: as in `Trace.parts`.
     """
 
     is_muted = False
+    parts: tuple[Fraction, ...] = ()
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
@@ -119,11 +124,17 @@ class StorageRecorder:
         running = self._running
         module, where = self._maker() if running is None else (running.module, running.where)
         category = None if self._claim else self._pending
+        is_forward = False
         if self._claim:
             self._claimed.append((ref, self._claim))
         elif category is None and self.phase == "backward" and torch.is_grad_enabled():
-            category = "activations"  # recomputed by activation checkpointing
+            if current_graph_task_id() >= 0:
+                category = "activations"  # recomputed by activation checkpointing
+            else:
+                # of another loss, or the gradient that a backward pass begins with
+                is_forward = True
         block = _Block(storage.nbytes(), self.phase, op, category, module, where)
+        block.is_forward = is_forward
         if tensor is not None:
             block.shape, block.dtype = tensor.shape, tensor.dtype
         self._blocks.append(block)
@@ -204,8 +215,9 @@ class StorageRecorder:
             for ref in self._live.values():
                 block = self._blocks[ref.block]
                 block.outlived_forward = True
-                # another forward pass after a step, as of a GAN's generator
-                if block.phase == "step" and ref.block >= self._fresh and block.category is None:
+                # another forward pass after a step or a loss, as of a GAN's generator
+                is_forward = block.is_forward or block.phase == "step"
+                if is_forward and ref.block >= self._fresh and block.category is None:
                     block.category = "activations"
         self.phase = phase
         self._pending = "inputs" if phase == "inputs" else None
@@ -280,6 +292,7 @@ class StorageRecorder:
             ),
             events=tuple(self._events),
             marks=tuple(self._marks),
+            parts=self.parts,
         )
         return Bare(trace, tuple(self._kernels))
 

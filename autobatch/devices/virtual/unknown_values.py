@@ -15,6 +15,7 @@ Invariant: no answer needs the value of any tensor on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,9 @@ from autobatch.devices.virtual.elements import (
 from autobatch.devices.virtual.guesses import Guesses
 from autobatch.devices.virtual.known_values import KnownValues
 from autobatch.devices.virtual.placeholders import MASKS, follow_placeholders
-from autobatch.devices.virtual.varied import follow_varied, true_elements
+from autobatch.devices.virtual.varied import follow_varied, true_part
 from autobatch.errors import WorkloadError
+from autobatch.memory.rounding import rounded_up
 
 __all__ = ["UnknownValues"]
 
@@ -62,6 +64,8 @@ _WITH_INFO = frozenset(
 )
 """Factorizations; their last result, `info`, is 0 where they succeed."""
 
+_COUNTS = frozenset(("sum", "count_nonzero"))
+
 
 class UnknownValues:
     """Answers the ops of one run whose results follow from more than shapes and dtypes.
@@ -79,6 +83,7 @@ class UnknownValues:
         self._upper_bounds: set[str] = set()
         self._exact_shapes: set[str] = set()
         self._split_equally = False
+        self._parts: dict[Fraction, None] = {}
         self._reads = 0
         self._ruled: dict[int, tuple[bool, Any]] = {}  # by id, with the op that it is of
         self._rules: dict[Any, _Rule] = {
@@ -114,6 +119,11 @@ class UnknownValues:
             **rules,
         }
 
+    @property
+    def parts(self) -> tuple[Fraction, ...]:
+        """The parts of elements that the counts of this run are, before they are rounded up."""
+        return tuple(self._parts)
+
     def has_rule(self, func: Any) -> bool:
         """Whether `answer` may answer an op."""
         known = self._ruled.get(id(func))
@@ -128,7 +138,8 @@ class UnknownValues:
             return False
         if func is aten.split_with_sizes.default:
             dim = args[2] if len(args) > 2 else 0
-            return bool(sum(args[1]) == args[0].shape[dim])
+            adds_up = sum(args[1]) == args[0].shape[dim]
+            return adds_up and not all(size == 1 for size in args[1])
         if func in _INDEXED:
             return not _has_mask(args[1]) and not has_values(args[0])
         return False
@@ -155,6 +166,9 @@ class UnknownValues:
             set_certain(output[-1])
         else:
             follow_varied(name, args, kwargs, output, self._guesses.share)
+            # such a count may be read, and a size may follow from it
+            if name in _COUNTS and not output.dim() and (part := true_part(args[0])) is not None:
+                self._parts[part] = None
         self.known.follow(func, args, kwargs, output)
 
     def is_silent(self, func: Any, tensors: Sequence[Tensor], output: Any) -> bool:
@@ -227,8 +241,9 @@ class UnknownValues:
             self._exact_shapes.add(name)
             return int(known.count_nonzero())
         count = true_count(mask)
-        if count is None:
-            count = true_elements(mask)
+        if count is None and (part := true_part(mask)) is not None:
+            self._parts[part] = None
+            return rounded_up(part)
         if count is None:
             self._upper_bounds.add(name)
             return mask.numel()
@@ -311,14 +326,17 @@ class UnknownValues:
         """Split a tensor into equal parts where the sizes were read from the GPU and are unknown.
 
         Mixtures of experts do so: the sizes are counts of tokens, which add up to all of them.
-        Each count reads as one.
+        Each count reads as one. The last part has what is left over, so that all sizes follow one
+        count, and the number of all tokens.
         """
-        total = tensor.shape[dim]
-        if sum(sizes) == total or any(size != 1 for size in sizes):
+        total, parts = tensor.shape[dim], len(sizes)
+        if not parts or any(size != 1 for size in sizes):
             return NotImplemented
-        self._split_equally = True
-        size, rest = divmod(total, len(sizes))
-        equal = [size + (part < rest) for part in range(len(sizes))]
+        self._split_equally = self._split_equally or total != parts
+        part = Fraction(total - parts + 1, parts)  # rounded up it is a share that is rounded down
+        self._parts[part] = None
+        size = rounded_up(part)
+        equal = [*([size] * (parts - 1)), total - size * (parts - 1)]
         return mode.run(aten.split_with_sizes.default, tensor, equal, dim)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ from autobatch.devices.virtual.elements import (
     values_of,
     was_zero,
 )
+from autobatch.memory.rounding import part_of, rounded_up
 from autobatch.support.torch_private import FakeTensor
 
-__all__ = ["follow_varied", "true_elements"]
+__all__ = ["follow_varied", "true_part"]
 
 _ALIKE = frozenset(
     """
@@ -56,10 +58,13 @@ _CHOICES = {"argmax": 0, "argmin": 0, "topk": 1, "max": 1, "min": 1, "sort": 1, 
 """Ops that choose along a dimension, and which of their results holds the choices."""
 
 
-def true_elements(mask: Tensor) -> int | None:
-    """Return how many elements of a mixed mask are true, at most; None of any other mask."""
+def true_part(mask: Any) -> Fraction | None:
+    """Return which part of the elements of a mixed mask is true, at most; None of any other mask.
+
+    The count of true elements is the part rounded up.
+    """
     share = mixed_share(mask)
-    return None if share is None else math.ceil(mask.numel() * share - 1e-6)
+    return None if share is None else part_of(mask.numel(), share)
 
 
 def follow_varied(
@@ -242,14 +247,14 @@ def _mix(name: str, args: Sequence[Any], first: Tensor, output: Tensor) -> None:
     elif name == "all" and is_whole and output.dtype is torch.bool:
         set_placeholder(output, False)
     elif name == "any":
-        if not is_whole and output.numel() and output.numel() < first.numel():  # at most one each
+        if not is_whole and 0 < output.numel() <= first.numel():  # at most one each
             set_mixed(output, min(1.0, share * first.numel() / output.numel()))
         set_placeholder(output, True)
     elif name == "all":
         set_mixed(output, 1.0)
         set_placeholder(output, True)
     elif name in ("sum", "count_nonzero"):
-        count = max(1, math.ceil(first.numel() * share - 1e-6)) if not output.dim() else 1
+        count = 1 if output.dim() else max(1, rounded_up(part_of(first.numel(), share)))
         set_placeholder(output, float(count) if output.dtype.is_floating_point else count)
     elif name == "mean":
         set_placeholder(output, share)

@@ -103,6 +103,27 @@ def test_activation_checkpointing_keeps_one_block_of_activations(reentrant):
     assert saved < plain / 2
 
 
+def test_the_gradient_that_a_backward_pass_begins_with_is_no_activation():
+    trace = run(mlp())
+    made = [block for block in trace.blocks if block.op.startswith("aten::ones_like")]
+    assert {(block.category, block.phase) for block in made} == {("temporaries", "backward")}
+    assert not any(b.category == "activations" and b.phase == "backward" for b in trace.blocks)
+
+
+def test_what_the_forward_pass_of_another_loss_keeps_is_activations():
+    def window(model, optimizer, batches):
+        for batch in batches:
+            for _ in range(2):
+                model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    twice = run(mlp(), optimizer=torch.optim.AdamW, window=window)
+    again = [b for b in twice.blocks if b.category == "activations" and b.phase == "backward"]
+    first = [b for b in twice.blocks if b.category == "activations" and b.phase == "forward"]
+    assert first and sorted(b.op for b in again) == sorted(b.op for b in first)
+
+
 def test_a_compiled_model_is_simulated_through_its_eager_original():
     model = torch.compile(mlp())
     workload = Workload(model=model, batch=batch_builder(torch.zeros(2, WIDTH)))

@@ -73,6 +73,8 @@ _WARP = 32
 _VECTOR = 4
 _VALUES_PER_THREAD = (16, 256)
 _INT_MAX = 2**31 - 1
+_MOST_HALVINGS = 10
+"""So often are tensors halved exactly: up to 2 TiB in one tensor."""
 _CHUNK = 65536
 
 
@@ -193,19 +195,28 @@ def _fits_32_bits(dims: Sequence[_Dim]) -> bool:
     return last <= _INT_MAX and math.prod(dim.size for dim in dims) <= _INT_MAX
 
 
-def _scratch(dims: Sequence[_Dim], element: int, partial: int, gpu: GpuSpec) -> list[int]:
-    """Return buffer and semaphores; those of both halves for what 32 bits cannot index."""
+def _scratch(
+    dims: Sequence[_Dim], element: int, partial: int, gpu: GpuSpec, halvings: int = 0
+) -> list[int]:
+    """Return buffer and semaphores; those of both halves for what 32 bits cannot index.
+
+    Halves of what was halved often are taken to be equal, and each two pieces to be one, so that
+    the time this takes does not grow with a tensor that no card holds.
+    """
     if not _fits_32_bits(dims):
         longest = max(range(len(dims)), key=lambda i: (dims[i].size - 1) * dims[i].stride)
         half = dims[longest].size // 2
+        larger = dims[longest].size - half
+        parts, times = ([larger], 2) if halvings >= _MOST_HALVINGS else ([half, larger], 1)
         return [
-            size
-            for part in (half, dims[longest].size - half)
+            times * size
+            for part in parts
             for size in _scratch(
                 [replace(d, size=part) if i == longest else d for i, d in enumerate(dims)],
                 element,
                 partial,
                 gpu,
+                halvings + 1,
             )
         ]
     sums = [dim for dim in dims if dim.is_reduced]

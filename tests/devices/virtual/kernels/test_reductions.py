@@ -87,3 +87,14 @@ def test_norms_of_many_tensors_keep_a_number_for_each_chunk():
 def test_a_sum_over_the_rows_of_a_matrix_may_be_asked_for_by_shape():
     steps = scratch(SUM, (8192, 768), BF16, [0])
     assert sum_over_rows(8192, 768, BF16, H200) == steps
+
+
+def test_sums_of_what_no_card_holds_take_as_few_pieces_as_those_of_two_tebibytes():
+    def pieces(rows):
+        return sum_over_rows(rows, 2048, torch.float32, find_gpu("t4"))
+
+    exact = pieces(2**27)  # a tebibyte
+    for times in (2**10, 2**20):
+        many = pieces(2**27 * times)
+        assert len(many) <= 4 * len(exact)
+        assert sum(many) == times * sum(exact)

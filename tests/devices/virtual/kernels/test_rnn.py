@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,40 @@ def test_samples_before_steps_are_turned_and_copied():
         b.size_bytes for b in trace.blocks if b.op == "cudnn scratch" and b.phase == "forward"
     ]
     assert copies == [8 * 20 * WIDTH * 4] * 2  # one in each window
+
+
+class Flattening(Tagger):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rnn.flatten_parameters()
+        return super().forward(x)
+
+
+def test_weights_that_forward_flattens_are_copied_into_a_new_buffer_each_time():
+    trace = run(Flattening(), sample=torch.zeros(2, 20, WIDTH), steps=2)
+    flat = [
+        number
+        for number, block in enumerate(trace.blocks)
+        if block.size_bytes == WEIGHTS and block.category == "parameters"
+    ]
+    phases = [trace.blocks[number].phase for number in flat]
+    assert phases == ["setup", *["forward"] * 4]  # two windows of two micro-batches
+    for old, new in pairwise(flat):  # the new buffer is there before the old one goes
+        assert trace.events.index(new) < trace.events.index(~old)
+
+
+def test_layers_of_a_changed_model_are_flattened_on_their_way_to_the_card():
+    options = {"sample": torch.zeros(2, 20, WIDTH), "changes": (lambda model: None,)}
+    trace = run(Tagger(), **options)
+    flat = [b for b in trace.blocks if b.size_bytes == WEIGHTS and b.category == "parameters"]
+    assert [b.phase for b in flat] == ["setup"]
+
+
+class Tied(Flattening):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn.bias_hh_l0 = self.rnn.bias_ih_l0
+
+
+def test_tied_weights_stay_where_they_are():
+    trace = run(Tied(), sample=torch.zeros(2, 20, WIDTH))
+    assert not any(b.size_bytes == WEIGHTS for b in trace.blocks if b.phase != "backward")

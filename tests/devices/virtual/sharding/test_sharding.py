@@ -316,10 +316,12 @@ def test_clipping_and_loss_scaling_work_on_shards(options):
     assert largest(run(model, **options), "optimizer_state") == 2 * shard_bytes(model)
 
 
-def test_autocast_keeps_copies_of_the_weights_and_says_so():
+@pytest.mark.parametrize(("autocast", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_autocast_keeps_copies_of_the_weights_and_says_so(autocast, dtype):
     device = VirtualGpu(GPU)
-    found = device.run(workload(autocast="bf16"), micro_batch=8, accumulation_steps=1)
-    assert any("MixedPrecisionPolicy" in warning for warning in found.notes)
+    found = device.run(workload(autocast=autocast), micro_batch=8, accumulation_steps=1)
+    policy = f"MixedPrecisionPolicy(param_dtype=torch.{dtype})"
+    assert any(policy in warning for warning in found.notes)
 
 
 @pytest.mark.slow

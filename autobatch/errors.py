@@ -73,6 +73,10 @@ class WorkloadError(AutobatchError):
     """The user's model, loss or optimizer failed; the cause is chained with its traceback."""
 
 
+class LeverError(WorkloadError):
+    """A lever cannot be had with this model or this micro-batch; without it, nothing is wrong."""
+
+
 class HostMemoryError(WorkloadError):
     """A step needs more memory of the host than there is: SciPy copied a tensor, say."""
 

@@ -22,22 +22,25 @@ def distinct_cards(gpus: Iterable[str | GpuSpec]) -> tuple[GpuSpec, ...]:
         gpus = (gpus,)
     cards: dict[str, GpuSpec] = {}
     for given in gpus:
+        if given == "":
+            raise UsageError(f"{argument('gpus')} has an empty name: use {_example()}")
         is_named = isinstance(given, str) and not is_device(given)
         if not is_named and not isinstance(given, GpuSpec):
             raise UsageError(
                 f"{argument('gpus')} names {given!r}: cards are compared simulated, so use a name "
                 "such as a100-40gb, or a size such as 24GiB"
             )
-        card = given if isinstance(given, GpuSpec) else find_gpu(given)
+        card = given if isinstance(given, GpuSpec) else find_gpu(given, asked_as="gpus")
         if card.name in cards:
             raise UsageError(f"{argument('gpus')} names {card.name} twice: name each card once")
         cards[card.name] = card
     if not cards:
-        raise UsageError(
-            f"{argument('gpus')} names no card: use "
-            + for_reader('gpus=["t4", "l4"]', "--gpus t4,l4")
-        )
+        raise UsageError(f"{argument('gpus')} names no card: use {_example()}")
     return tuple(cards.values())
+
+
+def _example() -> str:
+    return for_reader('gpus=["t4", "l4"]', "--gpus t4,l4")
 
 
 def prices_of(prices: Mapping[str, float], cards: Sequence[GpuSpec]) -> dict[str, float]:
@@ -49,7 +52,7 @@ def prices_of(prices: Mapping[str, float], cards: Sequence[GpuSpec]) -> dict[str
     named = {card.name for card in cards}
     found: dict[str, float] = {}
     for given, price in prices.items():
-        name = given if given in named else find_gpu(given).name
+        name = given if given in named else find_gpu(given, asked_as="gpus").name
         if name not in named:
             raise UsageError(
                 f"there is a price for {name}, which is not compared: "

@@ -43,7 +43,7 @@ from autobatch.tuning.planning import LARGEST, probe_of
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.speed import SpeedModel
 from autobatch.tuning.workloads import require_share, whole, workload_of
-from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def compare(
     started = time.perf_counter()
     cards = distinct_cards(gpus)
     priced = prices_of(prices or {}, cards)
+    require_options(compare, options)
     asked = Asked(model=model, **{"world_size": 1} | _stated(options))
     target = whole(target)
     split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split

@@ -17,6 +17,7 @@ from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError
 from autobatch.records.comparison import ComparisonRecord, read_record, write_record
 from autobatch.support.files import read_text, write_text
+from autobatch.support.wording import count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,8 +101,9 @@ class Comparison(ComparisonRecord):
     def __repr__(self) -> str:
         """Name the answer; `print(comparison)` shows the whole."""
         return (
-            f"<Comparison of {self.model} on {len(self.cards)} cards, {len(self.fitting)} of which "
-            f"can train {self.target:,} samples an update, simulated>"
+            f"<Comparison of {self.model} on {count(len(self.cards), 'card')}, "
+            f"{len(self.fitting)} of which can train {count(self.target, 'sample')} an update, "
+            "simulated>"
         )
 
     def __str__(self) -> str:

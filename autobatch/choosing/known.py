@@ -33,6 +33,7 @@ class _Combination:
     finished: dict[int, SweepTrial] = field(default_factory=dict)
     too_large: dict[int, SweepTrial] = field(default_factory=dict)
     failed: dict[int, SweepTrial] = field(default_factory=dict)
+    refused: str | None = None
 
 
 class Known:
@@ -54,12 +55,16 @@ class Known:
                 one.too_large[trial.micro_batch] = trial
             elif trial.outcome == "failed":
                 one.failed[trial.micro_batch] = trial
+            elif trial.outcome == "cannot be had" and trial.executions:
+                one.refused = trial.reason  # by a lever, which found it in a run of any size
 
     def why_not(self, combination: tuple[tuple[str, str], ...], micro_batch: int) -> str | None:
         """Say why a configuration need not run; None where it has to."""
         one = self._combinations[combination]
         if smaller := [size for size in one.too_large if size <= micro_batch]:
             return f"micro-batch {min(smaller):,} does not fit"
+        if one.refused is not None:
+            return one.refused
         if len(one.failed) >= _FAILURES and not one.finished:
             return f"micro-batches {_and(sorted(one.failed))} failed"
         below = [size for size in one.finished if size < micro_batch]

@@ -14,8 +14,9 @@ from autobatch.errors import AutobatchError, UsageError, WorkloadError
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.setup import Setup
+from autobatch.records.applied import AppliedLever
 from autobatch.records.split import Split, split
-from autobatch.support.wording import one_line
+from autobatch.support.wording import count, one_line
 
 __all__ = ["AS_IT_IS", "MICRO_BATCH", "Configuration", "OwnLever", "Space", "planned_sizes"]
 
@@ -87,7 +88,9 @@ class Space:
         Raises:
             UsageError: there is no lever of a name, or one of them is none.
         """
-        given = None if levers is None else list(levers)
+        given: list[Any] | None = None
+        if levers is not None:  # a name is no list of letters
+            given = [levers] if isinstance(levers, (str, Lever)) else list(levers)
         _require_levers(given)
         known = [each for each in given or () if isinstance(each, (str, Lever))]
         self._setup = setup
@@ -120,6 +123,11 @@ class Space:
         for own in self._own:
             _change_of(own, trial)
         trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
+
+    @property
+    def settings(self) -> Mapping[str, Sequence[str]]:
+        """The settings of every lever by its name, but of the user's own."""
+        return self._values
 
     @property
     def has_own(self) -> bool:
@@ -156,7 +164,7 @@ class Space:
                 for other in options:
                     if not offered[value].goes_with(other):
                         return f"{other.label} and {name}: {value} cannot be combined"
-                setup = offered[value].apply(setup)
+                setup = offered[value].applied_to(setup)
             except AutobatchError as error:
                 return f"{name}: {value}: {one_line(error)}"
             options.append(offered[value])
@@ -169,7 +177,14 @@ class Space:
         except UsageError as error:
             return str(error)
         if divided.micro_batch != size:
-            return f"no update of {self._target} samples has micro-batch {size} on these GPUs"
+            return (
+                f"no update of {count(self._target, 'sample')} has micro-batch {size} on these GPUs"
+            )
+        if not setup.workload.accumulates and divided.accumulation_steps > 1:
+            return (
+                "the optimizer steps in the backward pass, so that all samples of an update are "
+                f"one micro-batch, and not {divided.accumulation_steps:,} of {size:,}"
+            )
         return Configuration(setup=setup, split=divided, settings=settings, options=tuple(options))
 
 
@@ -235,4 +250,8 @@ def _applied(own: OwnLever, trial: Any, setup: Setup) -> Setup:
             f"the lever {own.__qualname__} made a {type(changed).__name__} of a Setup: let it "
             "return setup.having(...), setup.changed(...) or the setup itself"
         )
-    return changed
+    if changed is setup:
+        return setup
+    name = own.__name__
+    had = AppliedLever(lever=name, value="of yours", code=f"# do here what {name} did to the Setup")
+    return changed.having(levers=(*changed.workload.levers, had))

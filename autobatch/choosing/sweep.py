@@ -1,8 +1,9 @@
 """`sweep`: the fastest configuration of a training run, and the front of speed against memory.
 
 A space of a few hundred configurations is gone through whole; of a larger one, a sampler of Optuna
-proposes which to look at. What the trials so far show to be too large, or slower and larger than
-another one, is pruned without a run (`known.py`).
+proposes which to look at, and once it has nothing new to propose, those come that are most like the
+fastest so far. What the trials so far show to be too large, or slower and larger than another one,
+is pruned without a run (`known.py`).
 
 Invariant: the user's model, optimizer and random state are as before; no configuration is run twice
 in one study, whoever works at it, and whatever was killed.
@@ -11,10 +12,12 @@ in one study, whoever works at it, and whatever was killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +26,18 @@ from torch import nn
 from autobatch import _version
 from autobatch.choosing.bench import Bench, bench_of
 from autobatch.choosing.known import Known
-from autobatch.choosing.space import MICRO_BATCH, Configuration, OwnLever, Space
+from autobatch.choosing.space import AS_IT_IS, MICRO_BATCH, Configuration, OwnLever, Space
+from autobatch.choosing.untried import by_distance
 from autobatch.devices.base import Device
 from autobatch.devices.choose import Gpu, choose_device
 from autobatch.devices.copies import batch_of
-from autobatch.errors import AutobatchError, DoesNotFitError, UsageError, WorkloadError
+from autobatch.errors import (
+    AutobatchError,
+    DoesNotFitError,
+    LeverError,
+    UsageError,
+    WorkloadError,
+)
 from autobatch.levers.lever import Lever
 from autobatch.levers.setup import Setup
 from autobatch.plan.plan import Plan
@@ -46,7 +56,7 @@ from autobatch.tuning.planning import LARGEST, probe_of
 from autobatch.tuning.question import question_of
 from autobatch.tuning.streams import with_heaviest_batch
 from autobatch.tuning.workloads import require_share, whole, workload_of
-from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
@@ -64,8 +74,14 @@ _WHOLE = 300
 _TRIALS = 100
 """So many configurations of a larger space run, if no other number is given."""
 
-_REPEATS = 100
+_REPEATS = 30
 """After so many proposals in a row that need no run, a sampler has nothing new to propose."""
+
+_COUNTED = 2_000
+"""Spaces of more configurations are not counted: each has to be put together for that."""
+
+_AT_ONCE = 8
+"""So many combinations of settings are gone through before the fastest so far is asked for."""
 
 _WAIT_S = 0.2
 """Seconds between two looks at what other workers still run."""
@@ -202,6 +218,7 @@ def sweep(
     (2, True)
     """
     started = time.perf_counter()
+    require_options(sweep, options)
     asked = Asked(model=model, **options)
     target = whole(target)
     split(target, ceiling=LARGEST, world_size=asked.world_size)
@@ -266,7 +283,8 @@ class _Work:
         most: configurations that run at most, or None for the default.
         until: when no more are begun, by `time.perf_counter`; None for no such time.
         progress: told of each step.
-        points: the whole space; None where it is sampled.
+        points: the whole space, where it is gone through or could be counted; else None.
+        is_sampled: whether a sampler proposes configurations.
     """
 
     space: Space
@@ -280,6 +298,7 @@ class _Work:
     until: float | None
     progress: ProgressCallback
     points: list[Point] | None = None
+    is_sampled: bool = False
     study: SweepStudy = field(init=False)
     _warnings: list[str] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
@@ -303,9 +322,12 @@ class _Work:
                     "the space has no end, as levers of your own ask for numbers without a step: "
                     "pass step=, or another sampler"
                 )
-            if self.points is not None:  # combinations that there are not need no trial
-                self.points = [each for each in self.points if self._has_configuration(each.params)]
-        if self.points is not None:
+        self.is_sampled = self.points is None
+        if self.points is None:
+            self.points = self._counted()
+        if self.points is not None:  # combinations that there are not need no trial
+            self.points = [each for each in self.points if self._has_configuration(each.params)]
+        if not self.is_sampled:
             sampler = None
         elif sampler is None or isinstance(sampler, str):
             sampler = study.sampler_named(sampler or "tpe", self.seed)
@@ -316,12 +338,15 @@ class _Work:
 
     def go(self) -> None:
         """Run configurations until all are known, or trials or time are up."""
-        if self.points is not None:
+        if not self.is_sampled:
+            assert self.points is not None
             self._whole(self.points)
             return
         if (unchanged := self._as_it_is()) is not None:  # what the others are compared with
             self._whole(unchanged, stages=1)
         self._sampled()
+        if not self._is_over():
+            self._rest()
 
     def record(self, setup: Setup, target: int, seconds: float) -> SweepRecord:
         """Put together what the study holds.
@@ -331,13 +356,15 @@ class _Work:
             DoesNotFitError: nothing that was tried fits.
         """
         self._look()
-        trials = tuple(self._trials[id_] for id_ in sorted(self._trials))
-        if not any(trial.outcome == "finished" for trial in trials):
-            raise self._nothing(trials)
+        known = (self._trials[id_] for id_ in sorted(self._trials))
+        # what a sampler put together and is no configuration is none of those that there are
+        trials = tuple(t for t in known if t.outcome != "cannot be had" or t.executions)
         left = 0
         if self.points is not None:
             keys = {each.key for each in self.study.seen() if each.is_done}
             left = sum(each.key not in keys for each in self.points)
+        if not any(trial.outcome == "finished" for trial in trials):
+            raise self._nothing(trials, left)
         finished = [trial for trial in trials if trial.outcome == "finished"]
         code: dict[str, str] = {}
         for trial in finished:
@@ -355,7 +382,7 @@ class _Work:
             trials=trials,
             configurations=None if self.points is None else len(self.points),
             left=left,
-            sampler="whole space" if self.points is not None else type(self.sampler).__name__,
+            sampler=type(self.sampler).__name__ if self.is_sampled else "whole space",
             study=self.study.name,
             storage=self.study.where,
             code=code,
@@ -371,13 +398,15 @@ class _Work:
         params = next(each.params for each in self.study.seen() if each.number == trial.number)
         return FixedTrial(dict(params))
 
-    def _whole(self, points: Sequence[Point], stages: int = 3) -> None:
+    def _whole(self, points: Sequence[Point], stages: int = 3, *, waits: bool = True) -> None:
         """Go through configurations, what matters most first, until none is left.
 
         Args:
             points: the configurations.
             stages: of `Known.next_size` that are gone through; 1 stops at the largest that fits.
+            waits: whether to wait for what other workers run, which may be cut.
         """
+        expected = self._most() or len(points)
         while True:
             known = self._look()
             seen = {each.key: each for each in self.study.seen() if each.is_running or each.is_done}
@@ -408,13 +437,13 @@ class _Work:
                 assert isinstance(configuration, Configuration)
                 id_ = self.study.claim(chosen, _facts(configuration))
                 if id_ is not None:
-                    self._run(id_, chosen.params, len(points))
+                    self._run(id_, chosen.params, expected)
                 continue
-            if not any(each.is_running for each in seen.values()):
+            if not waits or not any(each.is_running for each in seen.values()):
                 return
             if self._is_over():
                 return
-            self._tell("waiting for what other workers run", len(points))
+            self._tell("waiting for what other workers run", expected)
             time.sleep(_WAIT_S)
 
     def _next(
@@ -434,12 +463,11 @@ class _Work:
         return min(ranked, key=lambda each: each[:3])[3] if ranked else None
 
     def _sampled(self) -> None:
-        """Let the sampler propose configurations.
+        """Let the sampler propose configurations, until it has nothing new.
 
         Where what it proposes is known, the next micro-batch of the same combination runs instead.
         """
         repeats = 0
-        most = self.most or _TRIALS
         while repeats < _REPEATS:
             known = self._look()
             if self._is_over():
@@ -453,7 +481,9 @@ class _Work:
                 else known.why_not(configuration.combination, configuration.micro_batch)
             )
             if id_ is not None and reason is not None:
-                self._end(id_, point.params, "pruned", reason=reason)
+                is_one = isinstance(configuration, Configuration)
+                outcome: Outcome = "pruned" if is_one else "cannot be had"
+                self._end(id_, point.params, outcome, reason=reason)
                 id_ = None
             if isinstance(configuration, str):
                 continue
@@ -464,12 +494,57 @@ class _Work:
                 point = other[0]
             else:
                 self.study.keep(id_, _facts(configuration))
-            self._run(id_, point.params, most)
+            self._run(id_, point.params, self._most() or _TRIALS)
             repeats = 0
-        if repeats >= _REPEATS:
+
+    def _rest(self) -> None:
+        """Go through what the sampler does not propose, the most like the fastest so far first.
+
+        Of each combination the largest micro-batch that fits comes first, and the others once all
+        combinations had their turn.
+        """
+        for stages in (1, 3):
+            came: set[str] = set()
+            while not self._is_over():
+                new = (
+                    points
+                    for key, points in self._near_the_best()
+                    if key not in came and not came.add(key)  # type: ignore[func-returns-value]
+                )
+                chunk = [point for points in islice(new, _AT_ONCE) for point in points]
+                if not chunk:
+                    break
+                had = [point for point in chunk if self._has_configuration(point.params)]
+                self._whole(had, stages, waits=False)
+        if self.points is not None:
+            self._whole(self.points)  # what other workers were at, and may have been cut
+        elif self.space.has_own and not self._is_over():
             self._notes.append(
-                f"the sampler proposed nothing new {_REPEATS} times in a row, and the sweep ended"
+                f"the sampler proposed nothing new {_REPEATS} times in a row, and the sweep ended: "
+                "values of levers of your own cannot be listed"
             )
+
+    def _near_the_best(self) -> Iterator[tuple[str, list[Point]]]:
+        """Yield combinations of settings by a key, with all micro-batches of each."""
+        self._look()
+        finished = [trial for trial in self._trials.values() if trial.outcome == "finished"]
+        center = dict.fromkeys(self.space.settings, AS_IT_IS)
+        if finished:
+            center |= min(finished, key=lambda trial: trial.seconds or 0).settings
+        if not self.space.has_own:
+            for settings in by_distance(self.space.settings, center):
+                yield str(settings), self._sizes_of(settings)
+            return
+        grouped: dict[str, list[Point]] = {}
+        for point in self.points or ():
+            grouped.setdefault(str(_settings(point.params)), []).append(point)
+
+        def distance(key: str) -> int:
+            settings = _settings(grouped[key][0].params)
+            return sum(str(value) != center.get(name) for name, value in settings.items())
+
+        for key in sorted(grouped, key=distance):
+            yield key, grouped[key]
 
     def _other_size(self, known: Known, point: Point) -> tuple[Point, Mapping[str, Any]] | None:
         """Return the micro-batch to run of a combination that was proposed with one that is known.
@@ -502,6 +577,9 @@ class _Work:
         with self.study.running(id_):
             try:
                 tried = self.bench.run(configuration)
+            except LeverError as error:
+                self._end(id_, params, "cannot be had", reason=str(error), executions=1)
+                return
             except AutobatchError as error:
                 self._end(id_, params, "failed", reason=one_line(error), executions=1)
                 is_as_it_is = not configuration.options and not self.space.has_own
@@ -562,13 +640,39 @@ class _Work:
         self._trials = {each.id: _trial(each) for each in by_key.values()}
         return Known(self._trials.values(), self.bench.margin)
 
+    def _most(self) -> int | None:
+        """Return how many configurations may run; None where all of them may."""
+        return self.most or (_TRIALS if self.is_sampled else None)
+
     def _is_over(self) -> bool:
         """Say whether trials or time are up."""
-        most = self.most if self.points is not None else self.most or _TRIALS
-        ran = sum(trial.outcome != "pruned" for trial in self._trials.values())
+        most = self._most()
+        ran = sum(_has_run(trial) for trial in self._trials.values())
         running = sum(each.is_running for each in self.study.seen()) if most is not None else 0
         is_late = self.until is not None and time.perf_counter() > self.until
         return is_late or (most is not None and ran + running >= most)
+
+    def _counted(self) -> list[Point] | None:
+        """Return the whole space, where it is small enough to be counted."""
+        from autobatch.choosing import study
+
+        if self.space.has_own:
+            return study.whole_space(self.space.suggest, _WHOLE)
+        if math.prod(map(len, (*self.space.settings.values(), self.space.sizes))) > _COUNTED:
+            return None
+        center = dict.fromkeys(self.space.settings, AS_IT_IS)
+        return [
+            point
+            for settings in by_distance(self.space.settings, center)
+            for point in self._sizes_of(settings)
+        ]
+
+    def _sizes_of(self, settings: Mapping[str, str]) -> list[Point]:
+        """Return what a combination of settings is with each micro-batch."""
+        from autobatch.choosing import study
+
+        sizes = [{**settings, MICRO_BATCH: size} for size in self.space.sizes]
+        return study.points_at(self.space.suggest, sizes)
 
     def _as_it_is(self) -> list[Point] | None:
         """Return the configurations without any lever; None where levers of the user's own are."""
@@ -576,7 +680,8 @@ class _Work:
 
         if self.space.has_own:
             return None
-        return study.points_at(self.space.suggest, self.space.as_it_is)
+        points = study.points_at(self.space.suggest, self.space.as_it_is)
+        return [each for each in points if self._has_configuration(each.params)]
 
     def _of(self, params: Mapping[str, Any]) -> Configuration | str:
         from autobatch.choosing.study import FixedTrial
@@ -595,12 +700,11 @@ class _Work:
     def _has_finished(self) -> bool:
         return any(trial.outcome == "finished" for trial in self._trials.values())
 
-    def _nothing(self, trials: Sequence[SweepTrial]) -> AutobatchError:
+    def _nothing(self, trials: Sequence[SweepTrial], left: int) -> AutobatchError:
         """Return why there is no answer."""
         tight = [trial for trial in trials if trial.outcome == "does not fit"]
         if tight:
             least = min(tight, key=lambda trial: trial.reserved_bytes or 0)
-            left = 0 if self.points is None else len(self.points) - len(trials)
             advice = (
                 f"{left:,} were not looked at: allow more trials or time"
                 if left
@@ -635,6 +739,15 @@ class _Work:
 def _label(configuration: Configuration) -> str:
     changes = [f"{name}: {v}" for name, v in configuration.settings.items() if v != "as it is"]
     return " + ".join(changes) or "as it is"
+
+
+def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if name != MICRO_BATCH}
+
+
+def _has_run(trial: SweepTrial) -> bool:
+    """Whether a trial was more than looked at; one that was simulated alone counts, too."""
+    return trial.executions > 0 or trial.outcome not in ("pruned", "cannot be had")
 
 
 def _facts(configuration: Configuration) -> dict[str, Any]:

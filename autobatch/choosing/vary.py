@@ -44,7 +44,7 @@ from autobatch.tuning.planning import LARGEST, probe_of
 from autobatch.tuning.speed import window_estimate
 from autobatch.tuning.streams import Stream
 from autobatch.tuning.workloads import require_share, whole, workload_of
-from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.spec.load import load_spec, with_option
 from autobatch.workload.spec.user_code import PREFIXES, load_function
 from autobatch.workload.tree import tensors
@@ -108,6 +108,7 @@ def vary(
     """
     started = time.perf_counter()
     chosen = whole_values(values)
+    require_options(vary, options)
     if "sample" in options or "batch_dims" in options:
         raise UsageError(
             "a sample is of one size: let build(value) return a Workload that makes its batches, "

@@ -15,8 +15,9 @@ from autobatch.levers.attention import runs_fused_attention
 from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.naming import blocks_in_order, expression_of
+from autobatch.levers.repeated import RunTwice, has_spectral_norm, keeps_averages
 from autobatch.levers.setup import Setup
-from autobatch.support.torch_private import BatchNorm, CheckpointWrapper
+from autobatch.support.torch_private import CheckpointWrapper
 
 __all__ = ["CHECKPOINTING"]
 
@@ -82,15 +83,16 @@ class _Blocks:
             code = self._wrapping(stride)
         else:
             method, counts = self._own
-            code = f"model.{method}({how})"
+            head = "\n".join(self._averages_kept(stride))
+            code = f"{head}\nmodel.{method}({how})".strip()
             if stride > 1 and counts:
-                code = f"model.{method}({how}, every_n_layers={stride})"
+                code = f"{code[:-1]}, every_n_layers={stride})"
             elif stride > 1:
                 code += (
                     f"\nblocks = {self._names}\nfor block in blocks:\n"
                     f"    block.gradient_checkpointing = block in blocks[::{stride}]"
                 )
-            else:
+            elif not head:
                 name = method.removesuffix("_enable")
                 trainer = f"{name}=True, {name}_kwargs={how}"
         return self._option(
@@ -99,31 +101,33 @@ class _Blocks:
             "in the backward pass.",
             code,
             trainer,
+            stride,
         )
 
     def selective(self, value: str) -> Option:
         """Return the option whose blocks keep the results of some ops."""
         ops, what = _SELECTIONS[value]
-        lines = ",\n".join(f"    torch.ops.aten.{op}.default" for op in ops)
+        kept = ",\n".join(f"    torch.ops.aten.{op}.default" for op in ops)
         head = (
             "import torch\n"
             "from functools import partial\n"
             "from torch.utils.checkpoint import create_selective_checkpoint_contexts\n"
-            f"kept = [\n{lines},\n]\n"
+            f"kept = [\n{kept},\n]\n"
             "contexts = partial(create_selective_checkpoint_contexts, kept)\n"
         )
         if self._own is None:
             code = head + self._wrapping(1, selective=True)
         else:
-            code = (
-                f'{head}how = {{"use_reentrant": False, "context_fn": contexts}}\n'
-                f"model.{self._own[0]}(how)"
-            )
+            lines = [
+                *self._averages_kept(),
+                'how = {"use_reentrant": False, "context_fn": contexts}',
+                f"model.{self._own[0]}(how)",
+            ]
+            code = head + "\n".join(lines)
         return self._option(value, f"The {len(self._blocks)} blocks {what}.", code, None)
 
     def _wrapping(self, stride: int, *, selective: bool = False) -> str:
         """Return the code that wraps every nth block."""
-        some = f"[::{stride}]" if stride > 1 else ""
         wrapper = (
             "    checkpoint_wrapper_fn=partial(checkpoint_wrapper, context_fn=contexts),\n"
             if selective
@@ -133,15 +137,8 @@ class _Blocks:
         lines = [
             "from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (",
             f"    {names})",
-            f"blocks = {self._names}{some}",
+            *(self._averages_kept(stride) or [self._chosen_line(stride)]),
         ]
-        if any(_averages(block) for block in self._blocks.values()):
-            lines += [
-                "for block in blocks:  # a block that runs twice updates its averages twice",
-                "    for layer in block.modules():",
-                '        if getattr(layer, "running_mean", None) is not None and layer.momentum:',
-                "            layer.momentum = 1 - (1 - layer.momentum) ** 0.5",
-            ]
         if getattr(getattr(self._model, "config", None), "use_cache", False):
             lines.append("model.config.use_cache = False")
         lines.append(
@@ -150,17 +147,54 @@ class _Blocks:
         )
         return "\n".join(lines)
 
-    def _option(self, value: str, what: str, code: str, trainer: str | None) -> Option:
-        change = ModelCode("checkpointing", code)
+    def _chosen(self, stride: int) -> dict[str, nn.Module]:
+        """Return every nth block by name."""
+        return {name: self._blocks[name] for name in list(self._blocks)[::stride]}
+
+    def _chosen_line(self, stride: int) -> str:
+        return f"blocks = {self._names}" + (f"[::{stride}]" if stride > 1 else "")
+
+    def _averages_kept(self, stride: int = 1) -> list[str]:
+        """Return lines with which averages of blocks end up where one run would put them.
+
+        There are none where no block has any. PyTorch's own norms alone track running statistics
+        under this name; a momentum of another library may be the share of what was.
+        """
+        if not any(map(keeps_averages, self._chosen(stride).values())):
+            return []
+        return [
+            self._chosen_line(stride),
+            "for block in blocks:  # a block that runs twice updates its averages twice",
+            "    for layer in block.modules():",
+            '        if getattr(layer, "track_running_stats", False) and layer.momentum:',
+            "            layer.momentum = 1 - (1 - layer.momentum) ** 0.5",
+        ]
+
+    def _option(
+        self, value: str, what: str, code: str, trainer: str | None, stride: int = 1
+    ) -> Option:
+        chosen = self._chosen(stride)
+        iterates = any(map(has_spectral_norm, chosen.values()))
+        if iterates:
+            what += (
+                " A spectral norm in them takes one more step of its power iteration each time, "
+                "so that gradients are others."
+            )
         return Option(
             lever="checkpointing",
             value=value,
             what=what,
             code=code,
             trainer=trainer,
+            changes_numerics=iterates,
             keeps_state=True,
-            apply=partial(Setup.changed, change=change),
+            apply=partial(_checkpointed, names=tuple(chosen), code=code),
         )
+
+
+def _checkpointed(setup: Setup, *, names: tuple[str, ...], code: str) -> Setup:
+    watched = setup.having(changes=(RunTwice(names), *setup.workload.changes))
+    return watched.changed(ModelCode("checkpointing", code))
 
 
 def _own_method(model: nn.Module, blocks: dict[str, nn.Module]) -> tuple[str, bool] | None:
@@ -184,13 +218,6 @@ def _is_checkpointed(model: nn.Module) -> bool:
         or getattr(module, "gradient_checkpointing", False) is True
         or getattr(module, "grad_checkpointing", False) is True
         for module in model.modules()
-    )
-
-
-def _averages(block: nn.Module) -> bool:
-    """Whether a block has running averages that a second run would update again."""
-    return any(
-        isinstance(layer, BatchNorm) and layer.track_running_stats for layer in block.modules()
     )
 
 

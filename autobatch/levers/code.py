@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from autobatch.errors import WorkloadError
+from autobatch.errors import LeverError, WorkloadError
+from autobatch.support.patching import environment_kept
 from autobatch.support.wording import said_by
 from autobatch.workload.optimizers import made_for, names_of
 
@@ -35,6 +36,7 @@ def run(text: str, **names: Any) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             exec(compile(text, "<a lever's code>", "exec"), names)
     except Exception as error:
+        names.clear()  # the error's traceback holds them, and a simulated model with them
         lines = text.strip().splitlines()
         raise WorkloadError(f"{lines[-1].strip()!r} failed: {said_by(error)}") from error
     return names
@@ -45,9 +47,10 @@ def imported(text: str) -> None:
 
     >>> imported("from torch import nn")
     """
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            importlib.import_module(node.module)
+    with environment_kept():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                importlib.import_module(node.module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,7 @@ class InBackward:
 
 def _require_first_step(stepped: set[int], optimizer: Any, args: Any, kwargs: Any) -> None:
     if id(optimizer) in stepped:
-        raise WorkloadError(
+        raise LeverError(
             "an optimizer in the backward pass would step once for each micro-batch: run windows "
             "of one micro-batch, or step after the last"
         )

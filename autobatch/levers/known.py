@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from autobatch.errors import UsageError
 from autobatch.levers.allocator import ALLOCATOR
@@ -39,8 +40,8 @@ LEVERS = {
 """In this order: what changes modules comes before what wraps them, and before optimizers."""
 
 
-def levers_named(names: Iterable[str | Lever]) -> list[Lever]:
-    """Return levers by their names, in the order in which they are applied.
+def levers_named(names: str | Lever | Iterable[str | Lever]) -> list[Lever]:
+    """Return levers by their names, or the one of a name, in the order in which they are applied.
 
     Levers of the user's own are taken as they are, and come last; one that has the name of a lever
     that is known takes its place.
@@ -51,7 +52,7 @@ def levers_named(names: Iterable[str | Lever]) -> list[Lever]:
     >>> [lever.name for lever in levers_named(["checkpointing", "precision"])]
     ['precision', 'checkpointing']
     """
-    given = list(names)
+    given: list[Any] = [names] if isinstance(names, (str, Lever)) else list(names)
     own = {lever.name: lever for lever in given if isinstance(lever, Lever)}
     wanted = {name for name in given if isinstance(name, str)}
     for name in given:

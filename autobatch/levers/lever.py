@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from autobatch.errors import UsageError
 from autobatch.levers.setup import Setup
+from autobatch.records.applied import AppliedLever
 
 __all__ = ["Lever", "Option", "applied"]
 
@@ -46,6 +47,11 @@ class Option:
     def label(self) -> str:
         """The lever and its setting, as tables name them."""
         return f"{self.lever}: {self.value}"
+
+    def applied_to(self, setup: Setup) -> Setup:
+        """Return the setup that has it, and whose plans say so."""
+        had = AppliedLever(lever=self.lever, value=self.value, code=self.code, trainer=self.trainer)
+        return self.apply(setup).having(levers=(*setup.workload.levers, had))
 
     def goes_with(self, other: Option) -> bool:
         """Whether a training run can have this option and another one."""
@@ -85,6 +91,6 @@ def applied(setup: Setup, options: Iterable[Option]) -> Setup:
                 raise UsageError(
                     f"{other.label} and {option.label} cannot be combined: leave one of them out"
                 )
-        setup = option.apply(setup)
+        setup = option.applied_to(setup)
         had.append(option)
     return setup

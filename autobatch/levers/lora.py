@@ -20,6 +20,9 @@ from autobatch.workload.optimizers import is_optimizer
 
 __all__ = ["LORA", "lora"]
 
+_SHOWN = 6
+"""So many layers are named in full."""
+
 _SAME_OPTIMIZER = """\
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = type(optimizer)([{**optimizer.param_groups[0], "params": trained}])"""
@@ -81,12 +84,14 @@ def _option(setup: Setup, rank: int, name: str, modules: Sequence[str]) -> Optio
         f"config = LoraConfig(r={rank}, target_modules={targets}{transposed})\n"
         "model = get_peft_model(model, config)"
     )
+    if setup.has("checkpointing"):
+        change = f"# before activation checkpointing is applied\n{change}"
     is_given = is_optimizer(setup.workload.optimizer)
     return Option(
         lever="lora",
         value=f"rank {rank}, {name}",
         what=f"Freezes the model and trains matrices of rank {rank} beside "
-        f"{', '.join(modules)}: gradients and optimizer state are those of the matrices.",
+        f"{_said(setup.model, modules)}: gradients and optimizer state are those of the matrices.",
         code=f"{change}\n{_SAME_OPTIMIZER}" if is_given else change,
         changes_numerics=True,
         apply=partial(_adapted, change=change, is_given=is_given),
@@ -94,7 +99,8 @@ def _option(setup: Setup, rank: int, name: str, modules: Sequence[str]) -> Optio
 
 
 def _adapted(setup: Setup, *, change: str, is_given: bool) -> Setup:
-    setup = setup.changed(ModelCode("lora", change))
+    # peft adapts no layer that is wrapped already
+    setup = setup.changed_below("checkpointing", ModelCode("lora", change))
     if is_given:
         return setup.having(optimizer=OptimizerCode(_SAME_OPTIMIZER, setup.workload.optimizer))
     return setup
@@ -153,6 +159,20 @@ def _targets(model: nn.Module, modules: Sequence[str]) -> str:
     exact = "|".join(map(re.escape, wanted))
     is_exact = wanted == [name for name in named if re.fullmatch(short, name)]
     return f"r{_quoted(short if is_exact else exact)}"
+
+
+def _said(model: nn.Module, modules: Sequence[str]) -> str:
+    """Return how a reader knows layers: by last names, or in full where these are numbers.
+
+    >>> _said(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["0", "2"])
+    'layers 0 and 2'
+    """
+    full = [name for name in _by_full_name(model) if name.rpartition(".")[2] in modules]
+    if not any(name.isdecimal() for name in modules):
+        return ", ".join(modules)
+    shown = [*full[:_SHOWN], *([f"{len(full) - _SHOWN} more"] if len(full) > _SHOWN else [])]
+    said = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return f"layers {said}" if len(full) > 1 else f"layer {said}"
 
 
 def _any_numbers(name: str) -> str:

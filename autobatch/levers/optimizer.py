@@ -168,7 +168,8 @@ def _in_backward(setup: Setup, known: KnownOptimizer) -> Option:
     if known.keywords is None:
         head = (
             'optimizers = {\n    parameter: type(optimizer)([{**group, "params": [parameter]}])\n'
-            '    for group in optimizer.param_groups for parameter in group["params"]}\n'
+            '    for group in optimizer.param_groups for parameter in group["params"]\n'
+            "    if parameter.requires_grad}\n"
         )
     else:
         call = known.called(

@@ -6,6 +6,7 @@ of parameters is asked for one over a stand-in of four numbers.
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ class KnownOptimizer:
 
     Attributes:
         kind: its class.
-        keywords: what its constructor is given beside the parameters, as code writes it; None where
-            it comes as an object, whose groups have the settings.
+        keywords: what its constructor is given beside the parameters, as values that code can
+            write; None where it comes as an object, whose groups have the settings, or where code
+            cannot.
         options: its settings, by name.
         groups: how many groups of parameters it has, as far as is known; 1 where the run makes it.
     """
@@ -78,11 +80,36 @@ def known_optimizer(workload: Workload) -> KnownOptimizer | None:
         kind, keywords = given.func, given.keywords
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
         stand_in = _tried(given)
-        return KnownOptimizer(kind, keywords, {} if stand_in is None else stand_in.defaults)
+        options = {} if stand_in is None else stand_in.defaults
+        return KnownOptimizer(kind, _written(keywords), options)
     stand_in = _tried(given)
     if stand_in is None:
         return None
     return KnownOptimizer(type(stand_in), None, stand_in.defaults, len(stand_in.param_groups))
+
+
+def _written(keywords: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return keywords as code can write them; None where one has no such form.
+
+    >>> _written({"lr": torch.tensor(0.5), "betas": (0.5, torch.tensor(0.25))})
+    {'lr': 0.5, 'betas': (0.5, 0.25)}
+    >>> _written({"lr": float("inf")}), _written({"hook": print})
+    (None, None)
+    """
+    plain = {name: _plain(value) for name, value in keywords.items()}
+    try:
+        is_same = all(ast.literal_eval(repr(value)) == value for value in plain.values())
+    except (ValueError, SyntaxError):
+        return None
+    return plain if is_same else None
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy and tensors of one number as Python's, in tuples and lists too."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    is_number = getattr(value, "shape", None) == ()  # a scalar of NumPy has a shape, too
+    return value.item() if is_number else value
 
 
 def _tried(make: Any) -> torch.optim.Optimizer | None:

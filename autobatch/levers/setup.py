@@ -63,8 +63,15 @@ class Setup:
         return replace(self, workload=replace(self.workload, **changes))
 
     def changed(self, change: Change) -> Setup:
-        """Return a setup whose copied model goes through one more change."""
+        """Return a setup whose copied model goes through one more change, its last one."""
         return self.having(changes=(*self.workload.changes, change))
+
+    def changed_below(self, wrapping: str, change: Change) -> Setup:
+        """Return a setup that goes through one more change, before that of a lever that wraps."""
+        had = self.workload.changes
+        at = next((i for i, one in enumerate(had) if getattr(one, "lever", None) == wrapping), None)
+        before, after = (had, ()) if at is None else (had[:at], had[at:])
+        return self.having(changes=(*before, change, *after))
 
     def with_batches(self, wrap: Callable[[Any], Any]) -> Setup:
         """Return a setup whose makers of batches are in wrappers."""

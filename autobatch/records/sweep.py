@@ -14,8 +14,9 @@ from autobatch.records.footprint import Evidence
 
 __all__ = ["Outcome", "SweepRecord", "SweepTrial", "front_of"]
 
-Outcome = Literal["finished", "does not fit", "pruned", "failed"]
-"""Of a trial: it ran; it ran and does not fit; it need not run; its workload failed."""
+Outcome = Literal["finished", "does not fit", "pruned", "cannot be had", "failed"]
+"""Of a trial: it ran; it ran and does not fit; it need not run; its levers do not go together, or
+not with its micro-batch or this model; its workload failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class SweepTrial:
         micro_batch: samples in one forward/backward on one GPU.
         accumulation_steps: micro-batches between two updates.
         outcome: what became of it.
-        reason: why it does not fit, was pruned or failed; None where it finished.
+        reason: why it does not fit, was pruned, cannot be had or failed; None where it finished.
         seconds: of a training window; None where it did not finish.
         reserved_bytes: most that the allocator held; None where it did not run.
         executions: runs of two windows that it cost on the card, simulated or not.
@@ -90,10 +91,9 @@ class SweepRecord:
         memory: how reserved bytes are known.
         time: how seconds are known.
         trials: in the order of the study, those of other workers and earlier runs included.
-        configurations: how many there are, where all of them were gone through; None where some
-            were sampled.
-        left: of these, how many were not looked at, because time or trials were up; 0 where some
-            were sampled.
+        configurations: how many there are; None where the space is too large to be counted.
+        left: of these, how many were not looked at, because time or trials were up; 0 where their
+            number is not known.
         sampler: what proposed them: "whole space", or the name of an Optuna sampler.
         study: its name.
         storage: where it is kept; None in memory.

@@ -114,7 +114,7 @@ def _facts(record: SweepRecord) -> Facts:
     pairs = [
         (
             "update",
-            f"{record.target:,} samples: micro-batch {best.micro_batch:,}, "
+            f"{count(record.target, 'sample')}: micro-batch {best.micro_batch:,}, "
             f"{count(best.accumulation_steps, 'accumulation step')}{ranks}",
         ),
         ("window", f"{_seconds(best)} ({record.time}){_gain(record)}"),
@@ -154,6 +154,7 @@ def _tried(record: SweepRecord) -> str:
     parts = [f"{record.count('finished'):,} finished"]
     for outcome, words in (
         ("does not fit", "do not fit"),
+        ("cannot be had", "cannot be had"),
         ("failed", "failed"),
         ("pruned", "pruned without a run"),
     ):

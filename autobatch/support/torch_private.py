@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autobatch.errors import UsageError
+from autobatch.support.patching import environment_kept
 
 __all__ = [
     "DISPATCHING_MODULES",
@@ -40,10 +41,12 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "Fsdp2",
+    "NormBase",
     "OpOverload",
     "OpOverloadPacket",
     "PrivateUse1Hooks",
     "ProfiledEvent",
+    "SpectralParametrization",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "attention_priorities",
@@ -138,6 +141,8 @@ with _known():
     from torch.cuda.memory import _snapshot as memory_snapshot
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.utils.parametrizations import _SpectralNorm as SpectralParametrization
     from torch.utils._mode_utils import no_dispatch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map, tree_unflatten
@@ -161,8 +166,11 @@ with _known():
 
 
 def preload_fake_tensors() -> None:
-    """Import what FakeTensorMode would import in the middle of the first answer: two seconds."""
-    with _known():
+    """Import what FakeTensorMode would import in the middle of the first answer: two seconds.
+
+    The import of Dynamo sets TORCHINDUCTOR_CACHE_DIR; what compiles later sets it by itself.
+    """
+    with _known(), environment_kept():
         import torch._dynamo.config
         import torch._functorch.config
         import torch.fx.experimental.symbolic_shapes

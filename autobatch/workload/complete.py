@@ -5,6 +5,8 @@ Invariant: what the caller states wins over what a Workload says or what is infe
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from autobatch.errors import UsageError
+from autobatch.support.wording import near
 from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
 from autobatch.workload.loss import as_loss
@@ -19,7 +22,7 @@ from autobatch.workload.optimizers import mapped, named_optimizer
 from autobatch.workload.sample import BatchDims, built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
 
-__all__ = ["Asked", "WorkloadOptions"]
+__all__ = ["Asked", "WorkloadOptions", "require_options"]
 
 _DTYPES: dict[Any, str] = {dtype: name for name, dtype in AUTOCAST_DTYPES.items()}
 
@@ -35,6 +38,30 @@ class WorkloadOptions(TypedDict, total=False):
     clip_norm: float | None
     world_size: int
     sharding: Sharding | None
+
+
+def require_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse what is no option of how a model trains, as Python refuses an unknown argument.
+
+    Args:
+        function: the public one that was called; its own arguments are among the nearest names.
+        options: what it was given beside its own arguments.
+
+    Raises:
+        TypeError: one of them is not known.
+
+    >>> require_options(print, {"optimiser": "sgd"})
+    Traceback (most recent call last):
+        ...
+    TypeError: print() got an unexpected keyword argument 'optimiser'; did you mean optimizer?
+    """
+    known = WorkloadOptions.__annotations__.keys()
+    for name in (name for name in options if name not in known):
+        own = [own for own in inspect.signature(function).parameters if own != "options"]
+        raise TypeError(
+            f"{function.__name__}() got an unexpected keyword argument {name!r}"
+            + near(name, [*own, *known])
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def _takes_only_inputs(model: nn.Module, batch: Any) -> bool:
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
         return False
     try:
-        signature = inspect.signature(model.forward)
+        signature = _signature_of(model)
         signature.bind(batch[0])
     except (TypeError, ValueError):
         return False
@@ -95,6 +96,26 @@ def _takes_only_inputs(model: nn.Module, batch: Any) -> bool:
     except TypeError:
         return True
     return False
+
+
+def _signature_of(model: Any) -> inspect.Signature:
+    """Return what a model's `forward` takes; below wrappers that pass on whatever they get.
+
+    Such are those of peft, of data parallelism, and a method that is replaced on an object.
+
+    Raises:
+        ValueError: there is no signature.
+    """
+    for forward in (model.forward, MethodType(type(model).forward, model)):
+        signature = inspect.signature(forward)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return signature
+    children = [*model.children()]
+    inner = children[0] if len(children) == 1 else None
+    if hasattr(model, "get_base_model"):  # peft's, which may have a prompt beside the model
+        inner = model.get_base_model()
+    return signature if inner is None else _signature_of(inner)
 
 
 def _are_classes(output: Any, labels: Any) -> bool:
@@ -109,19 +130,38 @@ def _are_classes(output: Any, labels: Any) -> bool:
     )
 
 
+def _called(batch: Any, name: str = "batch") -> str:
+    """Return how `output_of` calls a model on a batch, as code.
+
+    >>> _called({"x": 1}), _called((1, 2)), _called(1, "batch[0]")
+    ('model(**batch)', 'model(*batch)', 'model(batch[0])')
+    """
+    if isinstance(batch, Mapping):
+        return f"model(**{name})"
+    return f"model(*{name})" if isinstance(batch, (list, tuple)) else f"model({name})"
+
+
 class DefaultLoss:
     """Find a loss in what the model returns, and remember how.
 
     The output lives until the next one has been computed, as in the loops of most examples:
     `outputs = model(**batch)`, then `outputs.loss`.
 
+    Args:
+        like: the model as its user wrote it, of which it is asked whether it takes labels; None
+            asks the one that is called, which levers may have wrapped.
+
     Attributes:
         kind: "output.loss", "mean of output.loss", "scalar output", "cross entropy" or "surrogate
             sum"; None before the first call.
+        code: the expression of `model` and `batch` that gives the same loss; None before the first
+            call, and for a sum that stands in for a loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, like: nn.Module | None = None) -> None:
+        self._like = like
         self.kind: str | None = None
+        self.code: str | None = None
         self._output: Any = None
 
     def forget(self) -> None:
@@ -135,18 +175,22 @@ class DefaultLoss:
             WorkloadError: the model returns no floating-point tensor, or it takes no labels and
                 what the labels of the batch are compared with is not clear.
         """
-        if _takes_only_inputs(model, batch):
+        if _takes_only_inputs(model if self._like is None else self._like, batch):
             return self._of_classes(model, *batch)
-        output = self._output = output_of(model, batch)
+        output: Any = output_of(model, batch)
+        self._output = output
         named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(named, Tensor):
+            is_attribute = isinstance(getattr(output, "loss", None), Tensor)
+            self.code = _called(batch) + (".loss" if is_attribute else '["loss"]')
             if named.numel() == 1:
                 self.kind = "output.loss"
                 return named
+            self.code += ".mean()"
             self.kind = "mean of output.loss"  # one value a sample: a loop has to reduce it
             return named.mean()
         if isinstance(output, Tensor) and output.numel() == 1:
-            self.kind = "scalar output"
+            self.kind, self.code = "scalar output", _called(batch)
             return output
         floating = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
         if not floating:
@@ -154,7 +198,7 @@ class DefaultLoss:
                 f"the model returns {type(output).__name__} without a floating-point tensor: "
                 + passing("loss", "lambda model, batch: …")
             )
-        self.kind = "surrogate sum"
+        self.kind, self.code = "surrogate sum", None
         return self.stand_in(floating)
 
     def _of_classes(self, model: nn.Module, inputs: Any, labels: Any) -> Tensor:
@@ -166,6 +210,8 @@ class DefaultLoss:
                 "loss=lambda model, batch: …"
             )
         self.kind = "cross entropy"
+        called = _called(inputs, "batch[0]")
+        self.code = f"torch.nn.functional.cross_entropy({called}, batch[1].long())"
         return F.cross_entropy(output, labels.long())
 
     def stand_in(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -121,6 +121,17 @@ def test_a_lever_of_ones_own_takes_the_trial() -> None:
     made = configuration(both, **params)
     assert made.setup.workload.clip_norm == 2.0
     assert made.settings["norm"] == "2"
+    assert made.setup.workload.levers[-1].label == "clip: of yours"
+
+
+def test_a_configuration_knows_what_was_applied_to_it() -> None:
+    def same(trial: Any) -> Any:
+        return lambda setup: setup
+
+    both = space([lever(option("on", lambda setup: setup.having(clip_norm=1.0))), same])
+    (had,) = configuration(both, mine="on").setup.workload.levers
+    assert (had.label, had.code) == ("mine: on", "do('on')")
+    assert configuration(both, mine=AS_IT_IS).setup.workload.levers == ()
 
 
 @pytest.mark.parametrize(

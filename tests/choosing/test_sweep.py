@@ -182,7 +182,8 @@ def test_a_space_that_is_not_small_is_sampled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_WHOLE", 10)
     bench = FakeBench()
     found = fake_sweep(bench, monkeypatch, trials=20, seed=1)
-    assert (found.sampler, found.configurations, found.left) == ("TPESampler", None, 0)
+    assert (found.sampler, found.configurations, found.left) == ("TPESampler", 35, 15)
+    assert "20 of 35 configurations, and 15 not looked at" in " ".join(str(found).split())
     assert len(bench.ran) == len(set(bench.ran)) == 20
     assert sum(trial.executions for trial in found.trials) == 20
     assert found.as_it_is is not None  # what the others are compared with comes first
@@ -196,14 +197,81 @@ def test_what_was_left_out_is_a_note_and_no_warning(monkeypatch: pytest.MonkeyPa
     assert "Warnings" not in titles
 
 
-def test_a_sampler_that_has_nothing_new_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+class Stubborn(optuna.samplers.RandomSampler):
+    """Proposes the same configuration again and again."""
+
+    def sample_independent(self, study: Any, trial: Any, name: str, among: Any) -> Any:
+        return among.choices[-1] if hasattr(among, "choices") else among.low
+
+
+@pytest.mark.parametrize("counted", [0, 2_000])
+@pytest.mark.parametrize("sampler", ["random", Stubborn()], ids=["random", "stubborn"])
+def test_what_a_sampler_does_not_propose_is_looked_at_too(
+    sampler: Any, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_COUNTED", counted)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
     bench = FakeBench()
-    found = fake_sweep(bench, monkeypatch, sampler="random", trials=10_000, seed=1)
-    assert found.sampler == "RandomSampler"
+    found = fake_sweep(bench, monkeypatch, sampler=sampler, trials=10_000, seed=1)
+    assert found.sampler in ("RandomSampler", "Stubborn")
     whole = fake_sweep(FakeBench(), monkeypatch)
     assert [t.label for t in found.front] == [t.label for t in whole.front]
-    assert any("nothing new 100 times in a row" in note for note in found.notes)
+    assert len(found.trials) == len(whole.trials) == 35 and found.left == 0
+    assert found.configurations == (35 if counted else None)
     assert len(bench.ran) == len(set(bench.ran))
+
+
+def test_trials_go_to_combinations_that_a_sampler_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = FakeBench()
+    found = fake_sweep(bench, monkeypatch, sampler=Stubborn(), trials=25)
+    assert len(bench.ran) == 25
+    assert len({label for label, _ in bench.ran}) == 5  # all that there are
+    assert (found.configurations, found.left) == (35, 35 - len(found.trials))
+
+
+def test_values_of_own_levers_that_cannot_be_listed_end_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def share(trial: Any) -> Any:
+        trial.suggest_float("share", 0.1, 0.9)
+        return lambda setup: setup
+
+    found = fake_sweep(FakeBench(), monkeypatch, sampler=Stubborn(), levers=[share], trials=10_000)
+    assert any("nothing new 30 times in a row" in note for note in found.notes)
+    assert found.configurations is None
+
+
+@pytest.mark.parametrize("sampler", [None, "random"])
+def test_what_a_lever_cannot_be_had_with_is_no_failure(sampler: str | None) -> None:
+    found = sweep(network(64, 2), target=4, gpu="t4", levers=["optimizer"], sampler=sampler, seed=0)
+    assert found.count("failed") == 0
+    sizes = {t.micro_batch for t in found.trials if t.settings["optimizer"] == "in backward"}
+    assert sizes == {4}
+    assert found.left == 0 and found.configurations == len(found.trials)
+
+
+class Counting(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+def test_a_lever_that_a_model_refuses_is_no_failure_and_given_up() -> None:
+    model = nn.Sequential(*(Counting(64) for _ in range(2)))
+    workload = Workload(model=model, batch=lambda n: torch.zeros(n, 64, 64))
+    found = sweep(workload, target=8, gpu="t4", levers=["checkpointing"])
+    refused = [t for t in found.trials if t.outcome == "cannot be had"]
+    assert {t.executions for t in refused} == {1}
+    assert all("runs twice" in (t.reason or "") for t in refused)
+    assert len({t.label for t in refused}) == len(refused)  # each with one micro-batch
+    assert found.count("failed") == 0 and found.best.is_as_it_is
+    assert "cannot be had" in str(found)
 
 
 def test_a_sampler_of_optuna_can_be_passed(monkeypatch: pytest.MonkeyPatch) -> None:

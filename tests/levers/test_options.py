@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import autobatch
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
-from autobatch.levers.code import ModelCode
+from autobatch.errors import DoesNotFitError, LeverError, UsageError, WorkloadError
+from autobatch.levers.code import ModelCode, OptimizerCode
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option, applied
-from autobatch.levers.lora import lora
+from autobatch.levers.lora import LORA, lora
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.workload.sample import batch_builder
@@ -364,3 +368,113 @@ def test_code_that_fails_says_which() -> None:
     setup = setup_of(transformer()).changed(ModelCode("own", "model.no_such_thing()"))
     with pytest.raises(WorkloadError, match=r"'model.no_such_thing\(\)' failed"):
         peaks(setup)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's
+def test_lora_beside_checkpoints_is_the_same_in_either_order() -> None:
+    pytest.importorskip("peft")
+    setup = setup_of(transformer())
+    checkpointing = options_of(setup)["checkpointing: every block"]
+    checkpointed = checkpointing.apply(setup)
+    (first,) = lora(ranks=[2], modules=["fc1"]).options(setup)
+    (later,) = lora(ranks=[2], modules=["fc1"]).options(checkpointed)
+
+    assert later.code.startswith("# before activation checkpointing")
+    both = peaks(later.apply(checkpointed))
+    assert both == peaks(checkpointing.apply(first.apply(setup)))
+    assert both < peaks(first.apply(setup))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": np.float64(0.001), "betas": (np.float64(0.5), 0.75), "amsgrad": np.bool_(True)},
+        {"lr": torch.tensor(0.001)},
+        {"lr": float("inf")},  # has no form that code can write
+    ],
+    ids=["numpy", "tensor", "infinite"],
+)
+def test_settings_that_are_no_plain_numbers_give_lines_that_run(settings: dict[str, Any]) -> None:
+    setup = setup_of(transformer()).having(optimizer=partial(torch.optim.AdamW, **settings))
+    labels = ["optimizer: for-loop", "optimizer: fused", "optimizer: in backward"]
+    options = options_of(setup)
+    if "offload: optimizer state" in options:  # where torchao is installed
+        labels.append("offload: optimizer state")
+    for label in labels:
+        code = options[label].code
+        assert "tensor(" not in code and "np." not in code
+        if label.startswith("offload"):  # which asks for a card at once
+            ast.parse(code)
+            continue
+        given = setup.workload.optimizer(setup.model.parameters())
+        names = executed(code, model=setup.model, optimizer=given)
+        made = names["optimizers"].values() if "optimizers" in names else [names["optimizer"]]
+        rates = {group["lr"] for one in made for group in one.param_groups}
+        assert rates == {float(settings["lr"])}
+
+
+def test_frozen_parameters_of_an_optimizer_are_not_stepped_in_the_backward_pass() -> None:
+    workload = transformer()
+    workload.model.layers[0].requires_grad_(False)
+    setup = setup_of(with_instance(workload))
+    option = options_of(setup)["optimizer: in backward"]
+    allocated, _ = peaks(option.apply(setup), steps=1)
+    assert allocated > 0
+    names = executed(option.code, model=workload.model, optimizer=setup.workload.optimizer)
+    trained = {id(p) for p in workload.model.parameters() if p.requires_grad}
+    assert set(map(id, names["optimizers"])) == trained
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"changes": (ModelCode("mine", "blocks = [*model.layers]\nmodel.nothing()"),)},
+        {"optimizer": OptimizerCode("optimizer = [*model.parameters()][0].none", torch.optim.SGD)},
+        {
+            "optimizer": OptimizerCode(
+                "optimizers = {one: 1 / 0 for one in model.parameters()}", torch.optim.SGD
+            )
+        },
+    ],
+    ids=["attribute", "optimizer", "optimizers"],
+)
+def test_lines_that_fail_leave_nothing_of_the_simulation(wrong: dict[str, Any]) -> None:
+    with pytest.raises(WorkloadError, match="failed: ") as error:
+        peaks(setup_of(replace(transformer(), **wrong)))
+    assert "simulation" not in str(error.value)
+
+
+def test_windows_that_an_optimizer_in_the_backward_pass_refuses_leave_nothing() -> None:
+    setup = setup_of(transformer())
+    option = options_of(setup)["optimizer: in backward"]
+    with pytest.raises(LeverError, match="once for each micro-batch") as error:
+        VirtualGpu(setup.gpu).run(
+            option.apply(setup).workload, micro_batch=SAMPLES, accumulation_steps=2
+        )
+    assert "simulation" not in str(error.value)
+
+
+def test_layers_that_have_numbers_are_named_in_full() -> None:
+    pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8)))
+    (option,) = LORA.options(setup_of(Workload(model=model, batch=lambda n: torch.zeros(n, 8))))
+    assert "beside layers 0 and 2.0:" in option.what
+
+
+def test_a_name_alone_is_one_lever() -> None:
+    assert levers_named("precision") == levers_named(["precision"])
+    with pytest.raises(UsageError, match="no lever 'precison'; did you mean precision"):
+        levers_named("precison")
+
+
+@pytest.mark.parametrize("compares", [nn.CrossEntropyLoss(), None], ids=["stated", "inferred"])
+def test_lora_can_be_had_where_a_batch_is_a_pair(compares: Any) -> None:
+    pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    pair = (torch.zeros(2, 8), torch.zeros(2).long())
+    advice = autobatch.advise(
+        model, sample=pair, target=8, gpu="t4", levers=["lora"], loss=compares
+    )
+    assert [choice.label for choice in advice.choices] == ["lora: rank 16, all linear"]
+    assert not [note for note in advice.notes if "cannot be had" in note]

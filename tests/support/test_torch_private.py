@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import pkgutil
 import re
 import runpy
@@ -393,3 +394,14 @@ def test_dtensors_are_made_of_a_local_tensor_and_a_spec(monkeypatch):
         private.set_global_rank(-1)
     assert again.shape == (6,) and again._spec.placements == (Shard(0),)
     assert again._spec.mesh is mesh
+
+
+@pytest.mark.slow
+def test_the_environment_is_as_before_when_a_simulation_is_ready():
+    code = (
+        "import os; before = dict(os.environ); import torch; own = dict(os.environ) == before; "
+        "import autobatch.devices.virtual.gpu, torch._dynamo; "
+        "assert not own or dict(os.environ) == before"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

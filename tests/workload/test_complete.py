@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import autobatch
 from autobatch.errors import SampleError, UsageError
 from autobatch.workload.complete import Asked
 from autobatch.workload.workload import Workload
@@ -64,3 +65,20 @@ def test_batch_dims_reaches_the_batches_and_needs_a_sample():
     assert made.batch(6)["src"].shape == (50, 6, 16)
     with pytest.raises(UsageError, match="pass sample="):
         Asked(model=nn.Linear(3, 1), batch_dims=1).workload()
+
+
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [
+        (autobatch.advise, {"model": nn.Linear(2, 2), "gpu": "t4"}),
+        (autobatch.compare, {"model": nn.Linear(2, 2), "gpus": ["t4"]}),
+        (autobatch.vary, {"build": lambda value: nn.Linear(value, 2), "values": [2]}),
+        (autobatch.sweep, {"model": nn.Linear(2, 2), "gpu": "t4"}),
+        (autobatch.tune, {"model": nn.Linear(2, 2), "gpu": "t4"}),
+    ],
+)
+def test_an_unknown_argument_is_told_in_the_words_of_the_caller(function, first):
+    with pytest.raises(
+        TypeError, match=rf"^{function.__name__}\(\) got an unexpected .* 'autocats'"
+    ):
+        function(**first, target=8, autocats="bf16")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,51 @@ def test_classes_beside_inputs_are_compared_by_cross_entropy_and_the_plan_says_s
     assert [w for w in plan.notes if w.startswith("no loss was given: cross entropy")]
     assert not [w for w in (*stated.warnings, *stated.notes) if "loss" in w]
     assert autobatch.check_equivalence(model, PAIR).equivalent
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(classifier(), peft.LoraConfig(r=2, target_modules=["1"]))
+
+
+def replaced():
+    model = classifier()
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Wrapped(Wrapped(classifier())), adapted, replaced],
+    ids=lambda make: make.__name__,
+)
+def test_a_wrapper_takes_what_the_model_in_it_takes(make):
+    plan = autobatch.tune(make(), target=64, sample=PAIR, gpu=CARD)
+    assert [note for note in plan.notes if note.startswith("no loss was given: cross entropy")]
+
+
+def test_what_a_model_takes_is_asked_of_it_before_it_is_changed():
+    class Branched(Wrapped):
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.other = nn.Linear(1, 1)
+
+    model = classifier()
+    workload = autobatch.Workload(
+        model=model, batch=lambda n: (torch.randn(n, 3, 4, 4), torch.zeros(n).long())
+    )
+    plan = autobatch.tune(replace(workload, changes=(Branched,)), target=8, gpu=CARD)
+    assert [note for note in plan.notes if note.startswith("no loss was given: cross entropy")]
 
 
 @pytest.mark.parametrize("labels", [torch.randn(4, 10), torch.randint(10, (4, 2))])

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from autobatch.devices.preserve import attention_in_asked_order
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention import attend
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
+from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import VF, DisableTorchFunction, FakeTensor
 
@@ -27,8 +28,16 @@ __all__ = ["cuda_kernels"]
 
 
 @contextlib.contextmanager
-def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
-    """Run attention, recurrent layers, packing, norms, CTC and one-hot on `device` as CUDA does."""
+def cuda_kernels(
+    device: torch.device, capability: tuple[int, int], recorder: StorageRecorder
+) -> Iterator[None]:
+    """Run attention, recurrent layers, packing, norms, CTC and one-hot on `device` as CUDA does.
+
+    Args:
+        device: the simulated one.
+        capability: its compute capability.
+        recorder: told which memory weights are moved into.
+    """
 
     def on_device(original: Callable[..., Any], ours: Callable[..., Any]) -> Any:
         def choose(*args: Any, **kwargs: Any) -> Any:
@@ -46,6 +55,14 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
         "_pack_padded_sequence": on_device(VF._pack_padded_sequence, rnn.pack),
         "_pad_packed_sequence": on_device(VF._pad_packed_sequence, rnn.pad),
     }
+    flatten = nn.RNNBase.flatten_parameters
+
+    def flatten_parameters(layer: nn.RNNBase) -> None:
+        if not rnn.has_weights_on(device, layer):
+            flatten(layer)
+        elif (buffer := rnn.flatten_layer(layer)) is not None:
+            recorder.tag([(buffer, None)], "parameters")
+
     attention = on_device(F.scaled_dot_product_attention, partial(attend, capability))
     one_hot = on_device(F.one_hot, partial(_one_hot, F.one_hot))
     with (
@@ -57,6 +74,8 @@ def cuda_kernels(device: torch.device, capability: tuple[int, int]) -> Iterator[
             ctc_loss=on_device(torch.ctc_loss, _ctc_loss),
         ),
         patched(VF, **layers, **packing),
+        # the op behind it would call the CUDA driver, and a CPU build has no such op
+        patched(nn.RNNBase, flatten_parameters=flatten_parameters),
     ):
         yield
 

@@ -28,8 +28,10 @@ __all__ = [
     "FORWARD",
     "LAYERS",
     "backward_outputs",
+    "flatten_layer",
     "flatten_weights",
     "forward_outputs",
+    "has_weights_on",
     "pack",
     "pad",
     "scratch",
@@ -96,20 +98,49 @@ def _parts(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def flatten_weights(model: nn.Module, device: torch.device) -> None:
-    """Put the weights of every recurrent layer on a device into one buffer, as `cuda()` does."""
+    """Put the weights of every recurrent layer on a device into one buffer, as `cuda()` does.
+
+    Those that lie in one already stay there.
+    """
     for layer in model.modules():
-        if not isinstance(layer, nn.RNNBase) or not torch.backends.cudnn.enabled:
-            continue
-        weights = [weight for weight in layer._flat_weights if isinstance(weight, Tensor)]
-        is_whole = len({id(weight) for weight in weights}) == len(layer._flat_weights)
-        if not is_whole or not all(_is_on(device, weight.data) for weight in weights):
-            continue  # tied weights stay where they are
-        if len({weight.dtype for weight in weights}) > 1:
-            continue
-        with torch.no_grad():
-            buffer = weights[0].new_zeros(sum(weight.numel() for weight in weights))
-            for weight, part in zip(weights, _parts(buffer, weights), strict=True):
-                weight.data = part
+        if isinstance(layer, nn.RNNBase) and has_weights_on(device, layer):
+            storages = {weight.untyped_storage()._cdata for weight in _weights_of(layer)}
+            if len(storages) > 1:
+                flatten_layer(layer)
+
+
+def flatten_layer(layer: nn.RNNBase) -> Tensor | None:
+    """Do what `flatten_parameters` does on a card: copy a layer's weights into a new buffer.
+
+    The weights then are views of it, and their memory is free unless something else holds it. Like
+    PyTorch's, this makes a buffer whenever it is called, and leaves weights where they are that are
+    tied, of several dtypes, or of one that cuDNN does not take.
+
+    Returns:
+        The buffer, or None where the weights stay where they are.
+    """
+    weights = _weights_of(layer)
+    is_whole = len({id(weight) for weight in weights}) == len(layer._flat_weights_names)
+    dtypes = {weight.dtype for weight in weights}
+    if not torch.backends.cudnn.enabled or not is_whole or len(dtypes) > 1:
+        return None
+    if not dtypes <= torch.backends.cudnn.CUDNN_TENSOR_DTYPES:
+        return None
+    with torch.no_grad():
+        buffer = weights[0].new_zeros(sum(weight.numel() for weight in weights))
+        for weight, part in zip(weights, _parts(buffer, weights), strict=True):
+            weight.data = part
+    return buffer
+
+
+def has_weights_on(device: torch.device, layer: nn.RNNBase) -> bool:
+    """Whether all weights of a recurrent layer are on a device."""
+    weights = _weights_of(layer)
+    return bool(weights) and all(_is_on(device, weight.data) for weight in weights)
+
+
+def _weights_of(layer: nn.RNNBase) -> list[Tensor]:
+    return [weight for weight in layer._flat_weights if isinstance(weight, Tensor)]
 
 
 def _is_on(device: torch.device, tensor: Any) -> bool:

@@ -1,0 +1,244 @@
+"""State of a block that changes from what it was in a forward pass: a second one changes it again.
+
+A block that is checkpointed runs twice in each micro-batch. That leaves its numbers the same unless
+it writes what it also reads: averages, steps of a power iteration, counters, the end of a queue.
+What is written anew from the inputs alone is the same after both runs.
+
+Invariant: only a simulated copy is looked at, in its first forward pass, and nothing of it is held.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from autobatch.errors import LeverError
+from autobatch.support.torch_private import (
+    DisableTorchFunction,
+    FakeTensor,
+    NormBase,
+    OpOverload,
+    SpectralParametrization,
+    TorchDispatchMode,
+    tree_leaves,
+)
+
+__all__ = ["RunTwice", "has_spectral_norm", "keeps_averages"]
+
+_OVERWRITING = frozenset(
+    "copy_ zero_ fill_ set_ normal_ uniform_ bernoulli_ random_ exponential_".split()
+)
+"""Ops that write into their first argument without reading it."""
+
+_SAME_TWICE = frozenset("clamp_ clamp_min_ clamp_max_ relu_ renorm_ embedding_renorm_".split())
+"""Ops that read what they write, and change nothing when they run again."""
+
+_AVERAGING = frozenset("native_batch_norm cudnn_batch_norm miopen_batch_norm".split())
+"""Ops whose schemas do not say that they write the running averages, arguments 3 and 4."""
+
+_SOURCES = "_read_from"
+"""Attribute of a simulated tensor: who follows it, and the state that it was computed from."""
+
+
+def keeps_averages(block: nn.Module) -> bool:
+    """Whether a block has running averages of PyTorch's norms, whose momentum can make up for it.
+
+    >>> keeps_averages(nn.InstanceNorm1d(2, track_running_stats=True))
+    True
+    """
+    return any(isinstance(m, NormBase) and m.track_running_stats for m in block.modules())
+
+
+def has_spectral_norm(block: nn.Module) -> bool:
+    """Whether a weight of a block is divided by its spectral norm, in either of PyTorch's ways.
+
+    >>> has_spectral_norm(nn.Sequential(nn.utils.spectral_norm(nn.Linear(2, 2))))
+    True
+    """
+    return any(_is_spectral(module) for module in block.modules())
+
+
+def _is_spectral(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    is_hooked = any(isinstance(hook, SpectralNorm) for hook in hooks)
+    return is_hooked or isinstance(module, SpectralParametrization)
+
+
+@dataclass(frozen=True, slots=True)
+class RunTwice:
+    """Lets blocks of a simulated model be looked at, and changes nothing of what they compute.
+
+    A run ends in an error where a block cannot run twice. It comes before all other changes, after
+    which blocks may have other names.
+
+    Attributes:
+        names: of the blocks.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, model: nn.Module) -> None:
+        """Look at the first forward pass of each block; one on a real device is left as it is."""
+        for name in self.names:
+            block = model.get_submodule(name)
+            if any(type(parameter.data) is FakeTensor for parameter in block.parameters()):
+                block.forward = _FirstForward(name, block)
+
+
+class _FirstForward:
+    """The forward of a block, which looks at what it writes when it runs first.
+
+    It is no function in a function: the frame of one would hold the block in an error's traceback.
+    """
+
+    def __init__(self, name: str, block: nn.Module) -> None:
+        """Take the block and its name."""
+        functools.update_wrapper(self, block.forward)
+        self._name, self._block, self._plain = name, block, block.forward
+        self._has_run = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block.
+
+        Raises:
+            LeverError: it cannot run twice.
+        """
+        if self._has_run:
+            return self._plain(*args, **kwargs)
+        self._has_run = True
+        drawn, held = _random_states(), dict(_state_of(self._block))
+        with DisableTorchFunction():
+            watch = _Watch({_storage(tensor): slot for slot, tensor in held.items()})
+        with watch:
+            output = self._plain(*args, **kwargs)
+        replaced = {
+            slot
+            for slot, tensor in _state_of(self._block)
+            if tensor is not held.get(slot) and slot in watch.sources_of(tensor)
+        }
+        what = None
+        if changed := sorted(watch.changed | replaced):
+            what = f"changes its {', '.join(changed)} from what it was"
+        elif _random_states() != drawn:
+            what = "draws random numbers of Python or NumPy, others each time"
+        if what is not None:
+            raise LeverError(
+                f"{self._name} ({type(self._block).__name__}) {what}, and a block that is "
+                "checkpointed runs twice: keep that out of its forward, or leave checkpointing out"
+            )
+        return output
+
+
+class _Watch(TorchDispatchMode):
+    """Follows from which state of a block tensors were computed.
+
+    Attributes:
+        changed: the names of state that was written from what it was.
+    """
+
+    def __init__(self, slots: Mapping[int, str]) -> None:
+        """Take the names of state by its storage."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.changed: set[str] = set()
+        self._slots = slots
+        self._token = object()  # the next block has state of the same names
+        self._told: set[str] = set()  # of which Python got numbers, which may decide anything
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an op, and follow it."""
+        output = func(*args, **(kwargs or {}))
+        with DisableTorchFunction():
+            self._follow(func, args, kwargs or {}, output)
+        return output
+
+    def _follow(
+        self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        name = func.overloadpacket.__name__
+        given = list(_simulated(args, kwargs))
+        read = frozenset().union(*map(self._read_from, given))
+        if name == "_local_scalar_dense":
+            self._told |= read
+        if name in _AVERAGING and args[5]:
+            self.changed |= {slot for mean in args[3:5] if (slot := self._slot(mean)) is not None}
+        written = list(_simulated([*_written(func, args, kwargs)], {}))
+        if written:
+            is_read = name.endswith("_") and name not in _OVERWRITING
+            own = {id(tensor) for tensor in written}
+            others = frozenset().union(
+                *(self._read_from(tensor) for tensor in given if id(tensor) not in own)
+            )
+            read = read if is_read else others
+            for tensor in written:
+                slot = self._slot(tensor)
+                if slot is not None and name not in _SAME_TWICE and slot in read | self._told:
+                    self.changed.add(slot)
+        if read:
+            for tensor in _simulated((output, *written), {}):
+                if not read <= (known := self.sources_of(tensor)):
+                    setattr(tensor, _SOURCES, (self._token, known | read))
+
+    def sources_of(self, tensor: Tensor) -> frozenset[str]:
+        """Return the state that a tensor was computed from, as far as this one has followed it."""
+        token, sources = tensor.__dict__.get(_SOURCES, (None, None))
+        return sources if token is self._token and sources is not None else frozenset()
+
+    def _read_from(self, tensor: Tensor) -> frozenset[str]:
+        """Return the state that a tensor was computed from, itself included."""
+        slot = self._slot(tensor)
+        known = self.sources_of(tensor)
+        return known if slot is None else known | {slot}
+
+    def _slot(self, tensor: Any) -> str | None:
+        return self._slots.get(_storage(tensor)) if _has_storage(tensor) else None
+
+
+def _written(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the arguments that an op writes, by its schema."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield args[place] if place < len(args) else kwargs.get(argument.name)
+
+
+def _state_of(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors that modules of a block hold, but those that are made up for."""
+    for name, module in block.named_modules():
+        if isinstance(module, NormBase) or _is_spectral(module):
+            continue
+        for held in (module._parameters, module._buffers, vars(module)):
+            for key, tensor in held.items():
+                if _has_storage(tensor):
+                    yield f"{name}.{key}".removeprefix("."), tensor
+
+
+def _simulated(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf))
+
+
+def _has_storage(value: Any) -> bool:
+    return type(value) is FakeTensor and value.layout is torch.strided
+
+
+def _storage(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return where the generators of Python and NumPy are, which a checkpoint does not put back."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else repr(numpy.random.get_state()[1:])

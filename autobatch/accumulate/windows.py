@@ -22,6 +22,7 @@ from autobatch.accumulate.window import Backward, Micro, Training, Weight, Windo
 from autobatch.errors import AutobatchWarning, UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.ranks import ranks_here
+from autobatch.support.wording import count
 from autobatch.workload.layout import BatchDims, dims_of_text
 
 if TYPE_CHECKING:
@@ -242,8 +243,8 @@ class Windows:
                     finish=partial(self._finish, pieces.position),
                 )
             warnings.warn(
-                f"window {self._done} has a weight of 0 over all its {total.samples} samples: it "
-                "is left out",
+                f"window {self._done} has a weight of 0 over all its "
+                f"{count(total.samples, 'sample')}: it is left out",
                 AutobatchWarning,
                 stacklevel=2,
             )
@@ -274,13 +275,13 @@ class Windows:
         self._short = self._short + 1 if shortages else self._short
         if self._short < PATIENCE or smallest >= max(self.sizes):
             return
-        count = math.ceil(self.samples / smallest)
-        size, larger = divmod(self.samples, count)
-        before, self.sizes = self.sizes, tuple(size + (at < larger) for at in range(count))
+        steps = math.ceil(self.samples / smallest)
+        size, larger = divmod(self.samples, steps)
+        before, self.sizes = self.sizes, tuple(size + (at < larger) for at in range(steps))
         self._short = 0
         warnings.warn(
             f"{PATIENCE} windows ran out of memory: the micro-batch is lowered from {max(before)} "
-            f"to {max(self.sizes)} for all that follow, with {count} accumulation steps instead of "
+            f"to {max(self.sizes)} for all that follow, with {steps} accumulation steps instead of "
             f"{len(before)}; the effective batch stays {self.samples} samples a rank",
             AutobatchWarning,
             stacklevel=3,

@@ -193,7 +193,7 @@ def equivalence_conditions(plan: PlanRecord) -> tuple[str, ...]:
     weight = (
         f"1/{plan.accumulation_steps}"
         if plan.split.uniform and plan.accumulation_steps > 1
-        else f"its share of the {plan.effective_batch:,} samples"
+        else f"its share of the {count(plan.effective_batch, 'sample')}"
     )
     return (
         f"The loss is a mean over samples, and each micro-batch's loss is weighted by {weight}. "

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TextIO
 
+from autobatch.cli.columns import GAP, Columns, columns_of, records_of
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.report import text
 from autobatch.report.document import (
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "follow", "follow_all", "is_rich", "show"]
 
-_GAP = 3
-"""Spaces from a column to the next."""
+_INDENT = 2
+"""Spaces before what a record has beside its title."""
 
 _FRAME = 4
 """Characters of a frame around a line."""
@@ -149,7 +149,6 @@ def _progress_line(progress: Progress) -> str:
 
 
 def _rendered(block: ContentBlock, width: int) -> RenderableType:
-    from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -167,48 +166,50 @@ def _rendered(block: ContentBlock, width: int) -> RenderableType:
                 grid.add_row(Text(name, style="dim"), Text(words))
             return grid
         case Table():
-            shown, has_bars = _fitting(block, width)
-            gap = _GAP - 1 if _width(shown) <= width else _GAP - 2
-            table = Grid(
-                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0), show_edge=False
-            )
-            for column, side in zip(shown.columns, shown.align, strict=True):
-                justify: Literal["left", "right"] = "right" if side == "r" else "left"
-                # a number that is cut off would be another number
-                table.add_column(Text(column), justify=justify, overflow="fold")
-            if has_bars:
-                table.add_column("")
-            for index, row in enumerate(shown.rows):
-                is_sum = index in shown.totals
-                bar = [Text(_bar(row[-1]), style="dim" if is_sum else "")] if has_bars else []
-                table.add_row(*map(Text, row), *bar, style="bold" if is_sum else None)
-            return table
+            columns = columns_of(block, width)
+            return _records(block, width) if columns is None else _columns(columns, width)
         case Code(words):
             return Text(words)
         case Chart():
             return Text()
 
 
-def _fitting(table: Table, width: int) -> tuple[Table, bool]:
-    """Return a table that fits better, and whether there is room for a bar beside its shares.
+def _columns(columns: Columns, width: int) -> RenderableType:
+    """Return a table in columns; with a bar beside each share, where there is room."""
+    from rich import box
+    from rich.table import Table as Grid
+    from rich.text import Text
 
-    Bytes are left out where they do not fit: sizes stand beside them.
-    """
-    if _width(table) > width and {"bytes", "size"} <= set(table.columns):
-        at = table.columns.index("bytes")
-        table = replace(
-            table,
-            columns=table.columns[:at] + table.columns[at + 1 :],
-            align=table.align[:at] + table.align[at + 1 :],
-            rows=tuple(row[:at] + row[at + 1 :] for row in table.rows),
-        )
-    has_shares = table.columns[-1] == "share" and bool(table.totals)
-    return table, has_shares and _width(table) + _BAR <= width
+    shown = columns.table
+    has_shares = shown.columns[-1] == "share" and bool(shown.totals)
+    has_bars = has_shares and columns.width + GAP + _BAR <= width
+    padding = (0, columns.gap - 1, 0, 0)  # the box has a space between columns
+    table = Grid(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, show_edge=False)
+    for name, side, wide in zip(shown.columns, shown.align, columns.widths, strict=True):
+        justify: Literal["left", "right"] = "right" if side == "r" else "left"
+        # a number that is cut off would be another number
+        table.add_column(Text(name), justify=justify, overflow="fold", width=wide)
+    if has_bars:
+        table.add_column("")
+    for index, row in enumerate(shown.rows):
+        is_sum = index in shown.totals
+        bar = [Text(_bar(row[-1]), style="dim" if is_sum else "")] if has_bars else []
+        table.add_row(*map(Text, row), *bar, style="bold" if is_sum else None)
+    return table
 
 
-def _width(table: Table) -> int:
-    cells = zip(table.columns, *table.rows, strict=True)
-    return sum(max(map(len, column)) + _GAP for column in cells)
+def _records(table: Table, width: int) -> RenderableType:
+    """Return a table record by record."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+    for record in records_of(table, width - _INDENT):
+        lines.append(Text(record.title, style="bold"))
+        style = "bold" if record.is_total else ""
+        lines += [Padding(Text(line, style=style), (0, 0, 0, _INDENT)) for line in record.lines]
+    return Group(*lines)
 
 
 def _bar(share: str) -> str:

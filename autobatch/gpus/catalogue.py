@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.support.units import GIB, format_bytes, parse_bytes
-from autobatch.support.wording import for_reader
+from autobatch.support.wording import given
 
 __all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "find_installed", "is_device"]
 
@@ -69,10 +69,14 @@ class GpuSpec:
             )
 
 
-def find_gpu(name: str) -> GpuSpec:
+def find_gpu(name: str, *, asked_as: str = "gpu") -> GpuSpec:
     """Return a GPU by its catalogue name, a common spelling of it, or a plain size.
 
     A plain size, such as "24GiB", is a card of compute capability 8.0 with that capacity.
+
+    Args:
+        name: of the GPU, or a size.
+        asked_as: the argument that has it, for an error that says what to write there.
 
     Raises:
         UnknownGpuError: no GPU in the catalogue has that name, or more than one.
@@ -94,7 +98,7 @@ def find_gpu(name: str) -> GpuSpec:
         candidates = " or ".join(spec.name for spec in matches)
         raise UnknownGpuError(f"GPU {name!r} comes in several sizes: say {candidates}")
     nearest = _nearest(name)
-    size = for_reader('gpu="24GiB"', "--gpu 24GiB")
+    size = given(asked_as, "24GiB")
     hint = f"did you mean {', '.join(nearest)}? " if nearest else ""
     raise UnknownGpuError(
         f"GPU {name!r} is not in the catalogue: {hint}`autobatch gpus` lists the known ones, and "

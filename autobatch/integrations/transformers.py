@@ -201,7 +201,8 @@ def _noted(plan: Plan, scaling: Scaling) -> Plan:
 def _written(sizes: tuple[int, int, int]) -> str:
     micro_batch, steps, ranks = sizes
     return (
-        f"micro-batch {micro_batch} × {steps} steps × {ranks} ranks = {micro_batch * steps * ranks}"
+        f"micro-batch {micro_batch} × {count(steps, 'step')} × {count(ranks, 'rank')} = "
+        f"{micro_batch * steps * ranks}"
     )
 
 

@@ -5,10 +5,11 @@ Invariant: the windows of all ranks sum to the target; sizes differ by at most o
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from itertools import count
 
 from autobatch.errors import UsageError
+from autobatch.support.wording import count
 
 __all__ = ["Split", "split", "uniform_alternatives"]
 
@@ -80,7 +81,7 @@ def split(target: int, *, ceiling: int, world_size: int = 1) -> Split:
     if target < world_size:
         raise UsageError(
             f"an effective batch of {target} leaves some of {world_size} GPUs without a sample: "
-            f"use a target of at least {world_size}, or at most {target} GPUs"
+            f"use a target of at least {world_size}, or at most {count(target, 'GPU')}"
         )
     fewest = _ceil_div(target, world_size * ceiling)
     steps = _uniform_steps(target, ceiling, world_size) or fewest
@@ -116,7 +117,7 @@ def uniform_alternatives(planned: Split, *, ceiling: int) -> tuple[Split, ...]:
     if planned.uniform:
         return (planned,)
     world_size = planned.world_size
-    below, above = range(planned.target - 1, 0, -1), count(planned.target + 1)
+    below, above = range(planned.target - 1, 0, -1), itertools.count(planned.target + 1)
     nearest = (
         next((t for t in targets if _uniform_steps(t, ceiling, world_size)), None)
         for targets in (below, above)

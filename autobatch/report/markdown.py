@@ -53,10 +53,15 @@ def _block(block: ContentBlock) -> str:
 def _table(table: Table) -> str:
     rule = "".join(" --: |" if align == "r" else " :-- |" for align in table.align)
     rows = [
-        _row([f"**{cell}**" if index in table.totals else cell for cell in map(_escape, row)])
+        _row([_bold(cell) if index in table.totals else cell for cell in map(_escape, row)])
         for index, row in enumerate(table.rows)
     ]
     return "\n".join([_row([_escape(column) for column in table.columns]), f"|{rule}", *rows])
+
+
+def _bold(text: str) -> str:
+    """Return bold text; nothing stays nothing, for which Markdown would show the asterisks."""
+    return f"**{text}**" if text else ""
 
 
 def _row(cells: list[str]) -> str:

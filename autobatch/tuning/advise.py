@@ -22,6 +22,7 @@ from torch import nn
 
 from autobatch.devices.choose import Gpu, described
 from autobatch.devices.virtual.ahead import Task, run_ahead
+from autobatch.devices.virtual.gpu import identity_of
 from autobatch.devices.virtual.sharing import SharedRuns
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.gpus.catalogue import CATALOGUE
@@ -38,7 +39,7 @@ from autobatch.tuning.candidate import Candidate
 from autobatch.tuning.ceiling import SMALL
 from autobatch.tuning.planning import LARGEST
 from autobatch.tuning.workloads import require_share, whole, workload_of
-from autobatch.workload.complete import Asked, WorkloadOptions
+from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ _PAIRED = 3
 
 _REMEDIES = 3
 """So many of them are told."""
+
+_ROOMY = 0.75
+"""What is expected to take less than this share of the budget is not tried with one sample."""
 
 _USUALLY_SAVE_MOST = ("attention", "checkpointing", "offload", "loss")
 """Levers of activations, in the order in which they are added to others where what they save is not
@@ -115,6 +119,7 @@ def advise(
     >>> advice.as_it_is.fits, advice.choices[0].changes_numerics
     (True, True)
     """
+    require_options(advise, options)
     asked = Asked(model=model, **options)
     target = whole(target)
     split(target, ceiling=LARGEST, world_size=asked.world_size)
@@ -240,20 +245,35 @@ class _Search:
         return sorted((tried.choice for tried in self.tried), key=_rank)
 
     def _foreseen(
-        self, tried: Iterable[tuple[Option, ...]], sizes: Sequence[int] = ()
+        self, tried: Iterable[tuple[Option, ...]], which: slice = slice(1)
     ) -> Iterator[Task]:
-        """Yield tasks for helpers: what trying options will execute first, or these sizes."""
+        """Yield tasks for helpers: what trying options will execute first, or another of both."""
         for options in tried:
             if self._known(options) is not None:
                 continue
             with suppress(AutobatchError):  # it is told when they are tried
                 if self._hopeless(options) is None:
                     candidate = self._candidate(self._having(options))
-                    yield from candidate.foreseen(*sizes or self._first_sizes()[:1])
+                    yield from candidate.foreseen(*self._first_sizes(options)[which])
 
-    def _first_sizes(self) -> tuple[int, int]:
-        """Return the sizes that a candidate is executed at first."""
-        return (1, SMALL[0]) if self._reference == 1 else SMALL
+    def _first_sizes(self, options: tuple[Option, ...]) -> tuple[int, ...]:
+        """Return the two sizes that options are executed at first."""
+        return (1, SMALL[0]) if self._begins_with_one(options) else SMALL
+
+    def _begins_with_one(self, options: tuple[Option, ...]) -> bool:
+        """Whether it is asked first if a single sample fits.
+
+        That is left out where the options, by what each of them saves alone, leave room for more.
+        """
+        if self._reference > 1:
+            return False
+        assert self._as_is is not None
+        alone = [self._known((option,)) for option in options]
+        saved = [None if choice is None else choice.saved_bytes for choice in alone]
+        if len(saved) < 2 or None in saved:
+            return True
+        left = self._as_is.reference_bytes - sum(each or 0 for each in saved)
+        return left > _ROOMY * self._candidate(self.setup).budget_bytes
 
     def _options(self, lever: Lever) -> Sequence[Option]:
         """Return what a lever offers; one that fails on an odd model is left out, and noted."""
@@ -287,7 +307,7 @@ class _Search:
                 return hopeless
             self._tell(_joined(options))
             candidate = self._candidate(self._having(options))
-            is_hopeless = self._reference == 1 and not candidate.fits(1)
+            is_hopeless = self._begins_with_one(options) and not candidate.fits(1)
             plan = None if is_hopeless else candidate.plan()
             as_is_bytes = self._as_is.reference_bytes
             choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
@@ -320,7 +340,8 @@ class _Search:
         if lasting is None or lasting <= self._candidate(self.setup).budget_bytes:
             return None
         setup = self._having(options)
-        if setup.workload is self.setup.workload and setup.executes_as(self.setup):
+        runs_the_same = identity_of(setup.workload) == identity_of(self.setup.workload)
+        if runs_the_same and setup.executes_as(self.setup):
             return None  # another allocator replays what was executed
         return Choice(
             **_told(options),
@@ -370,13 +391,13 @@ class _Search:
                 continue
             options = in_order(*had, option)
             if self._known(options) is None:
-                second = self._first_sizes()[1:]
-                run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
+                second = self._foreseen([options], slice(1, 2))
+                run_ahead(chain(second, self._foreseen(pairs)))
             found = self._try(options)
             if found is not None and _saved(found) >= saved + least:
                 had, saved = [*had, option], _saved(found)
                 fitting += found.fits and len(had) > 1
-        run_ahead(self._foreseen(reversed(pairs), self._first_sizes()))
+        run_ahead(self._foreseen(reversed(pairs), slice(2)))
         for options in pairs:
             self._try(options)
 

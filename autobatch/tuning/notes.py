@@ -10,17 +10,23 @@ from collections.abc import Iterator
 
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import CATALOGUE
+from autobatch.memory.lasting import lasting_bytes
 from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import argument, count, for_reader, given, passing
 from autobatch.tuning.ceiling import Ceiling
 from autobatch.tuning.probe import Probe
+from autobatch.workload.workload import AUTOCAST_DTYPES
 
 __all__ = ["plan_notes", "plan_warnings", "what_is_missing"]
 
 
 _SOON = 1_000_000
 """Windows within which memory that grows is full, where that is said: a list of losses is small."""
+
+
+_BF16_TENSOR_CORES = (8, 0)
+"""The compute capability from which on cards multiply in bfloat16."""
 
 
 def plan_warnings(
@@ -112,13 +118,15 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
     """Say by how much the smallest size misses the budget, and what would help."""
     spec = probe.device.spec
     smallest = min(probe.runs)
-    needed = probe.runs[smallest].replay.peak_reserved_bytes
-    if probe.runs[smallest].shortage is not None:
+    run = probe.runs[smallest]
+    needed = run.replay.peak_reserved_bytes
+    if run.shortage is not None:
+        ideas = [*_less_activations(run), *_less_state(run)]
+        ideas.append(f"a larger GPU ({argument('gpu')} simulates one)")
         return (
             f"not even micro-batch {smallest} fits on {spec.name}: it ran out of memory at "
-            f"{format_bytes(needed)} reserved ({probe.runs[smallest].shortage}); the budget is "
-            f"{format_bytes(probe.budget_bytes)}; try activation checkpointing, an optimizer with "
-            f"less state, or a larger GPU ({argument('gpu')} simulates one)"
+            f"{format_bytes(needed)} reserved ({run.shortage}); the budget is "
+            f"{format_bytes(probe.budget_bytes)}; try {_either(ideas)}"
         )
     short = needed - probe.budget_bytes
     large_enough = sorted(
@@ -126,15 +134,10 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
          and (card.capacity_bytes - card.context_bytes) * (1 - probe.headroom) >= needed),
         key=lambda card: card.capacity_bytes,
     )  # fmt: skip
-    is_sharded = probe.workload.is_sharded
-    ideas = [] if probe.workload.autocast or is_sharded else [given("autocast", "bf16")]
-    if is_sharded:
-        ideas.append("MixedPrecisionPolicy(param_dtype=torch.bfloat16) for fully_shard")
-    ideas.append("activation checkpointing")
-    ideas.append("an optimizer with less state")
+    ideas = list(_ideas(probe, run))
     if large_enough:
         ideas.append(f"a larger GPU ({large_enough[0].name} would do)")
-    elif is_sharded:
+    elif probe.workload.is_sharded:
         ideas.append("more GPUs")
     else:
         shared = for_reader(", ", " ").join((given("world_size", 8), given("sharding", "fsdp")))
@@ -142,6 +145,55 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
     return (
         f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
         f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
-        f"({short:,} bytes) short; try {', '.join(ideas)}"
+        f"({short:,} bytes) short; try {_either(ideas)}"
         + (f" (a smaller size does not run: {found.reason})" if found.reason else "")
     )
+
+
+def _ideas(probe: Probe, run: Run) -> Iterator[str]:
+    """Yield what a run does not do yet and could let it fit, by what its memory is made of.
+
+    What lasts from update to update has to fit in any case, so that less of the rest is no idea
+    where this alone is too much.
+    """
+    workload, budget = probe.workload, probe.budget_bytes
+    totals = run.trace.by_category(run.replay.peak_event)
+    lasting = lasting_bytes(run.trace)
+    if lasting <= budget:
+        held = totals["activations"] + totals["temporaries"]
+        # copies of the weights in half precision come with it, and are half of them
+        if workload.autocast is None and workload.window is None and held > totals["parameters"]:
+            has_bf16 = probe.device.spec.compute_capability >= _BF16_TENSOR_CORES
+            half = "bf16" if has_bf16 else "fp16"
+            if workload.is_sharded:
+                dtype = AUTOCAST_DTYPES[half]
+                yield f"MixedPrecisionPolicy(param_dtype={dtype}) for fully_shard"
+            else:
+                yield given("autocast", half)
+        yield from _less_activations(run)
+    if lasting - totals["optimizer_state"] <= budget:
+        yield from _less_state(run)
+
+
+def _less_activations(run: Run) -> Iterator[str]:
+    """Yield checkpoints, unless blocks are recomputed already."""
+    blocks = run.trace.blocks
+    if not any(each.category == "activations" and each.phase == "backward" for each in blocks):
+        yield "activation checkpointing"
+
+
+def _less_state(run: Run) -> Iterator[str]:
+    """Yield an optimizer with less state; a run that ended before a step may have some, too."""
+    is_known = any(mark.phase == "step" for mark in run.trace.marks)
+    if not is_known or any(each.category == "optimizer_state" for each in run.trace.blocks):
+        yield "an optimizer with less state"
+
+
+def _either(ideas: list[str]) -> str:
+    """Join alternatives.
+
+    >>> _either(["more memory"]), _either(["one", "two", "three"])
+    ('more memory', 'one, two or three')
+    """
+    *others, last = ideas
+    return f"{', '.join(others)} or {last}" if others else last

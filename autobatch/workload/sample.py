@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autobatch.errors import SampleError
 from autobatch.support.torch_private import detect_fake_mode
-from autobatch.support.wording import listed
+from autobatch.support.wording import count, listed
 from autobatch.workload.batch_objects import batch_object
 from autobatch.workload.dataset import Drawn, draw
 from autobatch.workload.layout import (
@@ -145,8 +145,9 @@ def _flat_named(layout: Layout) -> tuple[str, ...]:
     others += map(dotted, sorted(layout.lists))
     of = f" of {listed(others, NAMES_SHOWN)}" if others else ""
     return (
-        f"the sample was read as {layout.size} samples{of}, with {listed(flat, NAMES_SHOWN)} as "
-        "flat rows of all of them; pass batch_dims= if that is wrong",
+        f"the sample was read as {count(layout.size, 'sample')}{of}, with "
+        f"{listed(flat, NAMES_SHOWN)} as flat rows of all of them; pass batch_dims= if that is "
+        "wrong",
     )
 
 
@@ -169,13 +170,13 @@ def _unscaled(batch: Any, layout: Layout) -> tuple[str, ...]:
     if unknown > scaled and not layout.objects:
         name = dotted(next(path for path, (shape, _) in sizes.items() if shape[0] != 1))
         raise SampleError(
-            f"the sample was read as {layout.size} samples, and most of its bytes belong to none "
-            f"of them ({shown}): say which dimension is the batch, such as "
+            f"the sample was read as {count(layout.size, 'sample')}, and most of its bytes belong "
+            f"to none of them ({shown}): say which dimension is the batch, such as "
             f"batch_dims={{{name!r}: 1}}, or None if every batch has all of it"
         )
     return (
         f"{shown} of the sample is the same in every batch, whatever its size: it has no dimension "
-        f"of {layout.size} samples; pass batch_dims= if that is wrong",
+        f"of {count(layout.size, 'sample')}; pass batch_dims= if that is wrong",
     )
 
 

@@ -118,7 +118,9 @@ def test_options_of_the_workload_reach_the_comparison(
     [
         (["--gpus", "t4,t5"], "'t5' is not in the catalogue"),
         (["--gpus", "t4,T4"], "--gpus names t4 twice"),
+        (["--gpus", "t4,t5"], "such as --gpus 24GiB"),
         (["--gpus", ""], "--gpus names no card"),
+        (["--gpus", ","], "--gpus has an empty name: use --gpus t4,l4"),
         (["--gpus", "cuda:0"], "--gpus names 'cuda:0'"),
         (["--gpus", "t4", "--price", "l4=1"], "a price for l4, which is not compared"),
         (["--gpus", "t4", "--price", "t4=abc"], "--price is 't4=abc': write GPU=NUMBER"),

@@ -72,6 +72,13 @@ def test_gradients_of_scores_are_said_to_be_counted():
     assert "are held 3 times at the peak, gradients counted, 12.0 GiB together" in plan_page(more)
 
 
+def test_the_number_of_classes_is_left_out_where_their_dimension_is_not_shown():
+    shape = (64, 500, 1024)  # of tokens by classes, or of classes by positions
+    blocks = (block("_log_softmax", shape, 4096 * MIB), block("clone", shape, 4096 * MIB))
+    plan = dataclasses.replace(example_plan(), peak_blocks=blocks)
+    assert "scores of classes are held 2 times" in plan_page(plan)
+
+
 def test_little_that_may_go_takes_no_line_of_the_screen():
     plan = plan_with(scores_mib=700, copies_mib=0)
     assert "What could go" not in text.render(summary(plan))

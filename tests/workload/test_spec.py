@@ -105,6 +105,19 @@ def test_text_that_is_no_spec_gets_the_forms(spec):
     assert "package.module:function" in message(spec)
 
 
+@pytest.mark.parametrize("spec", ["hf:", "hf: ", "hf:?seq=8", "timm:", "torchvision:"])
+def test_an_empty_name_is_refused_before_anything_is_read(spec, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"names no model: write (hf|timm|torchvision):NAME"):
+        load_spec(spec)
+
+
+def test_a_file_without_a_function_gets_those_that_it_has(user_file):
+    with pytest.raises(SpecError, match=r"is no SPEC; did you mean .*user_model\.py:\w+"):
+        load_spec(f"{user_file}:")
+
+
 def test_a_missing_file_is_named_with_the_nearest_one(user_file):
     wrong = user_file.with_name("user_modle.py")
     assert f"no such file: {wrong}; did you mean {user_file}" in message(f"{wrong}:build_model")

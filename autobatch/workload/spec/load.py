@@ -48,6 +48,9 @@ def load_spec(spec: str) -> nn.Module | Workload:
     if not colon or prefix not in loaders:
         return load_function(spec)
     name, _, query = rest.partition("?")
+    if not name.strip():
+        example = {"timm": "resnet50", "torchvision": "resnet50", "hf": "gpt2"}[prefix]
+        raise SpecError(f"{spec!r} names no model: write {prefix}:NAME, such as {prefix}:{example}")
     return loaders[prefix](name, _options(spec, query))
 
 

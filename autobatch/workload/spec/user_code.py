@@ -73,7 +73,7 @@ def _imported(spec: str) -> Iterator[Any]:
     """Import what a SPEC names; its folder is on `sys.path` in the block."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise SpecError(f"{spec!r} is no SPEC{_meant(spec)}: write {FORMS}")
+        raise SpecError(f"{spec!r} is no SPEC{_meant(source or name)}: write {FORMS}")
     is_file = source.endswith(".py") or Path(source).is_file()
     folder = Path(source).resolve().parent if is_file else Path.cwd()
     with patched(sys, path=[str(folder), *sys.path]):

@@ -13,7 +13,7 @@ from autobatch.errors import UsageError
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import fsdp2, unset_fake_temporarily
 from autobatch.workload.blocks import repeated_blocks
-from autobatch.workload.workload import Workload
+from autobatch.workload.workload import AUTOCAST_DTYPES, Workload
 
 __all__ = ["shard"]
 
@@ -65,8 +65,9 @@ def shard(
         notes.append(
             f"autocast keeps {workload.autocast} copies of all weights that FSDP2 gathers, whole, "
             "while forward runs, and without checkpointing until backward: "
-            "fully_shard(…, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)) in a "
-            "function given as sharding, without autocast, keeps none"
+            "fully_shard(…, mp_policy=MixedPrecisionPolicy(param_dtype="
+            f"{AUTOCAST_DTYPES[workload.autocast]})) in a function given as sharding, without "
+            "autocast, keeps none"
         )
     return runs, notes
 

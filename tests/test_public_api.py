@@ -18,7 +18,7 @@ NAMES = """
 PLAN = """
     accumulation_steps allowed_bytes batch_dims budget_bytes ceiling ceiling_at_least
     ceiling_footprint ceiling_likelihood command created curve effective_batch executions
-    footprint from_json gpu headroom is_sharded likelihood lives load loader_samples_per_s
+    footprint from_json gpu headroom is_sharded levers likelihood lives load loader_samples_per_s
     method micro_batch model most_bytes notes objective ooms others_bytes otherwise peak_blocks
     proven report save scale_lr seconds sharding slack_bytes speed split target timeline
     to_accelerate to_deepspeed to_env to_frame to_json to_lightning to_training_arguments

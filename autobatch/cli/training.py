@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autobatch.cli.inputs import Input, InputBatches, inputs_of, loaded_sample
 from autobatch.errors import UsageError
+from autobatch.records.applied import AppliedLever
 from autobatch.support.wording import listed, near
 
 if TYPE_CHECKING:
@@ -103,9 +104,13 @@ class Training:
         options = list(self._options(setup, gpus))
         setup = applied(setup, options)
         notes = (*setup.workload.notes, *map(_note, options))
+        levers = setup.workload.levers
         if self.precision == "tf32":
             notes = (*notes, f"with precision: tf32: `{_TF32}`")
-        return replace(setup.workload, notes=tuple(dict.fromkeys(notes)))
+            code = f"import torch\n{_TF32}"
+            tf32 = AppliedLever(lever="precision", value="tf32", code=code, trainer="tf32=True")
+            levers = (tf32, *levers)
+        return replace(setup.workload, notes=tuple(dict.fromkeys(notes)), levers=levers)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

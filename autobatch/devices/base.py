@@ -34,6 +34,8 @@ class Run:
         shortage: which request failed for lack of memory, in one line; None where none did.
         loss: how the loss was obtained: "user", "output.loss", "mean of output.loss",
             "scalar output", "cross entropy" or "surrogate sum".
+        loss_code: the expression of `model` and `batch` that it is; None where it is the user's
+            function, or a stand-in.
         optimizer: class name of the optimizer, or names of several.
         grown_bytes: by how much what is alive after a window grew from the first to the second.
         notes: what the user should know about this run.
@@ -53,6 +55,7 @@ class Run:
     notes: tuple[str, ...]
     work: WindowWork | None = None
     counts: ModelCounts | None = None
+    loss_code: str | None = None
 
     @property
     def is_free(self) -> bool:

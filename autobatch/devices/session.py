@@ -132,7 +132,8 @@ class Session:
         if workload.model is not model:  # code may know the model by its wrapper
             copier.remember(workload.model, self._model)
         evaluate, window = copier.any(workload.evaluate), copier.any(workload.window)
-        self._loss: Loss = DefaultLoss() if workload.loss is None else copier.any(workload.loss)
+        given = workload.loss
+        self._loss: Loss = DefaultLoss(like=model) if given is None else copier.any(given)
         made = copier.optimizers_of(workload.optimizer)
         copier.stage()  # what a step and the batches both use counts as the step's
         batch = copier.loader(workload.batch)
@@ -141,7 +142,8 @@ class Session:
         self._stage = copier.stage()
         with self._stage:
             recorder.claim("optimizer_state")
-            self._given = mapped(lambda one: made_for(one, self._model), made)
+            # no function in this one: its frame in a traceback would hold the session
+            self._given = mapped(partial(made_for, model=self._model), made)
             self.optimizers = each_of(self._given)
             for optimizer in self.optimizers:
                 with_full_history(optimizer)
@@ -181,6 +183,11 @@ class Session:
         if self._workload.loss is not None:
             return self._workload.loss_name
         return (self._loss.kind if isinstance(self._loss, DefaultLoss) else None) or "user"
+
+    @property
+    def loss_code(self) -> str | None:
+        """The expression that the loss is; None where it is a function of the user's."""
+        return self._loss.code if isinstance(self._loss, DefaultLoss) else None
 
     @property
     def grown_bytes(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
+from autobatch.exports.by_hand import require_by_hand
 from autobatch.exports.one_size import checked, one_size
 from autobatch.records.plan_record import PlanRecord
 
@@ -25,9 +26,12 @@ class AccelerateSettings(NamedTuple):
     dataloader: dict[str, Any]
 
 
-def settings(plan: PlanRecord, *, nearest: bool = False) -> AccelerateSettings:
+def settings(
+    plan: PlanRecord, *, nearest: bool = False, by_hand: bool = False
+) -> AccelerateSettings:
     """Return the plan as settings for Accelerate; see `Plan.to_accelerate`."""
     split = one_size(plan, "Accelerate", nearest=nearest)
+    require_by_hand(plan, "accelerate", "Accelerate", by_hand=by_hand)
     arguments = {
         "gradient_accumulation_plugin": GradientAccumulationPlugin(
             num_steps=split.accumulation_steps, sync_with_dataloader=False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from autobatch.errors import UsageError
+from autobatch.exports.by_hand import require_by_hand
 from autobatch.exports.one_size import one_size
 from autobatch.records.plan_record import PlanRecord
 
@@ -17,13 +18,14 @@ _STAGES = {None: 0, "ddp": 0, "fsdp": 3}
 
 
 def configuration(
-    plan: PlanRecord, *, zero_stage: int | None = None, nearest: bool = False
+    plan: PlanRecord, *, zero_stage: int | None = None, nearest: bool = False, by_hand: bool = False
 ) -> dict[str, Any]:
     """Return the part of a DeepSpeed configuration that the plan decides.
 
     See `Plan.to_deepspeed`.
     """
     split = one_size(plan, "DeepSpeed", nearest=nearest)
+    require_by_hand(plan, "deepspeed", "DeepSpeed", by_hand=by_hand)
     autocast = plan.model.autocast
     return {
         "train_batch_size": split.effective_batch,

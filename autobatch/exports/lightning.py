@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 
 from autobatch.errors import UsageError
+from autobatch.exports.by_hand import BF16_WEIGHTS, require_by_hand
 from autobatch.exports.one_size import checked, one_size
 from autobatch.records.plan_record import PlanRecord
 
@@ -30,14 +31,15 @@ class LightningSettings(NamedTuple):
 
 
 def settings(
-    plan: PlanRecord, *, samples: int | None = None, nearest: bool = False
+    plan: PlanRecord, *, samples: int | None = None, nearest: bool = False, by_hand: bool = False
 ) -> LightningSettings:
     """Return the plan as arguments for Lightning; see `Plan.to_lightning`."""
     split = one_size(plan, TRAINER, nearest=nearest)
+    require_by_hand(plan, "lightning", TRAINER, by_hand=by_hand)
     arguments: dict[str, Any] = {
         "accumulate_grad_batches": split.accumulation_steps,
         "gradient_clip_val": plan.model.clip_norm,
-        "precision": PRECISIONS[plan.model.autocast],
+        "precision": _precision(plan),
         "devices": split.world_size,
     }
     if plan.model.clip_norm is not None:
@@ -52,6 +54,12 @@ def settings(
         trainer=checked(arguments, takes=Trainer, package="lightning"),
         dataloader={"batch_size": split.micro_batch, "drop_last": True},
     )
+
+
+def _precision(plan: PlanRecord) -> str:
+    if any(lever.label == BF16_WEIGHTS for lever in plan.levers):
+        return "bf16-true"
+    return PRECISIONS[plan.model.autocast]
 
 
 def whole_windows(target: int, samples: int) -> int:

@@ -20,6 +20,7 @@ def environment(plan: PlanRecord, *, nearest: bool = False) -> dict[str, str]:
         "AUTOBATCH_EFFECTIVE_BATCH": split.effective_batch,
         "AUTOBATCH_AUTOCAST": plan.model.autocast,
         "AUTOBATCH_CLIP_NORM": plan.model.clip_norm,
+        "AUTOBATCH_LEVERS": "; ".join(lever.label for lever in plan.levers) or None,
     }
     return {name: str(value) for name, value in variables.items() if value is not None}
 
@@ -36,6 +37,7 @@ def yaml(plan: PlanRecord) -> str:
         "clip_norm": plan.model.clip_norm,
         "sharding": plan.sharding,
         "gpu": plan.gpu.name,
+        **({"levers": [lever.label for lever in plan.levers]} if plan.levers else {}),
         **({} if plan.split.uniform else {"windows": plan.split.windows}),
     }
     # YAML 1.2 reads JSON's scalars and lists as they are

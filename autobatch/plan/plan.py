@@ -82,8 +82,8 @@ class Plan(PlanRecord):
     def report(self, folder: str | os.PathLike[str]) -> Path:
         """Write the report into `folder` and return the path of its report.html.
 
-        The folder gets report.html, report.md, plan.json, trials.csv, breakdown.csv, curve.csv,
-        timeline.csv and the charts as SVG.
+        The folder gets report.html, report.md, plan.json, trials.csv, breakdown.csv, blocks.csv,
+        curve.csv, timeline.csv and the charts as SVG.
 
         Raises:
             FileError: the folder cannot be written.
@@ -113,27 +113,33 @@ class Plan(PlanRecord):
             raise UsageError(f"of is {of!r}{near(str(of), table.FRAMES)}: use one of {names}")
         return table.FRAMES[of](self)
 
-    def to_training_arguments(self, *, nearest: bool = False) -> dict[str, Any]:
+    def to_training_arguments(
+        self, *, nearest: bool = False, by_hand: bool = False
+    ) -> dict[str, Any]:
         """Return keyword arguments for `transformers.TrainingArguments`.
 
         Micro-batch (per device), accumulation steps, clipping (0.0 turns it off: Trainer clips to
         1.0 by default), bf16 or fp16, and token means over all devices. A plan for AdamW names
-        `adamw_torch_fused`, which never needs more memory than planned. Left alone:
+        `adamw_torch_fused`, which never needs more memory than planned. Levers of the plan that
+        Trainer has arguments for (checkpointing every block, TF32, optimizers) are set. Left alone:
         `dataloader_drop_last`, which would drop evaluation samples too, and how ranks share the
         model. docs/trainers/transformers.md says what happens to the last window of an epoch.
 
         Args:
             nearest: where the plan is ragged, take the nearest effective batch of one size.
+            by_hand: your code applies levers of the plan that no argument sets, such as LoRA;
+                its lines are in the report.
 
         Raises:
-            UsageError: the plan is ragged and `nearest` is not set, transformers is not installed,
-                or its version lacks an argument.
+            UsageError: the plan is ragged and `nearest` is not set, it has levers that no argument
+                sets and `by_hand` is not set, transformers is not installed, or its version lacks
+                an argument.
         """
         with _extra("hf"):
             from autobatch.exports import transformers
-        return transformers.training_arguments(self, nearest=nearest)
+        return transformers.training_arguments(self, nearest=nearest, by_hand=by_hand)
 
-    def to_accelerate(self, *, nearest: bool = False) -> AccelerateSettings:
+    def to_accelerate(self, *, nearest: bool = False, by_hand: bool = False) -> AccelerateSettings:
         """Return (keyword arguments for `accelerate.Accelerator`, those for the DataLoader).
 
         Windows go on over the end of an epoch (`sync_with_dataloader=False`), so each has all its
@@ -141,16 +147,18 @@ class Plan(PlanRecord):
 
         Args:
             nearest: where the plan is ragged, take the nearest effective batch of one size.
+            by_hand: your code applies levers of the plan that no argument sets, such as LoRA;
+                its lines are in the report.
 
         Raises:
             UsageError: as `to_training_arguments`, of accelerate.
         """
         with _extra("accelerate"):
             from autobatch.exports import accelerate
-        return accelerate.settings(self, nearest=nearest)
+        return accelerate.settings(self, nearest=nearest, by_hand=by_hand)
 
     def to_lightning(
-        self, *, samples: int | None = None, nearest: bool = False
+        self, *, samples: int | None = None, nearest: bool = False, by_hand: bool = False
     ) -> LightningSettings:
         """Return (keyword arguments for Lightning's `Trainer`, those for the DataLoader).
 
@@ -159,42 +167,49 @@ class Plan(PlanRecord):
                 (`limit_train_batches`). Lightning divides the loss of a partial one by the steps of
                 a whole one, which `autobatch.integrations.lightning.MeanOverWindow` mends.
             nearest: where the plan is ragged, take the nearest effective batch of one size.
+            by_hand: your code applies levers of the plan that no argument sets, such as LoRA;
+                its lines are in the report.
 
         Raises:
             UsageError: as `to_training_arguments`, of lightning; `samples` make no whole window.
         """
         with _extra("lightning"):
             from autobatch.exports import lightning
-        return lightning.settings(self, samples=samples, nearest=nearest)
+        return lightning.settings(self, samples=samples, nearest=nearest, by_hand=by_hand)
 
     def to_deepspeed(
-        self, *, zero_stage: int | None = None, nearest: bool = False
+        self, *, zero_stage: int | None = None, nearest: bool = False, by_hand: bool = False
     ) -> dict[str, Any]:
         """Return the part of a DeepSpeed configuration that the plan decides.
 
         `train_batch_size`, `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`,
         `gradient_clipping`, `bf16` and `fp16`, and the ZeRO stage: 3 for "fsdp", else 0. It is
         plain data for JSON; DeepSpeed need not be installed. Its bf16 keeps half-precision weights
-        beside fp32 ones, where the plan was made with autocast.
+        beside fp32 ones, where the plan was made with autocast; weights that the plan has in
+        bfloat16 alone are not that, and need `by_hand`.
 
         Args:
             zero_stage: the stage to name instead.
             nearest: where the plan is ragged, take the nearest effective batch of one size.
+            by_hand: your code applies levers of the plan that no setting does, such as LoRA;
+                its lines are in the report.
 
         Raises:
-            UsageError: the plan is ragged and `nearest` is not set; the stage is unknown, as with a
-                sharding function.
+            UsageError: the plan is ragged and `nearest` is not set, it has levers and `by_hand` is
+                not set; the stage is unknown, as with a sharding function.
         """
         from autobatch.exports import deepspeed
 
-        return deepspeed.configuration(self, zero_stage=zero_stage, nearest=nearest)
+        return deepspeed.configuration(
+            self, zero_stage=zero_stage, nearest=nearest, by_hand=by_hand
+        )
 
     def to_env(self, *, nearest: bool = False) -> dict[str, str]:
         """Return the answer as environment variables, names and values.
 
         AUTOBATCH_MICRO_BATCH, AUTOBATCH_ACCUMULATION_STEPS, AUTOBATCH_WORLD_SIZE,
-        AUTOBATCH_EFFECTIVE_BATCH, and where they are set AUTOBATCH_AUTOCAST and
-        AUTOBATCH_CLIP_NORM.
+        AUTOBATCH_EFFECTIVE_BATCH, and where they are set AUTOBATCH_AUTOCAST, AUTOBATCH_CLIP_NORM
+        and AUTOBATCH_LEVERS, which names what the script has to do itself.
 
         Args:
             nearest: where the plan is ragged, take the nearest effective batch of one size.
@@ -207,7 +222,7 @@ class Plan(PlanRecord):
         return plain.environment(self, nearest=nearest)
 
     def to_yaml(self) -> str:
-        """Return the answer as a few lines of YAML, with every window's sizes if it is ragged."""
+        """Return the answer as a few lines of YAML, with levers and a ragged plan's windows."""
         from autobatch.exports import plain
 
         return plain.yaml(self)

@@ -133,6 +133,8 @@ class ModelFacts:
         clip_norm: the gradient norm clipped to, or None.
         frozen: the outermost modules that have parameters of which none learns; empty in plans of
             earlier versions.
+        loss_code: the expression of `model` and `batch` whose value was the loss; None where a
+            function of the user's gave it, where nothing did, and in plans of earlier versions.
     """
 
     name: str
@@ -144,3 +146,4 @@ class ModelFacts:
     autocast: str | None
     clip_norm: float | None
     frozen: tuple[str, ...] = ()
+    loss_code: str | None = None

@@ -11,6 +11,7 @@ from typing import Literal
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.uncertainty import likelihood_of
+from autobatch.records.applied import AppliedLever
 from autobatch.records.evidence import (
     MemoryPoint,
     ModelFacts,
@@ -68,6 +69,9 @@ class PlanRecord:
             versions, whose warnings have it.
         what_if: ceilings on other cards and with other headrooms, and the peaks of other
             micro-batches; None where other windows than the plan's would have to run first.
+        levers: what the run was changed by before it was planned, in the order in which it was
+            applied; training needs the same. Empty in plans of earlier versions, whose notes
+            have it.
     """
 
     split: Split
@@ -101,6 +105,7 @@ class PlanRecord:
     most_bytes: Mapping[str, int] | None = None
     notes: tuple[str, ...] = ()
     what_if: WhatIf | None = None
+    levers: tuple[AppliedLever, ...] = ()
 
     @property
     def ceiling_likelihood(self) -> float | None:

@@ -71,7 +71,8 @@ def _subtitle(compared: ComparisonRecord) -> str:
         "" if compared.sharding in (None, "ddp") else f" sharing the model ({compared.sharding})"
     )
     return (
-        f"{printable(compared.model)}, {compared.parameters:,} parameters{shared}{sharded}; "
+        f"{printable(compared.model)}, {count(compared.parameters, 'parameter')}"
+        f"{shared}{sharded}; "
         f"simulated, headroom {compared.headroom:g}"
     )
 
@@ -127,7 +128,7 @@ def _cards(compared: ComparisonRecord) -> Table:
             (
                 printable(card.gpu.name),
                 format_bytes(card.gpu.capacity_bytes),
-                *_plan_cells(card.outcome),
+                *_plan_cells(card.outcome, compared.target, compared.world_size),
                 seconds_text(card.outcome.window),
                 (card.outcome.window.bound or "-") if card.outcome.window else "-",
                 *((_money(card.price_per_hour), _money(card.cost_per_million)) if priced else ()),
@@ -137,13 +138,24 @@ def _cards(compared: ComparisonRecord) -> Table:
     )
 
 
-def _plan_cells(outcome: Outcome) -> tuple[str, ...]:
+def sizes_text(outcome: Outcome, target: int, world_size: int) -> str:
+    """Name the micro-batches of a plan: one size, or the two of a ragged window.
+
+    >>> sizes_text(Outcome(micro_batch=255, accumulation_steps=2), 509, 1)
+    '255 or 254'
+    """
+    assert outcome.micro_batch is not None and outcome.accumulation_steps is not None
+    is_uniform = outcome.micro_batch * outcome.accumulation_steps * world_size == target
+    return f"{outcome.micro_batch:,}" + ("" if is_uniform else f" or {outcome.micro_batch - 1:,}")
+
+
+def _plan_cells(outcome: Outcome, target: int, world_size: int) -> tuple[str, ...]:
     """Return micro-batch, steps, ceiling, and how likely the plan and the ceiling fit."""
     if not outcome.fits:
         return ("-",) * 4
     more = "" if outcome.ceiling is not None else "+"
     return (
-        f"{outcome.micro_batch:,}",
+        sizes_text(outcome, target, world_size),
         f"{outcome.accumulation_steps:,}",
         f"{outcome.ceiling_at_least:,}{more}",
         _certainty(outcome),
@@ -222,7 +234,7 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
     ranks = "" if frontier.world_size == 1 else f" x {frontier.world_size:,}"
     return Document(
         title=f"micro-batch along {name}: "
-        + ", ".join(f"{p.outcome.micro_batch or 'none'} at {p.value:,}" for p in frontier.points),
+        + ", ".join(f"{_sizes(frontier, p)} at {p.value:,}" for p in frontier.points),
         subtitle=(
             f"{printable(frontier.model)} on {printable(frontier.gpu.name)}{ranks}, for an "
             f"effective batch of {frontier.target:,}, headroom {frontier.headroom:g}"
@@ -244,6 +256,12 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
             *_told(frontier),
         ),
     )
+
+
+def _sizes(frontier: FrontierRecord, point: FrontierPoint) -> str:
+    if not point.outcome.fits:
+        return "none"
+    return sizes_text(point.outcome, frontier.target, frontier.world_size)
 
 
 def _frontier_facts(frontier: FrontierRecord) -> Facts:
@@ -306,7 +324,7 @@ def _points(frontier: FrontierRecord, fitting: list[FrontierPoint]) -> Table:
         rows=tuple(
             (
                 f"{point.value:,}",
-                *_plan_cells(point.outcome),
+                *_plan_cells(point.outcome, frontier.target, frontier.world_size),
                 seconds_text(point.outcome.window),
                 _pace_of(frontier, point),
                 *(("-" if point.bucket is None else f"{point.bucket:,}",) if with_buckets else ()),

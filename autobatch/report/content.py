@@ -99,8 +99,9 @@ def full_report(plan: PlanRecord) -> Document:
                 (
                     Paragraph(
                         "Plain PyTorch with this plan's sizes. It expects your `model`, "
-                        "`optimizer`, `dataset`, `epochs` and a `loss_fn(model, batch)` that is a "
-                        "mean over samples. An incomplete last window of an epoch is left out; "
+                        "`optimizer`, `dataset`, `epochs` and, unless the model gives its loss, a "
+                        "`loss_fn(model, batch)` that is a mean over samples. An incomplete last "
+                        "window of an epoch is left out; "
                         "`for window in plan.windows(loader, optimizer)` keeps it, and takes any "
                         "loader."
                     ),
@@ -158,7 +159,7 @@ def plan_facts(plan: PlanRecord) -> Facts:
         else f" ({model.trainable_parameters:,} trained)"
     )
     settings = [
-        f"{model.parameters:,} parameters{trained}",
+        f"{count(model.parameters, 'parameter')}{trained}",
         printable(model.optimizer),
         f"{model.autocast} autocast" if model.autocast else "no autocast",
         *([f"gradients clipped to {model.clip_norm:g}"] if model.clip_norm is not None else []),
@@ -167,6 +168,7 @@ def plan_facts(plan: PlanRecord) -> Facts:
     return Facts(
         (
             ("workload", ", ".join(settings)),
+            *([("levers", _levers(plan))] if plan.levers else []),
             *([("ranks", _ranks(plan))] if plan.sharding else []),
             ("ceiling", _ceiling(plan)),
             ("slack", _slack(plan)),
@@ -194,6 +196,12 @@ def _certainty(plan: PlanRecord) -> list[tuple[str, str]]:
             f"({basis_of(plan.footprint)})",
         )
     ]
+
+
+def _levers(plan: PlanRecord) -> str:
+    """Name what training needs to be changed by, for the plan to hold."""
+    labels = "; ".join(printable(lever.label) for lever in plan.levers)
+    return f"{labels}; the plan holds only with them, and the training loop begins with their code"
 
 
 def _ranks(plan: PlanRecord) -> str:
@@ -269,7 +277,7 @@ def speed_sections(plan: PlanRecord) -> Iterator[Section]:
     fastest = min(point.window_seconds for point in plan.speed)
     rows = tuple(
         (
-            f"{point.micro_batch:,} x {point.accumulation_steps:,}"
+            f"{point.micro_batch:,} × {point.accumulation_steps:,}"
             + (" (planned)" if point.micro_batch == plan.micro_batch else ""),
             format_seconds(point.window_seconds),
             f"{format_seconds(point.low)} to {format_seconds(point.high)}",
@@ -278,7 +286,7 @@ def speed_sections(plan: PlanRecord) -> Iterator[Section]:
         )
         for point in plan.speed
     )
-    columns = ("micro-batch x steps", "window", "range", "samples/s", "of the fastest")
+    columns = ("micro-batch × steps", "window", "range", "samples/s", "of the fastest")
     how = plan.speed[0].how
     text = (
         "Medians of windows that ran on the GPU after a warm-up."
@@ -400,7 +408,7 @@ def _effective_batch_facts(plan: PlanRecord) -> Facts:
         (f"rank {rank}", _window(window)) for rank, window in enumerate(plan.split.windows[:8])
     ]
     if plan.world_size > len(ranks):
-        ranks.append(("…", f"{plan.world_size - len(ranks)} more ranks in plan.json"))
+        ranks.append(("…", f"{count(plan.world_size - len(ranks), 'more rank')} in plan.json"))
     return Facts((("effective batch", effective_batch(plan)), *ranks))
 
 

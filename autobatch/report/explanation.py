@@ -379,7 +379,7 @@ def _largest(blocks: Sequence[LargeBlock]) -> Table:
         (
             size,
             f"{len(group):,}",
-            f"{max(each.age_events or 0 for each in group):,} events" if recorded else "older",
+            count(max(each.age_events or 0 for each in group), "event") if recorded else "older",
             category,
             line,
             operator,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -31,6 +32,7 @@ from autobatch.memory.accounting import (
 from autobatch.memory.attribution import lives_of, most_bytes_of, peak_blocks_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
+from autobatch.memory.trace_model import Misaligned
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
@@ -212,6 +214,7 @@ def make_plan(
         lives=lives_of(labelled) if is_drawn else None,
         most_bytes=most_bytes_of(window.trace, held_bytes=held_bytes) if is_drawn else None,
         sharding=workload.shares,
+        levers=workload.levers,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
         otherwise=_otherwise(planned, probe, found) if is_drawn else None,
         method=found.method,
@@ -298,7 +301,8 @@ def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[S
     On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
     next smaller split is tried.
     """
-    must_run = probe.device.must_run_the_plan
+    # what a model tells that is not exact, a simulated card tells as it is
+    must_run = probe.device.must_run_the_plan or (found.model and not found.model.is_exact)
     while True:
         planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
         steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
@@ -342,7 +346,10 @@ def _at(probe: Probe, found: Ceiling, size: int) -> _Window:
     """Return the probed window at a size."""
     if size in probe.runs or found.model is None:
         return _executed(probe, probe.run(size))
-    trace = found.model.trace(size)
+    try:
+        trace = found.model.trace(size)
+    except Misaligned:  # the model is not of this size
+        return _executed(probe, probe.run(size))
     replayed = found.predicted.get(size) or probe.predict(found.model, size)
     return _Window(trace, replayed.peak_event, _footprint(probe, trace, replayed, "predicted"))
 
@@ -361,8 +368,10 @@ def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | N
             peak_allocated_bytes=halves.peak_allocated_bytes,
             evidence=halves.evidence,
         )
-    trace = found.model.trace(samples)
-    return whole_window(trace, "predicted", probe.device.allocator())
+    with suppress(Misaligned):
+        trace = found.model.trace(samples)
+        return whole_window(trace, "predicted", probe.device.allocator())
+    return None
 
 
 def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
@@ -372,7 +381,8 @@ def _curve(probe: Probe, found: Ceiling) -> tuple[MemoryPoint, ...]:
             points[size] = memory_point(size, run.replay, probe.device.evidence)
     if found.model is not None:
         for size in curve_sizes(found.micro_batch, known=points):
-            points[size] = memory_point(size, probe.predict(found.model, size), "predicted")
+            with suppress(Misaligned):
+                points[size] = memory_point(size, probe.predict(found.model, size), "predicted")
     return tuple(points[size] for size in sorted(points))
 
 
@@ -386,6 +396,7 @@ def _facts(workload: Workload, run: Run) -> ModelFacts:
         batchnorm_layers=counts.batchnorm_layers,
         optimizer=run.optimizer,
         loss=run.loss,
+        loss_code=run.loss_code,
         autocast=workload.autocast,
         clip_norm=workload.clip_norm,
         frozen=counts.frozen,

@@ -5,6 +5,7 @@ Invariant: options that no run could have are refused when a Workload is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.errors import UsageError
+from autobatch.records.applied import AppliedLever
 from autobatch.support.wording import argument, for_reader
 from autobatch.workload.optimizers import require_optimizers
 
@@ -84,6 +86,7 @@ class Workload:
         accumulates: whether a window may have several micro-batches; one whose optimizer steps in
             the backward pass may not.
         notes: what a plan made from this is to tell its user, such as what was inferred.
+        levers: what `changes` and other options do, as a reader is told of it; none of it runs.
     """
 
     model: nn.Module
@@ -103,6 +106,7 @@ class Workload:
     changes: tuple[Change, ...] = ()
     accumulates: bool = True
     notes: tuple[str, ...] = ()
+    levers: tuple[AppliedLever, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise UsageError for options that no run could have."""
@@ -121,9 +125,11 @@ class Workload:
         if not all(map(callable, self.changes)):
             raise UsageError("changes of a Workload are functions that take the copied model")
         norm: Any = self.clip_norm
-        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        is_norm = isinstance(norm, (int, float)) and norm > 0 and math.isfinite(norm)
+        if norm is not None and not is_norm:
             none = for_reader("None", "leave it out")
-            raise UsageError(f"{argument('clip_norm')} is {norm!r}: use a positive norm, or {none}")
+            named = f"{argument('clip_norm')} is {norm!r}"
+            raise UsageError(f"{named}: use a positive norm that is finite, or {none}")
         ranks: Any = self.world_size
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
             raise UsageError(

@@ -13,6 +13,7 @@ from autobatch.cli import main
 from autobatch.cli.training import Lora, Training, training_of
 from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.plan.plan import Plan
 
 A10G, T4 = find_gpu("a10g"), find_gpu("t4")
 
@@ -82,6 +83,26 @@ def test_each_setting_changes_the_copy_and_is_told_as_a_note(
     assert int(str(halved["parameters_bytes"])) * 2 == int(str(plain["parameters_bytes"]))
     assert "with checkpointing: every block: " in str(saved["notes"])
     assert "`import torch; model = model.to(torch.bfloat16)" in str(halved["notes"])
+
+
+def test_a_plan_has_the_levers_that_the_command_asked_for(
+    spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--precision", "bf16-pure", "--activation-checkpointing", "every=2"]
+    words = "probe m.py:build --target 512 --gpu a10g --no-isolate --no-cache --report out".split()
+    assert main([*words, *asked]) == 0, capsys.readouterr().err
+    plan = Plan.load("out/plan.json")
+    labels = ["precision: bf16 weights", "checkpointing: every 2nd block"]
+    assert [lever.label for lever in plan.levers] == labels
+    for text in (Path("out/report.md").read_text(), Path("out/report.html").read_text()):
+        assert "; ".join(labels) in text and "model = model.to(torch.bfloat16)" in text
+    plain = [lever.label for lever in Training(precision="tf32").of(levers_model(), [A10G]).levers]
+    assert plain == ["precision: tf32"]
+    assert Training(precision="bf16").of(levers_model(), [A10G]).levers == ()  # the plan says it
+
+
+def levers_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
 def test_lora_trains_the_matrices_alone(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,26 @@ from hypothesis import strategies as st
 from autobatch.errors import FileError, UsageError
 from autobatch.exports.one_size import checked, one_size
 from autobatch.plan.plan import Plan
+from autobatch.records.applied import AppliedLever
 from autobatch.records.split import Split, split
 from tests.support import ROOT
 from tests.support.plans import example_plan, ragged_plan
 
 RAGGED = ragged_plan(257, ((86, 86, 85),))
+BLOCKS = AppliedLever(
+    lever="checkpointing",
+    value="every block",
+    code='model.gradient_checkpointing_enable({"use_reentrant": False})',
+    trainer='gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}',
+)
+WEIGHTS = AppliedLever(
+    lever="precision", value="bf16 weights", code="model = model.to(torch.bfloat16)"
+)
+AUTOCAST = AppliedLever(
+    lever="precision", value="bf16 autocast", code="with torch.autocast():", trainer="bf16=True"
+)
+LORA = AppliedLever(lever="lora", value="rank 8, attention", code="model = adapted(model)")
+EXPORTS = ("to_training_arguments", "to_lightning", "to_accelerate", "to_deepspeed")
 
 
 def test_a_uniform_plan_is_taken_as_it_is() -> None:
@@ -162,3 +177,54 @@ def test_importing_autobatch_and_plain_answers_loads_no_trainer() -> None:
         "assert heavy.isdisjoint(sys.modules), heavy & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("method", EXPORTS)
+def test_a_lever_that_no_setting_does_is_refused_by_name_until_it_is_done_by_hand(
+    method: str,
+) -> None:
+    pytest.importorskip({"to_lightning": "lightning"}.get(method, "transformers"))
+    plan = replace(example_plan(), levers=(LORA,))
+    with pytest.raises(UsageError, match=r"made with lora: rank 8, attention, .*by_hand=True"):
+        getattr(plan, method)()
+    assert getattr(plan, method)(by_hand=True) == getattr(example_plan(), method)()
+
+
+@pytest.mark.parametrize("method", EXPORTS)
+def test_what_the_plan_says_itself_needs_no_hand(method: str) -> None:
+    pytest.importorskip({"to_lightning": "lightning"}.get(method, "transformers"))
+    plan = replace(example_plan(), levers=(AUTOCAST,))
+    assert getattr(plan, method)() == getattr(example_plan(), method)()
+
+
+def test_trainers_set_what_they_have_arguments_for() -> None:
+    transformers = pytest.importorskip("transformers")
+    plan = replace(example_plan(), levers=(BLOCKS,))
+    made = plan.to_training_arguments()
+    known = transformers.TrainingArguments.__dataclass_fields__
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    assert (made[name], made[f"{name}_kwargs"]) == (True, {"use_reentrant": False})
+    pytest.importorskip("lightning")
+    facts = replace(plan.model, autocast=None)
+    halves = replace(plan, model=facts, levers=(WEIGHTS,))
+    assert halves.to_lightning().trainer["precision"] == "bf16-true"
+    with pytest.raises(UsageError, match="precision: bf16 weights, which no setting of DeepSpeed"):
+        halves.to_deepspeed()  # its bf16 keeps float32 weights beside, which were not counted
+    assert halves.to_deepspeed(by_hand=True)["bf16"] == {"enabled": False}
+
+
+def test_stages_share_parameters_as_fsdp_does_and_not_with_settings_of_their_own() -> None:
+    fsdp = AppliedLever(lever="sharding", value="FSDP2", code="fully_shard(model)")
+    plan = replace(example_plan(), sharding="fsdp", levers=(fsdp,))
+    assert plan.to_deepspeed()["zero_optimization"] == {"stage": 3}
+    kept = replace(fsdp, value="FSDP2, kept after forward")
+    with pytest.raises(UsageError, match="kept after forward"):
+        replace(plan, levers=(kept,)).to_deepspeed(zero_stage=3)
+
+
+def test_scripts_of_ones_own_read_which_levers_the_plan_needs() -> None:
+    plan = replace(example_plan(), levers=(WEIGHTS, BLOCKS))
+    labels = ["precision: bf16 weights", "checkpointing: every block"]
+    assert plan.to_env()["AUTOBATCH_LEVERS"] == "; ".join(labels)
+    assert f"levers: {json.dumps(labels)}" in plan.to_yaml()
+    assert "AUTOBATCH_LEVERS" not in example_plan().to_env()

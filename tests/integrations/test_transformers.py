@@ -229,7 +229,7 @@ def test_a_checkpoint_without_a_plan_is_said_to_have_none(tmp_path: Path) -> Non
 def test_the_callback_alone_notices_arguments_of_another_plan(tmp_path: Path) -> None:
     callback = AutobatchCallback(planned(24, ceiling=10))
     run = trainer(tmp_path, callbacks=[callback], per_device_train_batch_size=24)
-    with pytest.raises(UsageError, match=r"micro-batch 24 × 1 steps .* micro-batch 8 × 3 steps"):
+    with pytest.raises(UsageError, match=r"micro-batch 24 × 1 step .* micro-batch 8 × 3 steps"):
         run.train()
     with pytest.raises(UsageError, match="one size"):
         AutobatchCallback(ragged_plan(257, ((86, 86, 85),)))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from autobatch.errors import FileError, UsageError
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.plan.plan import Plan
+from autobatch.records.applied import AppliedLever
 from autobatch.records.codec import RecordError, decode, encode, parse_json
 from autobatch.records.evidence import Timeline
 from autobatch.records.holders import Holder, PeakBlocks
@@ -319,3 +320,29 @@ def test_a_device_is_written_in_place() -> None:
     check_writable("/dev/null")
     write_text("/dev/null", "text")
     assert not Path("/dev/null").is_file()
+
+
+def test_a_plan_keeps_the_levers_that_it_was_made_with(tmp_path: Path) -> None:
+    lever = AppliedLever(
+        lever="precision",
+        value="tf32",
+        code='torch.set_float32_matmul_precision("high")',
+        trainer="tf32=True",
+    )
+    plan = example_plan(levers=(lever,))
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert "precision: tf32" in str(plan)
+
+
+def test_plans_from_before_have_no_levers_and_no_code_of_the_loss(saved: Path) -> None:
+    document = json.loads(saved.read_text())
+    del document["levers"], document["model"]["loss_code"]
+    saved.write_text(json.dumps(document))
+    assert Plan.load(saved) == example_plan()
+
+
+@pytest.mark.parametrize("arguments", ["__import__('os')", "tf32", "a=b", "a=1)(b=2", "**{}", "1"])
+def test_arguments_of_a_lever_are_names_with_plain_values(saved: Path, arguments: str) -> None:
+    lever = {"lever": "precision", "value": "tf32", "code": "", "trainer": arguments}
+    with pytest.raises(FileError, match="no keyword arguments with plain values"):
+        Plan.load(changed(saved, levers=[lever]))

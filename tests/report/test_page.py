@@ -19,8 +19,17 @@ from autobatch.errors import UsageError
 from autobatch.gpus.uncertainty import likelihood_of
 from autobatch.plan.plan import Plan
 from autobatch.records.split import split
-from autobatch.report.html import plan_page
-from autobatch.support.units import MIB, format_bytes
+from autobatch.report.document import (
+    Bullets,
+    Chart,
+    Code,
+    Document,
+    Facts,
+    Paragraph,
+    Section,
+)
+from autobatch.report.html import page, plan_page
+from autobatch.support.units import GIB, KIB, MIB, format_bytes
 from tests.support.browser import Seen, axe, chromium, opened
 from tests.support.plans import example_plan, ragged_plan
 
@@ -106,6 +115,9 @@ def test_what_if_equals_tune_over_a_grid(seen: Seen, plan: Plan) -> None:
                 exact += 1
                 assert told["peak"] == there.footprint.peak_reserved_bytes
                 assert told["likelihood"] == pytest.approx(there.likelihood, abs=1e-9)
+            elif told["split"]["steps"] > 1:
+                assert there.footprint.peak_reserved_bytes <= told["most"]
+                assert told["likelihood"] <= there.likelihood
     assert exact > 10
 
 
@@ -156,8 +168,73 @@ def test_the_timeline_tells_what_happens_where_the_pointer_is(seen: Seen, plan: 
     seen.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 50)
     after = seen.text("#readout")
     assert after != before
-    assert re.search(r"(forward|backward|step) of micro-batch \d, window \d", after)
+    assert re.search(r"(forward|backward) of micro-batch \d, window \d|step of window \d", after)
     assert re.search(r"large block: |Allocates ", after)
+
+
+def test_phases_that_belong_to_no_micro_batch_name_their_window_alone(seen: Seen) -> None:
+    texts = seen(
+        "[...document.querySelectorAll('#ribbon span')].map(e => [e.title, e.textContent])"
+    )
+    titles = [title for title, _ in texts]
+    assert "setup, before window 1" in titles or titles[0].startswith("inputs")
+    assert {"step of window 1", "step of window 2", "forward of micro-batch 2, window 1"} <= {
+        *titles
+    }
+    assert not any("step" in title and "micro-batch" in title for title in titles)
+    assert not any(re.match(r"(step|setup) \d\.", text) for _, text in texts)
+    seen.page.focus("#plot")
+    seen.page.keyboard.press("Home")
+    assert "setup, before window 1" in seen.text("#readout")
+    still = plan_page(example_plan())
+    assert 'title="step, window 1"' in still and 'title="forward, window 1, micro-batch 1"' in still
+
+
+def test_bytes_are_written_as_python_writes_them_halves_included(seen: Seen) -> None:
+    halves = [
+        sign * int(scale * half / 10**digits)
+        for scale in (KIB, MIB, GIB)
+        for digits, end in ((2, 10), (1, 100), (0, 1000))
+        for half in (end * 10**digits / 8 + step + 0.5 for step in range(0, 64))
+        for sign in (1, -1)
+    ]
+    eighths = [17_039_360, *(MIB * eighth // 8 for eighth in range(8, 900))]
+    around = [scale + near for scale in (KIB, MIB, GIB, 10 * MIB, 100 * GIB) for near in (-1, 0, 1)]
+    sizes = [0, 1, 1023, *eighths, *halves, *around, *(7**power for power in range(15))]
+    told = seen("sizes => sizes.map(autobatch.formatBytes)", sizes)
+    assert told == [format_bytes(size) for size in sizes]
+    assert format_bytes(17_039_360) == "16.2 MiB"  # 16.25: toFixed would say 16.3
+
+
+def test_a_target_above_a_million_opens_with_the_answer_of_the_page(
+    browser: Any, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(4096, 64), nn.ReLU(), nn.Linear(64, 8))
+    sample = torch.zeros(2, 4096), torch.zeros(2, dtype=torch.int64)
+    large = autobatch.tune(
+        model, sample=sample, loss=nn.CrossEntropyLoss(), gpu="2GiB", target=1_500_000
+    )
+    page = tmp_path / "report.html"
+    page.write_text(plan_page(large), encoding="utf-8")
+    with opened(browser, page) as seen:
+        answer = f"{large.micro_batch:,} × {large.accumulation_steps:,} × 1 = 1,500,000"
+        assert large.split.uniform and answer in seen.text("#outcome")
+        assert seen("document.getElementById('target').checkValidity()")
+        seen.page.fill("#target", "2000000")
+        assert "= 1,500,000" in seen.text("#outcome")
+
+
+def test_as_many_samples_as_gpus_are_answered_as_tune_answers(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(plan_page(tuned(world_size=3, sharding="ddp")), encoding="utf-8")
+    there = tuned(world_size=3, sharding="ddp", target=3)
+    with opened(browser, page) as seen:
+        assert seen("autobatch.answers.planned(0, 0, 2).split") is None  # as tune refuses
+        seen.page.fill("#target", "3")
+        assert "1 × 1 × 3 = 3" in seen.text("#outcome")
+        known = re.search(r"ceiling at least (\d+)", seen.text("#outcome"))
+        assert known is not None and int(known[1]) <= there.ceiling_at_least
+        assert (there.micro_batch, there.accumulation_steps) == (1, 1)
 
 
 def test_the_timeline_is_worked_with_the_keyboard(seen: Seen, plan: Plan) -> None:
@@ -263,6 +340,63 @@ def test_a_phone_shows_all_without_moving_sideways(browser: Any, file: Path) -> 
             ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
         )
         assert smallest >= 11
+
+
+LONG = "a_name_without_any_place_to_break_" * 8
+
+
+@pytest.mark.parametrize("kind", ["plan", "document"])
+def test_long_words_and_code_do_not_move_a_phone_sideways(
+    kind: str, browser: Any, plan: Plan, tmp_path: Path
+) -> None:
+    told = (f"pass `{LONG}`", LONG, f"see https://example.org/{LONG}")
+    facts = dataclasses.replace(plan.model, name=LONG, optimizer=LONG)
+    if kind == "plan":
+        text = plan_page(dataclasses.replace(plan, warnings=told, notes=told, model=facts))
+    else:
+        blocks = (Paragraph(told[0]), Bullets(told), Facts(((LONG, told[1]),)), Code(LONG))
+        text = page(Document(LONG, LONG, (Section(LONG, blocks),)), {})
+    made = tmp_path / "report.html"
+    made.write_text(text, encoding="utf-8")
+    with opened(browser, made, width=390) as seen:
+        assert seen("document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_drawing_that_scrolls_is_reached_with_the_keyboard(
+    width: int, browser: Any, tmp_path: Path
+) -> None:
+    drawing = '<svg viewBox="0 0 860 300"><rect width="860" height="300"/></svg>'
+    document = Document("t", "s", (Section("h", (Chart("memory", "what it shows"),)),))
+    made = tmp_path / "report.html"
+    made.write_text(page(document, {"memory": drawing}), encoding="utf-8")
+    with opened(browser, made, width=width, bypass_csp=True) as seen:
+        drawn = "document.querySelector('.drawing')"
+        assert seen(f"{drawn}.scrollWidth > {drawn}.clientWidth") == (width == 390)
+        seen(axe())
+        found = seen("axe.run()")
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
+
+
+@pytest.mark.parametrize("width", [390, 700, 1400])
+def test_buttons_that_copy_cover_no_text(
+    width: int, browser: Any, plan: Plan, tmp_path: Path
+) -> None:
+    long = dataclasses.replace(plan, command=f"autobatch probe net.py:f --target 96 {LONG * 3}")
+    made = tmp_path / "report.html"
+    made.write_text(plan_page(long), encoding="utf-8")
+    with opened(browser, made, width=width) as seen:
+        covered = seen(
+            """[...document.querySelectorAll('.copyable')].filter(e => e.offsetParent).filter(e => {
+              const button = e.querySelector('button').getBoundingClientRect();
+              const code = e.querySelector('pre').getBoundingClientRect();
+              return button.left < code.right && code.left < button.right
+                && button.top < code.bottom && code.top < button.bottom;
+            }).map(e => e.textContent.slice(0, 60))"""
+        )
+        assert covered == []
+        command = ".copyable.command pre"
+        assert seen(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('{command}'))")
 
 
 def test_dark_differs_from_light(browser: Any, file: Path) -> None:

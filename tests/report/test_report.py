@@ -183,7 +183,10 @@ def test_the_same_words_are_in_markdown_html_and_text() -> None:
         (Facts((("a", "b<"),)), "<dt>a</dt><dd>b&lt;</dd>"),
         (Table(("a",), "r", (("1",), ("2",)), frozenset({1})), '<tr class="total">'),
         (Code("x = 1 < 2\n"), '<pre tabindex="0"><code>x = 1 &lt; 2\n</code></pre>'),
-        (Chart("memory", "a<"), 'aria-label="a&lt;"><svg></svg><figcaption>a&lt;</figcaption>'),
+        (
+            Chart("memory", "a<"),
+            'aria-label="a&lt;" tabindex="0"><svg></svg></div><figcaption>a&lt;</figcaption>',
+        ),
     ],
 )
 def test_every_kind_of_block_has_its_markup(block: ContentBlock, markup: str) -> None:
@@ -331,6 +334,21 @@ def test_the_report_says_how_many_samples_are_in_batchnorms_statistics() -> None
     row = next(line for line in report.splitlines() if "each layer's statistics" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["256", "64"]
     assert "53 BatchNorm layers" in report
+
+
+def test_empty_cells_of_sums_have_no_asterisks_and_their_figures_are_bold() -> None:
+    report = markdown.render(full_report(example_plan()))
+    sums = [line for line in report.splitlines() if line.startswith("| **= ")]
+    assert sums and "****" not in report
+    assert all(line.count("**") >= 4 for line in sums)
+
+
+def test_one_of_anything_is_told_in_the_singular() -> None:
+    plan = ragged_plan(1, ((1,),), parameters=1, trainable_parameters=1)
+    for written in (markdown.render(full_report(plan)), text.render(full_report(plan))):
+        told = " ".join(written.split())
+        assert "1 parameter," in told and "the 1 sample." in told
+        assert not re.search(r"(?<![\d,.])1 (samples|parameters|micro-batches|GPUs|ranks)\b", told)
 
 
 def test_markdown_leaves_code_as_it_is() -> None:

@@ -243,4 +243,4 @@ def test_a_loss_of_one_value_a_sample_is_averaged_and_that_is_said():
     assert run("played", job).loss == "mean of output.loss"
     plan = tune(job, target=8, gpu="t4")
     assert any("their mean was taken" in note for note in plan.notes)
-    assert "model(**batch).loss.mean()" in training_loop(plan)
+    assert "model(batch).loss.mean()" in training_loop(plan)

@@ -257,6 +257,7 @@ class CudaGpu:
             window_range=(min(timed), max(timed)) if timed else None,
             shortage=shortage,
             loss=facts.loss,
+            loss_code=facts.loss_code,
             optimizer=facts.optimizer,
             grown_bytes=facts.grown_bytes,
             notes=tuple(facts.notes),
@@ -310,6 +311,7 @@ class CudaGpu:
             peak=peak,
             window_seconds=seconds,
             loss=session.loss_kind,
+            loss_code=session.loss_code,
             optimizer=session.optimizer_name,
             notes=notes,
             grown_bytes=grown_bytes,
@@ -348,6 +350,7 @@ class _Facts:
     peak: Stats | None = None
     window_seconds: list[float] = field(default_factory=list)
     loss: str = "user"
+    loss_code: str | None = None
     optimizer: str = ""
     notes: list[str] = field(default_factory=list)
     grown_bytes: int = 0

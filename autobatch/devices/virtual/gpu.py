@@ -53,6 +53,7 @@ from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.support.interrupts import held
+from autobatch.support.wording import count
 from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import is_compiled, unwrapped
@@ -265,7 +266,7 @@ class VirtualGpu:
             notes = [*ran.notes, *leftovers_removed(modes[0])]
         if ran.adopted:
             notes.append(
-                f"{ran.adopted} tensors on the CPU met tensors on the GPU and were taken to be "
+                f"{count(ran.adopted, 'tensor')} on the CPU met tensors on the GPU: taken to be "
                 "there too; on a real GPU, move them first"
             )
         if is_compiled(job.workload.model):
@@ -278,6 +279,7 @@ class VirtualGpu:
             replay=replay(ran.trace, self.allocator()),
             seconds=time.perf_counter() - started,
             loss=ran.loss,
+            loss_code=ran.loss_code,
             optimizer=ran.optimizer,
             grown_bytes=ran.grown_bytes,
             notes=tuple(notes),
@@ -321,7 +323,7 @@ class VirtualGpu:
             torch.compiler.set_stance("force_eager"),
             # an autograd engine that ran before the registration has no thread for our device
             torch.autograd.set_multithreading_enabled(False),
-            cuda_kernels(device, self.spec.compute_capability),
+            cuda_kernels(device, self.spec.compute_capability, recorder),
             triton_skipped(self.spec.compute_capability),
             mode,
             calls,
@@ -356,11 +358,13 @@ class VirtualGpu:
                 "NumPy read values that are not known on a simulated GPU: every element was a "
                 "placeholder, and what the code chose by them (a matching, say) may be another"
             )
+        recorder.parts = unknown.parts
         return _Ran(
             trace=recorder.trace(job.micro_batch, job.accumulation_steps),
             notes=notes,
             adopted=mode.adopted,
             loss=session.loss_kind,
+            loss_code=session.loss_code,
             optimizer=session.optimizer_name,
             grown_bytes=session.grown_bytes,
             work=None if counter is None else counter.work(job.micro_batch),
@@ -369,9 +373,10 @@ class VirtualGpu:
 
 
 def identity_of(workload: Workload) -> Hashable:
-    """Return what is the same for workloads that run the same; notes do not run."""
+    """Return what is the same for workloads that run the same; what is only told does not run."""
+    told = ("notes", "levers")
     return tuple(
-        id(getattr(workload, each.name)) for each in fields(workload) if each.name != "notes"
+        id(getattr(workload, each.name)) for each in fields(workload) if each.name not in told
     )
 
 
@@ -394,7 +399,7 @@ class _Ran:
         trace: as it was while the model and the optimizer were alive.
         notes: what the user should know.
         adopted: tensors that the user left on the CPU, and that were used on the GPU.
-        loss: how it was obtained.
+        loss, loss_code: how it was obtained, as in `Run`.
         optimizer: its class.
         grown_bytes: as in `Run`.
         work, counts: as in `Run`.
@@ -404,6 +409,7 @@ class _Ran:
     notes: list[str]
     adopted: int
     loss: str
+    loss_code: str | None
     optimizer: str
     grown_bytes: int
     work: WindowWork | None
@@ -416,6 +422,8 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
+        if isinstance(error, AttributeError):
+            error.obj = None  # the module or tensor that lacks it
         error = error.__cause__ or error.__context__
 
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord
 from autobatch.report.charts.frame import FAINT, INK, add_legend, new_figure
+from autobatch.report.comparison import sizes_text
 
 __all__ = [
     "ComparisonChart",
@@ -39,7 +40,8 @@ def comparison_chart(compared: ComparisonRecord) -> ComparisonChart:
         window = card.outcome.window
         if window is None or window.low is None or window.high is None:
             continue
-        note = f"{card.outcome.accumulation_steps:,} x {card.outcome.micro_batch:,}"
+        sizes = sizes_text(card.outcome, compared.target, compared.world_size)
+        note = f"{sizes} × {card.outcome.accumulation_steps:,}"
         if card.cost_per_million is not None:
             note += f", {card.cost_per_million:,.2f} a million samples"
         likely, low, high = (
@@ -50,7 +52,7 @@ def comparison_chart(compared: ComparisonRecord) -> ComparisonChart:
 
 
 def draw_comparison(chart: ComparisonChart) -> Figure:
-    """Draw a bar for each card with the range of its estimate, and what the plan is beside it."""
+    """Draw a bar for each card with its estimate's range; beside it, micro-batch × steps."""
     height = 1.5 + 0.42 * len(chart.bars)
     figure, axes = new_figure(
         8.6, height, "Estimated samples a second", bottom=0.62 / height, left=0.17
@@ -72,7 +74,7 @@ def draw_comparison(chart: ComparisonChart) -> Figure:
     axes.set_yticks(places, [bar[0] for bar in chart.bars])
     axes.invert_yaxis()
     axes.set(
-        xlabel="samples/s (roofline estimate; lines: four of five windows)",
+        xlabel="samples/s (estimate; lines: four of five windows), and micro-batch × steps",
         xlim=(0, 1.45 * max((bar[3] for bar in chart.bars), default=1.0)),
     )
     axes.grid(visible=False, axis="y")

@@ -232,7 +232,7 @@ def timeline(plan: PlanRecord) -> TimelineFigure | None:
         phases=tuple(
             Part(
                 name=printable(phase),
-                text=f"window {window + 1}, micro-batch {micro_batch + 1}",
+                text=_where(phase, window, micro_batch),
                 left=x(event) / WIDTH * 100,
                 width=(x(end) - x(event)) / WIDTH * 100,
             )
@@ -241,6 +241,14 @@ def timeline(plan: PlanRecord) -> TimelineFigure | None:
         ),
         rows=_rows(top),
     )
+
+
+def _where(phase: str, window: int, micro_batch: int) -> str:
+    """Name the window of a phase and, where it belongs to one, the micro-batch."""
+    if phase == "setup":
+        return f"before window {window + 1}"
+    of = "" if phase in ("step", "evaluate") else f", micro-batch {micro_batch + 1}"
+    return f"window {window + 1}{of}"
 
 
 def _band(plan: PlanRecord, points: Sequence[MemoryPoint], x: _Scale, y: _Scale) -> str:

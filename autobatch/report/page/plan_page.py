@@ -7,7 +7,6 @@ the page's policy lets run is our own.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from autobatch.report.holders import holder_sections
 from autobatch.report.page import figures
 from autobatch.report.page.data import page_data
 from autobatch.report.page.next_steps import next_steps
+from autobatch.report.page.other_cards import other_cards
 from autobatch.report.savings import savings_section
 from autobatch.support.units import format_bytes
 
@@ -88,6 +88,7 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
     blocks, *holders = holder_sections(plan) or (None,)
     verdict, is_sure = _verdict(plan)
     peak = format_bytes(footprint.peak_reserved_bytes)
+    others = other_cards(plan)
     values: dict[str, object] = {
         "title": effective_batch(plan),
         "who": f"{printable(plan.model.name)} on {printable(plan.gpu.name)}",
@@ -129,7 +130,8 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         ),
         "why": why_this_size(plan),
         "what_if": plan.what_if is not None,
-        **_other_cards(plan),
+        "other_cards": printable(others.line),
+        "other_cards_text": printable(others.text),
         "training": (*speed_sections(plan), *training_sections(plan)),
         "evidence": evidence_section(plan),
         "css_class": css_class,
@@ -196,25 +198,6 @@ def _account(plan: PlanRecord) -> tuple[_Row, ...]:
         )
         for index, row in enumerate(table.rows)
     )
-
-
-def _other_cards(plan: PlanRecord) -> dict[str, object]:
-    """Return the command that answers for cards which the page cannot answer for."""
-    typed = re.match(r"autobatch probe ((?!-).+?)(?= -|$)", plan.command or "")
-    spec = typed[1] if typed else "SPEC"
-    known = {card.name for card in plan.what_if.cards} if plan.what_if else {plan.gpu.name}
-    offered = ("t4", "l4", "rtx-4090", "a100-40gb", "a100-80gb", "h100-80gb")
-    cards = ",".join(name for name in offered if name not in known)
-    autocast = f" --autocast {plan.model.autocast}" if plan.model.autocast else ""
-    return {
-        "other_cards": printable(
-            f"autobatch compare {spec} --target {plan.target} --gpu {cards}{autocast}"
-        ),
-        "other_cards_text": (
-            "Cards with other kernels need a simulation of their own, and so do other settings of "
-            "the training:"
-        ),
-    }
 
 
 def _contents(values: dict[str, object]) -> Sequence[tuple[str, str]]:

@@ -31,15 +31,20 @@ function answersOf(plan, known) {
     return Math.floor((card.capacity - card.context) * (1 - headroom));
   }
 
-  // The peak of windows that accumulate: exact where the size was predicted, else between neighbours.
+  // The peak of windows that accumulate: known where the size was predicted, else on the line between
+  // the neighbours, and taken to be the larger one's at most; beyond the last size the line goes on.
   function peak(size) {
-    if (peaks.has(size)) return { bytes: peaks.get(size), exact: true };
+    if (peaks.has(size)) {
+      const bytes = peaks.get(size);
+      return { bytes, most: bytes, isKnown: true, isBetween: false };
+    }
     const above = known.sizes.findIndex((each) => each > size);
     const [left, right] = above < 1
       ? [known.sizes.length - 2, known.sizes.length - 1] : [above - 1, above];
     const [n0, n1] = [known.sizes[left], known.sizes[right]];
     const [p0, p1] = [known.peaks[left], known.peaks[right]];
-    return { bytes: Math.round(p0 + (p1 - p0) * (size - n0) / (n1 - n0)), exact: false };
+    const bytes = Math.round(p0 + (p1 - p0) * (size - n0) / (n1 - n0)), isBetween = above >= 1;
+    return { bytes, most: isBetween ? Math.max(p0, p1) : bytes, isKnown: false, isBetween };
   }
 
   function likelihood(reserved, usable) {
@@ -64,16 +69,19 @@ function answersOf(plan, known) {
   function planned(cardIndex, headroomIndex, target) {
     const card = known.cards[cardIndex];
     const ceiling = card.ceilings[headroomIndex], headroom = card.headrooms[headroomIndex];
-    const split = target > plan.worldSize ? splitTarget(target, ceiling, plan.worldSize) : null;
+    const split = splitTarget(target, ceiling, plan.worldSize);
     const limit = budget(card, headroom), usable = card.capacity - card.context;
     if (!split) return { ceiling, budget: limit, split: null };
     const isPlan = cardIndex === 0 && headroom === plan.headroom && target === plan.target;
-    const found = isPlan ? { bytes: plan.peakReserved, exact: true } : peak(split.microBatch);
+    const found = peak(split.microBatch);
+    if (isPlan) Object.assign(found, { bytes: plan.peakReserved, most: plan.peakReserved, isKnown: true });
     return {
-      ceiling, budget: limit, split, peak: found.bytes,
+      ...found, ceiling, budget: limit, split, peak: found.bytes, isPlan,
       // a window of one micro-batch is another one, in which no gradients wait
-      exact: isPlan || (found.exact && split.steps > 1),
-      likelihood: likelihood(found.bytes, usable),
+      exact: isPlan || (found.isKnown && split.steps > 1),
+      // where no window can accumulate, the search is for windows of one micro-batch
+      isLeast: target === plan.worldSize,
+      likelihood: likelihood(found.most, usable),
     };
   }
 
@@ -81,8 +89,8 @@ function answersOf(plan, known) {
     const card = known.cards[cardIndex], found = peak(size);
     const limit = budget(card, card.headrooms[headroomIndex]);
     return {
-      ...found, budget: limit, fits: found.bytes <= limit, batch: size * steps * plan.worldSize,
-      likelihood: likelihood(found.bytes, card.capacity - card.context),
+      ...found, budget: limit, fits: found.most <= limit, batch: size * steps * plan.worldSize,
+      likelihood: likelihood(found.most, card.capacity - card.context),
     };
   }
 

@@ -2,11 +2,17 @@
 function formatBytes(bytes) {
   for (const [unit, scale] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
     if (Math.abs(bytes) >= scale) {
-      const value = bytes / scale, size = Math.abs(value);
-      return value.toFixed(size < 10 ? 2 : size < 100 ? 1 : 0) + " " + unit;
+      const size = Math.abs(bytes) / scale, digits = size < 10 ? 2 : size < 100 ? 1 : 0;
+      return (bytes < 0 ? "-" : "") + rounded(Math.abs(bytes), scale, digits) + " " + unit;
     }
   }
   return bytes + " B";
+}
+// As Python rounds: a half goes to the even neighbour, where toFixed would go up.
+function rounded(bytes, scale, digits) {
+  const parts = bytes * 10 ** digits, rest = parts % scale, whole = (parts - rest) / scale;
+  const isUp = 2 * rest > scale || (2 * rest === scale && whole % 2 === 1);
+  return ((whole + isUp) / 10 ** digits).toFixed(digits);
 }
 const formatCount = (number) => number.toLocaleString("en-US");
 const counted = (number, noun) => formatCount(number) + " " + noun + (number === 1 ? "" : "s");
@@ -26,6 +32,13 @@ const CATEGORY_CLASSES = {
 };
 const SHORT = { forward: "fwd", backward: "bwd", step: "step" };
 const PHASES = ["setup", "inputs", "forward", "backward", "step", "evaluate"];
+// Phases that belong to no micro-batch: what is before the windows, and what is after all of theirs.
+const WITHOUT_MICRO_BATCH = ["setup", "step", "evaluate"];
+function phaseText([, phase, window, microBatch]) {
+  if (phase === "setup") return "setup, before window " + (window + 1);
+  if (WITHOUT_MICRO_BATCH.includes(phase)) return phase + " of window " + (window + 1);
+  return phase + " of micro-batch " + (microBatch + 1) + ", window " + (window + 1);
+}
 // Round numbers below an end, equally far apart.
 function roundSteps(end, most) {
   const rough = Math.max(end / most, 1e-9);

@@ -59,11 +59,11 @@ function useTimeline(history, icicle) {
     ribbon.replaceChildren(...history.marks.flatMap(([start, phase, window, microBatch], index) => {
       const left = Math.max(share(start), 0), right = Math.min(share(ends[index]), 1);
       if (right <= left) return [];
-      const room = (right - left) * width, text = phase + " " + (window + 1) + "." + (microBatch + 1);
+      const room = (right - left) * width, text = phase + " " + (window + 1) + (WITHOUT_MICRO_BATCH.includes(phase) ? "" : "." + (microBatch + 1));
       const span = element("span", PHASES.includes(phase) ? phase : "", room > 105 ? text : room > 62 ? phase : room > 30 ? SHORT[phase] || "" : "");
       span.style.left = 100 * left + "%";
       span.style.width = 100 * (right - left) + "%";
-      span.title = phase + ", window " + (window + 1) + ", micro-batch " + (microBatch + 1);
+      span.title = phaseText(history.marks[index]);
       return [span];
     }));
   }
@@ -136,7 +136,7 @@ function useTimeline(history, icicle) {
     // the peak has its own label
     cursorText.hidden = Math.abs(left - share(history.peak)) * plot.clientWidth < 150;
     const phase = history.phaseAt(at), block = history.blockAt(at);
-    const when = phase ? phase[1] + " of micro-batch " + (phase[3] + 1) + ", window " + (phase[2] + 1) : "";
+    const when = phase ? phaseText(phase) : "";
     const most = here.categories.map((size, index) => [history.names[index], size]).filter(([, size]) => size > 0)
       .sort((one, other) => other[1] - one[1]);
     const lines = [

@@ -13,8 +13,10 @@ function useWhatIf(data, answers) {
   size.max = String(Math.max(Math.ceil(most * 1.1), 2));
   steps.max = String(Math.max(64, plan.steps * 2));
   slide.min = "0";
-  slide.max = "16";
-  target.min = String(plan.worldSize + 1);
+  const largest = Math.max(1e6, plan.target);
+  slide.max = String(Math.max(16, Math.ceil(Math.log2(plan.target))));
+  target.min = String(plan.worldSize);
+  target.max = String(largest);
   let isByHand = false;
 
   function fillHeadrooms() {
@@ -34,10 +36,10 @@ function useWhatIf(data, answers) {
   }
 
   function show() {
-    const goal = Math.min(Math.max(Math.floor(Number(target.value)) || 0, 0), 1e6);
+    const goal = Math.min(Math.max(Math.floor(Number(target.value)) || 0, 0), largest);
     slide.value = String(Math.round(Math.log2(Math.max(goal, 1))));
     byId("target-out").textContent = formatCount(goal);
-    slide.setAttribute("aria-valuetext", formatCount(goal) + " samples");
+    slide.setAttribute("aria-valuetext", formatCount(goal) + (goal === 1 ? " sample" : " samples"));
     const at = Number(headroom.value), chosen = cards[card.value];
     const share = Math.round(chosen.headrooms[at] * 1000) / 10 + " %";
     byId("headroom-out").textContent = share;
@@ -64,21 +66,27 @@ function useWhatIf(data, answers) {
     }
     const split = found.split;
     const sizes = split.uniform ? formatCount(split.microBatch) : formatCount(split.microBatch) + " or " + formatCount(split.size);
-    const peak = (found.exact ? "" : "about ") + formatBytes(found.peak);
     outcome.append(
       element("p", "big", sizes + " × " + formatCount(split.steps) + " × " + formatCount(plan.worldSize) + " = " + formatCount(split.target)),
-      element("p", "", "ceiling " + formatCount(found.ceiling) + "; " + peak + " reserved of " +
+      element("p", "", "ceiling " + (found.isLeast ? "at least " : "") + formatCount(found.ceiling) + "; " + peakText(found, found.isPlan ? 2 : split.steps) + " reserved of " +
         formatBytes(found.budget) + "; " + percent(found.likelihood) + " likely to fit a real card"));
+  }
+
+  // Between sizes that are known a peak is on the line between theirs, and may be up to the larger one.
+  function peakText({ bytes, most, isKnown, isBetween }, count) {
+    if (isKnown) return (count > 1 ? "" : "about ") + formatBytes(bytes);
+    const upTo = formatBytes(most);
+    return "about " + formatBytes(bytes) + (isBetween && upTo !== formatBytes(bytes) ? ", up to " + upTo : "");
   }
 
   function showByHand(hand) {
     byId("size-out").textContent = formatCount(Number(size.value));
     byId("steps-out").textContent = formatCount(Number(steps.value));
-    const over = hand.bytes - hand.budget;
+    const over = hand.most - hand.budget;
     byId("by-hand").replaceChildren(
       element("p", "faint", "By hand"),
       element("p", "big", size.value + " × " + steps.value + " × " + plan.worldSize + " = " + formatCount(hand.batch)),
-      element("p", "", (hand.exact && Number(steps.value) > 1 ? "" : "about ") + formatBytes(hand.bytes) + " reserved: " +
+      element("p", "", peakText(hand, Number(steps.value)) + " reserved: " +
         (over > 0 ? formatBytes(over) + " over the budget" : formatBytes(-over) + " of the budget stay free") +
         "; " + percent(hand.likelihood) + " likely to fit a real card"));
   }

@@ -245,8 +245,8 @@ def _explanation(advice: Advice) -> str:
     budget = format_bytes(advice.budget_bytes)
     return (
         f"Ceilings are the largest micro-batches that fit in the budget of {budget}, plans are "
-        f"micro-batch x accumulation steps for {count(advice.target, 'sample')}, and what is saved is "
-        f"reserved memory at micro-batch {advice.reference:,} in windows that accumulate, where "
+        f"micro-batch x accumulation steps for {count(advice.target, 'sample')}, and what is saved "
+        f"is reserved memory at micro-batch {advice.reference:,} in windows that accumulate, where "
         f"they can.{_open_ceilings(advice)} Times are estimates for one update "
         "of the whole target, by a roofline over every operator; they tell which is faster rather "
         "than how fast it is. With other numbers, training computes something else."

@@ -67,9 +67,6 @@ _PAIRED = 3
 _REMEDIES = 3
 """So many of them are told."""
 
-_ROOMY = 0.75
-"""What is expected to take less than this share of the budget is not tried with one sample."""
-
 _USUALLY_SAVE_MOST = ("attention", "checkpointing", "offload", "loss")
 """Levers of activations, in the order in which they are added to others where what they save is not
 known."""
@@ -245,35 +242,20 @@ class _Search:
         return sorted((tried.choice for tried in self.tried), key=_rank)
 
     def _foreseen(
-        self, tried: Iterable[tuple[Option, ...]], which: slice = slice(1)
+        self, tried: Iterable[tuple[Option, ...]], sizes: Sequence[int] = ()
     ) -> Iterator[Task]:
-        """Yield tasks for helpers: what trying options will execute first, or another of both."""
+        """Yield tasks for helpers: what trying options will execute first, or these sizes."""
         for options in tried:
             if self._known(options) is not None:
                 continue
             with suppress(AutobatchError):  # it is told when they are tried
                 if self._hopeless(options) is None:
                     candidate = self._candidate(self._having(options))
-                    yield from candidate.foreseen(*self._first_sizes(options)[which])
+                    yield from candidate.foreseen(*sizes or self._first_sizes()[:1])
 
-    def _first_sizes(self, options: tuple[Option, ...]) -> tuple[int, ...]:
-        """Return the two sizes that options are executed at first."""
-        return (1, SMALL[0]) if self._begins_with_one(options) else SMALL
-
-    def _begins_with_one(self, options: tuple[Option, ...]) -> bool:
-        """Whether it is asked first if a single sample fits.
-
-        That is left out where the options, by what each of them saves alone, leave room for more.
-        """
-        if self._reference > 1:
-            return False
-        assert self._as_is is not None
-        alone = [self._known((option,)) for option in options]
-        saved = [None if choice is None else choice.saved_bytes for choice in alone]
-        if len(saved) < 2 or None in saved:
-            return True
-        left = self._as_is.reference_bytes - sum(each or 0 for each in saved)
-        return left > _ROOMY * self._candidate(self.setup).budget_bytes
+    def _first_sizes(self) -> tuple[int, int]:
+        """Return the sizes that a candidate is executed at first."""
+        return (1, SMALL[0]) if self._reference == 1 else SMALL
 
     def _options(self, lever: Lever) -> Sequence[Option]:
         """Return what a lever offers; one that fails on an odd model is left out, and noted."""
@@ -307,7 +289,7 @@ class _Search:
                 return hopeless
             self._tell(_joined(options))
             candidate = self._candidate(self._having(options))
-            is_hopeless = self._begins_with_one(options) and not candidate.fits(1)
+            is_hopeless = self._reference == 1 and not candidate.fits(1)
             plan = None if is_hopeless else candidate.plan()
             as_is_bytes = self._as_is.reference_bytes
             choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
@@ -391,13 +373,13 @@ class _Search:
                 continue
             options = in_order(*had, option)
             if self._known(options) is None:
-                second = self._foreseen([options], slice(1, 2))
-                run_ahead(chain(second, self._foreseen(pairs)))
+                second = self._first_sizes()[1:]
+                run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
             found = self._try(options)
             if found is not None and _saved(found) >= saved + least:
                 had, saved = [*had, option], _saved(found)
                 fitting += found.fits and len(had) > 1
-        run_ahead(self._foreseen(reversed(pairs), slice(2)))
+        run_ahead(self._foreseen(reversed(pairs), self._first_sizes()))
         for options in pairs:
             self._try(options)
 

@@ -385,22 +385,19 @@ def _by_execution(
     """
     search = CeilingSearch(limit=limit, budget_bytes=probe.budget_bytes)
 
-    spent = 0.0
-
     def told(size: int) -> None:
-        nonlocal spent
-        spent += 0.0 if size in probe.runs else _seconds(probe, size)
         search.tell(size, fits=probe.fits(size), peak_bytes=probe.peak_bytes(size))
 
     for size in tuple(probe.runs):
         told(size)
     if guess is not None and search.ceiling < guess <= limit and search.ask() is not None:
         told(guess)
-    spent = 0.0
+    before = set(probe.runs)
     gave_up = False
     while (asked := search.ask()) is not None:
         known = search.ceiling
         if share is not None and known and asked > known:
+            spent = sum(_seconds(probe, size) for size in probe.runs.keys() - before)
             left = SECONDS_BEYOND - spent
             if known < share < asked and share not in probe.runs:
                 asked = share

@@ -12,8 +12,10 @@ would make the virtual device the current accelerator of that process, for as lo
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -270,12 +272,45 @@ def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         module = torch.get_device_module(device)
         answers.update({name: getattr(module, name) for name in _STREAMS})
     with (
-        patched(torch.cuda, **_had(torch.cuda, {**answers, **legacy_types(device)})),
-        patched(torch.cuda.memory, **_had(torch.cuda.memory, answers)),
-        patched(torch.accelerator, **accelerator),
-        patched(torch, Generator=CudaGenerator),
+        _told_here(torch.cuda, {**answers, **legacy_types(device)}),
+        _told_here(torch.cuda.memory, answers),
+        _told_here(torch.accelerator, accelerator),
+        _told_here(torch, {"Generator": CudaGenerator}),
     ):
         yield
+
+
+def _told_here(module: ModuleType, answers: dict[str, Any]) -> AbstractContextManager[None]:
+    """Replace names of a module, but for threads that run already: they may use a real card."""
+    others = frozenset(thread.ident for thread in threading.enumerate()) - {threading.get_ident()}
+    found = _had(module, answers)
+    if others:
+        found = {name: _by_thread(found[name], getattr(module, name), others) for name in found}
+    return patched(module, **found)
+
+
+def _by_thread(stand_in: Any, original: Any, others: frozenset[int | None]) -> Any:
+    """Return what calls the original in other threads; as a class where the stand-in is one."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        chosen = original if threading.get_ident() in others else stand_in
+        return chosen(*args, **kwargs)
+
+    if not isinstance(stand_in, type):
+        return called
+
+    class Either(type(stand_in)):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if cls is not either:  # a class of the user's that is made of it
+                return super().__call__(*args, **kwargs)
+            return called(*args, **kwargs)
+
+        def __instancecheck__(cls, value: object) -> bool:
+            known = (stand_in, original) if isinstance(original, type) else stand_in
+            return isinstance(value, known)
+
+    either = Either(stand_in.__name__, (stand_in,), {})
+    return either
 
 
 def _had(module: ModuleType, answers: dict[str, Any]) -> dict[str, Any]:

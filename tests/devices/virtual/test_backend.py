@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from autobatch.devices.virtual import backend
 from autobatch.errors import AutobatchError, WorkloadError
+from autobatch.gpus.catalogue import find_gpu
 from autobatch.support import process
 from autobatch.support.torch_private import FakeTensor
 from autobatch.tuning.tuner import predict
@@ -126,3 +128,26 @@ def test_nested_tensors_and_scripts_are_refused_by_name():
         traced = torch.jit.trace(mlp(), torch.zeros(1, WIDTH))
     with pytest.raises(WorkloadError, match=r"torch\.jit"):
         run(traced)
+
+
+@pytest.mark.parametrize("place", ["cuda", "virtual_gpu"])
+def test_a_thread_that_runs_already_goes_on_with_the_card_in_the_machine(place):
+    asked, told = threading.Event(), []
+    really = torch.cuda.is_available(), torch.Generator().device
+
+    def other():
+        asked.wait()
+        told.append((torch.cuda.is_available(), torch.Generator().device))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    device = backend.virtual_device() if place == "virtual_gpu" else torch.device("cuda", 0)
+    with backend._says_cuda(find_gpu("t4"), device):
+        asked.set()
+        thread.join()
+        assert torch.cuda.get_device_name() == "t4" and torch.cuda.is_available()
+        assert torch.Generator("cuda").device.type == "cuda"
+        assert isinstance(torch.cuda.Stream(), torch.cuda.Stream)
+        own = type("Own", (torch.cuda.Event,), {})
+        assert type(own()) is own
+    assert told == [really]

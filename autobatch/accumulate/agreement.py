@@ -29,6 +29,11 @@ __all__ = ["At", "Group", "OtherRankError", "Ranks", "Tally"]
 _NUMBERS, _ROW = 6, 64
 """Numbers that a rank sends, and how many its row has; the rest are for the text of a failure."""
 
+_last_call: dist.Work | None = None
+"""The last collective call. Gloo's thread lets go of a call some time after it ended, and needs the
+interpreter where nobody else holds its tensors: a process that ends at once, without
+`destroy_process_group`, would be aborted."""
+
 
 class OtherRankError(WorkloadError):
     """Another rank cannot go on, and has said so: there is no one to be told."""
@@ -201,7 +206,6 @@ class Group(Ranks):
         self._loss_device = torch.device("cuda" if on_cards else "cpu")
         self._failure = ""  # why this window cannot be ended, as all ranks know
         self._is_over = False  # whether a rank has left the windows
-        self._posted: object = None  # what is sent without waiting
 
     def _agree(self, at: At, *values: float, failure: str = "") -> list[list[float]]:
         """Return the values of every rank, by rank.
@@ -213,9 +217,7 @@ class Group(Ranks):
             self._failure = ""
         if self._failure:
             raise OtherRankError(self._failure)
-        mine = self._row(at, *values, failure=failure)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=self._control)
+        every = self._gather(self._row(at, *values, failure=failure))
         rows: list[list[float]] = torch.stack([row[:_NUMBERS] for row in every]).tolist()
         places = [At(int(row[0])) for row in rows]
         if any(place is not at or place in (At.FAILED, At.LEFT) for place in places):
@@ -224,6 +226,15 @@ class Group(Ranks):
             if not failure:
                 raise OtherRankError(self._failure)
         return [row[1 : 1 + len(values)] for row in rows]
+
+    def _gather(self, mine: Tensor, *, waits: bool = True) -> list[Tensor]:
+        """Send a row to the other ranks, and return the rows of all."""
+        global _last_call
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        _last_call = dist.all_gather(every, mine, group=self._control, async_op=True)
+        if waits and _last_call is not None:
+            _last_call.wait()
+        return every
 
     def _row(self, at: At, *values: float, failure: str = "") -> Tensor:
         row = torch.zeros(_ROW, dtype=torch.float64)
@@ -279,10 +290,7 @@ class Group(Ranks):
             self._complete()
         self._is_over, self._failure = True, why
         with contextlib.suppress(Exception):  # the group may be gone
-            mine = self._row(At.LEFT, failure=why)
-            every = [torch.empty_like(mine) for _ in range(self.size)]
-            work = dist.all_gather(every, mine, group=self._control, async_op=True)
-            self._posted = mine, every, work
+            self._gather(self._row(At.LEFT, failure=why), waits=False)
 
     def _complete(self) -> None:
         """Take part in what the others do with gradients in the current window."""

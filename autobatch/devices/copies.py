@@ -128,6 +128,14 @@ class Copier(Walk):
             self.remember(model, known)
         return known
 
+    def known(self, module: nn.Module) -> nn.Module:
+        """Return the copy of a part of a model that was copied; the part itself where it has none.
+
+        A part that is compiled and its eager original have the same.
+        """
+        found: nn.Module = self._memo.get(id(unwrapped(module)), module)
+        return found
+
     def _followed(self, duplicate: nn.Module) -> None:
         """Call `.to(device)` where classes of a copy learn from it where they are."""
         if self._device.type == "meta":

@@ -22,23 +22,12 @@ from torch import nn
 from autobatch.support.patching import patched
 from autobatch.support.torch_private import current_autograd_node, next_sequence_number
 
-__all__ = ["RunningModule", "plain_name"]
+__all__ = ["RunningModule"]
 
 _WRAPPERS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_flat_param"}
 )
 """What wrappers that levers, compilers and shardings put into a model add to paths."""
-
-
-def plain_name(path: str) -> str:
-    """Return the path of a module without what wrappers add to it.
-
-    >>> plain_name("layers.0._checkpoint_wrapped_module.linear")
-    'layers.0.linear'
-    """
-    if "_" not in path:
-        return path
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 class RunningModule:
@@ -81,12 +70,17 @@ class RunningModule:
         names: dict[str, str] = {}  # by path
         for path, module in model.named_modules():
             parent, _, own = path.rpartition(".")
-            place = plain_name(f"{names[parent]}.{own}" if names.get(parent) else own)
+            above = names.get(parent, "")
+            place = above if own in _WRAPPERS else f"{above}.{own}" if above else own
             name = names[path] = self._names.setdefault(id(module), place)
             for held in (module._parameters, module._buffers):
                 for tensor in held.values():
                     if tensor is not None:
                         self._owners.setdefault(id(tensor), name)
+
+    def call(self, module: nn.Module, name: str) -> None:
+        """Call a module by this name, unless it has one."""
+        self._names.setdefault(id(module), name)
 
     def name_of(self, module: nn.Module, path: str) -> str:
         """Return the name of a module; its path where it is not known."""

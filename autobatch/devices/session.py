@@ -113,7 +113,9 @@ class Session:
         self.counts: ModelCounts | None = None
 
         def tagged(copied: nn.Module) -> nn.Module:
-            running.learn(copied)  # before levers change it: these are the user's names
+            for path, original in model.named_modules():  # before levers change it
+                running.call(copier.known(original), path)
+            running.learn(copied)
             for change in workload.changes:
                 copied = change(copied) or copied
             if workload.changes:

@@ -33,7 +33,8 @@ def environment_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def patched(target: Any, **replacements: Any) -> Iterator[None]:
     """Set attributes of a module or class, and restore the originals at the end."""
-    originals = {name: getattr(target, name) for name in replacements}
+    own = vars(target) if isinstance(target, type) else {}  # a class's own, as they are
+    originals = {name: own.get(name, getattr(target, name)) for name in replacements}
     try:
         for name, replacement in replacements.items():
             setattr(target, name, replacement)

@@ -37,7 +37,12 @@ _OPTIONS = [f.name for f in fields(Workload) if f.name not in ("model", "batch",
 
 
 def question_of(
-    probe: Probe, *, target: int, prove: bool, objective: Objective = "largest"
+    probe: Probe,
+    *,
+    target: int,
+    prove: bool,
+    objective: Objective = "largest",
+    with_values: bool = True,
 ) -> dict[str, object]:
     """Return what decides a plan: what is asked for, the GPU, and the workload.
 
@@ -45,6 +50,10 @@ def question_of(
     configuration of its modules, the shapes of a batch, and names and options of the rest. What its
     functions do is in the source files that a cache compares; what they were told, in the arguments
     of the script.
+
+    Of a few whole numbers in a batch or in the model's buffers, which may be sizes, the values
+    count, unless `with_values` says no: what is asked in another process, or once more, has other
+    labels where they are drawn at random.
     """
     device, workload = probe.device, probe.workload
     with random_state_kept():
@@ -60,8 +69,13 @@ def question_of(
         "evidence": device.evidence,
         "gpu": gpu,
         "allowed_bytes": device.allowed_bytes,
-        "model": _structure(workload.model),
-        "inputs": {".".join(path): _described(leaf) for path, leaf in leaves(batch)},
+        "model": _structure(workload.model, with_values),
+        "inputs": {
+            ".".join(path): _layout(leaf, with_values)
+            if isinstance(leaf, Tensor)
+            else _described(leaf)
+            for path, leaf in leaves(batch)
+        },
         "options": {name: _described(getattr(workload, name)) for name in _OPTIONS},
         "switches": kernel_switches(),
         "arguments": sys.orig_argv[1:],
@@ -77,22 +91,23 @@ def holds(plan: Plan, device: Device) -> bool:
     return -_LEFT_BYTES <= grown <= _GREW_BYTES
 
 
-def _structure(model: nn.Module) -> str:
-    """Return a hash of a model's modules, parameters and buffers, without their values."""
+def _structure(model: nn.Module, with_values: bool) -> str:
+    """Return a hash of a model's modules, parameters and buffers; see `_layout` for values."""
     lines = []
     for name, module in model.named_modules():
         switches = {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
         config = getattr(module, "config", None)
         lines.append(f"{name} {type(module)} {module.extra_repr()} {switches} {config}")
     tensors = (*model.named_parameters(), *model.named_buffers())
-    lines += [f"{name} {_layout(tensor)}" for name, tensor in tensors]
+    lines += [f"{name} {_layout(tensor, with_values)}" for name, tensor in tensors]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _layout(tensor: Tensor) -> str:
+def _layout(tensor: Tensor, with_values: bool = True) -> str:
     """Return a tensor's dtype and shape; of a few whole numbers, which may be sizes, the values."""
     layout = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
-    if tensor.is_floating_point() or tensor.is_meta or tensor.numel() > KEPT_ELEMENTS:
+    many = tensor.numel() > KEPT_ELEMENTS
+    if not with_values or many or tensor.is_floating_point() or tensor.is_meta:
         return layout
     return f"{layout} {tensor.tolist()}"
 

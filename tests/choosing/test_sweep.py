@@ -243,6 +243,67 @@ def test_values_of_own_levers_that_cannot_be_listed_end_the_sweep(
     assert found.configurations is None
 
 
+def halves(trial: Any) -> Any:
+    value = trial.suggest_categorical("half", ["ok", "bad"])
+
+    def change(setup: Any) -> Any:
+        if value == "bad":
+            raise RuntimeError("no such layer")
+        return setup
+
+    return change
+
+
+@pytest.mark.parametrize("sampler", [None, "random"])
+def test_what_a_lever_of_ones_own_raises_fails_its_configurations_alone(
+    sampler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = FakeBench()
+    found = fake_sweep(bench, monkeypatch, levers=[halves], sampler=sampler, seed=0)
+    assert {label for label, _ in bench.ran} == {"half: ok"}
+    assert found.best.settings == {"half": "ok"}
+    failed = [trial for trial in found.trials if trial.outcome == "failed"]
+    assert failed and all(trial.settings == {"half": "bad"} for trial in failed)
+    assert "the lever halves raised RuntimeError: no such layer" in (failed[0].reason or "")
+    assert not any(trial.executions for trial in failed)
+
+
+def raising(trial: Any) -> Any:
+    raise ValueError("boom")
+
+
+def test_an_error_of_a_lever_of_ones_own_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkloadError, match="the lever raising raised ValueError: boom"):
+        fake_sweep(FakeBench(), monkeypatch, levers=[raising])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_lever_that_is_wrong_leaves_no_trial_that_others_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(trial: Any) -> Any:
+        trial.suggest_float("late", 0.1, 0.9)
+        return lambda setup: None
+
+    storage = str(tmp_path / "sweep.journal")
+    with pytest.raises(UsageError, match="made a NoneType of a Setup"):
+        fake_sweep(FakeBench(), monkeypatch, levers=[late], sampler="random", storage=storage)
+    assert states(storage) == {TrialState.FAIL: 1}
+
+
+def test_a_change_of_the_users_model_in_a_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = network(64, 2)
+
+    def freeze(trial: Any) -> Any:
+        return lambda setup: setup.changed(lambda copy: setup.model[0].requires_grad_(False))
+
+    with pytest.raises(UsageError, match=r"a run with as it is changed .*requires_grad"):
+        sweep(workload, target=4, gpu="t4", levers=[freeze])
+    assert all(parameter.requires_grad for parameter in workload.model.parameters())
+
+
 @pytest.mark.parametrize("sampler", [None, "random"])
 def test_what_a_lever_cannot_be_had_with_is_no_failure(sampler: str | None) -> None:
     found = sweep(network(64, 2), target=4, gpu="t4", levers=["optimizer"], sampler=sampler, seed=0)
@@ -305,6 +366,17 @@ def test_a_sweep_goes_on_where_it_was(
     assert again.trials == whole.trials
     alone = fake_sweep(FakeBench(), monkeypatch)
     assert [t.label for t in again.front] == [t.label for t in alone.front]
+
+
+def test_labels_that_are_drawn_at_random_are_no_other_run(tmp_path: Path) -> None:
+    def tried(seed: int) -> Any:
+        torch.manual_seed(seed)
+        sample = torch.randn(8, 16), torch.randint(1000, (8,))
+        model = nn.Linear(16, 1000)
+        options = {"target": 32, "gpu": "l4", "levers": ["offload"]}
+        return autobatch.sweep(model, sample=sample, storage=storages(tmp_path)[0], **options)
+
+    assert tried(1).trials == tried(2).trials
 
 
 @linux_only

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autobatch.devices.running_module import RunningModule, plain_name
+from autobatch.devices.running_module import RunningModule
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace_model import TraceModel
@@ -215,7 +215,20 @@ def test_names_are_the_users_when_a_lever_wraps_modules():
     trace = run(changes=(wrap,))
 
     assert modules(trace, "forward") == {"", "first", "act", "last"}
-    assert plain_name("a._checkpoint_wrapped_module.b") == "a.b"
+
+
+def test_names_are_those_of_named_modules_where_parts_are_compiled_or_wrapped():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = Net()
+    model.first = torch.compile(nn.Sequential(model.first))
+    model.last = checkpoint_wrapper(model.last)
+
+    trace = run(model)
+
+    assert modules(trace, "forward") <= {name for name, _ in model.named_modules()}
+    assert "first._orig_mod.0" in modules(trace, "forward")
+    assert "last._checkpoint_wrapped_module" in modules(trace, "forward")
 
 
 def test_names_are_the_users_when_a_lever_puts_the_model_into_another_one():

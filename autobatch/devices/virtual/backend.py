@@ -29,6 +29,7 @@ from autobatch.devices.virtual.cuda_types import CudaGenerator, legacy_types
 from autobatch.devices.virtual.device_guard import VirtualDeviceGuard
 from autobatch.devices.virtual.kernels import outputs
 from autobatch.devices.virtual.kernels.unknown_ops import run_on_cpu
+from autobatch.devices.virtual.other_threads import refused_in_other_threads
 from autobatch.devices.virtual.questions import Properties, note_question
 from autobatch.errors import AutobatchError, WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
@@ -199,6 +200,7 @@ def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
         for module in FOREACH_MODULES:
             types = [*module._foreach_supported_types, FakeTensor]
             patches.enter_context(patched(module, _foreach_supported_types=types))
+        patches.enter_context(refused_in_other_threads())
         patches.enter_context(_says_cuda(spec, device))
         if device.type == _NAME:
             patches.enter_context(autocast.follows_cuda(_NAME))
@@ -253,15 +255,6 @@ def _on_host(value: Any) -> Any:
 @contextlib.contextmanager
 def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     """Replace what tells of, and makes objects for, CUDA cards; tensors land on `device`."""
-    accelerator = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_accelerator": lambda check_available=False: torch.device("cuda"),
-        "synchronize": _do_nothing,
-    }
-    for name in ("current_device_index", "current_device_idx"):
-        if hasattr(torch.accelerator, name):
-            accelerator[name] = lambda: device.index or 0
     answers = {
         **_emulation(),
         **_description(spec),
@@ -271,6 +264,16 @@ def _says_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     if device.type == _NAME:  # a simulated rank has put streams of its own into its module
         module = torch.get_device_module(device)
         answers.update({name: getattr(module, name) for name in _STREAMS})
+    accelerator = {
+        **answers,
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "device_index": Inert,
+        "get_memory_info": answers["mem_get_info"],
+    }
+    del accelerator["get_device_capability"]  # tells of dtypes there
+    for name in ("index", "idx"):
+        accelerator[f"current_device_{name}"] = answers["current_device"]
+        accelerator[f"set_device_{name}"] = answers["set_device"]
     with (
         _told_here(torch.cuda, {**answers, **legacy_types(device)}),
         _told_here(torch.cuda.memory, answers),

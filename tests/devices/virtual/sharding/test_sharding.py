@@ -204,8 +204,15 @@ def test_buffers_of_modules_stay_whole():
     assert largest(trace, "buffers") == sum(b.nbytes for b in model.buffers())
 
 
-@pytest.mark.parametrize("n", [1, 64, 4096])
-def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
+def frozen(model: nn.Module, first: int) -> nn.Module:
+    """Freeze the first children of a model; those within its list of layers count, too."""
+    for module in [model.embed, *model.layers][:first]:
+        module.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(("n", "still"), [(1, 0), (64, 0), (4096, 0), (64, 1), (64, 3), (4096, 2)])
+def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n, still):
     """`FSDPMemTracker` watches FSDP2 itself on CPU tensors: another way to the same figure."""
     tools = pytest.importorskip("torch.distributed._tools.fsdp2_mem_tracker")
     from torch.distributed.device_mesh import init_device_mesh
@@ -215,7 +222,7 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
         return model(inputs).sum()
 
     def sharded():
-        model = Net()
+        model = frozen(Net(), still)
         policy(mesh=init_device_mesh("cpu", (4,)))(model)
         return model, torch.optim.AdamW(model.parameters(), foreach=True)
 
@@ -224,7 +231,7 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
         optimizer.step()
         optimizer.zero_grad()
 
-    trace = run(n=n, steps=1, loss=loss)
+    trace = run(frozen(Net(), still), n=n, steps=1, loss=loss)
     peak = trace.peak_event()
     ours = trace.allocated()[peak] - trace.by_category(peak)["workspace"]
 
@@ -244,7 +251,7 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n):
         theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     finally:
         dist.destroy_process_group()
-    step_counters = 4 * len(list(Net().parameters()))  # on the CPU, theirs count too
+    step_counters = 4 * sum(p.requires_grad for p in frozen(Net(), still).parameters())  # on the CPU, theirs count too
     micro_batch_scaling = 4  # our window divides the loss by its steps
     assert 0 <= ours + step_counters - theirs <= micro_batch_scaling
 

@@ -66,14 +66,30 @@ def _read(path: str, verb: str, verbs: Iterable[str]) -> dict[str, Any]:
 
     try:
         found: dict[str, Any] = tomllib.loads(read_text(path, limit_bytes=_LIMIT_BYTES))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise FileError(f"{path!r} is no TOML file: {error}") from error
-    found = found.get("tool", {}).get("autobatch", {}) if "tool" in found else found
+    if "tool" in found:
+        found = _table(path, "tool.autobatch", _table(path, "tool", found))
     tables = {key: value for key, value in found.items() if isinstance(value, dict)}
     for key in tables:
         if key not in verbs:
             raise UsageError(f"{path!r} has a table [{key}], which is no command{near(key, verbs)}")
     return {k: v for k, v in found.items() if k not in tables} | tables.get(verb, {})
+
+
+def _table(path: str, name: str, above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table of the one above it, empty where there is none.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found: object = above.get(name.rpartition(".")[2], {})
+    if isinstance(found, dict):
+        return found
+    raise UsageError(
+        f"{path!r} sets {name} = {found!r}, which is no table: write options below "
+        "[tool.autobatch], or at the top of a file that has no `tool`"
+    )
 
 
 def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:

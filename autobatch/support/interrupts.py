@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,21 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["arriving", "held", "let_through", "uninterrupted"]
+__all__ = [
+    "TERMINATED",
+    "arriving",
+    "held",
+    "interrupted_by_sigterm",
+    "is_terminated",
+    "let_through",
+    "uninterrupted",
+]
+
+TERMINATED = 143
+"""The exit code of a process that SIGTERM has ended, as a shell tells it."""
+
+_CLEANING_S = 8.0
+"""How long a process may clean up after a SIGTERM: Docker kills it after 10 seconds."""
 
 _PATIENCE_S = 3.0
 """How long a Ctrl-C may be held back: where no operator runs for so long, Python code of the user's
@@ -169,3 +184,48 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if waiting and callable(before):
             before(*waiting[0])
+
+
+_terminated = False
+
+
+def is_terminated() -> bool:
+    """Whether a SIGTERM was what interrupted the process."""
+    return _terminated
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let a SIGTERM interrupt the block as a Ctrl-C does, so that it cleans up.
+
+    A second one ends the process at once, and so does a block that takes long to clean up. A
+    process that ignores the signal goes on doing so. Only for processes that are autobatch's own.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def received(number: int, frame: FrameType | None) -> None:
+        global _terminated
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a fork, which has nothing of the block's to clean up
+            os.kill(os.getpid(), number)
+            return
+        _terminated = True
+        _thread.start_new_thread(_end_late, ())
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # ignored, as in the background of a script
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGTERM, received)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_late() -> None:
+    time.sleep(_CLEANING_S)
+    os._exit(TERMINATED)

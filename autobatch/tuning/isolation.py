@@ -38,6 +38,7 @@ from autobatch.support import process
 from autobatch.support.collection import quick_exit
 from autobatch.support.files import prepare_folder, user_folder
 from autobatch.support.wording import ON_COMMAND_LINE, for_reader, one_line
+from autobatch.tuning.users_traceback import UsersTraceback, users_traceback
 
 __all__ = ["RemoteTraceback", "apart"]
 
@@ -54,7 +55,15 @@ _INTERRUPTED = 130
 
 
 class RemoteTraceback(Exception):
-    """The traceback of another process, as text: the cause of an error that crossed over."""
+    """The traceback of another process, as text: the cause of an error that crossed over.
+
+    Attributes:
+        users: the part of it that is the user's.
+    """
+
+    def __init__(self, text: str, users: UsersTraceback | None = None) -> None:
+        super().__init__(text)
+        self.users = users or UsersTraceback()
 
 
 def apart(
@@ -315,11 +324,12 @@ def _size(trial: Trial) -> str:
     return f"micro-batch {trial.micro_batch} with accumulation steps {trial.accumulation_steps}"
 
 
-def _received(error: Mapping[str, str]) -> AutobatchError:
+def _received(error: Mapping[str, Any]) -> AutobatchError:
     kind = getattr(errors, error["kind"]) if error["kind"] in errors.__all__ else AutobatchError
     received: AutobatchError = kind(error["message"])
     if error["traceback"]:
-        received.__cause__ = RemoteTraceback("\n" + error["traceback"])
+        users = decode(UsersTraceback, error["users"])
+        received.__cause__ = RemoteTraceback("\n" + error["traceback"], users)
     return received
 
 
@@ -396,4 +406,5 @@ def _append(folder: Path, line: Mapping[str, Any]) -> None:
 
 def _error(kind: str, message: str, cause: BaseException | None = None) -> dict[str, Any]:
     text = "" if cause is None else "".join(traceback.format_exception(cause))
-    return {"error": {"kind": kind, "message": message, "traceback": text}}
+    users = None if cause is None else encode(users_traceback(cause))
+    return {"error": {"kind": kind, "message": message, "traceback": text, "users": users}}

@@ -108,7 +108,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert capsys.readouterr() == ("", "autobatch: error: no\n")
 
 
-def test_the_users_own_traceback_is_kept(
+def test_the_users_own_lines_are_shown_and_the_last_one_ends_the_message(
     calls: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -121,20 +121,38 @@ def test_the_users_own_traceback_is_kept(
     failing_with(error, monkeypatch)
     assert main(PROBE) == 1
     err = capsys.readouterr().err
-    assert "test_the_users_own_traceback_is_kept" in err
-    assert "KeyError: 'their mistake'" in err
-    assert err.splitlines()[-1] == "autobatch: error: the model failed"
-    assert "WorkloadError" not in err
+    frame, source, said, last = err.splitlines()
+    assert frame.endswith("in test_the_users_own_lines_are_shown_and_the_last_one_ends_the_message")
+    assert (source, said) == ('    raise KeyError("their mistake")', "KeyError: 'their mistake'")
+    assert last.startswith("autobatch: error: the model failed (tests/cli/test_cli.py:")
+    assert main(["-q", *PROBE]) == 1
+    assert capsys.readouterr().err == f"{last}\n"
+    assert main(["--debug", *PROBE]) == 1
+    assert "WorkloadError: the model failed" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_quiet(
+def test_an_error_without_a_line_of_the_users_names_the_way_to_one(
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = WorkloadError("the model failed: KeyError: 3")
+    error.__cause__ = KeyError(3)
+    failing_with(error, monkeypatch)
+    assert main(PROBE) == 1
+    assert capsys.readouterr().err == (
+        "autobatch: error: the model failed: KeyError: 3; add --debug for its traceback\n"
+    )
+
+
+def test_ctrl_c_is_told_in_one_line(
     calls: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing_with(KeyboardInterrupt(), monkeypatch)
     assert main(PROBE) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "autobatch: interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +179,7 @@ def test_bad_usage_exits_with_2_and_without_traceback(
 def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and "Find the micro-batch that fits a GPU" in err
+    assert err == "" and "Find the micro-batch that fits a GPU" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -45,6 +46,8 @@ def shout():
 prints_in_build, prints_in_forward = make(shout, "build"), make(shout, "forward")
 exits = make(lambda: sys.exit(0), "forward")
 leaves = make(lambda: os._exit(0), "build")
+fails = make(lambda: torch.ones(2).view(7), "forward")
+cannot_be_built = make(lambda: 1 / 0, "build")
 crashes = make(lambda: ctypes.string_at(0), "forward")
 waits = make(lambda: time.sleep(60), "forward")
 """
@@ -71,6 +74,16 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def running_in(group: int) -> list[str]:
+    """Return the processes of a group that have not ended, where Linux lists them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            state, _, of_group, *_ = file.read_text().rpartition(")")[2].split()
+            found += [file.parent.name] * (int(of_group) == group and state != "Z")
+    return found
 
 
 @pytest.mark.slow
@@ -112,6 +125,57 @@ def test_code_that_ends_the_process_has_failed(name: str, words: str, folder: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("isolation", [[], ["--no-isolate"]])
+@pytest.mark.parametrize(
+    ("files", "spec", "end", "shown"),
+    [
+        ({}, "s.py:fails", "size 2 (s.py:{fails} in <lambda>)", 3),
+        ({}, "s.py:cannot_be_built", "division by zero (s.py:{cannot_be_built} in <lambda>)", 3),
+        ({"a.py": "import not_there\n"}, "a.py:f", "'not_there' (a.py:1)", 1),
+        (
+            {"pkg/__init__.py": "", "pkg/m.py": "\nimport pkg.not_there\n"},
+            "pkg.m:f",
+            "'pkg.not_there' (pkg/m.py:2)",
+            1,
+        ),
+        ({"a.py": "def f():\n    return f()\n"}, "a.py:f", "exceeded (a.py:2 in f)", 4),
+        ({"a.py": "def f(:\n"}, "a.py:f", "(a.py, line 1)", 1),
+    ],
+)
+def test_an_error_in_the_users_code_ends_with_the_users_line(
+    files: dict[str, str], spec: str, end: str, shown: int, isolation: list[str], folder: Path
+) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    numbers = {line.partition(" = ")[0]: number for number, line in enumerate(SPEC.splitlines(), 1)}
+    command = ["predict", spec, "--micro-batch", "2", "--gpu", "t4", *isolation]
+    done = run(*command)
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("autobatch: error: ")
+    assert lines[-1].endswith(end.format(**numbers))
+    assert sum(line.startswith('  File "') for line in lines) <= shown
+    assert not any(word in done.stderr for word in ("Traceback", "autobatch/", "torch/", "<frozen"))
+    assert run("-q", *command).stderr == lines[-1] + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_settings_with_which_pytorch_cannot_be_imported_are_named(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "expandable_segments")
+    if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode == 0:
+        pytest.skip("this build of PyTorch reads no settings as it is imported")
+    for command in (["doctor"], ["probe", "s.py:fails", "--target", "8", "--gpu", "t4"], ["gpus"]):
+        done = run(*command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"autobatch: error: {name} is 'expandable_segments', with")
+        assert "key:value" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_a_crash_is_not_blamed_on_cuda_where_there_is_none(folder: Path) -> None:
     done = run("check", "s.py:crashes")
     assert done.returncode == 1
@@ -119,26 +183,51 @@ def test_a_crash_is_not_blamed_on_cuda_where_there_is_none(folder: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["the parent", "the terminal's processes"])
-def test_ctrl_c_is_quiet_and_leaves_nothing_behind(to: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "to", "code", "told"),
+    [
+        (signal.SIGINT, os.kill, 130, "autobatch: interrupted"),
+        (signal.SIGINT, os.killpg, 130, "autobatch: interrupted"),
+        (signal.SIGTERM, os.kill, 143, "autobatch: terminated"),
+    ],
+    ids=["Ctrl-C to the parent", "Ctrl-C to all of a terminal", "SIGTERM"],
+)
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "Ctrl-C ignored"])
+def test_an_interrupt_is_told_in_a_line_and_leaves_nothing_behind(
+    sent: signal.Signals,
+    to: Callable[[int, int], None],
+    code: int,
+    told: str,
+    ignored: bool,
+    folder: Path,
+) -> None:
+    if ignored and sent == signal.SIGINT:
+        pytest.skip("then nothing happens")
     options = ["--target", "8", "--gpu", "t4", "--report", "out/report"]
-    with (folder / "err").open("w") as err:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "autobatch", "probe", "s.py:waits", *options],
-            stdout=subprocess.PIPE,
-            stderr=err,
-            start_new_session=True,
-        )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+    try:
+        with (folder / "err").open("w") as err:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "autobatch", "probe", "s.py:waits", *options],
+                stdout=subprocess.PIPE,
+                stderr=err,
+                start_new_session=True,
+            )
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
     try:
         wait_until(lambda: "micro-batch 2" in (folder / "err").read_text())
-        (os.kill if to == "the parent" else os.killpg)(child.pid, signal.SIGINT)
+        to(child.pid, sent)
         out, _ = child.communicate(timeout=60)
     finally:
         child.kill()
-    assert (child.returncode, out) == (130, b"")
-    assert "Traceback" not in (folder / "err").read_text()
+    assert (child.returncode, out) == (code, b"")
+    said = (folder / "err").read_text()
+    assert said.splitlines()[-1] == told and "Traceback" not in said
     assert not (folder / "out").exists()
     assert list((folder / "cache" / "probes").iterdir()) == []
+    wait_until(lambda: not running_in(child.pid))
 
 
 @pytest.mark.slow

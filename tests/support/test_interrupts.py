@@ -11,7 +11,14 @@ from types import FrameType
 import pytest
 
 from autobatch.support import interrupts
-from autobatch.support.interrupts import arriving, held, let_through, uninterrupted
+from autobatch.support.interrupts import (
+    arriving,
+    held,
+    interrupted_by_sigterm,
+    is_terminated,
+    let_through,
+    uninterrupted,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +193,53 @@ def test_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert reached == [before]
+
+
+@pytest.fixture
+def ours() -> Iterator[None]:
+    """Let a SIGTERM have its default, and forget one that came."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    interrupts._terminated = False
+
+
+def test_sigterm_interrupts_once(ours: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_end_late", lambda: None)
+    assert not is_terminated()
+    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert is_terminated()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_is_held_back_where_ctrl_c_is(ours: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_end_late", lambda: None)
+    done = []
+
+    def work() -> None:
+        with interrupted_by_sigterm(), held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(True)
+            let_through()
+            done.append(False)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == [True]
+
+
+def test_a_sigterm_that_is_ignored_stays_so(ours: None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with interrupted_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert not is_terminated()
+
+
+def test_a_process_that_takes_long_to_clean_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(interrupts, "_CLEANING_S", 0.0)
+    monkeypatch.setattr(interrupts.os, "_exit", ended.append)
+    interrupts._end_late()
+    assert ended == [143]

@@ -6,6 +6,12 @@ by an efficiency of their kind. Products whose tiles do not fill the multiproces
 less near. What the host needs to launch the kernels is laid beside their sum, and the longer of
 both counts, since it runs ahead. Collectives of FSDP and DDP run beside the kernels of their pass.
 
+Copies between card and host take their bytes at the bandwidth of the bus. Those of FSDP2, on a
+stream of their own, run beside the kernels as well; all others are waited for: `save_on_cpu` copies
+on the stream of the kernels. Memory of the host is taken to be pinned; other memory is slower. An
+op of the host on what came off the card, as in an update of offloaded state, takes its bytes at the
+bandwidth of that memory, which is a lower bound, and the card waits for it.
+
 Every figure from here is an estimate, not a measurement and not a simulation of the hardware. How
 far it is off is in `reports/throughput`, whose calibration rows the constants are fitted to.
 
@@ -20,11 +26,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.links import Links, links_of
-from autobatch.gpus.work import Communication, Kind, OpWork, WindowWork, Work
+from autobatch.gpus.work import Communication, HostTraffic, Kind, OpWork, WindowWork, Work
 
 __all__ = ["EFFICIENCY", "Bound", "Efficiency", "SpeedEstimate", "can_estimate", "estimate"]
 
@@ -67,7 +73,7 @@ class Efficiency:
             row tells of it. An eager Llama of 7 billion makes 25.5 tokens a second on an A100
             (PyTorch's blog, "GPT, Fast", 2023): about 26 microseconds for each of 46 kernels a
             layer. Backward passes call ops from C++, which is faster.
-        link: share of the peak bandwidth of links that collectives reach.
+        link: share of the peak bandwidth that collectives, copies and ops of the host reach.
         collective_seconds: of a collective beside its bytes.
         interference: share of the time of collectives that kernels beside them are slowed down by.
         low: least and most seconds that the window takes, as shares of the estimate, four times
@@ -155,7 +161,7 @@ class SpeedEstimate:
         low: that it takes at least, four times out of five.
         high: that it takes at most, four times out of five.
         bound: what most of it goes to: "compute" (FLOP/s), "memory" (bandwidth), "launch" (the host
-            cannot keep up) or "communication".
+            cannot keep up) or "communication" (collectives, and what goes through the host).
         samples: that the window trains on one GPU.
         by_op: seconds of its kernels by op, the longest first.
         communication_seconds: that no kernel runs beside.
@@ -214,7 +220,7 @@ def estimate(
     """Estimate the seconds of a window, whose work was counted, on a card.
 
     Args:
-        work: of the window by its parts, with the collectives of one of its ranks. A count holds
+        work: of the window by its parts, with the communication of one of its ranks. A count holds
             for every card that runs the same kernels.
         gpu: the card.
         accumulation_steps: micro-batches of the window.
@@ -308,15 +314,17 @@ class _Card:
         if host > kernels:
             found.limits.clear()
             found.limits["launch"] = host
-        beside = waited = 0.0
+        beside = waited = interfering = 0.0
         for one in work.communication if communication is None else communication:
-            seconds = self._collective(one) * one.calls
+            is_of_host = one.collective in get_args(HostTraffic)
+            seconds = (self._of_host(one) if is_of_host else self._collective(one)) * one.calls
             if one.overlaps:
                 beside += seconds
+                interfering += 0.0 if is_of_host else seconds  # no multiprocessor copies
             else:
                 waited += seconds
         busy = max(kernels, host)
-        slowed = busy + self._efficiency.interference * min(beside, kernels)
+        slowed = busy + self._efficiency.interference * min(interfering, kernels)
         found.total = max(slowed, beside) + waited
         found.exposed = found.total - busy
         found.limits["communication"] += found.exposed
@@ -380,6 +388,14 @@ class _Card:
         if tiles < multiprocessors:
             tiles *= max(1.0, min(multiprocessors / tiles, depth / _SPLIT_DEPTH))
         return filled * tiles / (tiles + self._efficiency.waves * multiprocessors)
+
+    def _of_host(self, one: Communication) -> float:
+        """Return the seconds of a copy between card and host, or of an op there, with its call."""
+        is_copy = one.collective != "in_host"
+        links = self._links
+        peak = links.host_bytes_per_s if is_copy else links.host_memory_bytes_per_s
+        bandwidth = peak * self._efficiency.link
+        return one.bytes / bandwidth + self._efficiency.call_seconds
 
     def _collective(self, one: Communication) -> float:
         """Return the seconds of a collective as a ring makes it."""

@@ -1,9 +1,9 @@
 """What a training window computes, moves and communicates: the input of an estimate of its time.
 
 The figures are those of one simulated run: of every call of an op its FLOPs, the bytes that it
-reads and writes in the memory of the card, and the shape of the matrix product that it is, if any.
-They hold for every card that runs the same kernels; `autobatch.gpus.roofline` makes seconds of
-them.
+reads and writes in the memory of the card, and the shape of the matrix product that it is, if any;
+of every collective, and of what goes through the host and no loader does ahead, its bytes. They
+hold for every card that runs the same kernels; `autobatch.gpus.roofline` makes seconds of them.
 
 Invariant: a sum of works has the FLOPs, bytes and calls of its parts.
 """
@@ -15,7 +15,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["Collective", "Communication", "Kind", "LinearWork", "OpWork", "WindowWork", "Work"]
+__all__ = [
+    "Collective",
+    "Communication",
+    "HostTraffic",
+    "Kind",
+    "LinearWork",
+    "OpWork",
+    "WindowWork",
+    "Work",
+]
 
 Kind = Literal[
     "matmul",
@@ -39,6 +48,8 @@ A conversion is what a convolution in NCHW does beside itself where tensor cores
 """
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
+HostTraffic = Literal["to_host", "from_host", "in_host"]
+"""A copy from the card, a copy to it, and an op of the host on what came off the card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +97,20 @@ class OpWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Communication:
-    """One collective of a rank.
+    """One collective of a rank, or one copy between its card and the host, or one op there.
 
     Attributes:
         collective: what is done.
-        bytes: of the whole tensor: what an all-gather makes, a reduce-scatter takes.
-        ranks: how many take part.
+        bytes: of the whole tensor: what an all-gather makes, a reduce-scatter takes, a copy moves;
+            of an op of the host, what it reads and writes.
+        ranks: how many take part; 1 with the host.
         overlaps: whether other kernels run meanwhile, as under FSDP and DDP; those of tensor
-            parallel layers are waited for.
+            parallel layers are waited for, and so are copies on the stream of the kernels, and ops
+            of the host.
         calls: how often it runs.
     """
 
-    collective: Collective
+    collective: Collective | HostTraffic
     bytes: float
     ranks: int
     overlaps: bool
@@ -110,7 +123,7 @@ class Work:
 
     Attributes:
         ops: calls that are alike, together.
-        communication: collectives, in order.
+        communication: collectives and what goes through the host, in order.
         sequence: of every call in order, its index in `ops`; empty in sums.
 
     >>> op = OpWork(op="mm", kind="matmul", precision="bf16", flops=8.0, bytes=24.0)
@@ -149,7 +162,7 @@ class Work:
 
     @property
     def communicated_bytes(self) -> float:
-        """Bytes of the tensors of all collectives."""
+        """Bytes of the tensors of all collectives, and of what goes through the host."""
         return sum(one.bytes * one.calls for one in self.communication)
 
     def __add__(self, other: Work) -> Work:
@@ -183,7 +196,7 @@ class LinearWork:
         start: the micro-batch of the first of each pair.
         step: how much larger the micro-batch of the second one is.
         pairs: the same calls at both.
-        communication: the same collectives at both.
+        communication: the same collectives and traffic with the host at both.
     """
 
     start: int

@@ -167,6 +167,43 @@ def test_a_collective_takes_what_a_ring_takes():
     assert seconds(twice, world_size=8) == pytest.approx(2 * expected, rel=0.01)
 
 
+def through_host(size_bytes, what, overlaps=False):
+    return Communication(collective=what, bytes=size_bytes, ranks=1, overlaps=overlaps)
+
+
+@pytest.mark.parametrize("what", ["to_host", "from_host"])
+@pytest.mark.parametrize("gpu", ["t4", "a100-80gb", "h100-80gb", "gh200"])
+def test_a_copy_takes_its_bytes_at_the_bandwidth_to_the_host(what, gpu):
+    card = find_gpu(gpu)
+    found = estimate(shared(through_host(8e9, what)), card, accumulation_steps=1)
+    bandwidth = links_of(card).host_bytes_per_s * EFFICIENCY.link
+    assert found.seconds == pytest.approx(8e9 / bandwidth + EFFICIENCY.call_seconds)
+    assert (found.bound, found.communication_seconds) == ("communication", found.seconds)
+
+
+def test_an_op_of_the_host_takes_its_bytes_at_the_bandwidth_of_its_memory():
+    bandwidth = links_of(A100).host_memory_bytes_per_s * EFFICIENCY.link
+    expected = 8e9 / bandwidth + EFFICIENCY.call_seconds
+    assert seconds(shared(through_host(8e9, "in_host"))) == pytest.approx(expected)
+
+
+def test_copies_are_waited_for_unless_they_are_on_another_stream():
+    busy = [product(8192)] * 20
+    alone = seconds(shared(ops=busy))
+    waited, hidden = (
+        seconds(shared(through_host(1e9, "to_host", overlaps), ops=busy))
+        for overlaps in (False, True)
+    )
+    assert waited == pytest.approx(alone + seconds(shared(through_host(1e9, "to_host"))))
+    assert hidden == alone
+
+
+def test_most_cards_reach_the_host_over_16_lanes():
+    speeds = {name: links_of(find_gpu(name)).host_bytes_per_s for name in CATALOGUE}
+    assert (speeds["t4"], speeds["a100-40gb"], speeds["h100-80gb"]) == (16e9, 32e9, 64e9)
+    assert (speeds["rtx-4060-laptop"], speeds["gh200"]) == (16e9, 450e9)
+
+
 def test_collectives_that_overlap_hide_behind_kernels():
     busy = [product(8192)] * 20
     alone = seconds(shared(ops=busy))

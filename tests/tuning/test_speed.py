@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
+import autobatch
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.gpus.links import links_of
+from autobatch.gpus.roofline import EFFICIENCY
 from autobatch.tuning.speed import SpeedModel, knee, window_estimate
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
@@ -46,6 +51,46 @@ def test_a_speed_model_says_what_counting_that_size_says(micro_batch, steps):
     assert found.seconds == pytest.approx(direct.seconds)
     assert (found.bound, found.samples) == (direct.bound, direct.samples)
     assert model.seconds(micro_batch, steps) == found.seconds
+
+
+class Offloaded(nn.Module):
+    def __init__(self, is_on=True, width=256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(4))
+        )
+        self.is_on = is_on
+
+    def forward(self, x):
+        with save_on_cpu(pin_memory=True) if self.is_on else contextlib.nullcontext():
+            return self.layers(x)
+
+
+def test_what_goes_through_the_host_grows_with_the_micro_batch():
+    def training(is_on):
+        sample = torch.zeros(2, 256)
+        return Workload(model=Offloaded(is_on), batch=batch_builder(sample))
+
+    card = find_gpu("t4")
+    offloaded, plain = (SpeedModel.of(training(is_on), card) for is_on in (True, False))
+    direct = window_estimate(training(True), card, micro_batch=4096, accumulation_steps=1)
+    assert offloaded.seconds(4096, 1) == pytest.approx(direct.seconds)
+    added = offloaded.seconds(65536, 1) - plain.seconds(65536, 1)
+    saved = 4 * 2 * 65536 * 256 * 4  # the inputs of four layers and of their GELUs
+    bandwidth = links_of(card).host_bytes_per_s * EFFICIENCY.link
+    assert added == pytest.approx(2 * saved / bandwidth, rel=0.01)
+
+
+@pytest.mark.slow
+def test_offload_is_not_faster_where_both_fit():
+    sample = torch.zeros(2, 256)
+    given = {"target": 4096, "gpu": "t4", "sample": sample, "levers": ["offload"]}
+    advice = autobatch.advise(Offloaded(is_on=False), **given)
+    offloads = [one for one in advice.choices if one.fits]
+    assert offloads
+    assert all(one.window_seconds > advice.as_it_is.window_seconds for one in offloads)
+    swept = autobatch.sweep(Offloaded(is_on=False), **given)
+    assert "fastest: as it is" in str(swept)
 
 
 def test_a_speed_model_runs_two_windows_for_any_number_of_sizes(monkeypatch):

@@ -1,7 +1,7 @@
 """The work of a simulated run: what every op of its last training window computes and moves.
 
-What one call costs is in `kernels/costs.py`. What is copied from the host is left out, because
-loaders do that meanwhile.
+What one call costs is in `kernels/costs.py`, and what counts of the host in `host_copies.py`.
+Copies of a batch are left out, because loaders make them meanwhile.
 
 Invariant: a run that is not counted is the same as ever: its mode has no part of this.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autobatch.devices.virtual.fake_mode import VirtualMode
+from autobatch.devices.virtual.host_copies import HostCopies
 from autobatch.devices.virtual.kernels.costs import costs_of, traits_of
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.gpus.work import Collective, Communication, OpWork, WindowWork, Work
@@ -47,7 +48,9 @@ _COLLECTIVES: Mapping[str, Collective] = {
 """By name of the op in `c10d` and `_c10d_functional`; tensor parallel layers use the latter."""
 
 _COPIES = ("_to_copy", "copy_")
-"""Ops that may copy from the host."""
+"""Ops that may copy from the host, in which no kernel of the card runs."""
+
+_TO_COPY = torch.ops.aten._to_copy.default
 
 Part = tuple[Phase, int]
 
@@ -85,6 +88,7 @@ class WorkCounter:
         self._parts: dict[Part, _Calls] = {}
         self._calls: _Calls | None = None
         self._averages: list[Communication] = []
+        self._host = HostCopies(recorder, device)
 
     @contextlib.contextmanager
     def following(self, buckets: Sequence[Tensor] = ()) -> Iterator[None]:
@@ -151,9 +155,13 @@ class WorkCounter:
         `known` is the same object for calls with arguments of the same layouts, which cost the
         same, or None.
         """
+        of_host: list[Communication] = []
+        if known is None or func is _TO_COPY:  # any other that is known is of the card alone
+            of_host = self._host.followed(func, args, kwargs, output)
         calls = self._calls
         if calls is None or self._recorder.is_muted:
             return
+        calls.communication.extend(of_host)
         if known is not None and (costs := self._costs.get(id(known))) is not None:
             calls.ops.extend(costs)
             return

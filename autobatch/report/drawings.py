@@ -1,7 +1,8 @@
 """The drawings beside a report: what a plan's page draws, each as an SVG that stands alone.
 
-Invariant: a drawing has one size and a white ground, no text in it covers another, and every string
-of the plan is escaped.
+Invariant: no text in a drawing is cut or covers another, and every string of the plan is escaped. A
+drawing has one size and a white ground; one that adapts shrinks with the page that it is put into,
+and takes the ink and the ground from there.
 """
 
 from __future__ import annotations
@@ -46,6 +47,18 @@ _PHASES = {
 _INK, _FAINT, _GRID, _BUDGET, _BAND = "#1d2430", "#5b6678", "#e7eaef", "#b3261e", "#1d5bbf"
 _EVIDENCE = {"measured": "#117733", "simulated": "#117733", "predicted": "#44aa99"}
 _OTHER = "#eeeeee"
+_ON_DARK, _ON_LIGHT = "#ffffff", "#000000"
+
+_ADAPTED = {
+    ("fill", _INK): ("currentColor", 1),
+    ("stroke", _INK): ("currentColor", 1),
+    ("fill", _FAINT): ("currentColor", 0.75),
+    ("stroke", _GRID): ("currentColor", 0.2),
+    ("fill", _BUDGET): ("currentColor", 1),
+    ("stroke", _BUDGET): ("#d93025", 1),
+}
+"""What stands for a paint, and how opaque, where the ground may be light or dark. No red can be
+read well on both, so that only the budget's line is red, and its name is not."""
 
 _WIDTH, _LEFT, _RIGHT = 860, 92, 836
 _SMALL, _SIZE, _LARGE = 11, 12, 17
@@ -66,9 +79,10 @@ class _Box(NamedTuple):
 
     top: float
     height: float
+    left: float = _LEFT
 
     def x(self, percent: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * percent / 100
+        return self.left + (_RIGHT - self.left) * percent / 100
 
     def y(self, percent: float) -> float:
         return self.top + self.height * percent / 100
@@ -77,15 +91,16 @@ class _Box(NamedTuple):
 class _Sheet:
     """Collects the elements of one drawing, from the back to the front."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, *, adapts: bool = False) -> None:
         self._title = title
+        self._adapts = adapts
         self._parts: list[str] = []
         self.text(16, 28, title, size=_LARGE, bold=True)
 
     def rect(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         self._parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" '
-            f'fill="{colour}"/>'
+            f"{self._paint('fill', colour)}{self._edge()}/>"
         )
 
     def line(
@@ -93,15 +108,16 @@ class _Sheet:
     ) -> None:
         dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
         self._parts.append(
-            f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{colour}"{dashed}/>'
+            f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" '
+            f"{self._paint('stroke', colour)}{dashed}/>"
         )
 
     def figure(self, box: _Box, path: str, style: str) -> None:
         """Draw a path of a figure, whose own coordinates are stretched to the box."""
-        across, down = (_RIGHT - _LEFT) / figures.WIDTH, box.height / figures.HEIGHT
+        across, down = (_RIGHT - box.left) / figures.WIDTH, box.height / figures.HEIGHT
         self._parts.append(
-            f'<path transform="matrix({across:.4f} 0 0 {down:.4f} {_LEFT} {box.top})" d="{path}" '
-            f'vector-effect="non-scaling-stroke" {style}/>'
+            f'<path transform="matrix({across:.4f} 0 0 {down:.4f} {box.left} {box.top})" '
+            f'd="{path}" vector-effect="non-scaling-stroke" {style}/>'
         )
 
     def text(
@@ -117,7 +133,7 @@ class _Sheet:
     ) -> None:
         weight = ' font-weight="600"' if bold else ""
         self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}" '
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {self._paint("fill", colour)} '
             f'text-anchor="{anchor}"{weight}>{escape(printable(text))}</text>'
         )
 
@@ -138,8 +154,8 @@ class _Sheet:
         """Draw the lines and labels of a vertical axis."""
         for tick in ticks:
             y = box.y(tick.at)
-            self.line(_LEFT, y, _RIGHT, y, _GRID)
-            self.text(_LEFT - 8, y + 4, tick.text, colour=_FAINT, anchor="end", size=_SMALL)
+            self.line(box.left, y, _RIGHT, y, _GRID)
+            self.text(box.left - 8, y + 4, tick.text, colour=_FAINT, anchor="end", size=_SMALL)
 
     def columns(self, box: _Box, ticks: Sequence[Tick], name: str) -> None:
         """Draw the lines and labels of a horizontal axis, and what it shows."""
@@ -147,15 +163,15 @@ class _Sheet:
             x = box.x(tick.at)
             self.line(x, box.top, x, box.y(100), _GRID)
             self.text(x, box.y(100) + 16, tick.text, colour=_FAINT, anchor="middle", size=_SMALL)
-        self.text((_LEFT + _RIGHT) / 2, box.y(100) + 34, name, colour=_FAINT, anchor="middle")
+        self.text((box.left + _RIGHT) / 2, box.y(100) + 34, name, colour=_FAINT, anchor="middle")
 
-    def legend(self, y: float, keys: Sequence[_Key]) -> float:
+    def legend(self, y: float, keys: Sequence[_Key], left: float = _LEFT) -> float:
         """Write what colours, lines and marks stand for; return where the sheet ends below."""
-        x: float = _LEFT
+        x = left
         for key in keys:
             width = 24 + _width(key.name) + 14
-            if x + width > _WIDTH and x > _LEFT:
-                x, y = _LEFT, y + 20
+            if x + width > _WIDTH and x > left:
+                x, y = left, y + 20
             if key.kind == "area":
                 self.rect(x, y - 10, 14, 11, key.colour)
             elif key.kind in ("line", "dashes", "dots"):
@@ -169,14 +185,25 @@ class _Sheet:
 
     def svg(self, height: float) -> str:
         """Return the drawing, which ends at a height."""
+        ground = f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>'
+        fluid = ' style="max-width:100%;height:auto"'
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
             f'viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
-            'font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif">'
+            'font-family="system-ui, Segoe UI, Roboto, Helvetica, Arial, sans-serif"'
+            f"{fluid if self._adapts else ''}>"
             f"<title>{escape(self._title)}</title>"
-            f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>'
-            f"{''.join(self._parts)}</svg>\n"
+            f"{'' if self._adapts else ground}{''.join(self._parts)}</svg>\n"
         )
+
+    def _paint(self, kind: str, colour: str) -> str:
+        """Return the attributes that paint the inside, "fill", or the line, "stroke"."""
+        shown, share = _ADAPTED.get((kind, colour), (colour, 1)) if self._adapts else (colour, 1)
+        return f'{kind}="{shown}"' + (f' {kind}-opacity="{share}"' if share < 1 else "")
+
+    def _edge(self) -> str:
+        """Return the attributes of an edge by which areas stand out from a ground like them."""
+        return ' stroke="currentColor" stroke-opacity="0.4"' if self._adapts else ""
 
 
 def memory(plan: PlanRecord) -> str:
@@ -217,21 +244,28 @@ def memory(plan: PlanRecord) -> str:
     return sheet.svg(sheet.legend(box.y(100) + 60, keys))
 
 
-def breakdown(plan: PlanRecord) -> str:
-    """Draw what is on the device at the peak, and at the ceiling's where that is another size."""
-    sheet = _Sheet("Memory at the peak")
-    rows: list[tuple[str, Footprint]] = [("plan", plan.footprint)]
-    if plan.ceiling_footprint.micro_batch != plan.footprint.micro_batch:
-        rows.append((_ceiling(plan), plan.ceiling_footprint))
+def breakdown(plan: PlanRecord, *, adapts: bool = False) -> str:
+    """Draw what is on the device at the peak, and at the ceiling's where that is another size.
+
+    Args:
+        plan: the answer.
+        adapts: to the width, the ink and the ground of the page that the drawing is put into.
+    """
+    sheet = _Sheet("Memory at the peak", adapts=adapts)
+    chosen, ceiling = plan.footprint, plan.ceiling_footprint
+    rows: list[tuple[str, Footprint]] = [(f"plan {chosen.micro_batch:,}", chosen)]
+    if ceiling.micro_batch != chosen.micro_batch:
+        rows.append((f"{_ceiling(plan)} {ceiling.micro_batch:,}", ceiling))
     whole = max(figures.bar(plan, footprint).whole_bytes for _, footprint in rows)
     bars = [figures.bar(plan, footprint, whole_bytes=whole) for _, footprint in rows]
-    box = _Box(76, 76 * len(rows))
+    left = max(_LEFT, 16 + max(_width(name) for name, _ in rows))
+    box = _Box(76, 76 * len(rows), left)
     sheet.columns(box, figures.byte_columns(whole), "on the device, CUDA context included")
     for index, ((name, footprint), bar) in enumerate(zip(rows, bars, strict=True)):
         top = box.top + 76 * index + 12
         taken = format_bytes(footprint.peak_device_bytes + plan.others_bytes)
-        sheet.text(_LEFT - 8, top + 17, f"{name} {footprint.micro_batch:,}", anchor="end")
-        sheet.text(_LEFT - 8, top + 33, taken, anchor="end", size=_SMALL, colour=_FAINT)
+        sheet.text(left - 8, top + 17, name, anchor="end")
+        sheet.text(left - 8, top + 33, taken, anchor="end", size=_SMALL, colour=_FAINT)
         _draw_bar(sheet, box, top, bar)
     budget, capacity = bars[0].budget, bars[0].capacity
     ends = plan.footprint.context_bytes + plan.others_bytes + plan.budget_bytes
@@ -247,7 +281,7 @@ def breakdown(plan: PlanRecord) -> str:
     keys = [_Key("area", colour, name) for name, colour in COLOURS.items() if name in used]
     if any(bar.low is not None for bar in bars):
         keys.append(_Key("line", _INK, "nine of ten runs end in here"))
-    return sheet.svg(sheet.legend(box.y(100) + 60, keys))
+    return sheet.svg(sheet.legend(box.y(100) + 60, keys, left))
 
 
 def timeline(plan: PlanRecord) -> str:
@@ -355,6 +389,6 @@ def _width(text: str, size: int = _SIZE) -> float:
 
 
 def _ink_on(colour: str) -> str:
-    """Return white for text on a dark colour, ink on a light one."""
+    """Return white for text on a dark colour, black on a light one."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else _INK
+    return _ON_DARK if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else _ON_LIGHT

@@ -49,15 +49,17 @@ def plan_page(plan: PlanRecord) -> str:
 
 
 def notebook(plan: PlanRecord) -> str:
-    """Return the plan's summary as a small HTML fragment, styled by the notebook itself.
+    """Return the plan's summary as a small HTML fragment for a light or dark ground.
 
     Its headline is larger than those of its sections, and what is on the device is drawn below it.
+    Its tables are styled in place: a notebook has none of the page's styles, maybe none at all.
     """
     return _render(
         "notebook.html.jinja",
         document=summary(plan),
         heading="h3",
-        chart=breakdown(plan),
+        in_place=True,
+        chart=breakdown(plan, adapts=True),
         drawings={},
     )
 

@@ -60,6 +60,7 @@ def what_if(
     if model is None or not _is_certain(probe, found, model):
         return None
     known = _Known(probe, model, curve)
+    known.add_one()
     cards = (spec,) if "card" in asked else (spec, *_others(spec))
     for card in cards:
         known.add_all(card.capacity_bytes - card.context_bytes)
@@ -135,6 +136,10 @@ class _Known:
         self._left = _PREDICTIONS
         self.whole_bytes = 0
         self.peaks = {point.micro_batch: point.peak_reserved_bytes for point in curve}
+
+    def add_one(self) -> None:
+        """Predict the peak of one sample, so that no micro-batch is below all that are known."""
+        self._add(1)
 
     def add_all(self, usable_bytes: int) -> None:
         """Predict every micro-batch up to those that do not fit, if that is few of them."""

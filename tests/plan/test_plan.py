@@ -281,6 +281,18 @@ def test_the_notebook_form_has_a_chart_below_a_headline_larger_than_its_sections
     assert set(headings[2:]) == {"h3"}
 
 
+def test_the_notebook_form_looks_right_where_nothing_styles_it() -> None:
+    fragment = example_plan()._repr_html_()
+    assert "class=" not in fragment.replace('class="warnings"', "").replace('class="notes"', "")
+    assert "<caption" not in fragment
+    tables = re.findall(r'<table aria-label="([^"]+)"', fragment)
+    assert tables and all(fragment.count(f">{title}<") == 1 for title in tables)
+    styled = re.findall(r'<t[hd](?: scope="\w+")? style="text-align:(\w+);[^>]*>([^<]*)', fragment)
+    assert len(styled) == len(re.findall(r"<t[hd][ >]", fragment))
+    sides = {text: side for side, text in styled}
+    assert (sides["category"], sides["parameters"], sides["475 MiB"]) == ("left", "left", "right")
+
+
 def test_printing_a_plan_imports_no_heavy_package() -> None:
     code = (
         "import sys; from tests.support.plans import example_plan;"

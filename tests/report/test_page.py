@@ -121,6 +121,63 @@ def test_what_if_equals_tune_over_a_grid(seen: Seen, plan: Plan) -> None:
     assert exact > 10
 
 
+@pytest.fixture
+def gaps(browser: Any, plan: Plan, tmp_path: Path) -> Iterator[Seen]:
+    """The page of a plan that knows every third micro-batch, from 2 on, and not the last ones."""
+    page = tmp_path / "report.html"
+    page.write_text(plan_page(knowing(plan, peaks_of(plan, slice(1, -4, 3)))), encoding="utf-8")
+    with opened(browser, page) as seen:
+        yield seen
+
+
+def peaks_of(plan: Plan, which: slice = slice(None)) -> dict[int, int]:
+    known = plan.what_if
+    assert known is not None
+    pairs = zip(known.micro_batches, known.peak_reserved_bytes, strict=True)
+    return dict(sorted(pairs)[which])
+
+
+def knowing(plan: Plan, peaks: dict[int, int]) -> Plan:
+    assert plan.what_if is not None
+    known = dataclasses.replace(
+        plan.what_if,
+        micro_batches=tuple(peaks),
+        peak_reserved_bytes=tuple(peaks.values()),
+    )
+    return dataclasses.replace(plan, what_if=known)
+
+
+def test_peaks_of_unknown_sizes_are_near_those_of_tune(gaps: Seen, plan: Plan) -> None:
+    sizes = gaps("autobatch.answers.known.sizes")
+    true = peaks_of(plan)
+    assert sizes[0] == 2 and list(true)[:3] == [1, 2, 3]
+    told = gaps("sizes => sizes.map(autobatch.answers.peak)", list(true))
+    for (size, peak), found in zip(true.items(), told, strict=True):
+        assert found["isKnown"] == (size in sizes)
+        assert found["bytes"] == pytest.approx(peak, rel=0 if size in sizes else 0.3), size
+        assert found["bytes"] <= found["most"]
+    assert true[1] <= told[0]["most"] == true[2]
+
+
+def test_a_slider_below_all_known_sizes_says_a_peak_that_can_be(gaps: Seen, plan: Plan) -> None:
+    gaps.page.focus("#size")
+    gaps.page.keyboard.press("Home")
+    said = gaps.text("#by-hand")
+    assert "1 × " in said and "about -" not in said
+    assert f"up to {format_bytes(peaks_of(plan)[2])} reserved" in said
+    assert "99 % likely" in said
+
+
+def test_no_peak_is_below_nothing(browser: Any, plan: Plan, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    steep = {2: 10 * MIB, 3: 90 * MIB, 4: 60 * MIB}
+    page.write_text(plan_page(knowing(plan, steep)), encoding="utf-8")
+    with opened(browser, page) as seen:
+        told = seen("[1, 2, 4, 5, 9].map(autobatch.answers.peak)")
+        assert [found["bytes"] for found in told] == [size * MIB for size in (0, 10, 60, 85, 185)]
+        assert told[0]["most"] == 10 * MIB
+
+
 def test_splits_and_likelihoods_are_those_of_python(seen: Seen) -> None:
     cases = [
         (target, ceiling, ranks)

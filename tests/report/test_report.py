@@ -296,9 +296,37 @@ def boxes_of_text(drawing: str) -> list[tuple[str, float, float, float, float]]:
     return boxes
 
 
+def of_many_samples() -> Plan:
+    """A plan whose micro-batches have long numbers."""
+    plan = example_plan()
+    ceiling, chosen = 1_048_576, 1_000_000
+    return dataclasses.replace(
+        plan,
+        ceiling=None,
+        ceiling_at_least=ceiling,
+        footprint=dataclasses.replace(plan.footprint, micro_batch=chosen),
+        ceiling_footprint=dataclasses.replace(plan.ceiling_footprint, micro_batch=ceiling),
+        curve=tuple(
+            dataclasses.replace(point, micro_batch=point.micro_batch * ceiling // 115)
+            for point in plan.curve
+        ),
+    )
+
+
+def test_a_drawing_that_adapts_shrinks_and_has_no_ground_or_ink_of_its_own() -> None:
+    alone, adapting = (drawings.breakdown(example_plan(), adapts=each) for each in (False, True))
+    assert 'fill="#ffffff"/>' in alone and 'fill="#ffffff"/>' not in adapting
+    assert "max-width:100%;height:auto" in adapting and 'viewBox="0 0 860 ' in adapting
+    assert "currentColor" not in alone
+    for colour in ("#1d2430", "#5b6678", "#e7eaef", "#b3261e"):
+        assert colour in alone and colour not in adapting
+    assert boxes_of_text(alone) == boxes_of_text(adapting)
+
+
 def test_labels_never_overlap_each_other() -> None:
     tight = dataclasses.replace(example_plan(), ceiling=66, ceiling_at_least=66)
-    for plan in (example_plan(), tight, ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))):
+    ragged = ragged_plan(115, ((115,),)), ragged_plan(1, ((1,),))
+    for plan in (example_plan(), tight, *ragged, of_many_samples()):
         for draw in (drawings.memory, drawings.breakdown, drawings.timeline):
             boxes = boxes_of_text(draw(plan))
             assert len(boxes) > 5

@@ -99,6 +99,29 @@ def test_peaks_are_those_of_the_account_that_tune_gives(workload, plan):
     assert compared
 
 
+class Recurrent(nn.Module):
+    """So many sizes are asked of it that no prediction is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.LSTM(64, 256, 2, batch_first=True)
+        self.outer = nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.outer(self.inner(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Flatten(), nn.Linear(1920, 10)),
+                                   Recurrent])  # fmt: skip
+def test_the_peak_of_one_sample_is_known(build):
+    model, sample = build(), (torch.zeros(2, 30, 64), torch.zeros(2, dtype=torch.int64))
+    options = {"sample": sample, "loss": cross_entropy, "gpu": "1GiB"}
+    known = autobatch.tune(model, target=1_000_003, **options).what_if
+    one = autobatch.predict(model, micro_batch=1, accumulation_steps=2, **options)
+    assert known.micro_batches[0] == 1
+    assert known.peak_reserved_bytes[0] == one.peak_reserved_bytes
+
+
 def test_cards_that_run_the_same_kernels_are_offered_with_their_ceilings():
     big = nn.Sequential(nn.Embedding(1000, 2048), *[nn.Linear(2048, 2048) for _ in range(6)])
     sample = torch.zeros(2, 1024, dtype=torch.int64)

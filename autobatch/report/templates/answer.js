@@ -32,19 +32,21 @@ function answersOf(plan, known) {
   }
 
   // The peak of windows that accumulate: known where the size was predicted, else on the line between
-  // the neighbours, and taken to be the larger one's at most; beyond the last size the line goes on.
+  // the neighbours, and taken to be the larger one's at most. Below the first size the line of the first
+  // two goes on. Beyond the last size it rises as from the first to the last: two neighbours' peaks are
+  // rounded so coarsely that a line of theirs may fall.
   function peak(size) {
     if (peaks.has(size)) {
       const bytes = peaks.get(size);
-      return { bytes, most: bytes, isKnown: true, isBetween: false };
+      return { bytes, most: bytes, isKnown: true, isBounded: false };
     }
-    const above = known.sizes.findIndex((each) => each > size);
-    const [left, right] = above < 1
-      ? [known.sizes.length - 2, known.sizes.length - 1] : [above - 1, above];
+    const above = known.sizes.findIndex((each) => each > size), isBounded = above >= 0;
+    const right = isBounded ? Math.max(above, 1) : known.sizes.length - 1, left = isBounded ? right - 1 : 0;
     const [n0, n1] = [known.sizes[left], known.sizes[right]];
     const [p0, p1] = [known.peaks[left], known.peaks[right]];
-    const bytes = Math.round(p0 + (p1 - p0) * (size - n0) / (n1 - n0)), isBetween = above >= 1;
-    return { bytes, most: isBetween ? Math.max(p0, p1) : bytes, isKnown: false, isBetween };
+    const bytes = Math.max(Math.round(p0 + (p1 - p0) * (size - n0) / (n1 - n0)), 0);
+    const most = isBounded ? Math.max(bytes, p0, known.peaks[above]) : bytes;
+    return { bytes, most, isKnown: false, isBounded };
   }
 
   function likelihood(reserved, usable) {

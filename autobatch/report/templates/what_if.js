@@ -72,11 +72,11 @@ function useWhatIf(data, answers) {
         formatBytes(found.budget) + "; " + percent(found.likelihood) + " likely to fit a real card"));
   }
 
-  // Between sizes that are known a peak is on the line between theirs, and may be up to the larger one.
-  function peakText({ bytes, most, isKnown, isBetween }, count) {
+  // Below a size that is known a peak is on the line of its neighbours, and may be up to the larger one.
+  function peakText({ bytes, most, isKnown, isBounded }, count) {
     if (isKnown) return (count > 1 ? "" : "about ") + formatBytes(bytes);
     const upTo = formatBytes(most);
-    return "about " + formatBytes(bytes) + (isBetween && upTo !== formatBytes(bytes) ? ", up to " + upTo : "");
+    return "about " + formatBytes(bytes) + (isBounded && upTo !== formatBytes(bytes) ? ", up to " + upTo : "");
   }
 
   function showByHand(hand) {

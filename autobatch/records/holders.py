@@ -19,11 +19,11 @@ class Holder:
         module: name in `model.named_modules()` of the innermost module that made the tensor: the
             one whose forward ran (also a checkpoint's second one), or whose backward ran; of a
             parameter, its gradient and its optimizer state, the first module that owns the
-            parameter. The model is the one below `torch.compile`, DataParallel and
-            DistributedDataParallel, and as it was before levers wrapped parts of it. Empty for the
-            model itself and for what no module made: inputs, what a loss function computes,
-            temporaries of a step, buckets of gradients, workspaces that libraries keep. A module
-            outside of the model is its class in parentheses, with the path below it:
+            parameter. The model is the one below a `torch.compile`, DataParallel and
+            DistributedDataParallel of the whole, and as it was before levers wrapped parts of it.
+            Empty for the model itself and for what no module made: inputs, what a loss function
+            computes, temporaries of a step, buckets of gradients, workspaces that libraries keep. A
+            module outside of the model is its class in parentheses, with the path below it:
             `(Teacher).layers.0`, `(CrossEntropyLoss)`.
         op: the operator that allocated it, as "mm", with its namespace where that is not PyTorch's
             own; for scratch what it is for, as "cublas workspace". Empty where it is not known.

@@ -464,9 +464,13 @@ class VirtualMode(FakeTensorMode):
         return output
 
     def _created(self, output: Any, func: OpOverload, args: Sequence[Any]) -> None:
-        """Record what an op made, in the order in which CUDA's kernel allocates it."""
+        """Record what an op made, in the order in which CUDA's kernel allocates it.
+
+        A view of what a kernel makes elsewhere (the seed of attention's dropout) is nothing new.
+        """
         if self._is_virtual(output):
-            self._recorder.created(output, func.name())
+            if not (args and self._is_virtual(args[0]) and _share_memory(output, args[0])):
+                self._recorder.created(output, func.name())
         elif isinstance(output, (list, tuple)):
             order = order_of(func, args)
             for item in output if order is None else [output[place] for place in order]:
@@ -483,6 +487,10 @@ def _is_composed(kind: type) -> bool:
     """Whether a class of tensors takes ops apart into ops on its parts; DTensor is another case."""
     is_usual = issubclass(kind, FakeTensor) or hasattr(kind, "placements")
     return not is_usual and hasattr(kind, "__tensor_flatten__")
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:

@@ -183,3 +183,17 @@ def test_copies_from_the_host_are_those_of_pytorch_and_made_once(monkeypatch) ->
     plain, many = ran()
     assert trace == plain
     assert few < many / 2
+
+
+def test_views_of_what_a_kernel_makes_elsewhere_take_no_memory_the_first_time() -> None:
+    """The seed of attention's dropout is on the host; selective checkpointing detaches it."""
+
+    def loss(model, x):
+        q = model(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, _, seed, _ = attend(q, q, q, None, compute_log_sumexp=True, dropout_p=0.1)
+        seed.detach()
+        return out.square().mean()
+
+    trace = run(nn.Linear(16, 16), sample=torch.zeros(2, 4, 16), loss=loss)
+    assert not [block for block in trace.blocks if block.op == "aten::detach"]

@@ -251,7 +251,8 @@ def test_the_peak_is_that_of_pytorchs_own_tracker_of_fsdp2(n, still):
         theirs = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     finally:
         dist.destroy_process_group()
-    step_counters = 4 * sum(p.requires_grad for p in frozen(Net(), still).parameters())  # on the CPU, theirs count too
+    # on the CPU, theirs count too
+    step_counters = 4 * sum(p.requires_grad for p in frozen(Net(), still).parameters())
     micro_batch_scaling = 4  # our window divides the loss by its steps
     assert 0 <= ours + step_counters - theirs <= micro_batch_scaling
 

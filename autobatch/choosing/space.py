@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from autobatch.errors import AutobatchError, UsageError, WorkloadError
+from autobatch.errors import AutobatchError, LeverError, UsageError, WorkloadError
 from autobatch.levers.known import LEVERS, levers_named
-from autobatch.levers.lever import Lever, Option
+from autobatch.levers.lever import Lever, Option, WrongLeverError
+from autobatch.levers.own import OwnLevers
 from autobatch.levers.setup import Setup
 from autobatch.records.applied import AppliedLever
 from autobatch.records.split import Split, split
@@ -38,12 +40,14 @@ class Configuration:
         split: of the target into micro-batches.
         settings: by parameter, as text; without the micro-batch.
         options: of the levers that change something, in the order in which they were applied.
+        failure: what a lever of the user's own raised, so that this cannot run; None if nothing.
     """
 
     setup: Setup
     split: Split
     settings: Mapping[str, str]
     options: tuple[Option, ...]
+    failure: str | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -87,16 +91,16 @@ class Space:
 
         Raises:
             UsageError: there is no lever of a name, or one of them is none.
+            WorkloadError: a lever of the user's own raised an error.
         """
-        given: list[Any] | None = None
-        if levers is not None:  # a name is no list of letters
-            given = [levers] if isinstance(levers, (str, Lever)) else list(levers)
-        _require_levers(given)
+        given = None if levers is None else _given(levers)
         known = [each for each in given or () if isinstance(each, (str, Lever))]
         self._setup = setup
         self._target = target
+        self._calls = OwnLevers(setup)
         self._own = [each for each in given or () if not isinstance(each, (str, Lever))]
         self._levers = list(LEVERS.values()) if given is None else levers_named(known)
+        self._levers = self._calls.checked(self._levers)
         allow_numerics = allow_numerics or given is not None
         self._values: dict[str, list[str]] = {}
         for lever in self._levers:
@@ -104,7 +108,7 @@ class Space:
                 option.value
                 for option in lever.options(setup)
                 if (allow_numerics or not option.changes_numerics)
-                and not (keeps_settings and option.apply(setup).settings != setup.settings)
+                and not (keeps_settings and _changes_settings(option, setup))
             ]
             if values:
                 self._values[lever.name] = [AS_IT_IS, *values]
@@ -113,7 +117,8 @@ class Space:
     @property
     def described(self) -> dict[str, Any]:
         """The space in plain values, which decide what a study is about."""
-        own = [f"{each.__module__}.{each.__qualname__}" for each in self._own]
+        functions = map(_function_of, self._own)
+        own = [f"{each.__module__}.{each.__qualname__}" for each in functions]
         return {"levers": self._values, "own levers": own, "micro-batches": list(self.sizes)}
 
     def suggest(self, trial: Any) -> None:
@@ -121,7 +126,7 @@ class Space:
         for name, values in self._values.items():
             trial.suggest_categorical(name, values)
         for own in self._own:
-            _change_of(own, trial)
+            self._change_of(own, trial)
         trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
 
     @property
@@ -133,6 +138,14 @@ class Space:
     def has_own(self) -> bool:
         """Whether there are levers of the user's own."""
         return bool(self._own)
+
+    def require_untouched(self, label: str) -> None:
+        """Check what is trained after a run of a configuration.
+
+        Raises:
+            WrongLeverError: what a lever of the user's own did to a copy changed it as well.
+        """
+        self._calls.require_untouched(label)
 
     @property
     def as_it_is(self) -> list[dict[str, Any]]:
@@ -148,10 +161,13 @@ class Space:
                 it was asked.
 
         Raises:
-            UsageError: a lever of the user's own returned no function.
+            UsageError: a lever of the user's own returned something else than it must, or changed
+                what is trained in place.
+            WorkloadError: one that takes the trial raised an error before it returned a function.
         """
         setup = self._setup
         options: list[Option] = []
+        failure: str | None = None
         by_name = {lever.name: lever for lever in self._levers}
         for name, values in self._values.items():
             value = trial.suggest_categorical(name, values)
@@ -165,11 +181,24 @@ class Space:
                     if not offered[value].goes_with(other):
                         return f"{other.label} and {name}: {value} cannot be combined"
                 setup = offered[value].applied_to(setup)
+            except WrongLeverError:
+                raise
             except AutobatchError as error:
+                if _is_failure(error):
+                    failure = failure or one_line(error)
+                    continue
                 return f"{name}: {value}: {one_line(error)}"
             options.append(offered[value])
         for own in self._own:
-            setup = _applied(own, trial, setup)
+            change = self._change_of(own, trial)
+            try:
+                setup = self._applied(own, change, setup)
+            except WrongLeverError:
+                raise
+            except AutobatchError as error:
+                if isinstance(error, LeverError):
+                    return f"{_name_of(own)}: {one_line(error)}"
+                failure = failure or one_line(error)
         size = trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
         settings = {name: str(v) for name, v in trial.params.items() if name != MICRO_BATCH}
         try:
@@ -185,7 +214,32 @@ class Space:
                 "the optimizer steps in the backward pass, so that all samples of an update are "
                 f"one micro-batch, and not {divided.accumulation_steps:,} of {size:,}"
             )
-        return Configuration(setup=setup, split=divided, settings=settings, options=tuple(options))
+        return Configuration(
+            setup=setup,
+            split=divided,
+            settings=settings,
+            options=tuple(options),
+            failure=failure,
+        )
+
+    def _change_of(self, own: OwnLever, trial: Any) -> Callable[[Setup], Setup]:
+        with self._calls.running(_name_of(own)):
+            change: Any = own(trial)
+        if not callable(change):
+            raise UsageError(
+                f"the lever {_name_of(own)} returned a {type(change).__name__}: it must return a "
+                "function that takes a Setup and returns another one"
+            )
+        return change  # type: ignore[no-any-return]
+
+    def _applied(self, own: OwnLever, change: Callable[[Setup], Setup], setup: Setup) -> Setup:
+        name = _name_of(own)
+        changed = self._calls.applied(name, change, setup)
+        if changed is setup:
+            return setup
+        code = f"# do here what {name} did to the Setup"
+        had = AppliedLever(lever=name, value="of yours", code=code)
+        return changed.having(levers=(*changed.workload.levers, had))
 
 
 def planned_sizes(target: int, world_size: int, limit: int | None = None) -> tuple[int, ...]:
@@ -221,37 +275,43 @@ def planned_sizes(target: int, world_size: int, limit: int | None = None) -> tup
     return tuple(thinned)
 
 
-def _require_levers(given: Sequence[Any] | None) -> None:
-    for each in given or ():
+def _given(levers: Any) -> list[Any]:
+    """Return what was given as levers, as a list: one of them counts as several.
+
+    Raises:
+        UsageError: something in it is none.
+    """
+    is_one = isinstance(levers, (str, Lever)) or callable(levers)  # a name is no list of letters
+    given = list(levers) if isinstance(levers, Iterable) and not is_one else [levers]
+    for each in given:
         if not isinstance(each, (str, Lever)) and not callable(each):
             raise UsageError(
                 f"levers holds a {type(each).__name__}: use names, such as {', '.join(LEVERS)}, or "
                 "functions that take the Optuna trial"
             )
+    return given
 
 
-def _change_of(own: OwnLever, trial: Any) -> Callable[[Setup], Setup]:
+def _changes_settings(option: Option, setup: Setup) -> bool:
+    """Return whether an option changes the allocator; not where it cannot be had at all."""
     try:
-        change = own(trial)
-    except Exception as error:
-        raise WorkloadError(f"the lever {own.__qualname__} raised {one_line(error)}") from error
-    if not callable(change):
-        raise UsageError(
-            f"the lever {own.__qualname__} returned a {type(change).__name__}: it must return a "
-            "function that takes a Setup and returns another one"
-        )
-    return change
+        return option.apply(setup).settings != setup.settings
+    except WrongLeverError:
+        raise
+    except AutobatchError:  # told of the configurations that have it
+        return False
 
 
-def _applied(own: OwnLever, trial: Any, setup: Setup) -> Setup:
-    changed: Any = _change_of(own, trial)(setup)
-    if not isinstance(changed, Setup):
-        raise UsageError(
-            f"the lever {own.__qualname__} made a {type(changed).__name__} of a Setup: let it "
-            "return setup.having(...), setup.changed(...) or the setup itself"
-        )
-    if changed is setup:
-        return setup
-    name = own.__name__
-    had = AppliedLever(lever=name, value="of yours", code=f"# do here what {name} did to the Setup")
-    return changed.having(levers=(*changed.workload.levers, had))
+def _is_failure(error: AutobatchError) -> bool:
+    """Return whether a lever raised what it did not mean to, rather than refuse a setup."""
+    return isinstance(error, WorkloadError) and not isinstance(error, LeverError)
+
+
+def _name_of(own: OwnLever) -> str:
+    return str(_function_of(own).__name__)
+
+
+def _function_of(own: OwnLever) -> Any:
+    """Return the function that a lever is, or its class where it is an object that is called."""
+    function = own.func if isinstance(own, partial) else own
+    return function if hasattr(function, "__qualname__") else type(function)

@@ -435,7 +435,7 @@ def whole_space(suggest: Callable[[Trial], object], most: int) -> list[Point] | 
         suggest: asks a trial for the value of each parameter.
         most: configurations to look at.
     """
-    with _quiet():
+    with _quiet(optuna.logging.ERROR):  # what is raised is told by who catches it
         study = optuna.create_study(sampler=optuna.samplers.BruteForceSampler(seed=0))
         points: dict[str, Point] = {}
 
@@ -586,10 +586,10 @@ def _started(pid: int) -> int | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Optuna from saying what it does, and that parts of it are experimental."""
+def _quiet(level: int = optuna.logging.WARNING) -> Iterator[None]:
+    """Keep Optuna from saying what it does below a level, and what of it is experimental."""
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    optuna.logging.set_verbosity(max(before, level))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autobatch import _version
-from autobatch.choosing.bench import Bench, bench_of
+from autobatch.choosing.bench import Bench, Tried, bench_of
 from autobatch.choosing.known import Known
 from autobatch.choosing.space import AS_IT_IS, MICRO_BATCH, Configuration, OwnLever, Space
 from autobatch.choosing.untried import by_distance
@@ -38,7 +38,7 @@ from autobatch.errors import (
     UsageError,
     WorkloadError,
 )
-from autobatch.levers.lever import Lever
+from autobatch.levers.lever import Lever, WrongLeverError
 from autobatch.levers.setup import Setup
 from autobatch.plan.plan import Plan
 from autobatch.records.codec import dump_json, encode
@@ -208,9 +208,11 @@ def sweep(
             autocast, clip_norm, world_size and sharding.
 
     Raises:
-        UsageError: an argument cannot be understood, the storage cannot be opened, or the study is
-            about another training run; the subclass says which.
-        WorkloadError: the model, loss or optimizer failed as it is.
+        UsageError: an argument cannot be understood, the storage cannot be opened, the study is
+            about another training run, or a lever of your own changes the model in place or returns
+            what it must not; the subclass says which.
+        WorkloadError: the model, loss or optimizer failed as it is, or a lever of your own before
+            it returned a function.
         DoesNotFitError: no configuration that was tried fits.
 
     >>> found = sweep(nn.Linear(64, 8), target=32, gpu="t4", levers=["precision"], trials=2)
@@ -240,7 +242,7 @@ def sweep(
         keeps_settings=bench.keeps_settings,
         limit=_limit(workload, device),
     )
-    question = question_of(probe, target=target, prove=False)
+    question = question_of(probe, target=target, prove=False, with_values=False)
     work = _Work(
         space=space,
         bench=bench,
@@ -473,7 +475,7 @@ class _Work:
             if self._is_over():
                 break
             repeats += 1
-            id_, point = self.study.sample(self.space.suggest)
+            id_, point = self.study.sample(self._suggest)
             configuration = self._of(point.params)
             reason = (
                 configuration
@@ -524,6 +526,11 @@ class _Work:
                 "values of levers of your own cannot be listed"
             )
 
+    def _suggest(self, trial: Any) -> None:
+        """Ask a trial for its values, and put its configuration together: an error ends it."""
+        self.space.suggest(trial)
+        self._of(trial.params)
+
     def _near_the_best(self) -> Iterator[tuple[str, list[Point]]]:
         """Yield combinations of settings by a key, with all micro-batches of each."""
         self._look()
@@ -573,10 +580,15 @@ class _Work:
         """Run a configuration whose trial is ours."""
         configuration = self._of(params)
         assert isinstance(configuration, Configuration)
+        if configuration.failure is not None:
+            self._end(id_, params, "failed", reason=configuration.failure)
+            return
         self._tell(_label(configuration), expected, configuration.micro_batch)
         with self.study.running(id_):
             try:
-                tried = self.bench.run(configuration)
+                tried = self._tried(configuration)
+            except WrongLeverError:
+                raise
             except LeverError as error:
                 self._end(id_, params, "cannot be had", reason=str(error), executions=1)
                 return
@@ -596,6 +608,12 @@ class _Work:
                 seconds=tried.seconds,
                 reserved_bytes=tried.reserved_bytes,
             )
+
+    def _tried(self, configuration: Configuration) -> Tried:
+        try:
+            return self.bench.run(configuration)
+        finally:
+            self.space.require_untouched(_label(configuration))
 
     def _end(
         self,

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from autobatch.errors import UsageError
 from autobatch.levers.setup import Setup
 from autobatch.records.applied import AppliedLever
 
-__all__ = ["Lever", "Option", "applied"]
+__all__ = ["Lever", "Option", "WrongLeverError", "applied", "require_setup"]
+
+
+class WrongLeverError(UsageError):
+    """A lever of the user's own is not written as levers have to be, whatever it is applied to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +54,14 @@ class Option:
         return f"{self.lever}: {self.value}"
 
     def applied_to(self, setup: Setup) -> Setup:
-        """Return the setup that has it, and whose plans say so."""
+        """Return the setup that has it, and whose plans say so.
+
+        Raises:
+            WrongLeverError: `apply` gives something else than a setup.
+        """
         had = AppliedLever(lever=self.lever, value=self.value, code=self.code, trainer=self.trainer)
-        return self.apply(setup).having(levers=(*setup.workload.levers, had))
+        changed = require_setup(self.lever, self.apply(setup))
+        return changed.having(levers=(*setup.workload.levers, had))
 
     def goes_with(self, other: Option) -> bool:
         """Whether a training run can have this option and another one."""
@@ -94,3 +104,17 @@ def applied(setup: Setup, options: Iterable[Option]) -> Setup:
         setup = option.applied_to(setup)
         had.append(option)
     return setup
+
+
+def require_setup(lever: str, changed: Any) -> Setup:
+    """Return what a lever made of a setup.
+
+    Raises:
+        WrongLeverError: it is none.
+    """
+    if not isinstance(changed, Setup):
+        raise WrongLeverError(
+            f"the lever {lever} made a {type(changed).__name__} of a Setup: let it return "
+            "setup.having(...), setup.changed(...) or the setup itself"
+        )
+    return changed

@@ -13,14 +13,50 @@ from typing import TYPE_CHECKING, Final
 
 from autobatch.errors import UsageError
 from autobatch.support.units import MIB
+from autobatch.support.wording import near
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["LARGE_SEGMENT_BYTES", "SIZE_CLASSES", "AllocatorSettings"]
+__all__ = [
+    "LARGE_SEGMENT_BYTES",
+    "SIZE_CLASSES",
+    "VARIABLES",
+    "AllocatorSettings",
+    "is_well_formed",
+]
+
+VARIABLES: Final = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Which variables of the environment hold the settings, the one that counts first."""
 
 LARGE_SEGMENT_BYTES: Final = 20 * MIB
 SIZE_CLASSES: Final = tuple(1 << power for power in range(16))  # MiB
+
+_SIMULATED: Final = (
+    "expandable_segments",
+    "garbage_collection_threshold",
+    "large_segment_size_mb",
+    "max_non_split_rounding_mb",
+    "max_split_size_mb",
+    "roundup_power2_divisions",
+)
+_OF_NO_BEARING: Final = (
+    "backend",
+    "graph_capture_record_stream_reuse",
+    "per_process_memory_fraction",
+    "pinned_free_catch_all",
+    "pinned_max_cached_size_mb",
+    "pinned_max_round_threshold_mb",
+    "pinned_num_register_threads",
+    "pinned_reserve_segment_size_mb",
+    "pinned_use_background_threads",
+    "pinned_use_cuda_host_register",
+    "pinned_use_hip_host_register",
+    "release_lock_on_cudamalloc",
+    "release_lock_on_hipmalloc",
+    "throw_on_cudamalloc_oom",
+)
+"""Keys that PyTorch knows besides, in `c10/core/AllocatorConfig.h` and `CUDAAllocatorConfig.h`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +120,23 @@ class AllocatorSettings:
         Raises:
             UsageError: a value that PyTorch would refuse, too.
         """
-        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-        return cls.parse(next((os.environ[n] for n in names if os.environ.get(n)), ""))
+        return cls.parse(next((os.environ[n] for n in VARIABLES if os.environ.get(n)), ""))
+
+    def require_known(self) -> Self:
+        """Return the settings, where PyTorch knows all of their keys.
+
+        Raises:
+            UsageError: it does not, and would refuse them.
+
+        >>> AllocatorSettings.parse("backend:native").require_known().unknown
+        ('backend',)
+        """
+        for key in self.unknown:
+            if key not in _OF_NO_BEARING:
+                hint = near(key, (*_SIMULATED, *_OF_NO_BEARING))
+                known = ", ".join(_SIMULATED)
+                raise UsageError(f"there is no allocator setting {key!r}{hint}; settings: {known}")
+        return self
 
     def divisions(self, size_bytes: int) -> int:
         """Return the roundup divisions that apply to a request of `size_bytes`."""
@@ -93,6 +144,19 @@ class AllocatorSettings:
             return self.roundup_power2_divisions
         power = min(max(size_bytes.bit_length() - MIB.bit_length(), 0), len(SIZE_CLASSES) - 1)
         return self.roundup_power2_divisions.get(SIZE_CLASSES[power], 0)
+
+
+_ITEM = r"[^\s,:\[\]]+:(?:[^\s,:\[\]]+|\[[^\[\]]*\])"
+_FORM = re.compile(rf"(?:{_ITEM}(?:,{_ITEM})*,?)?")
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether settings are written `key:value,key:value`, which PyTorch reads as it is imported.
+
+    >>> is_well_formed("expandable_segments:True"), is_well_formed("expandable_segments")
+    (True, False)
+    """
+    return _FORM.fullmatch(re.sub(r"\s", "", text)) is not None
 
 
 def _refuse(key: str, value: str, expected: str) -> UsageError:

@@ -94,7 +94,7 @@ def explain_snapshot(
         )
     if top < 1:
         raise UsageError(f"{given('top', top)} shows nothing: give a number of blocks, at least 1")
-    tried = [(text, AllocatorSettings.parse(text)) for text in settings]
+    tried = [(text, AllocatorSettings.parse(text).require_known()) for text in settings]
     return ExplanationRecord(
         source=source,
         devices=tuple(

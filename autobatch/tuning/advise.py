@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
@@ -27,7 +26,8 @@ from autobatch.devices.virtual.sharing import SharedRuns
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.gpus.catalogue import CATALOGUE
 from autobatch.levers.known import LEVERS, levers_named
-from autobatch.levers.lever import Lever, Option, applied
+from autobatch.levers.lever import Lever, Option, WrongLeverError, applied
+from autobatch.levers.own import OwnLevers
 from autobatch.levers.setup import Setup
 from autobatch.plan.advice import Advice, Choice, Need
 from autobatch.plan.plan import Plan
@@ -109,7 +109,8 @@ def advise(
             autocast, clip_norm, world_size and sharding.
 
     Raises:
-        UsageError: an argument cannot be understood; the subclass says which kind.
+        UsageError: an argument cannot be understood, or a lever of your own changes the model in
+            place or returns what it must not; the subclass says which kind.
         WorkloadError: the model, loss or optimizer failed.
 
     >>> advice = advise(nn.Linear(64, 8), target=32, gpu="t4", levers=["precision"])
@@ -124,8 +125,9 @@ def advise(
         require_share(headroom)
     chosen = list(LEVERS.values()) if levers is None else levers_named(levers)
     setup = Setup(workload=workload_of(asked, gpu), gpu=described(gpu))
-    search = _Search(setup, asked, target, headroom, progress)
-    return search.advice(chosen, allow_numerics=allow_numerics, resized=resized)
+    own = OwnLevers(setup)
+    search = _Search(setup, asked, target, headroom, progress, own=own)
+    return search.advice(own.checked(chosen), allow_numerics=allow_numerics, resized=resized)
 
 
 def with_remedies(
@@ -185,6 +187,7 @@ class _Search:
         headroom: share of the usable memory to leave free, or None for the default.
         progress: told of each step.
         seconds: time after which nothing more is tried; None for no such limit.
+        own: calls levers of the user's own; None where none can be.
         tried: what was tried so far.
         notes: what could not be tried, and why.
     """
@@ -195,6 +198,7 @@ class _Search:
     headroom: float | None
     progress: ProgressCallback
     seconds: float | None = None
+    own: OwnLevers | None = None
     tried: list[_Tried] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
@@ -248,10 +252,14 @@ class _Search:
         for options in tried:
             if self._known(options) is not None:
                 continue
-            with suppress(AutobatchError):  # it is told when they are tried
+            try:
                 if self._hopeless(options) is None:
                     candidate = self._candidate(self._having(options))
                     yield from candidate.foreseen(*sizes or self._first_sizes()[:1])
+            except WrongLeverError:
+                raise
+            except AutobatchError:  # it is told when they are tried
+                continue
 
     def _first_sizes(self) -> tuple[int, int]:
         """Return the sizes that a candidate is executed at first."""
@@ -261,6 +269,8 @@ class _Search:
         """Return what a lever offers; one that fails on an odd model is left out, and noted."""
         try:
             return lever.options(self.setup)
+        except WrongLeverError:
+            raise
         except Exception as error:
             self.notes.append(f"{lever.name} was left out: {said_by(error)}")
             return ()
@@ -293,11 +303,19 @@ class _Search:
             plan = None if is_hopeless else candidate.plan()
             as_is_bytes = self._as_is.reference_bytes
             choice = self._choice(options, candidate, plan, as_is_bytes=as_is_bytes)
+            self._require_untouched(options)
+        except WrongLeverError:
+            raise
         except AutobatchError as error:
+            self._require_untouched(options)
             self.notes.append(f"{_joined(options)} cannot be had here: {one_line(error)}")
             return None
         self.tried.append(_Tried(choice, options))
         return choice
+
+    def _require_untouched(self, options: tuple[Option, ...]) -> None:
+        if self.own is not None:
+            self.own.require_untouched(_joined(options))
 
     def _known(self, options: tuple[Option, ...]) -> Choice | None:
         """Return what was found of options that were tried."""
@@ -348,7 +366,7 @@ class _Search:
             choice, lever = tried.choice, tried.options[0].lever
             if len(tried.options) > 1 or (choice.changes_numerics and not allow):
                 continue
-            if not self._as_is.fits and not tried.options[0].apply(self.setup).workload.accumulates:
+            if not self._as_is.fits and not self._having(tried.options).workload.accumulates:
                 continue  # what does not fit as it is needs small micro-batches
             if choice.saved_bytes is None:
                 unknown.setdefault(lever, tried)
@@ -362,7 +380,7 @@ class _Search:
             ranked = [*less_state, *more, *(tried for tried in ranked if tried not in less_state)]
 
         def in_order(*options: Option) -> tuple[Option, ...]:
-            return tuple(sorted(options, key=lambda one: order[one.lever]))
+            return tuple(sorted(options, key=lambda one: order.get(one.lever, len(order))))
 
         best_ones = [tried.options[0] for tried in ranked[:_PAIRED]]
         pairs = [in_order(*two) for two in combinations(best_ones, 2) if two[0].goes_with(two[1])]

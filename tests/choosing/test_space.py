@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("optuna")
 
 from autobatch.choosing.space import AS_IT_IS, MICRO_BATCH, Configuration, Space, planned_sizes
 from autobatch.choosing.study import FixedTrial, whole_space
-from autobatch.errors import UsageError, WorkloadError
+from autobatch.errors import LeverError, UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.setup import Setup
@@ -147,7 +148,87 @@ def test_a_lever_of_ones_own_that_is_wrong_is_told(own: Any, error: Any, said: s
         space([own]).configuration(FixedTrial({MICRO_BATCH: 4}))
 
 
+def halves(refusal: Exception) -> Any:
+    def half(trial: Any) -> Any:
+        value = trial.suggest_categorical("half", ["ok", "bad"])
+
+        def change(setup: Setup) -> Setup:
+            if value == "bad":
+                raise refusal
+            return setup.having(clip_norm=1.0)
+
+        return change
+
+    return half
+
+
+@pytest.mark.parametrize("refusal", [RuntimeError("no such"), UsageError("no such")])
+def test_what_a_lever_of_ones_own_makes_of_a_setup_may_fail(refusal: Exception) -> None:
+    one = space([halves(refusal)])
+    failure = configuration(one, half="bad").failure
+    assert failure is not None and failure.endswith("no such")
+    assert configuration(one, half="ok").failure is None
+
+
+def test_what_a_lever_of_ones_own_cannot_be_had_with_is_no_configuration() -> None:
+    refused = space([halves(LeverError("not here"))]).configuration(
+        FixedTrial({"half": "bad", MICRO_BATCH: 4})
+    )
+    assert refused == "half: LeverError: not here"
+
+
+def test_an_option_of_ones_own_that_raises_is_a_failure() -> None:
+    def raises(setup: Setup) -> Setup:
+        raise KeyError("layer")
+
+    one = space([lever(option("on", raises)), halves(RuntimeError())], keeps_settings=True)
+    made = configuration(one, mine="on", half="ok")
+    assert made.failure == "WorkloadError: the lever mine raised KeyError: 'layer'"
+    assert dict(made.settings) == {"mine": "on", "half": "ok"}
+
+
+def test_an_option_of_ones_own_that_makes_no_setup_is_told() -> None:
+    one = space([lever(option("on", lambda setup: None))])
+    with pytest.raises(UsageError, match="the lever mine made a NoneType of a Setup"):
+        one.configuration(FixedTrial({"mine": "on", MICRO_BATCH: 4}))
+
+
+def test_a_lever_of_ones_own_that_changes_the_model_in_place_is_told() -> None:
+    given = setup()
+
+    def freeze(trial: Any) -> Any:
+        def change(setup: Setup) -> Setup:
+            setup.model[0].requires_grad_(False)
+            return setup
+
+        return change
+
+    with pytest.raises(UsageError, match="the lever freeze changed what you train in place"):
+        configuration(space([freeze], given))
+    assert all(parameter.requires_grad for parameter in given.model.parameters())
+
+
+class Same:
+    """A lever that is an object."""
+
+    def __call__(self, trial: Any) -> Any:
+        return lambda setup: setup.having(clip_norm=1.0)
+
+
+def test_whatever_can_be_called_is_a_lever() -> None:
+    def clip(norm: float, trial: Any) -> Any:
+        return lambda setup: setup.having(clip_norm=norm)
+
+    one = space([Same(), partial(clip, 2.0)])
+    assert one.described["own levers"][0].endswith("Same")
+    had = [each.label for each in configuration(one).setup.workload.levers]
+    assert had == ["Same: of yours", "clip: of yours"]
+    assert space(Same()).has_own
+
+
 def test_what_is_no_lever_is_refused() -> None:
+    with pytest.raises(UsageError, match="levers holds a int"):
+        space(5)
     with pytest.raises(UsageError, match="levers holds a int"):
         space([5])
     with pytest.raises(UsageError, match="no lever 'checkpoint'; did you mean checkpointing"):

@@ -145,6 +145,7 @@ def test_a_file_that_cannot_be_explained_is_one_line_and_exit_code_2(
         (["--device", "3"], "--device 3"),
         (["--top", "0"], "--top 0"),
         (["--settings", "max_split_size_mb:1"], "at least 20"),
+        (["--settings", "foo:1"], "no allocator setting 'foo'"),
         (["--json", "/nowhere/answer.json"], "cannot write"),
     ],
 )

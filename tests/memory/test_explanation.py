@@ -425,6 +425,8 @@ def test_several_devices_are_explained_each_or_one() -> None:
     [
         ({"settings": ["max_split_size_mb:1"]}, "at least 20"),
         ({"settings": ["often"]}, "not of the form key:value"),
+        ({"settings": ["foo:1"]}, "no allocator setting 'foo'; settings: expandable_segments"),
+        ({"settings": ["max_split_size:64"]}, "did you mean max_split_size_mb"),
         ({"top": 0}, "top=0 shows nothing"),
     ],
 )

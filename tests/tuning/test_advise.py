@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,49 @@ def test_a_lever_that_fails_is_noted_and_the_rest_goes_on() -> None:
     advice = advise(workload(), target=64, gpu=card(4000), levers=[own, "checkpointing"])
     assert any("own was left out" in note and "no such layer" in note for note in advice.notes)
     assert any("checkpointing" in choice.label for choice in advice.choices)
+
+
+def mine(apply: Any) -> Lever:
+    options = [Option(lever="mine", value="on", what="", code="", apply=apply)]
+    return Lever(name="mine", what="", options=lambda setup: options)
+
+
+def test_an_option_that_raises_is_noted() -> None:
+    def failing(setup: Setup) -> Setup:
+        raise KeyError("layer")
+
+    advice = advise(workload(), target=4, gpu=card(4000), levers=[mine(failing)])
+    assert any("the lever mine raised KeyError: 'layer'" in note for note in advice.notes)
+    assert advice.choices == ()
+
+
+def test_a_lever_that_is_wrong_is_told() -> None:
+    def frozen(setup: Setup) -> Setup:
+        setup.model[0].requires_grad_(False)
+        return setup
+
+    def frozen_in_a_run(setup: Setup) -> Setup:
+        return setup.changed(lambda copy: frozen(setup) and None)
+
+    training = workload()
+    wrong = {
+        "the lever mine made a NoneType of a Setup": mine(lambda setup: None),
+        "the lever mine changed what you train in place": mine(frozen),
+        "a run with mine: on changed what you train in place": mine(frozen_in_a_run),
+        "the lever none offered a NoneType": Lever(name="none", what="", options=lambda _: None),
+    }
+    for said, lever in wrong.items():
+        with pytest.raises(UsageError, match=said):
+            advise(training, target=4, gpu=card(4000), levers=[lever])
+    assert all(parameter.requires_grad for parameter in training.model.parameters())
+
+
+@pytest.mark.slow
+def test_options_may_have_another_name_than_their_lever() -> None:
+    clipped = mine(lambda setup: setup.having(clip_norm=1.0))
+    own = Lever(name="own", what="", options=clipped.options)
+    advice = advise(workload(), target=64, gpu=card(150), levers=[own, "checkpointing"])
+    assert any(choice.label == "mine: on" for choice in advice.choices)
 
 
 def test_an_unknown_lever_names_the_one_that_was_meant() -> None:

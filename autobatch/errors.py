@@ -8,7 +8,8 @@
     │   ├── SpecError              a SPEC names no file, module or function
     │   └── FileError              an unreadable file, an unwritable folder
     ├── WorkloadError              exit code 1: the user's own model, loss or optimizer failed
-    │   └── HostMemoryError        a step needs more host memory than there is
+    │   ├── HostMemoryError        a step needs more host memory than there is
+    │   └── LeverError             a lever cannot be had with this model or micro-batch
     ├── ProbeDiedError             exit code 1: the process of the probe crashed or hung
     └── DoesNotFitError            exit code 3: not even micro-batch 1 fits
 

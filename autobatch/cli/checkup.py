@@ -28,9 +28,6 @@ __all__ = ["Checkup", "Finding", "checkup"]
 _SCHEMA_VERSION = 1
 _PACKAGE = "autobatch-gpu"
 _FOR_DEVELOPERS = frozenset({"examples", "lint", "test"})
-_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The first that is set counts."""
-
 _TESTED_BYTES = (64 * 8 + 8) * 4
 
 
@@ -151,10 +148,10 @@ def _cards_of_torch() -> int:
 
 
 def _allocator() -> Iterator[Finding]:
-    from autobatch.memory.allocator_settings import AllocatorSettings
+    from autobatch.memory.allocator_settings import VARIABLES, AllocatorSettings
 
     section = "Allocator settings of the environment"
-    named = {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)}
+    named = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if not named:
         yield Finding(section=section, name="settings", value="none: PyTorch's defaults")
         return
@@ -170,7 +167,7 @@ def _allocator() -> Iterator[Finding]:
             )
             continue
         try:
-            settings = AllocatorSettings.parse(text)
+            settings = AllocatorSettings.parse(text).require_known()
         except UsageError as error:
             yield Finding(
                 section=section, name=name, value=text, verdict="problem", advice=str(error)

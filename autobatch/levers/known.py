@@ -52,11 +52,12 @@ def levers_named(names: str | Lever | Iterable[str | Lever]) -> list[Lever]:
     >>> [lever.name for lever in levers_named(["checkpointing", "precision"])]
     ['precision', 'checkpointing']
     """
-    given: list[Any] = [names] if isinstance(names, (str, Lever)) else list(names)
+    is_one = isinstance(names, (str, Lever)) or not isinstance(names, Iterable)
+    given: list[Any] = [names] if is_one else list(names)
     own = {lever.name: lever for lever in given if isinstance(lever, Lever)}
     wanted = {name for name in given if isinstance(name, str)}
     for name in given:
-        if not isinstance(name, Lever) and name not in LEVERS:
+        if not isinstance(name, Lever) and (not isinstance(name, str) or name not in LEVERS):
             raise UsageError(
                 f"there is no lever {name!r}{near(str(name), LEVERS)}; levers: {', '.join(LEVERS)}"
             )

@@ -52,8 +52,9 @@ def levers_named(names: str | Lever | Iterable[str | Lever]) -> list[Lever]:
     >>> [lever.name for lever in levers_named(["checkpointing", "precision"])]
     ['precision', 'checkpointing']
     """
-    is_one = isinstance(names, (str, Lever)) or not isinstance(names, Iterable)
-    given: list[Any] = [names] if is_one else list(names)
+    given: list[Any] = [names]
+    if isinstance(names, Iterable) and not isinstance(names, str):
+        given = list(names)
     own = {lever.name: lever for lever in given if isinstance(lever, Lever)}
     wanted = {name for name in given if isinstance(name, str)}
     for name in given:

@@ -40,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     fits, 130: interrupted, 143: ended by SIGTERM.
     """
     given = sys.argv[1:] if argv is None else argv
+    if not given:
+        parser().print_help(sys.stderr)
+        return 0
     import shlex
 
     reader = ON_COMMAND_LINE.set(True)
     arguments = argparse.Namespace(debug="--debug" in given, quiet=False)
     try:
         try:
-            arguments = parsed(given or ["--help"])
+            arguments = parsed(given)
         except SystemExit as exit_:  # argparse has printed its message
             sys.stdout.flush()
             return exit_.code if isinstance(exit_.code, int) else _USAGE

@@ -9,7 +9,7 @@ from typing import Any
 
 from autobatch.errors import WorkloadError
 from autobatch.support.patching import patched
-from autobatch.support.torch_private import FakeTensor
+from autobatch.support.torch_private import FakeTensor, FakeTensorMode, tree_leaves
 
 __all__ = ["refused_in_other_threads"]
 
@@ -30,7 +30,8 @@ def refused_in_other_threads() -> Iterator[None]:
 
     def dispatch(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # where a tensor is may not fail: C++ asks for that where no exception can pass
-        if threading.get_ident() == here or func.namespace == "prim":
+        is_followed = threading.get_ident() == here or func.namespace == "prim"
+        if is_followed or not _is_simulated((args, kwargs)):
             return original.__get__(None, cls)(func, types, args, kwargs or {})
         refused.append(
             WorkloadError(
@@ -44,3 +45,9 @@ def refused_in_other_threads() -> Iterator[None]:
         yield
     if refused:
         raise refused[0]
+
+
+def _is_simulated(values: Any) -> bool:
+    """Return whether there is a tensor of a simulation; a thread may have fake ones of its own."""
+    fakes = (leaf for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor))
+    return any(type(fake.fake_mode) is not FakeTensorMode for fake in fakes)

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import autobatch
+from autobatch.devices.virtual.other_threads import refused_in_other_threads
 from autobatch.errors import WorkloadError
 
 
@@ -61,3 +62,9 @@ def test_threads_that_load_data_are_none_of_these() -> None:
         model=nn.Linear(8, 8), batch=batch, loss=lambda model, x: model(x).square().mean()
     )
     assert autobatch.tune(workload, target=16, gpu="t4").micro_batch == 16
+
+
+def test_a_thread_with_fake_tensors_of_its_own_is_left_alone() -> None:
+    fake = FakeTensorMode().from_tensor(torch.zeros(2))
+    with ThreadPoolExecutor(1) as pool, refused_in_other_threads():
+        assert pool.submit(lambda: (fake + 1).shape).result() == (2,)

@@ -6,6 +6,7 @@ simulated GPU (`test_operators.py`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,22 @@ class Transposed(nn.Module):
             y = y.transpose(1, 2).contiguous().transpose(1, 2)
         y = self.norm(y) if self.op is _normalized else self.op(y)
         found: Tensor = self.last(y.transpose(1, 2) if self.gradient else y)
+        return found
+
+
+class Steps(nn.Module):
+    """A recurrent cell over rows, one step after the other."""
+
+    def __init__(self, cell: type[nn.Module], *, rows: int, bias: bool) -> None:
+        super().__init__()
+        self.rows = rows
+        self.cell, self.last = cell(WIDTH, 2 * WIDTH, bias=bias), nn.Linear(2 * WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for row in x.flatten(0, 1).split(self.rows):
+            state = self.cell(row, state)
+        found: Tensor = self.last(state[0] if isinstance(state, tuple) else state)
         return found
 
 
@@ -236,6 +253,18 @@ class Image(nn.Module):
         return 2 * self.op(_nhwc(x) if self.nhwc else x)
 
 
+def _cells() -> dict[str, Case]:
+    """Return cells over few samples, and over so many that sums over them are split."""
+    found = {}
+    for cell in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+        for bias in (True, False):
+            for rows in (ROWS, 8192):
+                name = f"{cell.__name__}{'' if bias else ' without bias'}, {rows} samples"
+                build = functools.partial(Steps, cell, rows=rows, bias=bias)
+                found[name] = Case(build, (rows, WIDTH))
+    return found
+
+
 def _images() -> dict[str, Callable[[], nn.Module]]:
     return {
         f"{name}{' in nhwc' * nhwc}": lambda op=op, nhwc=nhwc: Image(  # type: ignore[misc]
@@ -272,6 +301,7 @@ CASES = {
         for name, op in _OPS.items()
     },
     **{name: Case(build, (ROWS, WIDTH)) for name, build in _transposed().items()},
+    **_cells(),
     **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _images().items()},
     **{name: Case(build, (CHANNELS, SIDE, SIDE)) for name, build in _convolutions().items()},
 }

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.sizes import ceil_div, round_up
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, RESULTS, Step, Steps
 
@@ -87,8 +88,8 @@ def _flash(query: Tensor, key: Tensor, dropout: float, gpu: GpuSpec) -> Steps:
         return [RESULTS, _PHILOX_BYTES]
     batch, heads, length, width = query.shape
     block = 256 if width <= 64 else 128 if width <= 128 else 64
-    tasks = batch * heads * _ceil(length, 64)
-    splits = _splits(tasks, 2 * gpu.multiprocessors, _ceil(key.shape[2], block))
+    tasks = batch * heads * ceil_div(length, 64)
+    splits = _splits(tasks, 2 * gpu.multiprocessors, ceil_div(key.shape[2], block))
     rows = splits * batch * heads * length * _FLOAT
     return [RESULT, RESULT, rows, rows * _flash_width(width)] if splits > 1 else ()
 
@@ -100,7 +101,7 @@ def _splits(tasks: int, multiprocessors: int, blocks: int) -> int:
     choices = [
         splits
         for splits in range(1, min(_MOST_SPLITS, multiprocessors, blocks) + 1)
-        if splits == 1 or _ceil(blocks, splits) != _ceil(blocks, splits - 1)
+        if splits == 1 or ceil_div(blocks, splits) != ceil_div(blocks, splits - 1)
     ]
 
     def efficiency(splits: int) -> float:
@@ -113,7 +114,7 @@ def _splits(tasks: int, multiprocessors: int, blocks: int) -> int:
 
 def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, output: Tensor) -> Steps:
     batch, heads, length, width = query.shape
-    rows = _up(length, 128) * batch * heads * _FLOAT
+    rows = round_up(length, 128) * batch * heads * _FLOAT
     steps: list[Step] = [
         each.nbytes for each in (gradient, output) if not each.transpose(1, 2).is_contiguous()
     ]
@@ -129,7 +130,7 @@ def _of_each_head(key: Tensor, value: Tensor, heads: int) -> list[Step]:
 
 
 def _flash_width(width: int) -> int:
-    return _up(width, 32 if width <= 128 else 64)
+    return round_up(width, 32 if width <= 128 else 64)
 
 
 def _efficient(query: Tensor, value: Tensor) -> Steps:
@@ -171,16 +172,17 @@ def _efficient_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
         steps += _row_sums(rows, rows * wide, is_half, heads > 1 and length > 1, taken)
     else:
         steps.append(rows)
-    splits = _ceil(keys, kernel.keys)
+    splits = ceil_div(keys, kernel.keys)
     if batch * heads >= 256 and keys <= 2 * kernel.keys:
         splits = 1
     kept = 0
     if is_half and not kernel.in_registers:
         splits = max(min(splits, 200 // (batch * heads)), 1)
-        kept = splits * kernel.keys * (_up(width, kernel.queries) + _up(wide, kernel.queries))
+        widths = round_up(width, kernel.queries) + round_up(wide, kernel.queries)
+        kept = splits * kernel.keys * widths
     tile = 4 + kernel.queries * kernel.keys
-    tiles = _ceil(length, kernel.queries) * _ceil(width, kernel.keys)
-    return [*steps, batch * heads * _up(kept + tiles * tile, 4) * _FLOAT]
+    tiles = ceil_div(length, kernel.queries) * ceil_div(width, kernel.keys)
+    return [*steps, batch * heads * round_up(kept + tiles * tile, 4) * _FLOAT]
 
 
 def _row_sums(rows: int, products: int, is_half: bool, is_moved: bool, taken: int) -> list[Step]:
@@ -206,11 +208,3 @@ def _backward_kernel(
         return _Kernel(128, 128, True)
     has_narrow_kernel = width <= 96 and not dropout and capability in ((8, 6), (8, 9))
     return _Kernel(128, 64, True) if has_narrow_kernel else _Kernel(64, 64, False)
-
-
-def _ceil(number: int, by: int) -> int:
-    return -(-number // by)
-
-
-def _up(number: int, to: int) -> int:
-    return _ceil(number, to) * to

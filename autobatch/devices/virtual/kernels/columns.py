@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.sizes import copies_of
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.memory.scratch import RESULT, Step, Steps
+from autobatch.memory.scratch import RESULT, Steps
 
 __all__ = ["COLUMNS", "OUTPUTS", "column_scratch"]
 
@@ -37,7 +38,7 @@ def column_scratch(
         gpu: the card; none of these depends on it.
     """
     data: Tensor = args[0]
-    copies: list[Step] = [] if data.is_contiguous() else [data.nbytes]
+    copies = copies_of(data)
     if math.prod(_shape(func, args)) > data.numel():
         return [data.nbytes, *copies, RESULT]
     return [RESULT, *copies]

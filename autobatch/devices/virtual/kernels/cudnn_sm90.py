@@ -24,6 +24,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from autobatch.devices.virtual.kernels.sizes import ceil_div, round_up
+
 __all__ = ["Convolution", "Direction", "Precision", "workspace_bytes"]
 
 Direction = Literal["forward", "data_gradient", "weight_gradient"]
@@ -121,10 +123,6 @@ def _step(layer: Convolution) -> int:
     return 8 if layer.precision == "half" else 4
 
 
-def _padded(channels: int, step: int) -> int:
-    return -(-channels // step) * step
-
-
 def _converts(layer: Convolution) -> bool:
     """Whether a kernel for tensor cores needs copies of a layer's tensors."""
     in_group = layer.data[1] // layer.groups
@@ -138,7 +136,7 @@ def _converts(layer: Convolution) -> bool:
 def _converted_bytes(layer: Convolution) -> int:
     """Return the bytes of input, weight and output in NHWC, with channels of aligned rows."""
     step = _step(layer) if layer.groups == 1 else 1
-    into, out = _padded(layer.data[1], step), _padded(layer.output[1], step)
+    into, out = round_up(layer.data[1], step), round_up(layer.output[1], step)
     size = _bytes(layer, layer.data, into) + _bytes(layer, layer.output, out)
     if not layer.pointwise:
         kernel = math.prod(layer.weight[2:])
@@ -168,7 +166,7 @@ def _slices_bytes(layer: Convolution) -> int:
     """Return the bytes of the partial sums of a weight's gradient."""
     sides = [layer.weight[0], layer.weight[1]]
     rows, columns = (64 if side <= 64 else 128 for side in sides)
-    tiles = -(-sides[0] // rows) * -(-sides[1] * math.prod(layer.weight[2:]) // columns)
+    tiles = ceil_div(sides[0], rows) * ceil_div(sides[1] * math.prod(layer.weight[2:]), columns)
     left = tiles % _MULTIPROCESSORS  # whole waves of tiles are not sliced
     enough_pixels = rows * columns * 2 // 5 if layer.precision == "half" else 900
     slices = min(_MULTIPROCESSORS // max(left, 1), layer.pixels // enough_pixels)
@@ -182,7 +180,7 @@ def _pointwise(direction: Direction, layer: Convolution) -> int:
         aligned = layer.data[1] % 8 == layer.output[1] % 8 == 0
         return _converted_bytes(layer) if odd_rows and aligned and not layer.channels_last else 0
     if layer.channels_last:
-        tiles = -(-math.prod(layer.weight[:2]) // (128 * 256))
+        tiles = ceil_div(math.prod(layer.weight[:2]), 128 * 256)
         at_once, enough_pixels = (66, 1400) if layer.precision == "half" else (132, 64)
         slices = min(at_once // tiles, layer.pixels // enough_pixels)
         return slices * _sum_bytes(layer) if slices > 1 else 0

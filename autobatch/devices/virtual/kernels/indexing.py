@@ -14,13 +14,13 @@ a tile. Sizes of tiles were seen in PyTorch's CUDA code on a simulated runtime.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.sizes import ceil_div, copies_of, round_up
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, RESULTS, Steps
 
@@ -56,12 +56,12 @@ def indexing_scratch(
 
 def _embedding(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     indices: Tensor = args[1]
-    return _copied(indices) if indices.dim() != 1 else []
+    return copies_of(indices) if indices.dim() != 1 else []
 
 
 def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
     gradient, indices, weights = args[:3]
-    copies = [*_copied(indices), *_copied(gradient)]
+    copies = copies_of(indices, gradient)
     count, width = indices.numel(), gradient.shape[-1]
     if count <= _UNSORTED_INDICES or not width:
         return copies
@@ -83,7 +83,7 @@ def _embedding_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: Gpu
         *[rows * each] * 2,
         each,
         parts * each,
-        parts * _up(width, _WARP) * _FLOAT,
+        parts * round_up(width, _WARP) * _FLOAT,
     ]
 
 
@@ -91,7 +91,7 @@ def _index(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Step
     indices = _expanded([index for index in args[1] if index is not None])
     if len({index.stride() for index in indices}) < 2:
         return []
-    return [each for index in indices for each in _copied(index)]
+    return copies_of(*indices)
 
 
 def _index_put(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
@@ -130,14 +130,14 @@ def _scan(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps
     """
     data: Tensor = args[0]
     result = kwargs.get("dtype") or (torch.int64 if data.dtype in _WHOLE else data.dtype)
-    copies = _copied(data)
+    copies = copies_of(data)
     if result is not data.dtype:
         copies = [data.numel() * result.itemsize] * (1 + len(copies))
     return [RESULTS, *copies] if copies else ()
 
 
 def _topk(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpec) -> Steps:
-    copies = _copied(args[0])
+    copies = copies_of(args[0])
     return [RESULTS, *copies] if copies else ()
 
 
@@ -145,10 +145,6 @@ def _unfold_backward(args: Sequence[Any], kwargs: Mapping[str, Any], gpu: GpuSpe
     """Return the places along the dimension (`unfold_backward` in `UnfoldBackward.cpp`)."""
     sizes, dim = args[1:3]
     return [RESULT, sizes[dim] * _INDEX] if sizes else ()
-
-
-def _copied(tensor: Tensor) -> list[int]:
-    return [] if tensor.is_contiguous() else [tensor.nbytes]
 
 
 def _expanded(indices: Sequence[Tensor]) -> list[Tensor]:
@@ -175,13 +171,9 @@ def _radix_sort_bytes(gpu: GpuSpec, count: int, key: int, value: int, bits: int)
     if count <= _UNSORTED_INDICES:
         return 1
     tile = next(tiles for since, tiles in _TILES if gpu.compute_capability >= since)[key == _INDEX]
-    passes = -(-bits // 8)
-    buffers = _up(count * key, 256) + _up(count * value, 256)
-    return buffers + 2048 * passes + 512 + 1024 * math.ceil(count / tile) - 1
-
-
-def _up(number: int, to: int) -> int:
-    return -(-number // to) * to
+    passes = ceil_div(bits, 8)
+    buffers = round_up(count * key, 256) + round_up(count * value, 256)
+    return buffers + 2048 * passes + 512 + 1024 * ceil_div(count, tile) - 1
 
 
 _RULES = {

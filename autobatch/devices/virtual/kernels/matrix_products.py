@@ -41,7 +41,7 @@ def is_product(func: Any) -> bool:
     return func._schema.name in _PRODUCTS
 
 
-def copied_operands(func: Any, args: Sequence[Any]) -> list[int]:
+def copied_operands(args: Sequence[Any]) -> list[int]:
     """Return the bytes of each matrix that is copied, as neither its rows nor columns are dense.
 
     A gradient that is one number, expanded, is such a matrix. From `prepare_matrix_for_cublas` and

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.reductions import sum_over_rows
+from autobatch.devices.virtual.kernels.sizes import ceil_div, copies_of
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULTS, Step, Steps
 
@@ -51,7 +52,7 @@ def norm_scratch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gpu:
 
 
 def _forward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
-    return _named(_copied(args[0]))
+    return _named(copies_of(args[0]))
 
 
 def _layer_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
@@ -69,13 +70,13 @@ def _backward(
     gradient: Tensor, data: Tensor, shape: Sequence[int], parts: Sequence[Any], gpu: GpuSpec
 ) -> Steps:
     parts = [part for part in parts if part is not None]
-    before, after = _copied(data), _copied(gradient)
+    before, after = copies_of(data), copies_of(gradient)
     steps: list[Step] = [*_named(before), RESULTS, *_named(after)]
     width = math.prod(shape)
     rows = data.numel() // max(width, 1)
     if rows <= _MANY_ROWS or width // _GROUP >= gpu.multiprocessors // 2 or not parts:
         return steps
-    groups = min(-(-rows // _GROUP), _MOST_NUMBERS // width)
+    groups = min(ceil_div(rows, _GROUP), _MOST_NUMBERS // width)
     element = parts[0].element_size()
     steps += [_NAME, *[groups * width * element] * len(parts)]
     taken = len(before) + len(after) + len(parts)
@@ -88,7 +89,7 @@ def _backward(
 
 def _group(args: Sequence[Any], gpu: GpuSpec) -> Steps:
     data, weight, bias, samples, channels = args[:5]
-    copies = _named(_copied(data))
+    copies = _named(copies_of(data))
     if weight is None and bias is None:
         return [RESULTS, *copies] if copies else ()
     return [RESULTS, *copies, _NAME, *[samples * channels * _FLOAT] * 2]
@@ -98,7 +99,7 @@ def _group_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
     gradient, data, _, _, weight, samples, channels, _, groups = args[:9]
     by_channel, by_group = samples * channels * _FLOAT, samples * groups * _FLOAT
     sums = [by_channel, by_channel, by_group, by_group, *[by_channel] * (weight is not None)]
-    return [*_named([*_copied(gradient), *_copied(data)]), RESULTS, _NAME, *sums]
+    return [*_named(copies_of(gradient, data)), RESULTS, _NAME, *sums]
 
 
 def runs_on_cudnn(data: Tensor, weight: Tensor | None) -> bool:
@@ -115,10 +116,6 @@ def _batch_backward(args: Sequence[Any], gpu: GpuSpec) -> Steps:
 
 def _named(copies: Sequence[int]) -> list[Step]:
     return ["contiguous", *copies] if copies else []
-
-
-def _copied(tensor: Tensor) -> list[int]:
-    return [] if tensor.is_contiguous() else [tensor.nbytes]
 
 
 def _known(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from autobatch.devices.virtual.kernels.cells import ORDERS
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION_BACKWARD,
     runs_without_cudnn,
@@ -39,6 +40,7 @@ def _of_convolution_backward(args: Sequence[Any]) -> Sequence[int] | None:
 
 
 _ORDERS: Mapping[Any, Sequence[int] | Callable[[Sequence[Any]], Sequence[int] | None]] = {
+    **ORDERS,
     CONVOLUTION_BACKWARD: _of_convolution_backward,
     aten.native_dropout.default: (1, 0),  # `dropout_cuda` in `ATen/native/cuda/Dropout.cu`
     aten._scaled_dot_product_cudnn_attention.default: (6, 7, 0, 1),

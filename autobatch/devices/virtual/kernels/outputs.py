@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.devices.virtual.kernels import columns, losses, rnn
+from autobatch.devices.virtual.kernels import cells, columns, losses, rnn
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import runs_on_cudnn
+from autobatch.devices.virtual.kernels.sizes import round_up
 
 __all__ = ["BY_LAYOUT", "FUSED", "RULES", "register"]
 
@@ -114,13 +115,14 @@ def _grouped_mm(mode: Any, first: Tensor, second: Tensor, *rest: Any) -> Tensor:
         groups = first.shape[0] if first.dim() == 3 or offsets is None else offsets.shape[0]
         shape = (groups, rows, columns)
     aligned = 16 // first.element_size()
-    padded = -(-columns // aligned) * aligned
+    padded = round_up(columns, aligned)
     stride = (padded, 1) if len(shape) == 2 else (rows * padded, padded, 1)
     made: Tensor = mode.strided(first, shape, stride)
     return made
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    **cells.OUTPUTS,
     **columns.OUTPUTS,
     **losses.OUTPUTS,
     aten.log_sigmoid_forward.default: _log_sigmoid,

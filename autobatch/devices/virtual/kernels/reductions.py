@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autobatch.devices.virtual.kernels.sizes import ceil_div
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULTS, Steps
 
@@ -142,7 +143,7 @@ def _norm_chunks_bytes(tensors: Sequence[Tensor]) -> int:
 
     From `foreach_tensor_norm_cuda` in `aten/src/ATen/native/cuda/ForeachReduceOp.cu`.
     """
-    chunks = max((-(-tensor.numel() // _CHUNK) for tensor in tensors), default=0)
+    chunks = max((ceil_div(tensor.numel(), _CHUNK) for tensor in tensors), default=0)
     doubles = any(tensor.dtype is torch.float64 for tensor in tensors)
     return chunks * len(tensors) * (8 if doubles else 4)
 
@@ -237,18 +238,18 @@ def _scratch(
     block_width, block_height = _block(width, height, _MAX_THREADS // vector)
     step_in, step_out = (block_width, 1) if along_input else (1, block_width)
     least, most = _VALUES_PER_THREAD
-    splits_warps = _ceil(inputs, step_in) >= min(block_height * 16, most)
+    splits_warps = ceil_div(inputs, step_in) >= min(block_height * 16, most)
     if splits_warps:
         step_in *= block_height
     else:
         step_out *= block_height
-    grid = _ceil(outputs // vector, step_out)
+    grid = ceil_div(outputs // vector, step_out)
     threads = _threads_per_multiprocessor(gpu.compute_capability)
     target = gpu.multiprocessors * (threads // (block_width * block_height))
-    values = _ceil(inputs, step_in)
+    values = ceil_div(inputs, step_in)
     if not splits_warps or values < most or grid > target:
         return []
-    blocks = max(min(_ceil(target, grid), _ceil(values, least)), _ceil(values, most))
+    blocks = max(min(ceil_div(target, grid), ceil_div(values, least)), ceil_div(values, most))
     if blocks <= 1:
         return []
     size = partial * outputs * blocks
@@ -273,10 +274,6 @@ def _block(width: int, height: int, threads: int) -> tuple[int, int]:
 def _power_of_two(number: int) -> int:
     """Return the largest power of two that is at most `number`, and at least 1."""
     return 1 << (max(number, 1).bit_length() - 1)
-
-
-def _ceil(number: int, by: int) -> int:
-    return -(-number // by)
 
 
 def _threads_per_multiprocessor(capability: tuple[int, int]) -> int:

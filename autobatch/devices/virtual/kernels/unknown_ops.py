@@ -60,6 +60,6 @@ def run_on_cpu(
         except Exception as failure:
             raise WorkloadError(
                 f"{func.name()} has no shape rule in this PyTorch, and does not run on the CPU "
-                f"instead: {str(failure).splitlines()[0]}"
+                f"instead: {str(failure).splitlines()[0].split('. ')[0]}"
             ) from failure
         return tree_map(fake, output)

@@ -21,6 +21,7 @@ from torch import Tensor
 from autobatch.devices.virtual.kernels import rnn
 from autobatch.devices.virtual.kernels.attention_scratch import ATTENTION, attention_scratch
 from autobatch.devices.virtual.kernels.calls import Hashed, Rule, described, steps_of
+from autobatch.devices.virtual.kernels.cells import CELLS, cell_scratch
 from autobatch.devices.virtual.kernels.columns import COLUMNS, column_scratch
 from autobatch.devices.virtual.kernels.convolutions import (
     CONVOLUTION,
@@ -40,6 +41,7 @@ from autobatch.devices.virtual.kernels.matrix_products import (
 from autobatch.devices.virtual.kernels.memory_formats import layout_of
 from autobatch.devices.virtual.kernels.norms import NORMS, norm_scratch
 from autobatch.devices.virtual.kernels.reductions import REDUCTIONS, reduction_scratch
+from autobatch.devices.virtual.kernels.sizes import copies_of
 from autobatch.devices.virtual.recorder import StorageRecorder, Takes
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.scratch import RESULT, RESULTS, Steps
@@ -85,7 +87,7 @@ class Workspaces:
         """
         if is_product(func):
             if any(map(self._is_on_device, args)):
-                return _Product(copied_operands(func, args), uses_cublaslt(func, args))
+                return _Product(copied_operands(args), uses_cublaslt(func, args))
             return None
         found = _RULES.get(func)
         if found is None or not self._is_here(args):
@@ -166,23 +168,18 @@ def _convolution(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     return convolution_scratch(func, args, gpu, kwargs["settings"])
 
 
-def _dense(tensors: Sequence[Any]) -> list[int]:
-    """Return the copies of tensors that are not contiguous, in NHWC or otherwise."""
-    return [tensor.nbytes for tensor in tensors if not tensor.is_contiguous()]
-
-
 def _log_softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return [RESULTS, *_dense(args[:2])]
+    return [RESULTS, *copies_of(*args[:2])]
 
 
 def _softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
-    return [RESULTS, *_dense(args[:1])]
+    return [RESULTS, *copies_of(args[0])]
 
 
 def _softmax_backward(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     """Return the product of gradient and output (`softmax_backward_cuda_out` in `SoftMax.cu`)."""
     gradient, output = args[:2]
-    copies = _dense(args[:2])
+    copies = copies_of(gradient, output)
     element = torch.promote_types(gradient.dtype, output.dtype).itemsize
     return [RESULTS, *copies, output.numel() * element]
 
@@ -194,7 +191,7 @@ def _safe_softmax(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
     """
     data, dim = args[:2]
     rows = data.numel() // max(data.shape[dim], 1)
-    return [RESULTS, *_dense(args[:1]), data.numel(), rows, 4]
+    return [RESULTS, *copies_of(data), data.numel(), rows, 4]
 
 
 def _logsumexp(func: Any, args: Any, kwargs: Any, gpu: GpuSpec) -> Steps:
@@ -244,6 +241,7 @@ _RULES: dict[Any, tuple[str, Rule]] = {
     torch.ops.aten.logsumexp.default: ("reduction scratch", _logsumexp),
     torch.ops.aten._euclidean_dist.default: ("distance scratch", _euclidean_distances),
     torch.ops.aten.roll.default: ("roll scratch", _roll),
+    **dict.fromkeys(CELLS, ("reduction scratch", cell_scratch)),
     **dict.fromkeys(COLUMNS, ("column scratch", column_scratch)),
     **dict.fromkeys(LOSSES, ("loss scratch", loss_scratch)),
     **dict.fromkeys((rnn.FORWARD, rnn.BACKWARD), ("cudnn scratch", rnn.scratch)),

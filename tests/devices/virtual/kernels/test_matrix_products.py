@@ -55,4 +55,4 @@ def test_a_matrix_without_dense_rows_or_columns_is_copied_after_the_output():
     backward = [b for b in trace.blocks if b.phase == "backward"]
     product = next(i for i, b in enumerate(backward) if b.op == "aten::mm")
     assert backward[product + 1].op == "contiguous"
-    assert matrix_products.copied_operands(None, [torch.empty(4, 6, device="meta").t()]) == []
+    assert matrix_products.copied_operands([torch.empty(4, 6, device="meta").t()]) == []

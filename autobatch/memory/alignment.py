@@ -1,4 +1,4 @@
-"""Which allocations two traces of the same windows have in common.
+"""Which allocations two traces of the same windows have in common, and where they differ.
 
 Invariant: allocations are paired inside one phase of one micro-batch, in order, as many as can be.
 """
@@ -14,14 +14,21 @@ from operator import attrgetter
 from autobatch.memory.trace import Allocation, Phase, Trace
 
 __all__ = [
+    "ABSENT",
+    "Misaligned",
     "Moment",
     "by_moment",
     "counterparts",
     "longest_common",
-    "same_kind",
+    "misalignment",
+    "scratch_blocks",
+    "sizes_in_common",
     "with_frees_in_order",
     "with_labels_of",
 ]
+
+ABSENT = -1
+"""Stands for the size of a block that a trace does not have."""
 
 Moment = tuple[int, int, Phase]
 """A window, a micro-batch of it, and a phase."""
@@ -32,7 +39,17 @@ _PADDING_BYTES = 512
 _DIFFERENCES = 1000
 """Traces of one workload differ in fewer allocations of a moment."""
 
+_ALONE = 0.1
+"""Traces of which more than this share of the bytes has no counterpart are not of one sequence."""
+
+_SCRATCH_EVENTS = 8
+"""Scratch memory is freed within this many events, because a kernel takes only a few buffers."""
+
 _kind = attrgetter("category", "phase", "op", "stream")
+
+
+class Misaligned(ValueError):
+    """Traces are not the same sequence of allocations and frees, or their sizes follow no model."""
 
 
 def same_kind(first: Allocation, second: Allocation) -> bool:
@@ -196,3 +213,87 @@ def _way_back(before: Sequence[Mapping[int, int]], i: int, j: int) -> list[tuple
         else:
             i -= 1
     return pairs[::-1]
+
+
+def scratch_blocks(trace: Trace) -> frozenset[int]:
+    """Return the blocks that are freed within a few events, as a kernel's scratch memory is.
+
+    Workspaces count as well, because the kernel that needs one first allocates it for all.
+    """
+    found = {i for i, block in enumerate(trace.blocks) if block.category == "workspace"}
+    events = trace.events
+    start = 0
+    while start < len(events):
+        end = _end_of_scratch(events, start)
+        found.update(event for event in events[start:end] if event >= 0)
+        start = max(end, start + 1)
+    return frozenset(found)
+
+
+def _end_of_scratch(events: Sequence[int], start: int) -> int:
+    """Return the event by which all blocks allocated from `start` on are freed, or `start`."""
+    alive: set[int] = set()
+    for place in range(start, min(start + _SCRATCH_EVENTS, len(events))):
+        event = events[place]
+        if event >= 0:
+            alive.add(event)
+        elif ~event in alive:
+            alive.remove(~event)
+        else:
+            return start
+        if not alive:
+            return place + 1
+    return start
+
+
+def sizes_in_common(
+    small: Trace, large: Trace, scratch: frozenset[int], difference: str
+) -> list[int]:
+    """Return, for each block of the larger trace, the size of its counterpart in the smaller one.
+
+    Raises:
+        Misaligned: too much of either has no counterpart.
+    """
+    if small.accumulation_steps != large.accumulation_steps:
+        raise Misaligned(difference)
+    pairs = counterparts(small, large)
+    sizes = [ABSENT] * len(large.blocks)
+    for block, other in pairs.items():
+        sizes[block] = small.blocks[other].size_bytes
+    for trace, paired, left_out in (
+        (large, set(pairs), scratch),
+        (small, set(pairs.values()), scratch_blocks(small)),
+    ):
+        kept = [i for i in range(len(trace.blocks)) if i not in left_out]
+        alone = sum(trace.blocks[i].size_bytes for i in kept if i not in paired)
+        if alone > _ALONE * sum(trace.blocks[i].size_bytes for i in kept):
+            raise Misaligned(f"{difference}, and too much is in one of them only")
+    return sizes
+
+
+def misalignment(first: Trace, second: Trace) -> str | None:
+    """Return the first difference between two traces other than sizes, as a sentence."""
+    where = f"traces at micro-batch {first.micro_batch} and {second.micro_batch} differ"
+    if first.accumulation_steps != second.accumulation_steps:
+        return (
+            f"{where} in accumulation steps: {first.accumulation_steps} and "
+            f"{second.accumulation_steps}"
+        )
+    first, second = with_frees_in_order(first), with_frees_in_order(second)
+    same = first.events == second.events and first.marks == second.marks
+    if same and all(map(same_kind, first.blocks, second.blocks)):
+        return None
+    for index, (event, other) in enumerate(zip(first.events, second.events, strict=False)):
+        ours, theirs = _describe(first, event), _describe(second, other)
+        if event != other or ours != theirs:
+            return f"{where} at event {index}: {ours} against {theirs}"
+    if len(first.events) != len(second.events):
+        return f"{where} in length: {len(first.events)} and {len(second.events)} events"
+    return f"{where} in where their phases begin"
+
+
+def _describe(trace: Trace, event: int) -> str:
+    index = event if event >= 0 else ~event
+    block = trace.blocks[index]
+    action = "alloc" if event >= 0 else "free"
+    return f"{action} of block {index} ({block.category}, {block.op}, {block.phase})"

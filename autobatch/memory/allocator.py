@@ -1,7 +1,7 @@
 """The CUDA caching allocator of PyTorch in plain integers: which block serves which request.
 
-Invariant: the blocks of a segment tile it, no two neighbours are both free, reserved bytes are the
-sum of the segments and allocated bytes the sum of the blocks in use.
+Invariant: a request gets the best fit that the settings allow; what is cached is released only
+where the driver has no memory left, or where the settings say so.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp` and `c10/core/AllocatorConfig.cpp`,
 step-checked against recordings by `python -m reports.allocator`. Only the driver is idealised:
@@ -11,37 +11,37 @@ step-checked against recordings by `python -m reports.allocator`. Only the drive
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import (
     DEFAULT_POOL,
     MIN_BLOCK_BYTES,
     SMALL_BYTES,
-    SMALL_SEGMENT_BYTES,
-    BlockInfo,
-    BlockState,
     SegmentInfo,
     round_size,
     segment_size,
+)
+from autobatch.memory.expandable import ExpandableSegments
+from autobatch.memory.segments import (
+    ADDRESS_BITS,
+    ADDRESS_MASK,
+    ALLOCATED,
+    AWAITING,
+    FREE,
+    UNLIMITED,
+    UNMAPPED,
+    Block,
+    Pool,
+    by_address,
 )
 from autobatch.support.units import format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ADDRESS_BITS", "Block", "CachingAllocator", "OutOfMemory"]
-
-_STATES: Final[tuple[BlockState, ...]] = ("free", "allocated", "awaiting_free")
-_FREE, _ALLOCATED, _AWAITING, _UNMAPPED = range(4)
-
-_UNLIMITED: Final = 1 << 62
-_UNBOUNDED_RESERVE: Final = 1 << 42
-_FIRST_ADDRESS: Final = 1 << 40
-ADDRESS_BITS: Final = 64
-_ADDRESS_MASK: Final = (1 << ADDRESS_BITS) - 1
+__all__ = ["Block", "CachingAllocator", "OutOfMemory"]
 
 
 class OutOfMemory(Exception):
@@ -57,62 +57,7 @@ class OutOfMemory(Exception):
         )
 
 
-class _Pool:
-    """Free blocks of one stream, size class and owner: what a request may choose from.
-
-    `keys` holds `size << 64 | address` of every free block, sorted: the best fit comes first, and
-    ties go to the lowest address.
-    """
-
-    __slots__ = ("keys", "pool_id", "small", "stream", "unmapped")
-
-    def __init__(self, small: bool, stream: int, pool_id: tuple[int, int]) -> None:
-        self.small = small
-        self.stream = stream
-        self.pool_id = pool_id
-        self.keys: list[int] = []
-        self.unmapped: list[Block] = []
-
-
-class Block:
-    """A contiguous part of a segment; the handle that `malloc` returns and `free` takes."""
-
-    __slots__ = (
-        "address",
-        "base",
-        "next",
-        "pool",
-        "prev",
-        "requested_bytes",
-        "searches",
-        "shared",
-        "size_bytes",
-        "state",
-    )
-
-    def __init__(self, address: int, size_bytes: int, pool: _Pool, base: int | None) -> None:
-        """Create a free block without neighbours that is in no pool."""
-        self.address = address
-        self.size_bytes = size_bytes
-        self.pool = pool
-        self.base = base  # where its expandable segment begins; None in ordinary segments
-        self.state = _FREE
-        self.requested_bytes = 0
-        self.searches = 0
-        self.shared = False
-        self.prev: Block | None = None
-        self.next: Block | None = None
-
-    @property
-    def awaits(self) -> bool:
-        """Whether its free was requested and waits for other streams."""
-        return self.state == _AWAITING
-
-
-_by_address = attrgetter("address")
-
-
-class CachingAllocator:
+class CachingAllocator(ExpandableSegments):
     """PyTorch's caching allocator on one device.
 
     Attributes:
@@ -137,28 +82,16 @@ class CachingAllocator:
             limit_bytes: the per-process limit, checked before `cudaMalloc` is called.
         """
         settings = settings or AllocatorSettings()
-        self.settings = settings
-        self.allocated_bytes = 0
-        self.awaiting_bytes = 0
-        self.reserved_bytes = 0
-        self.peak_allocated_bytes = 0
-        self.peak_reserved_bytes = 0
+        super().__init__(settings, capacity_bytes)
         self.alloc_retries = 0
-        self._capacity = _UNLIMITED if capacity_bytes is None else capacity_bytes
-        self._limit = _UNLIMITED if limit_bytes is None else limit_bytes
-        self._oversize = settings.max_split_size_bytes or _UNLIMITED
+        self._limit = UNLIMITED if limit_bytes is None else limit_bytes
+        self._oversize = settings.max_split_size_bytes or UNLIMITED
         self._expandable = settings.expandable_segments
         self._collects = limit_bytes is not None and settings.garbage_collection_threshold > 0
         self._selective = (
             self._collects or self._expandable or settings.max_split_size_bytes is not None
         )
-        self._searches = 0
         self._rounded: dict[int, int] = {}
-        self._pools: dict[tuple[bool, int, tuple[int, int]], _Pool] = {}
-        self._blocks: dict[int, Block] = {}  # every mapped block, by address
-        self._heads: dict[int, Block] = {}  # first block of every segment
-        self._awaiting: dict[Block, None] = {}
-        self._next_address = _FIRST_ADDRESS
 
     @classmethod
     def from_segments(
@@ -167,40 +100,12 @@ class CachingAllocator:
         settings: AllocatorSettings | None = None,
         *,
         capacity_bytes: int | None = None,
-        limit_bytes: int | None = None,
     ) -> Self:
         """Start with segments and blocks that exist already; peaks start at the present values."""
-        self = cls(settings, capacity_bytes=capacity_bytes, limit_bytes=limit_bytes)
-        segments = sorted(segments, key=_by_address)
-        tails: dict[_Pool, Block] = {}
-        for segment in segments:
-            pool = self._pool(segment.small, segment.stream, segment.pool_id)
-            tail = tails.get(pool) if segment.expandable else None
-            base: int | None = None
-            if segment.expandable:
-                base = start = segment.reserved_from or segment.address
-                if tail:
-                    base, start = tail.base, tail.address + tail.size_bytes
-                if start < segment.address:
-                    tail = self._add_unmapped(start, segment.address, pool, base, after=tail)
-            for info in segment.blocks:
-                tail = self._add_block(info, pool, base, after=tail)
-            if segment.expandable and tail:
-                tails[pool] = tail
-            self._selective |= segment.expandable
-            self.reserved_bytes += segment.size_bytes
-            self._next_address = max(self._next_address, segment.address + segment.size_bytes)
-        for pool, tail in tails.items():
-            assert tail.base is not None  # only expandable segments are in `tails`
-            start, end = tail.address + tail.size_bytes, tail.base + self._reserve_size(pool)
-            # Its addresses end where those of another segment begin, whatever the capacity was.
-            taken = [part.reserved_from or part.address for part in segments]
-            end = min([end, *(address for address in taken if address >= start)])
-            self._next_address = max(self._next_address, end)
-            if start < end:
-                self._add_unmapped(start, end, pool, tail.base, after=tail)
-        self.peak_allocated_bytes = self.allocated_bytes
-        self.peak_reserved_bytes = self.reserved_bytes
+        self = cls(settings, capacity_bytes=capacity_bytes)
+        segments = sorted(segments, key=by_address)
+        self._take_over(segments)
+        self._selective |= any(segment.expandable for segment in segments)
         return self
 
     def malloc(
@@ -219,7 +124,7 @@ class CachingAllocator:
         if self._selective:
             index = self._select(pool, size, index)
         if index < len(keys):
-            block = self._blocks[keys.pop(index) & _ADDRESS_MASK]
+            block = self._blocks[keys.pop(index) & ADDRESS_MASK]
         else:
             block = self._grow(pool, size)
         if small or self._expandable:
@@ -229,7 +134,7 @@ class CachingAllocator:
         if splits:
             rest = self._split(block, size)
             insort(keys, rest.size_bytes << ADDRESS_BITS | rest.address)
-        block.state = _ALLOCATED
+        block.state = ALLOCATED
         block.requested_bytes = size_bytes
         allocated = self.allocated_bytes = self.allocated_bytes + block.size_bytes
         if allocated > self.peak_allocated_bytes:
@@ -245,7 +150,7 @@ class CachingAllocator:
         if block.shared:
             self.request_free(block)
             return
-        if block.state != _ALLOCATED:
+        if block.state != ALLOCATED:
             raise ValueError(f"block at {block.address:#x} is not allocated: it was freed before")
         self.allocated_bytes -= block.size_bytes
         self._recycle(block)
@@ -256,16 +161,16 @@ class CachingAllocator:
 
     def request_free(self, block: Block) -> None:
         """Begin a free that waits for other streams: no longer allocated, still active."""
-        if block.state != _ALLOCATED:
+        if block.state != ALLOCATED:
             raise ValueError(f"block at {block.address:#x} is not allocated: it was freed before")
         self.allocated_bytes -= block.size_bytes
         self.awaiting_bytes += block.size_bytes
-        block.state = _AWAITING
+        block.state = AWAITING
         self._awaiting[block] = None
 
     def complete_free(self, block: Block) -> None:
         """End a requested free: the other streams are done with the block."""
-        if block.state != _AWAITING:
+        if block.state != AWAITING:
             raise ValueError(f"block at {block.address:#x} has no free that waits")
         self.awaiting_bytes -= block.size_bytes
         del self._awaiting[block]
@@ -282,7 +187,7 @@ class CachingAllocator:
         self.synchronize()
         for pool in sorted(self._pools.values(), key=lambda pool: (pool.small, pool.stream)):
             if pool.pool_id == DEFAULT_POOL:
-                for block in [self._blocks[key & _ADDRESS_MASK] for key in pool.keys]:
+                for block in self._free_blocks(pool):
                     if block.base is not None or block.prev is block.next is None:
                         self.release(block)
 
@@ -295,7 +200,7 @@ class CachingAllocator:
         Raises:
             ValueError: the block is in use or only part of a segment.
         """
-        if block.state != _FREE:
+        if block.state != FREE:
             raise ValueError(f"block at {block.address:#x} is not free")
         if block.base is not None:
             return self._unmap(block, block.base)
@@ -306,58 +211,12 @@ class CachingAllocator:
         self.reserved_bytes -= block.size_bytes
         return block.address, block.size_bytes
 
-    def block_at(self, address: int) -> Block | None:
-        """Return the block that begins at an address, else the one that holds it, else None."""
-        return self._blocks.get(address) or next(
-            (
-                block
-                for block in self._blocks.values()
-                if block.address < address < block.address + block.size_bytes
-            ),
-            None,
-        )
-
-    def segments(self) -> tuple[SegmentInfo, ...]:
-        """Return every segment with its blocks, by address, as a snapshot would show them."""
-        found = []
-        for head in self._heads.values():
-            run: list[Block] = []
-            for block in _chain(head):
-                if block.state != _UNMAPPED:
-                    run.append(block)
-                if run and (block.state == _UNMAPPED or block.next is None):
-                    found.append(_segment_info(run))
-                    run = []
-        return tuple(sorted(found, key=_by_address))
-
-    def cuda_malloc(self, size_bytes: int) -> int | None:
-        """Answer for `cudaMalloc`: an address, or None when the capacity is used up."""
-        if self.reserved_bytes + size_bytes > self._capacity:
-            return None
-        return self.cuda_reserve(size_bytes)
-
-    def cuda_reserve(self, size_bytes: int) -> int:
-        """Answer for `cuMemAddressReserve`: the address of a range that no memory backs yet."""
-        address = self._next_address
-        self._next_address += size_bytes
-        return address
-
-    def cuda_map(self, address: int, size_bytes: int) -> bool:
-        """Answer for `cuMemCreate` and `cuMemMap`: whether there is memory to back the range."""
-        return self.reserved_bytes + size_bytes <= self._capacity
-
     def _round(self, size_bytes: int) -> int:
         size = round_size(size_bytes, self.settings.divisions(size_bytes))
         self._rounded[size_bytes] = size
         return size
 
-    def _pool(self, small: bool, stream: int, pool_id: tuple[int, int]) -> _Pool:
-        key = (small, stream, pool_id)
-        if key not in self._pools:
-            self._pools[key] = _Pool(small, stream, pool_id)
-        return self._pools[key]
-
-    def _select(self, pool: _Pool, size: int, index: int) -> int:
+    def _select(self, pool: Pool, size: int, index: int) -> int:
         """Apply the settings to the best fit `pool.keys[index]`; return the index of the choice.
 
         An expandable block counts with the unmapped room behind it, so a larger block may fit
@@ -383,10 +242,7 @@ class CachingAllocator:
                 return count
         return index
 
-    def _cached(self, pool: _Pool, index: int) -> Block:
-        return self._blocks[pool.keys[index] & _ADDRESS_MASK]
-
-    def _grow(self, pool: _Pool, size: int) -> Block:
+    def _grow(self, pool: Pool, size: int) -> Block:
         """Return a new free block that is in no pool, after releasing what must be released."""
         if self._collects:
             self._collect_garbage()
@@ -402,7 +258,7 @@ class CachingAllocator:
             raise OutOfMemory(size, self.allocated_bytes, self.reserved_bytes, limit)
         return block
 
-    def _new_block(self, pool: _Pool, size: int) -> Block | None:
+    def _new_block(self, pool: Pool, size: int) -> Block | None:
         new_bytes = segment_size(size, self.settings.large_segment_bytes)
         if self.reserved_bytes + new_bytes > self._limit:
             return None
@@ -416,18 +272,16 @@ class CachingAllocator:
         self._count_reserved(new_bytes)
         return block
 
-    def _count_reserved(self, new_bytes: int) -> None:
-        self.reserved_bytes += new_bytes
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-
     def _collect_garbage(self) -> None:
         """Release unsplit large blocks of at least average age, in searches since their free."""
         threshold = int(self.settings.garbage_collection_threshold * self._limit)
         target = self.reserved_bytes - threshold
         ages = {
             block: self._searches - block.searches
-            for block in self._free_blocks()
-            if not block.pool.small and block.base is None and block.prev is block.next is None
+            for pool in self._pools.values()
+            if pool.pool_id == DEFAULT_POOL and not pool.small
+            for block in self._free_blocks(pool)
+            if block.base is None and block.prev is block.next is None
         }
         while target > 0 and ages:
             average = sum(ages.values()) / len(ages)
@@ -435,20 +289,13 @@ class CachingAllocator:
                 del ages[block]
                 target -= self.release(block)[1]
 
-    def _free_blocks(self) -> Iterator[Block]:
-        for pool in self._pools.values():
-            if pool.pool_id == DEFAULT_POOL:
-                for key in pool.keys:
-                    yield self._blocks[key & _ADDRESS_MASK]
-
-    def _release_oversize(self, pool: _Pool, size: int) -> bool:
+    def _release_oversize(self, pool: Pool, size: int) -> bool:
         """Release one cached oversize block as large as the request, or the largest ones."""
-        if self._oversize == _UNLIMITED:
+        if self._oversize == UNLIMITED:
             return False
         needed = max(size, self._oversize)
-        oversize = pool.keys[bisect_left(pool.keys, self._oversize << ADDRESS_BITS) :]
-        blocks = [self._blocks[key & _ADDRESS_MASK] for key in oversize]
-        blocks = [block for block in blocks if block.base is None]
+        first = bisect_left(pool.keys, self._oversize << ADDRESS_BITS)
+        blocks = [block for block in self._free_blocks(pool, first) if block.base is None]
         enough = next((block for block in blocks if block.size_bytes >= needed), None)
         if enough:
             self.release(enough)
@@ -457,197 +304,8 @@ class CachingAllocator:
             needed -= self.release(blocks.pop())[1]
         return needed <= 0
 
-    def _recycle(self, block: Block) -> Block:
-        """Make a block free, merge it with its free neighbours, and cache and return the result."""
-        keys = block.pool.keys
-        after = block.next
-        if after and after.state == _FREE:
-            del keys[bisect_left(keys, after.size_bytes << ADDRESS_BITS | after.address)]
-            self._absorb(block, after)
-        before = block.prev
-        if before and before.state == _FREE:
-            del keys[bisect_left(keys, before.size_bytes << ADDRESS_BITS | before.address)]
-            self._absorb(before, block)
-            block = before
-        block.state = _FREE
-        block.requested_bytes = 0
-        block.searches = self._searches
-        insort(keys, block.size_bytes << ADDRESS_BITS | block.address)
-        return block
-
-    def _absorb(self, block: Block, after: Block) -> None:
-        """Merge a block with the one that follows it; the first keeps its identity."""
-        if after.state != _UNMAPPED:
-            del self._blocks[after.address]
-        block.size_bytes += after.size_bytes
-        block.next = after.next
-        if after.next:
-            after.next.prev = block
-
-    def _split(self, block: Block, size: int) -> Block:
-        """Cut a block after `size` bytes and return the rest, which is in no pool yet."""
-        rest = Block(block.address + size, block.size_bytes - size, block.pool, block.base)
-        rest.prev = block
-        rest.next = block.next
-        if block.next:
-            block.next.prev = rest
-        block.next = rest
-        block.size_bytes = size
-        rest.state = block.state
-        rest.searches = self._searches
-        if block.state != _UNMAPPED:
-            self._blocks[rest.address] = rest
-        return rest
-
-    def _uncache(self, block: Block) -> None:
-        keys = block.pool.keys
-        del keys[bisect_left(keys, block.size_bytes << ADDRESS_BITS | block.address)]
-
-    def _page_size(self, pool: _Pool) -> int:
-        return SMALL_SEGMENT_BYTES if pool.small else self.settings.large_segment_bytes
-
-    def _reserve_size(self, pool: _Pool) -> int:
-        """Return the address range of an expandable segment: 9/8 of the capacity, in pages."""
-        page = self._page_size(pool)
-        bounded = self._capacity < _UNLIMITED
-        return -(-(self._capacity * 9 // 8 if bounded else _UNBOUNDED_RESERVE) // page) * page
-
-    def _extend(self, pool: _Pool, size: int) -> Block | None:
-        """Map pages at the lowest address with room for `size`, joined to the free block before."""
-        block: Block | None = self._unmapped_room(pool, size)
-        if block and block.state == _UNMAPPED:
-            block = self._map(block, min(block.size_bytes, size))
-        while block and block.size_bytes < size:
-            assert block.next is not None  # _unmapped_room counted it
-            block = self._map(block.next, min(block.next.size_bytes, size - block.size_bytes))
-        if block:
-            self._uncache(block)
-        return block
-
-    def _unmapped_room(self, pool: _Pool, size: int) -> Block:
-        for block in pool.unmapped:
-            first = block.prev if block.prev and block.prev.state == _FREE else block
-            room = 0
-            for following in _chain(first):
-                if following.state not in (_FREE, _UNMAPPED):
-                    break
-                room += following.size_bytes
-            if room >= size:
-                return first
-        reserve = self._reserve_size(pool)
-        base = self.cuda_reserve(reserve)
-        return self._add_unmapped(base, base + reserve, pool, base, after=None)
-
-    def _map(self, block: Block, size: int) -> Block | None:
-        """Back the first pages of an unmapped block; return the free block they end up in."""
-        pool = block.pool
-        page = self._page_size(pool)
-        mapped = -(-size // page) * page
-        if not self.cuda_map(block.address, mapped):
-            return None
-        pool.unmapped.remove(block)
-        if mapped < block.size_bytes:
-            insort(pool.unmapped, self._split(block, mapped), key=_by_address)
-        block.state = _FREE
-        self._blocks[block.address] = block
-        self._count_reserved(mapped)
-        return self._recycle(block)
-
-    def _unmap(self, block: Block, base: int) -> tuple[int, int]:
-        """Unmap the whole pages inside a free block of an expandable segment."""
-        pool = block.pool
-        page = self._page_size(pool)
-        first = base + -(-(block.address - base) // page) * page
-        end = block.address + block.size_bytes
-        last = base + (end - base) // page * page
-        if first >= last:
-            return first, 0
-        self._uncache(block)
-        if last < end:
-            rest = self._split(block, last - block.address)
-            insort(pool.keys, rest.size_bytes << ADDRESS_BITS | rest.address)
-        if block.address < first:
-            rest = self._split(block, first - block.address)
-            insort(pool.keys, block.size_bytes << ADDRESS_BITS | block.address)
-            block = rest
-        del self._blocks[block.address]
-        block.state = _UNMAPPED
-        self.reserved_bytes -= last - first
-        if block.next and block.next.state == _UNMAPPED:
-            pool.unmapped.remove(block.next)
-            self._absorb(block, block.next)
-        if block.prev and block.prev.state == _UNMAPPED:
-            self._absorb(block.prev, block)
-        else:
-            insort(pool.unmapped, block, key=_by_address)
-        if self._heads[base].next is None and self._heads[base].state == _UNMAPPED:
-            pool.unmapped.remove(self._heads.pop(base))
-        return first, last - first
-
-    def _add_block(
-        self, info: BlockInfo, pool: _Pool, base: int | None, *, after: Block | None
-    ) -> Block:
-        block = self._append(Block(info.address, info.size_bytes, pool, base), after)
-        self._blocks[info.address] = block
-        block.requested_bytes = info.requested_bytes
-        block.state = _STATES.index(info.state)
-        if block.state == _FREE:
-            insort(pool.keys, block.size_bytes << ADDRESS_BITS | block.address)
-        elif block.state == _ALLOCATED:
-            self.allocated_bytes += block.size_bytes
-        else:
-            self.awaiting_bytes += block.size_bytes
-            self._awaiting[block] = None
-        return block
-
-    def _add_unmapped(
-        self, start: int, end: int, pool: _Pool, base: int | None, *, after: Block | None
-    ) -> Block:
-        """Append an address range that is reserved and that no memory backs."""
-        block = self._append(Block(start, end - start, pool, base), after)
-        block.state = _UNMAPPED
-        insort(pool.unmapped, block, key=_by_address)
-        return block
-
-    def _append(self, block: Block, after: Block | None) -> Block:
-        """Link a block behind another, or let it begin a segment."""
-        block.prev = after
-        if after:
-            after.next = block
-        else:
-            self._heads[block.address] = block
-        return block
-
-
-def _chain(block: Block | None) -> Iterator[Block]:
-    """Yield a block and all that follow it in its segment."""
-    while block:
-        yield block
-        block = block.next
-
 
 def _room(block: Block) -> int:
     """Return the size to which a free block of an expandable segment can grow in place."""
     after = block.next
-    return block.size_bytes + (after.size_bytes if after and after.state == _UNMAPPED else 0)
-
-
-def _segment_info(run: Sequence[Block]) -> SegmentInfo:
-    pool = run[0].pool
-    return SegmentInfo(
-        address=run[0].address,
-        size_bytes=sum(block.size_bytes for block in run),
-        stream=pool.stream,
-        small=pool.small,
-        pool_id=pool.pool_id,
-        expandable=run[0].base is not None,
-        blocks=tuple(
-            BlockInfo(
-                address=block.address,
-                size_bytes=block.size_bytes,
-                requested_bytes=block.requested_bytes,
-                state=_STATES[block.state],
-            )
-            for block in run
-        ),
-    )
+    return block.size_bytes + (after.size_bytes if after and after.state == UNMAPPED else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 from autobatch.errors import UsageError
@@ -84,7 +85,7 @@ def explain_snapshot(
     shown = sorted(
         {index for index, trace in snapshot.traces.items() if trace} | set(snapshot.segments)
     )
-    if device is not None and device not in shown:
+    if device is not None and (not _is_whole(device) or device not in shown):
         names = listed([str(index) for index in shown], 8) or "none"
         raise UsageError(f"{source} shows nothing of {given('device', device)}: it shows {names}")
     if not shown:
@@ -92,9 +93,14 @@ def explain_snapshot(
             f"{source} shows no memory of any device: record with"
             " torch.cuda.memory._record_memory_history() before the step, and dump after it"
         )
-    if top < 1:
+    if not _is_whole(top) or top < 1:
         raise UsageError(f"{given('top', top)} shows nothing: give a number of blocks, at least 1")
-    tried = [(text, AllocatorSettings.parse(text).require_known()) for text in settings]
+    texts = list(settings) if isinstance(settings, Iterable) else [settings]
+    if wrong := [each for each in texts if not isinstance(each, str)]:
+        raise UsageError(
+            f"settings holds a {type(wrong[0]).__name__}: give texts such as max_split_size_mb:256"
+        )
+    tried = [(text, AllocatorSettings.parse(text).require_known()) for text in texts]
     return ExplanationRecord(
         source=source,
         devices=tuple(
@@ -103,6 +109,10 @@ def explain_snapshot(
             if device is None or index == device
         ),
     )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class _Device:

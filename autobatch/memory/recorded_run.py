@@ -9,61 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
-from autobatch.memory.allocator import ADDRESS_BITS, Block, CachingAllocator
+from autobatch.memory.allocator import Block, CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.blocks import SegmentInfo
 from autobatch.memory.recording import MemoryMap, Recording
+from autobatch.memory.segments import ADDRESS_BITS, Pool
 from autobatch.memory.snapshot import TraceEvent
 
-__all__ = ["RecordedRun", "Score", "replay"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """How far the simulation agreed with one recording.
-
-    Attributes:
-        events: events that were replayed.
-        blocks, blocks_matched: allocations, and those served by the recorded block.
-        ties: of those, how many the recording decides between free blocks of one size.
-        segments, segments_matched: segments (or mapped ranges) that were made, and those that the
-            simulation made for the same allocation in the same size.
-        segments_unused: those, not counted above, that no allocation followed at once.
-        releases, releases_matched: segments (or ranges) given back, and those wholly free in the
-            simulation, too.
-        ooms: recorded requests that failed.
-        reserved_bytes, allocated_bytes: at the end, as (recorded, simulated).
-        first_difference: the first event that differed, in words.
-    """
-
-    events: int
-    blocks: int
-    blocks_matched: int
-    ties: int
-    segments: int
-    segments_matched: int
-    segments_unused: int
-    releases: int
-    releases_matched: int
-    ooms: int
-    reserved_bytes: tuple[int, int]
-    allocated_bytes: tuple[int, int]
-    first_difference: str | None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether everything matched, and the final bytes are equal."""
-        return (
-            self.blocks == self.blocks_matched
-            and self.segments == self.segments_matched
-            and self.releases == self.releases_matched
-            and self.reserved_bytes[0] == self.reserved_bytes[1]
-            and self.allocated_bytes[0] == self.allocated_bytes[1]
-        )
+__all__ = ["RecordedRun"]
 
 
 class _DifferenceError(Exception):
@@ -90,7 +44,7 @@ class _RecordedDriver(CachingAllocator):
         self._from_cache = from_cache
         self._selective = True
 
-    def _select(self, pool: Any, size: int, index: int) -> int:
+    def _select(self, pool: Pool, size: int, index: int) -> int:
         keys = pool.keys
         if not self._from_cache:
             return len(keys)
@@ -127,21 +81,18 @@ class _RecordedDriver(CachingAllocator):
         return event
 
 
-def replay(
-    recording: Recording, final: tuple[SegmentInfo, ...], settings: AllocatorSettings
-) -> Score:
-    """Replay a rewound recording and compare every decision and the final state."""
-    run = RecordedRun(recording, settings)
-    for index, event in enumerate(recording.events):
-        run.step(index + recording.skipped, event)
-    return run.score(final)
-
-
 class RecordedRun:
     """A replay in progress: the simulation, the recorded state beside it, and the counts.
 
     Attributes:
         allocator: the simulation, in the state that the recording has after the last step.
+        blocks, blocks_matched: allocations, and those served by the recorded block.
+        ties: of those, how many the recording decides between free blocks of one size.
+        segments_matched: new segments (or mapped ranges) that the simulation made for the same
+            allocation in the same size.
+        segments_unused: those that no allocation followed at once.
+        releases_matched: segments (or ranges) given back that were wholly free in the simulation.
+        first_difference: the first event that differed, in words.
     """
 
     def __init__(self, recording: Recording, settings: AllocatorSettings) -> None:
@@ -152,11 +103,8 @@ class RecordedRun:
         self.requested: int | None = None  # address of the latest requested free
         self.late = False  # since the program's last action, a free that waited has ended
         self.released = False  # since then, a segment was given back
-        self.events = 0
         self.blocks = self.blocks_matched = self.ties = 0
-        self.segments = self.segments_matched = self.segments_unused = 0
-        self.releases = self.releases_matched = 0
-        self.ooms = 0
+        self.segments_matched = self.segments_unused = self.releases_matched = 0
         self.first_difference: str | None = None
         self._restore()
 
@@ -168,10 +116,8 @@ class RecordedRun:
 
     def step(self, index: int, event: TraceEvent) -> None:
         """Replay one event."""
-        self.events += 1
         match event.action:
             case "segment_alloc" | "segment_map":
-                self.segments += 1
                 self.made.append(event)
                 self.memory.apply(event)
             case "alloc":
@@ -184,35 +130,9 @@ class RecordedRun:
                 self._free(event)
             case "segment_free" | "segment_unmap":
                 self._keep_unused_segments()
-                self.releases += 1
                 self._release(index, event)
             case "oom":
-                self.ooms += 1
                 self._keep_unused_segments()
-
-    def score(self, final: Sequence[SegmentInfo]) -> Score:
-        """Return the counts so far, and the present state beside that of `final` segments."""
-        recorded_allocated = sum(
-            block.size_bytes
-            for part in final
-            for block in part.blocks
-            if block.state == "allocated"
-        )
-        return Score(
-            events=self.events,
-            blocks=self.blocks,
-            blocks_matched=self.blocks_matched,
-            ties=self.ties,
-            segments=self.segments,
-            segments_matched=self.segments_matched,
-            segments_unused=self.segments_unused,
-            releases=self.releases,
-            releases_matched=self.releases_matched,
-            ooms=self.ooms,
-            reserved_bytes=(sum(part.size_bytes for part in final), self.allocator.reserved_bytes),
-            allocated_bytes=(recorded_allocated, self.allocator.allocated_bytes),
-            first_difference=self.first_difference,
-        )
 
     def _allocate(self, index: int, event: TraceEvent) -> None:
         """Let the simulation choose, and compare block and new segments with the recorded ones."""
@@ -293,7 +213,6 @@ class RecordedRun:
     def _keep_unused_segments(self) -> None:
         """Take over segments that no allocation followed, such as pages mapped before an OOM."""
         if self.made:
-            self.segments -= len(self.made)
             self.segments_unused += len(self.made)
             self.made = []
             self._restore()

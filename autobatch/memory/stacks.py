@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autobatch.memory.snapshot import Frame, Stack
+from autobatch.support.owners import OURS
 
-__all__ = ["Origin", "Part", "is_of_library", "line_as_text", "origin_of"]
+__all__ = ["Origin", "Part", "is_of_library", "is_users", "line_as_text", "origin_of"]
 
 Part = Literal["forward", "backward", "optimizer", "outside"]
 """The part of a training step: `outside` is Python code that is in none of the others."""
@@ -151,6 +152,11 @@ def is_of_library(filename: str) -> bool:
     path = filename.replace("\\", "/")
     is_library = _LIBRARY.search(path) or _INDUCTOR_FILE.search(path)
     return bool(is_library) and not _NOTEBOOK.search(path)
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file of this process is the user's, and so neither a library's nor autobatch's."""
+    return not (filename.startswith(OURS) or is_of_library(filename))
 
 
 def line_as_text(filename: str, line: int, function: str) -> str:

@@ -11,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
 
-from autobatch.memory.alignment import counterparts, same_kind, with_frees_in_order
-from autobatch.memory.rounding import Rounding, roundings
+from autobatch.memory.alignment import (
+    ABSENT,
+    Misaligned,
+    misalignment,
+    scratch_blocks,
+    sizes_in_common,
+    with_frees_in_order,
+)
+from autobatch.memory.interpolation import Interpolation, Term, rounding_of
 from autobatch.memory.scratch import interleaved, with_scratch
 from autobatch.memory.trace import (
     UNLABELLED,
@@ -24,17 +30,14 @@ from autobatch.memory.trace import (
     Label,
     Requests,
     Trace,
-    running_bytes,
 )
 
-__all__ = ["Misaligned", "Refuted", "TraceModel", "nodes_for", "scratch_blocks"]
+__all__ = ["Refuted", "TraceModel"]
 
-SCRATCH_EVENTS = 8
-"""Scratch memory is freed within this many events, because a kernel takes only a few buffers."""
-
-
-class Misaligned(ValueError):
-    """Traces are not the same sequence of allocations and frees, or their sizes follow no model."""
+_PERMANENT: frozenset[Category] = frozenset(
+    ("parameters", "buffers", "gradients", "optimizer_state", "workspace")
+)
+"""What does not grow with the micro-batch."""
 
 
 class Refuted(Misaligned):
@@ -45,34 +48,23 @@ class Refuted(Misaligned):
 class TraceModel:
     """Sizes of every block as a polynomial in the micro-batch; make one with `fit`.
 
-    Newton's divided differences over a common denominator: with nodes n0 < n1 < n2,
-    size(n) = (base + slope * (n - n0) + bend * (n - n0) * (n - n1)) / denominator.
-    Where there is a rounding, its departure from the line through n0 and n1 is in place of the
-    product: it is zero there as well.
-
     Attributes:
         template: the trace at the largest fitted micro-batch.
-        nodes: the fitted micro-batches, ascending.
-        bases, slopes, bends: coefficients of each block, times the denominator.
-        denominator: positive.
+        interpolation: evaluates terms.
+        terms: of the size of each block of the template.
         kernels: those of the template that may take scratch.
-        numbers: coefficients of the numbers of each kernel, as those of a block's size.
+        numbers: terms of the numbers of each kernel.
         labels: of each block of the template, in each fitted trace; empty where a trace lacks it.
-        rounding: the count that is rounded up, on which sizes depend; None where there is none.
         is_exact: whether the traces differed in sizes alone. Then a size that is predicted to be
             negative, or no whole number, shows that sizes follow another rule.
     """
 
     template: Trace
-    nodes: tuple[int, ...]
-    bases: tuple[int, ...]
-    slopes: tuple[int, ...]
-    bends: tuple[int, ...]
-    denominator: int
+    interpolation: Interpolation
+    terms: tuple[Term, ...]
     kernels: tuple[Kernel, ...] = ()
-    numbers: tuple[tuple[_Term, ...], ...] = ()
+    numbers: tuple[tuple[Term, ...], ...] = ()
     labels: tuple[tuple[Label, ...], ...] = field(default=(), compare=False, repr=False)
-    rounding: Rounding | None = None
     is_exact: bool = True
 
     @classmethod
@@ -104,44 +96,45 @@ class TraceModel:
         labels: list[tuple[Label, ...]] = []
         scratch = scratch_blocks(last) if kernels_may_vary else frozenset()
         for trace in ordered[:-1]:
-            reason = _misalignment(trace, last)
+            reason = misalignment(trace, last)
             if reason is None:
                 columns.append(trace.sizes)
                 labels.append(tuple([block.label for block in trace.blocks]))
             elif kernels_may_vary:
-                columns.append(_sizes_in_common(trace, last, scratch, reason))
+                columns.append(sizes_in_common(trace, last, scratch, reason))
                 labels.append((UNLABELLED,) * len(last.blocks))
             else:
                 raise Misaligned(reason)
-        interpolation = _Interpolation.over(nodes, _rounding(ordered))
-        terms: list[_Term] = []
+        interpolation = Interpolation.over(nodes, rounding_of(ordered))
+        terms: list[Term] = []
         rows = zip(*columns, last.sizes, strict=True)
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
-            if index in scratch or _ABSENT in row:
+            if index in scratch or ABSENT in row:
                 grows = block.category not in _PERMANENT
                 terms.append(interpolation.line(*row[-2:], grows=grows))
             else:
                 terms.append(interpolation.polynomial(row))
-        bases, slopes, bends = zip(*terms, strict=True) if terms else ((), (), ())
         kernels = [() if trace.bare is None else trace.bare.kernels for trace in whole]
         return cls(
-            kernels=kernels[-1],
-            numbers=tuple(_numbers(kernels, interpolation, nodes)),
             template=last,
-            nodes=nodes,
-            bases=bases,
-            slopes=slopes,
-            bends=bends,
-            denominator=interpolation.denominator,
+            interpolation=interpolation,
+            terms=tuple(terms),
+            kernels=kernels[-1],
+            numbers=tuple(_numbers(kernels, interpolation)),
             labels=(*labels, tuple([block.label for block in last.blocks])),
-            rounding=interpolation.rounding,
             is_exact=not kernels_may_vary,
         )
 
     @property
+    def nodes(self) -> tuple[int, ...]:
+        """The fitted micro-batches, ascending."""
+        return self.interpolation.nodes
+
+    @property
     def degree(self) -> int:
         """2 if any block's size is quadratic in the micro-batch, else 1."""
-        return 2 if any(self.bends) and self.rounding is None else 1
+        bends = any(bend for _, _, bend in self.terms)
+        return 2 if bends and self.interpolation.rounding is None else 1
 
     @property
     def quadratic_share(self) -> float:
@@ -152,7 +145,8 @@ class TraceModel:
         if self.degree == 1:
             return 0.0
         first, second, last = self.nodes
-        bent = sum(map(abs, self.bends)) * (last - first) * (last - second) / self.denominator
+        bends = sum(abs(bend) for _, _, bend in self.terms)
+        bent = bends * (last - first) * (last - second) / self.interpolation.denominator
         return bent / max(sum(self.template.sizes), 1)
 
     def sizes(self, micro_batch: int) -> list[int]:
@@ -163,53 +157,46 @@ class TraceModel:
         Raises:
             Refuted: the model is exact, and a size would be no whole number, or negative.
         """
-        terms, places = self._terms
+        terms, places = self._distinct_terms
         if self.is_exact:
             values = self._sizes_of(micro_batch)(terms)
         else:
-            value_of = self._evaluator(micro_batch)
-            values = [max(0, value_of(term)) for term in terms]
+            values = [max(0, value) for value in self._nearest(micro_batch)(terms)]
         return [values[place] for place in places]
 
     @cached_property
-    def _terms(self) -> tuple[list[_Term], list[int]]:
+    def _distinct_terms(self) -> tuple[list[Term], list[int]]:
         """The terms of blocks, each once, and the place among them of each block's."""
-        return _distinct(zip(self.bases, self.slopes, self.bends, strict=True))
+        places: dict[Term, int] = {}
+        of = [places.setdefault(terms, len(places)) for terms in self.terms]
+        return list(places), of
 
-    def _evaluator(self, micro_batch: int) -> Callable[[_Term], int]:
-        """Return what evaluates the terms of a polynomial, to the nearest whole number."""
-        step = micro_batch - self.nodes[0]
-        bend_step = _bend(self.nodes, self.rounding, micro_batch)
-        denominator = self.denominator
+    def _nearest(self, micro_batch: int) -> Callable[[Iterable[Term]], list[int]]:
+        """Return what evaluates terms to the nearest whole numbers."""
+        values_of, denominator = self.interpolation.at(micro_batch), self.interpolation.denominator
         half = denominator // 2
+        return lambda terms: [(value + half) // denominator for value in values_of(terms)]
 
-        def value_of(term: _Term) -> int:
-            base, slope, bend = term
-            return (base + slope * step + bend * bend_step + half) // denominator
-
-        return value_of
-
-    def _sizes_of(self, micro_batch: int) -> Callable[[Iterable[_Term]], list[int]]:
+    def _sizes_of(self, micro_batch: int) -> Callable[[Sequence[Term]], list[int]]:
         """Return what evaluates terms of sizes and strides.
 
         It raises Refuted where one that varies is negative or, in an exact model, no whole
         number.
         """
-        step = micro_batch - self.nodes[0]
-        bend_step = _bend(self.nodes, self.rounding, micro_batch)
-        denominator, is_exact = self.denominator, self.is_exact
+        values_of, denominator = self.interpolation.at(micro_batch), self.interpolation.denominator
+        is_exact = self.is_exact
         half = 0 if is_exact else denominator // 2
 
-        def sizes_of(terms: Iterable[_Term]) -> list[int]:
+        def sizes_of(terms: Sequence[Term]) -> list[int]:
             sizes = []
-            for base, slope, bend in terms:
-                times = base + slope * step + bend * bend_step + half
-                size, left = divmod(times, denominator)
+            for (_, slope, bend), value in zip(terms, values_of(terms), strict=True):
+                size, left = divmod(value + half, denominator)
                 varies = slope or bend  # a dimension that is counted from the end is -1 throughout
                 if varies and (size < 0 or (left and is_exact)):
                     raise Refuted(
                         f"what ran at micro-batches {', '.join(map(str, self.nodes))} foretells "
-                        f"{times / denominator:,g} at micro-batch {micro_batch}, which no size is"
+                        f"{(value + half) / denominator:,g} at micro-batch {micro_batch}, which no "
+                        "size is"
                     )
                 sizes.append(size)
             return sizes
@@ -246,8 +233,7 @@ class TraceModel:
 
     def _labels(self, micro_batch: int) -> list[Label]:
         """Return the label of each block, its shape along the line through the fitted ones."""
-        value_of = self._evaluator(micro_batch)
-        polynomial = _Interpolation.over(self.nodes, self.rounding).polynomial
+        nearest, polynomial = self._nearest(micro_batch), self.interpolation.polynomial
         known: dict[tuple[int, ...], Label] = {}  # by ids of labels, which the traces hold
         found = []
         for labels in zip(*self.labels, strict=True):
@@ -259,7 +245,7 @@ class TraceModel:
                     label = replace(last, shape=(), dtype="")
                 else:
                     dims = zip(*(other.shape for other in labels), strict=True)
-                    label = replace(last, shape=tuple(value_of(polynomial(row)) for row in dims))
+                    label = replace(last, shape=tuple(nearest(map(polynomial, dims))))
                 known[key] = label
             found.append(label)
         return found
@@ -309,7 +295,7 @@ class TraceModel:
     def difference(self, trace: Trace) -> str | None:
         """Return how an executed trace departs from the model's, or None where they are equal."""
         bare = trace if trace.bare is None else trace.bare.trace
-        if reason := _misalignment(self.template, bare):
+        if reason := misalignment(self.template, bare):
             return reason
         try:
             expected = self.sizes(trace.micro_batch)
@@ -353,151 +339,16 @@ class TraceModel:
             )
         )
 
-    def peak_bytes(self, micro_batch: int) -> int:
-        """Return the most requested bytes alive at once, before the allocator rounds them."""
-        trace = self.trace(micro_batch)
-        return max(running_bytes(trace.sizes, trace.events), default=0)
-
-
-_Term = tuple[int, int, int]
-"""Base, slope and bend."""
-
-_T = TypeVar("_T", bound=Hashable)
-
-
-def _distinct(values: Iterable[_T]) -> tuple[list[_T], list[int]]:
-    """Return each of many values once, and the place among those of each one."""
-    places: dict[_T, int] = {}
-    of = [places.setdefault(value, len(places)) for value in values]
-    return list(places), of
-
-
-_ABSENT = -1
-"""Stands for the size of a block that a trace does not have."""
-
-_ALONE = 0.1
-"""Traces of which more than this share of the bytes has no counterpart are not of one sequence."""
-
-_PERMANENT = frozenset({"parameters", "buffers", "gradients", "optimizer state", "workspace"})
-"""What does not grow with the micro-batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Interpolation:
-    """Fits the sizes of one block; coefficients are times a common denominator."""
-
-    nodes: tuple[int, ...]
-    denominator: int
-    rounding: Rounding | None
-
-    @classmethod
-    def over(cls, nodes: tuple[int, ...], rounding: Rounding | None) -> _Interpolation:
-        """Prepare to fit sizes at micro-batches.
-
-        Raises:
-            Misaligned: they do not tell how sizes depend on the rounding.
-        """
-        if rounding is not None:
-            bend = _bend(nodes, rounding, nodes[-1])
-            if not bend:
-                raise Misaligned(f"micro-batches {nodes} do not show how a count is rounded up")
-            return cls(nodes, (nodes[1] - nodes[0]) * abs(bend), rounding)
-        if len(nodes) == 2:
-            return cls(nodes, nodes[1] - nodes[0], None)
-        n0, n1, n2 = nodes
-        return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0), None)
-
-    def polynomial(self, sizes: Sequence[int]) -> tuple[int, int, int]:
-        """Return the polynomial through the sizes at all nodes."""
-        if len(sizes) == 2:
-            return sizes[0] * self.denominator, sizes[1] - sizes[0], 0
-        (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
-        if self.rounding is not None:
-            step = _bend(self.nodes, self.rounding, n2)
-            bend = (s2 - s0) * (n1 - n0) - (s1 - s0) * (n2 - n0)
-            sign = 1 if step > 0 else -1
-            return s0 * self.denominator, (s1 - s0) * abs(step), bend * sign
-        bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
-        return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
-
-    def line(self, before: int, last: int, *, grows: bool) -> tuple[int, int, int]:
-        """Return the line through the two largest sizes, or in proportion to the micro-batch."""
-        if not grows:
-            slope = 0
-        elif before == _ABSENT:
-            slope = last * self.denominator // self.nodes[-1]
-        else:
-            rise = max(0, last - before)
-            slope = rise * self.denominator // (self.nodes[-1] - self.nodes[-2])
-        return last * self.denominator - slope * (self.nodes[-1] - self.nodes[0]), slope, 0
-
-
-def _bend(nodes: Sequence[int], rounding: Rounding | None, micro_batch: int) -> int:
-    """Return the part of sizes that is no line, which is zero at the first two nodes."""
-    first, second = nodes[:2]
-    if rounding is None:
-        return (micro_batch - first) * (micro_batch - second)
-    count = rounding.at(first)
-    rise = rounding.at(second) - count
-    return (rounding.at(micro_batch) - count) * (second - first) - rise * (micro_batch - first)
-
-
-def _rounding(traces: Sequence[Trace]) -> Rounding | None:
-    """Return the one way in which counts of traces depart from lines.
-
-    Raises:
-        Misaligned: there are several.
-    """
-    found = {count.departure for count in _counts(traces)}
-    if len(found) > 1:
-        raise Misaligned(f"{len(found)} counts are rounded up, each in its own way")
-    return next(iter(found), None)
-
-
-def _counts(traces: Sequence[Trace]) -> list[Rounding]:
-    nodes = [trace.micro_batch for trace in traces]
-    try:
-        return roundings(nodes, [trace.parts for trace in traces])
-    except ValueError as error:
-        raise Misaligned(str(error)) from error
-
-
-def nodes_for(traces: Sequence[Trace], limit: int) -> tuple[int, ...]:
-    """Return the micro-batches that a model has to be fitted to, by traces at two small ones.
-
-    They are these two, unless a count is rounded up: then three that show how, and at which there
-    are two of what is counted, because at one the order of events and strides often differ.
-
-    Raises:
-        Misaligned: one of them is above the limit.
-    """
-    first, second = (trace.micro_batch for trace in traces)
-    rounding = _rounding(traces)
-    if rounding is None:
-        return first, second
-    counts = _counts(traces)
-    for size in range(first, limit):
-        if all(count.at(size) >= _FEWEST for count in counts):
-            above = range(size + 2, limit + 1)
-            third = next((n for n in above if _bend((size, size + 1), rounding, n)), None)
-            if third is not None:
-                return size, size + 1, third
-            break
-    raise Misaligned(f"no micro-batches up to {limit} show how a count is rounded up")
-
-
-_FEWEST = 2
-"""Of what is counted, there are as many at the sizes that a model is fitted to, at least."""
-
 
 def _numbers(
-    kernels: Sequence[Sequence[Kernel]], interpolation: _Interpolation, nodes: Sequence[int]
-) -> Iterator[tuple[_Term, ...]]:
+    kernels: Sequence[Sequence[Kernel]], interpolation: Interpolation
+) -> Iterator[tuple[Term, ...]]:
     """Yield the terms of the numbers of each kernel.
 
     Raises:
         Misaligned: the traces have other kernels.
     """
+    nodes = interpolation.nodes
     if len(set(map(len, kernels))) > 1:
         raise Misaligned(f"traces at micro-batch {nodes[0]} and {nodes[-1]} run other kernels")
     for same in zip(*kernels, strict=True):
@@ -508,87 +359,3 @@ def _numbers(
             )
         rows = zip(*(kernel.numbers for kernel in same), strict=True)
         yield tuple(map(interpolation.polynomial, rows))
-
-
-def scratch_blocks(trace: Trace) -> frozenset[int]:
-    """Return the blocks that are freed within a few events, as a kernel's scratch memory is.
-
-    Workspaces count as well, because the kernel that needs one first allocates it for all.
-    """
-    found = {i for i, block in enumerate(trace.blocks) if block.category == "workspace"}
-    events = trace.events
-    start = 0
-    while start < len(events):
-        end = _end_of_scratch(events, start)
-        found.update(event for event in events[start:end] if event >= 0)
-        start = max(end, start + 1)
-    return frozenset(found)
-
-
-def _end_of_scratch(events: Sequence[int], start: int) -> int:
-    """Return the event by which all blocks allocated from `start` on are freed, or `start`."""
-    alive: set[int] = set()
-    for place in range(start, min(start + SCRATCH_EVENTS, len(events))):
-        event = events[place]
-        if event >= 0:
-            alive.add(event)
-        elif ~event in alive:
-            alive.remove(~event)
-        else:
-            return start
-        if not alive:
-            return place + 1
-    return start
-
-
-def _sizes_in_common(
-    small: Trace, large: Trace, scratch: frozenset[int], difference: str
-) -> list[int]:
-    """Return, for each block of the larger trace, the size of its counterpart in the smaller one.
-
-    Raises:
-        Misaligned: too much of either has no counterpart.
-    """
-    if small.accumulation_steps != large.accumulation_steps:
-        raise Misaligned(difference)
-    pairs = counterparts(small, large)
-    sizes = [_ABSENT] * len(large.blocks)
-    for block, other in pairs.items():
-        sizes[block] = small.blocks[other].size_bytes
-    for trace, paired, left_out in (
-        (large, set(pairs), scratch),
-        (small, set(pairs.values()), scratch_blocks(small)),
-    ):
-        kept = [i for i in range(len(trace.blocks)) if i not in left_out]
-        alone = sum(trace.blocks[i].size_bytes for i in kept if i not in paired)
-        if alone > _ALONE * sum(trace.blocks[i].size_bytes for i in kept):
-            raise Misaligned(f"{difference}, and too much is in one of them only")
-    return sizes
-
-
-def _misalignment(first: Trace, second: Trace) -> str | None:
-    """Return the first difference between two traces other than sizes, as a sentence."""
-    where = f"traces at micro-batch {first.micro_batch} and {second.micro_batch} differ"
-    if first.accumulation_steps != second.accumulation_steps:
-        return (
-            f"{where} in accumulation steps: {first.accumulation_steps} and "
-            f"{second.accumulation_steps}"
-        )
-    first, second = with_frees_in_order(first), with_frees_in_order(second)
-    same = first.events == second.events and first.marks == second.marks
-    if same and all(map(same_kind, first.blocks, second.blocks)):
-        return None
-    for index, (event, other) in enumerate(zip(first.events, second.events, strict=False)):
-        ours, theirs = _describe(first, event), _describe(second, other)
-        if event != other or ours != theirs:
-            return f"{where} at event {index}: {ours} against {theirs}"
-    if len(first.events) != len(second.events):
-        return f"{where} in length: {len(first.events)} and {len(second.events)} events"
-    return f"{where} in where their phases begin"
-
-
-def _describe(trace: Trace, event: int) -> str:
-    index = event if event >= 0 else ~event
-    block = trace.blocks[index]
-    action = "alloc" if event >= 0 else "free"
-    return f"{action} of block {index} ({block.category}, {block.op}, {block.phase})"

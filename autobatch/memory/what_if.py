@@ -117,7 +117,6 @@ def rerun(
     released: Mapping[int, Releaser],
     start: Sequence[SegmentInfo] | None = None,
     capacity_bytes: int | None = None,
-    limit_bytes: int | None = None,
 ) -> Outcome:
     """Make the recorded requests of an allocator.
 
@@ -128,13 +127,11 @@ def rerun(
         start: segments to begin with; None to begin with nothing and to place the blocks that are
             alive before the first event anew, in the order of their addresses.
         capacity_bytes: what CUDA can give in all; unlimited if None.
-        limit_bytes: the limit that the process set itself; none if None.
     """
-    limits = {"capacity_bytes": capacity_bytes, "limit_bytes": limit_bytes}
     if start is None:
-        run = _Rerun(CachingAllocator(settings, **limits))
+        run = _Rerun(CachingAllocator(settings, capacity_bytes=capacity_bytes))
     else:
-        run = _Rerun(CachingAllocator.from_segments(start, settings, **limits))
+        run = _Rerun(CachingAllocator.from_segments(start, settings, capacity_bytes=capacity_bytes))
     emptied = {index for index, by in released.items() if by != "allocator"}
     refused: list[int] = []
     event_index = -1

@@ -62,9 +62,14 @@ def shortage_in(error: BaseException) -> Shortage | None:
 
 
 def let_go(error: BaseException) -> None:
-    """Drop the local variables of an error's finished frames; its traceback still prints."""
+    """Drop what an error holds: the local variables of its finished frames, and what lacks a name.
+
+    Its traceback still prints.
+    """
     for link in _chain(error, everything=True):
         traceback.clear_frames(link.__traceback__)
+        if isinstance(link, AttributeError):
+            link.obj = None  # the module or tensor that lacks the attribute
 
 
 def _chain(error: BaseException | None, *, everything: bool = False) -> Iterator[BaseException]:

@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["random_state_kept"]
+__all__ = ["random_state", "random_state_kept"]
+
+
+def random_state() -> Callable[[], None]:
+    """Return what puts the global generators back as they are now; NumPy's if it is loaded."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if numpy := sys.modules.get("numpy"):
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+
+    def put_back() -> None:
+        for put, state in states:
+            put(state)
+
+    return put_back
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put the global generators back at the end; NumPy's if it is loaded by now."""
-    numpy: Any = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+    put_back = random_state()
+    try:
+        yield
+    finally:
+        put_back()

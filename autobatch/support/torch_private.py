@@ -55,6 +55,7 @@ __all__ = [
     "cudnn_bindings",
     "current_autograd_node",
     "current_graph_task_id",
+    "current_transform_level",
     "detect_fake_mode",
     "drop_unreduced",
     "fake_tensor",
@@ -123,6 +124,7 @@ with _known():
     from torch._C._acc import DeviceGuard, PrivateUse1Hooks
     from torch._C._autograd import DeviceType
     from torch._C._autograd import _get_sequence_nr as next_sequence_number
+    from torch._C._functorch import maybe_current_level as current_transform_level
     from torch._C._profiler import _EventType as ProfiledEvent
     from torch._guards import detect_fake_mode
     from torch._ops import OpOverload, OpOverloadPacket

@@ -96,9 +96,9 @@ def said_by(error: BaseException) -> str:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the closest names, or nothing."""
+    """Return " (did you mean ...?)" with the closest names, or nothing."""
     names = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(names)}?" if names else ""
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 def listed(words: Sequence[str], most: int) -> str:

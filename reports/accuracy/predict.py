@@ -9,8 +9,9 @@ from dataclasses import replace
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UnknownGpuError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.memory.alignment import Misaligned
 from autobatch.memory.replay import Replay
-from autobatch.memory.trace_model import Misaligned, TraceModel
+from autobatch.memory.trace_model import TraceModel
 from autobatch.records.progress import silent
 from autobatch.tuning.ceiling import find_ceiling
 from autobatch.tuning.probe import Probe

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autobatch.errors import FileError
-from autobatch.memory.recorded_run import Score, replay
 from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import load_snapshot
+from reports.allocator.score import Score, replay
 
 SUFFIXES = (".pickle", ".pkl", ".p")
 HEADER = ("recording", "events", "block choices", "segment sizes", "releases", "final bytes")

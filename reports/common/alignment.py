@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from autobatch.memory.alignment import Moment, by_moment, longest_common
+from autobatch.memory.alignment import Moment, by_moment, longest_common, scratch_blocks
 from autobatch.memory.blocks import round_size
 from autobatch.memory.trace import Trace
-from autobatch.memory.trace_model import scratch_blocks
 
 _TOP = 15
 

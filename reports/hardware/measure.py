@@ -16,9 +16,10 @@ from autobatch.devices.base import Run
 from autobatch.devices.cuda.gpu import CudaGpu
 from autobatch.errors import AutobatchError
 from autobatch.memory.accounting import footprint_of
+from autobatch.memory.alignment import Misaligned
 from autobatch.memory.replay import Replay, simulate
 from autobatch.memory.trace import Phase
-from autobatch.memory.trace_model import Misaligned, TraceModel
+from autobatch.memory.trace_model import TraceModel
 from autobatch.records.progress import Progress
 from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.probe import Probe

@@ -428,6 +428,12 @@ def test_several_devices_are_explained_each_or_one() -> None:
         ({"settings": ["foo:1"]}, "no allocator setting 'foo'; settings: expandable_segments"),
         ({"settings": ["max_split_size:64"]}, "did you mean max_split_size_mb"),
         ({"top": 0}, "top=0 shows nothing"),
+        ({"top": 1.5}, "top=1.5 shows nothing"),
+        ({"top": True}, "top=True shows nothing"),
+        ({"device": True}, "shows nothing of device=True"),
+        ({"device": 0.0}, "shows nothing of device=0.0"),
+        ({"settings": [5]}, "settings holds a int"),
+        ({"settings": 5}, "settings holds a int"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], message: str) -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autobatch.memory.alignment import Misaligned
+from autobatch.memory.interpolation import nodes_for
 from autobatch.memory.rounding import Rounding, part_of, rounded_up, roundings
 from autobatch.memory.trace import Allocation, Mark, Trace
-from autobatch.memory.trace_model import Misaligned, TraceModel, nodes_for
+from autobatch.memory.trace_model import TraceModel
 
 
 @given(st.integers(1, 10**9), st.integers(1, 512), st.integers(1, 512))

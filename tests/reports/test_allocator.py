@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from autobatch.memory.allocator_settings import AllocatorSettings
-from autobatch.memory.recorded_run import Score, replay
 from autobatch.memory.recording import rewind
 from autobatch.memory.snapshot import load_snapshot
 from autobatch.support.units import MIB
 from reports.allocator.__main__ import main
+from reports.allocator.score import Score, replay
 from tests.support.random_recordings import recordings
 from tests.support.recordings import (
     EXPANDABLE,

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.gpus.catalogue import find_gpu
+from autobatch.gpus.catalogue import GpuSpec, find_gpu
+from autobatch.gpus.roofline import SpeedEstimate, estimate
 from autobatch.memory.trace import Allocation, Trace
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
@@ -28,6 +29,22 @@ def run(
     workload = Workload(model=model, batch=batch_builder(sample), **options)
     device = VirtualGpu(find_gpu(gpu))
     return device.run(workload, micro_batch=n, accumulation_steps=steps).trace
+
+
+def window_estimate(
+    workload: Workload, gpu: GpuSpec, *, micro_batch: int, accumulation_steps: int
+) -> SpeedEstimate | None:
+    """Estimate the time of a window from a run of that very window, or of two micro-batches."""
+    counted = VirtualGpu(gpu, counts_work=True).run(
+        workload, micro_batch=micro_batch, accumulation_steps=min(accumulation_steps, 2)
+    )
+    assert counted.work is not None
+    return estimate(
+        counted.work,
+        gpu,
+        accumulation_steps=accumulation_steps,
+        world_size=workload.world_size,
+    )
 
 
 def ops(trace: Trace) -> set[str]:

@@ -101,7 +101,8 @@ def _worker(what: str, storage: str, log: str, seconds: float) -> None:
 
     if what == "sweep":
         from autobatch.choosing import sweep  # noqa: F401
-    from autobatch.choosing.study import SweepStudy, points_at, sampler_named
+    from autobatch.choosing.samplers import points_at, sampler_named
+    from autobatch.choosing.study import SweepStudy
 
     Path(f"{log}.{os.getpid()}").touch()
     while not Path(f"{log}.go").exists():

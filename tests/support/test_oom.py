@@ -5,7 +5,7 @@ from types import FunctionType
 import pytest
 import torch
 
-from autobatch.support.oom import LEGACY, Shortage, attempt, shortage_in
+from autobatch.support.oom import LEGACY, Shortage, attempt, let_go, shortage_in
 
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB "
@@ -107,6 +107,17 @@ def test_nothing_of_the_failed_work_is_alive_afterwards():
         assert seen[0]() is None  # without any collection
     finally:
         gc.enable()
+
+
+def test_an_error_that_is_let_go_holds_nothing_that_lacks_an_attribute():
+    class Big:
+        pass
+
+    try:
+        Big().size  # noqa: B018
+    except AttributeError as error:
+        let_go(error)
+        assert error.obj is None
 
 
 def test_results_come_through():

@@ -15,10 +15,14 @@ from autobatch.records.footprint import Evidence
 from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
 
-__all__ = ["WINDOWS", "Device", "Run", "SimulatedDevice"]
+__all__ = ["MOST_STEPS", "WINDOWS", "Device", "Run", "SimulatedDevice"]
 
 WINDOWS = 2
 """Windows of a run: optimizer state appears in the first, the second peaks as all later ones do."""
+
+MOST_STEPS = 2
+"""Micro-batches that stand for any larger number of them: from a window's second on all are alike,
+as the first makes the gradients and the others add to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

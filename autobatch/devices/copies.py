@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autobatch.devices.places import Stage
 from autobatch.devices.reach import Walk
 from autobatch.errors import WorkloadError
+from autobatch.support.randomness import random_state_kept
 from autobatch.support.tensor_parts import is_composed, recomposed
 from autobatch.support.torch_private import DisableTorchFunction, no_dispatch
 from autobatch.support.units import format_bytes
@@ -37,10 +38,10 @@ def blank(original: Tensor, device: torch.device) -> Tensor:
 
 
 def batch_of(build: Callable[[int], Any], samples: int) -> Any:
-    """Return a batch; what the user's function counts or logs meanwhile is as before."""
+    """Return a batch; what the user's function counts, logs or draws meanwhile is as before."""
     copier = Copier(torch.device("cpu"), blank)
     copied = copier.loader(build)
-    with copier.stage():
+    with copier.stage(), random_state_kept():
         return copied(samples)
 
 
@@ -92,6 +93,13 @@ class Copier(Walk):
                 f"{type(value).__name__} is nested too deeply to be copied for the probe: build it "
                 "in a function and pass a Workload"
             ) from error
+
+    def close(self) -> None:
+        """Let go of all copies, and of gradients that the run left: C++ holds these in cycles."""
+        for duplicate in self._memo.values():
+            if id(duplicate) in self._made and duplicate.is_leaf:
+                duplicate.grad = None
+        super().close()
 
     def loader(self, value: Any) -> Any:
         """Copy what makes batches: its tensors and modules are shared, its counters are not."""

@@ -14,8 +14,6 @@ import decimal
 import enum
 import functools
 import re
-import weakref
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from types import (
@@ -27,7 +25,6 @@ from types import (
     GetSetDescriptorType,
     MemberDescriptorType,
     MethodDescriptorType,
-    MethodType,
     MethodWrapperType,
     ModuleType,
     WrapperDescriptorType,
@@ -38,13 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autobatch.devices.kinds import CONTAINERS, MAKERS
 from autobatch.devices.places import (
     Place,
     Stage,
     attributes_of,
     cell,
     defaults_of,
-    elements_of,
     entries_of,
 )
 from autobatch.devices.whose import (
@@ -94,9 +91,6 @@ _ATOMS: tuple[type, ...] = (
 
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.device, torch.dtype))
 """The most frequent of them."""
-
-_MOST_ELEMENTS = 10_000
-"""Elements of a container from which on it is a table or a data set, and shared."""
 
 _MOST_ARRAY_BYTES = 2**26
 """Bytes of a NumPy array up to which it is copied."""
@@ -158,8 +152,8 @@ class Walk:
         known = self._memo.get(id(value), self)
         if known is not self:
             return known
-        if kind in _CONTAINERS:
-            return _MAKERS[kind](self, value)
+        if kind in CONTAINERS:
+            return MAKERS[kind](self, value)
         if issubclass(kind, _ATOMS):
             return value
         if isinstance(value, Tensor):
@@ -181,6 +175,14 @@ class Walk:
         self._memo[id(original)] = duplicate
         self._originals.append(original)
 
+    def counterpart(self, original_id: int) -> Any:
+        """Return the counterpart of what has an id; None where it is not known."""
+        return self._memo.get(original_id)
+
+    def copies_itself(self, value: Any) -> bool:
+        """Whether an object's own `__deepcopy__` is going to make its copy."""
+        return id(value) in self._under_way and id(value) not in self._memo
+
     def _as_it_is(self, value: Any, later: Callable[[], None]) -> Any:
         self.remember(value, value)
         shares = self._shares_state
@@ -193,7 +195,7 @@ class Walk:
         return value
 
     def _object(self, value: Any, kind: type) -> Any:
-        maker = _MAKERS.get(kind)
+        maker = MAKERS.get(kind)
         if maker is not None:
             return maker(self, value)
         if kind.__module__ == "numpy":
@@ -251,23 +253,11 @@ class Walk:
         duplicate = make(*(self.copied(argument) for argument in arguments))
         self.remember(value, duplicate)
         if state is not None:
-            own = vars(value) if state is getattr(value, "__dict__", None) else None
-            if own is not None:
-                state = {name: self.copied(part) for name, part in own.items()}
+            if state is getattr(value, "__dict__", None):
+                state = {name: self.copied(part) for name, part in vars(value).items()}
             else:
                 state = self.copied(state)
-            if set_state is not None:
-                set_state(duplicate, state)
-            elif hasattr(type(duplicate), "__setstate__"):  # asking the object may ask its state
-                duplicate.__setstate__(state)
-            else:
-                parts, slots = (
-                    state if isinstance(state, tuple) and len(state) == 2 else (state, {})
-                )
-                if parts:
-                    duplicate.__dict__.update(parts)
-                for name, part in (slots or {}).items():
-                    object.__setattr__(duplicate, name, part)
+            (set_state or _set_state)(duplicate, state)
         for item in items or ():
             duplicate.append(self.copied(item))
         for key, part in entries or ():
@@ -291,9 +281,9 @@ class Walk:
         self.remember(value, value)
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
-            place = self._place(entries_of(own, in_order=True))
+            place = self.place(entries_of(own, in_order=True))
             if deeply:
-                place.others = self._others(own)
+                place.others = self.others(own)
         elif isinstance(value, GeneratorType):
             code = value.gi_code
             self.notes.append(
@@ -308,11 +298,12 @@ class Walk:
             )
         return value
 
-    def _place(self, place: Place) -> Place:
+    def place(self, place: Place) -> Place:
+        """Note a place that code reads its objects from."""
         self._places.append(place)
         return place
 
-    def _others(self, names: dict[Any, Any]) -> dict[Any, Any]:
+    def others(self, names: dict[Any, Any]) -> dict[Any, Any]:
         """Return the counterparts that are not the originals, by name."""
         found = {}
         for name, value in list(names.items()):
@@ -327,13 +318,13 @@ class Walk:
         for variable in function.__closure__ or ():
             self._cell(variable)
         if function.__defaults__ or function.__kwdefaults__:
-            place = self._place(defaults_of(function))
-            place.others = self._others(
+            place = self.place(defaults_of(function))
+            place.others = self.others(
                 {"__defaults__": function.__defaults__, "__kwdefaults__": function.__kwdefaults__}
             )
         if is_own_function(function) or function.__dict__:
-            place = self._place(entries_of(function.__dict__, in_order=True))
-            place.others = self._others(function.__dict__)
+            place = self.place(entries_of(function.__dict__, in_order=True))
+            place.others = self.others(function.__dict__)
         if is_own_function(function):
             self._globals(function.__globals__, _names(function.__code__))
 
@@ -341,18 +332,18 @@ class Walk:
         if id(variable) in self._memo:
             return
         self.remember(variable, variable)
-        place = self._place(cell(variable))
+        place = self.place(cell(variable))
         try:
             held = variable.cell_contents
         except ValueError:  # not filled yet
             return
-        place.others = self._others({"cell_contents": held})
+        place.others = self.others({"cell_contents": held})
 
     def _globals(self, found: dict[str, Any], names: set[str]) -> None:
         known = self._names.get(id(found))
         if known is None:
             known = self._names[id(found)] = set()
-            self._global_places[id(found)] = self._place(entries_of(found))
+            self._global_places[id(found)] = self.place(entries_of(found))
         place = self._global_places[id(found)]
         new = {name for name in names - known if name in found and not _is_special(name)}
         known |= new
@@ -364,118 +355,20 @@ class Walk:
                 continue
             if isinstance(value, (type, FunctionType)) and not _is_own(value):
                 continue
-            place.others |= self._others({name: value})
+            place.others |= self.others({name: value})
 
     def _class(self, kind: type) -> None:
         if not is_own_class(kind) or issubclass(kind, enum.Enum):
             return
         for base in kind.__bases__:
             self.copied(base)
-        place = self._place(attributes_of(kind))
+        place = self.place(attributes_of(kind))
         for name, value in list(vars(kind).items()):
             for function in _functions_of(value):
                 self.copied(function)
             if not _is_special(name) and not isinstance(value, _DESCRIPTORS):
-                place.others |= self._others({name: value})
+                place.others |= self.others({name: value})
 
-    # Kinds of objects.
-
-    def _list(self, value: list[Any]) -> list[Any]:
-        if len(value) > _MOST_ELEMENTS and not isinstance(value[0], nn.Parameter):
-            self.remember(value, value)
-            self._place(elements_of(value))
-            return value
-        duplicate: list[Any] = []
-        self.remember(value, duplicate)
-        duplicate.extend(self.copied(item) for item in value)
-        return duplicate
-
-    def _tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        parts = tuple(self.copied(item) for item in value)
-        if all(part is item for part, item in zip(parts, value, strict=True)):
-            parts = value
-        known = self._memo.get(id(value))  # a tuple may hold what holds it
-        if known is not None:
-            return known  # type: ignore[no-any-return]
-        self.remember(value, parts)
-        return parts
-
-    def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        if len(value) > _MOST_ELEMENTS and not isinstance(next(iter(value)), nn.Parameter):
-            self.remember(value, value)
-            self._place(entries_of(value, in_order=True))
-            return value
-        duplicate = type(value)()
-        if isinstance(value, defaultdict):
-            duplicate.default_factory = self.copied(value.default_factory)  # type: ignore[attr-defined]
-        self.remember(value, duplicate)
-        for key, part in list(value.items()):
-            duplicate[key if type(key) is str else self._key(key)] = self.copied(part)
-        return duplicate
-
-    def _set(self, value: Any) -> Any:
-        duplicate = type(value)(self._key(item) for item in value)
-        self.remember(value, duplicate)
-        return duplicate
-
-    def _key(self, key: Any) -> Any:
-        """Return what takes a key's place; the `id` of a tensor becomes that of its counterpart."""
-        if type(key) is int and isinstance(self._memo.get(key), Tensor):
-            return id(self._memo[key])
-        return self.copied(key)
-
-    def _deque(self, value: deque[Any]) -> deque[Any]:
-        duplicate: deque[Any] = deque(maxlen=value.maxlen)
-        self.remember(value, duplicate)
-        duplicate.extend(self.copied(item) for item in value)
-        return duplicate
-
-    def _method(self, value: MethodType) -> MethodType:
-        owner = self.copied(value.__self__)
-        function = self.copied(value.__func__)
-        return value if owner is value.__self__ else MethodType(function, owner)
-
-    def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
-        parts: Any = [self.copied(part, is_bound=True) for part in (value.func, *value.args)]
-        named = {name: self.copied(part, is_bound=True) for name, part in value.keywords.items()}
-        duplicate: functools.partial[Any] = functools.partial(parts[0], *parts[1:], **named)
-        duplicate.__dict__.update(self._others(value.__dict__))
-        self.remember(value, duplicate)
-        return duplicate
-
-    def _reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
-        held = value()
-        if id(held) in self._under_way and id(held) not in self._memo:
-            return value  # as `copy.deepcopy` does; what holds it puts itself there
-        duplicate = value if held is None else weakref.ref(self.copied(held))
-        self.remember(value, duplicate)
-        return duplicate
-
-    def _cache(self, value: Any) -> Any:
-        """Begin a cache anew: what it keeps of a run is of no use afterwards, and the reverse."""
-        self.copied(value.__wrapped__)
-        duplicate = functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
-        self.remember(value, duplicate)
-        return duplicate
-
-
-_MAKERS: dict[type, Callable[[Walk, Any], Any]] = {
-    list: Walk._list,
-    tuple: Walk._tuple,
-    dict: Walk._dict,
-    OrderedDict: Walk._dict,
-    defaultdict: Walk._dict,
-    set: Walk._set,
-    frozenset: Walk._set,
-    deque: Walk._deque,
-    MethodType: Walk._method,
-    functools.partial: Walk._partial,
-    weakref.ref: Walk._reference,
-    functools._lru_cache_wrapper: Walk._cache,
-}
-
-_CONTAINERS = frozenset((list, tuple, dict, OrderedDict, set))
-"""The most frequent kinds, which nothing else is said of."""
 
 _DESCRIPTORS = (
     FunctionType,
@@ -486,6 +379,18 @@ _DESCRIPTORS = (
     GetSetDescriptorType,
     MemberDescriptorType,
 )
+
+
+def _set_state(duplicate: Any, state: Any) -> None:
+    """Give a copy its state, as `copy.deepcopy` does."""
+    if hasattr(type(duplicate), "__setstate__"):  # asking the object may ask its state
+        duplicate.__setstate__(state)
+        return
+    parts, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, {})
+    if parts:
+        duplicate.__dict__.update(parts)
+    for name, part in (slots or {}).items():
+        object.__setattr__(duplicate, name, part)
 
 
 def _functions_of(value: Any) -> Iterator[FunctionType]:

@@ -355,6 +355,6 @@ def user_errors(workload: Workload, micro_batch: int) -> Iterator[None]:
     except AutobatchError:
         raise
     except (Exception, SystemExit) as error:
-        what = f"{type(workload.model).__name__} failed at micro-batch {micro_batch}"
+        what = f"{type(workload.model).__name__} failed at micro-batch {micro_batch:,}"
         kind = HostMemoryError if isinstance(error, MemoryError) else WorkloadError
         raise kind(f"{what}: {said_by(error)}") from error

@@ -13,15 +13,15 @@ import threading
 from types import CodeType, FrameType
 
 from autobatch.memory.snapshot import Stack
-from autobatch.memory.stacks import is_of_library, line_as_text
+from autobatch.memory.stacks import is_users, line_as_text
 from autobatch.memory.trace import Phase
+from autobatch.support.owners import OURS
 
 __all__ = ["UsersLines", "has_users_line", "users_line"]
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_OUTERMOST = os.path.join(_OURS, "devices", "session.py")
+_OUTERMOST = os.path.join(OURS, "devices", "session.py")
 """Who calls for windows to run is no part of them."""
-_CALLS = os.path.join(_OURS, "devices", "running_module.py"), "called"
+_CALLS = os.path.join(OURS, "devices", "running_module.py"), "called"
 """The function in which each call of a module is followed."""
 
 _WITHOUT: tuple[Phase, ...] = ("setup", "backward", "step")
@@ -115,4 +115,4 @@ def users_line(stack: Stack) -> str:
 def _kind_of_file(path: str) -> int:
     if path == _OUTERMOST:
         return _END
-    return _LIBRARYS if path.startswith(_OURS) or is_of_library(path) else _USERS
+    return _USERS if is_users(path) else _LIBRARYS

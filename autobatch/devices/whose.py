@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-import sysconfig
-from pathlib import Path
 from types import FunctionType, GeneratorType, ModuleType
 from typing import Any
 
@@ -17,16 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from autobatch.support.owners import OURS, is_installed
 from autobatch.support.torch_private import OpOverload, OpOverloadPacket
 
 __all__ = ["holds_tensors", "is_kept", "is_own_class", "is_own_function", "is_own_module"]
-
-_LIBRARIES = (
-    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib")},
-    str(Path(__file__).parents[1]),
-    "<frozen",
-)
-_SITES = ("site-packages", "dist-packages")
 
 _KEPT_ROOTS = frozenset(
     """
@@ -56,7 +48,10 @@ _KEPT: tuple[type, ...] = (
 
 
 def is_kept(value: Any) -> bool:
-    """Whether an object is never copied: it is no state of a step, or it stands for more."""
+    """Whether an object is shared instead of copied.
+
+    So are loaders and data sets, and what stands for files, threads or loggers.
+    """
     kind = type(value)
     if isinstance(value, (nn.Module, Tensor)):
         return False
@@ -83,8 +78,7 @@ def is_own_module(module: ModuleType) -> bool:
 
 @functools.cache
 def _is_own_file(file: str) -> bool:
-    path = Path(file)
-    return not file.startswith(_LIBRARIES) and not any(site in path.parts for site in _SITES)
+    return not (file.startswith((OURS, "<frozen")) or is_installed(file))
 
 
 def holds_tensors(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,9 +55,15 @@ def run(device: Device, workload: Workload, n: int = 8, steps: int = 2) -> Run:
         return device.run(workload, micro_batch=n, accumulation_steps=steps)
 
 
+@cache
+def ran(kind: str) -> Run:
+    """Return what a plain run told; it is frozen, so that tests share it."""
+    return run(opened(kind), job())
+
+
 @pytest.mark.slow
 def test_a_run_tells_two_whole_windows_in_their_order(kind: str) -> None:
-    trace = run(opened(kind), job(), steps=2).trace
+    trace = ran(kind).trace
     marks = [(mark.phase, mark.window, mark.micro_batch) for mark in trace.marks]
     window = [(phase, step) for step in range(2) for phase in ("inputs", "forward", "backward")]
     window.append(("step", 1))
@@ -67,7 +74,7 @@ def test_a_run_tells_two_whole_windows_in_their_order(kind: str) -> None:
 
 
 def test_every_block_is_allocated_once_and_freed_at_most_once(kind: str) -> None:
-    trace = run(opened(kind), job()).trace
+    trace = ran(kind).trace
     allocated = [event for event in trace.events if event >= 0]
     freed = [~event for event in trace.events if event < 0]
     assert sorted(allocated) == list(range(len(trace.blocks)))
@@ -77,7 +84,7 @@ def test_every_block_is_allocated_once_and_freed_at_most_once(kind: str) -> None
 
 @pytest.mark.slow
 def test_each_owners_bytes_are_those_of_its_tensors(kind: str) -> None:
-    result = run(opened(kind), job())
+    result = ran(kind)
     at_the_end = result.trace.by_category(len(result.trace.events) - 1)
     totals: dict[str, int] = {}
     for block in result.trace.blocks:
@@ -126,7 +133,7 @@ def test_two_sizes_foretell_a_third(kind: str) -> None:
 
 
 def test_a_budget_is_kept_or_not_by_what_was_reserved(kind: str) -> None:
-    result = run(opened(kind), job())
+    result = ran(kind)
     needed = result.replay.peak_reserved_bytes
     assert result.fits(needed) and not result.fits(needed - 1)
     assert not replace(result, shortage="no room").fits(needed)
@@ -176,7 +183,7 @@ def test_the_answers_of_a_device_agree_with_each_other(kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_counts_the_copy_that_changes_were_made_to(kind: str) -> None:
-    assert run(opened(kind), job()).counts is None
+    assert ran(kind).counts is None
     changed = job(changes=(lambda model: model.layers[0].requires_grad_(False) and None,))
     counts = run(opened(kind), changed).counts
     assert counts is not None

@@ -4,13 +4,14 @@ import contextlib
 import gc
 import weakref
 
+import numpy
 import pytest
 import torch
 
 import autobatch
 from autobatch import DoesNotFitError, GpuSpec, UsageError, WorkloadError
 from autobatch.devices.cuda.runtime import CudaRuntime
-from autobatch.devices.preserve import process_state_preserved
+from autobatch.devices.preserve import process_state_preserved, switches_kept
 from autobatch.support.units import MIB
 from tests.bench.inside import is_on_the_bench
 from tests.support.busy import lm_loss, state_of, trained
@@ -113,3 +114,54 @@ def test_what_was_there_before_can_be_collected_afterwards(own, monkeypatch):
     del circle
     gc.collect()
     assert is_alive() is None
+
+
+def switches():
+    cuda = torch.backends.cuda
+    return {
+        "products": (torch.get_float32_matmul_precision(), cuda.matmul.fp32_precision),
+        "of halves": cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "attention": (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()),
+        "convolutions": torch.backends.cudnn.benchmark,
+        "anomalies": torch.is_anomaly_enabled(),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "of NumPy": numpy.geterr()["over"],
+    }
+
+
+def set_all():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cudnn.benchmark = True
+    torch.autograd.set_detect_anomaly(True)
+    torch.set_num_threads(1)
+    numpy.seterr(over="raise")
+
+
+def test_switches_that_building_the_model_or_the_loss_sets_are_put_back():
+    def build():
+        set_all()
+        torch.set_default_dtype(torch.float64)
+        return torch.nn.Linear(4, 4)
+
+    def loss(model, batch):
+        set_all()
+        return (
+            model(batch) @ torch.ones(4, device=batch.device)
+        ).mean()  # of the dtype that building the model set
+
+    before = switches()
+    sample = torch.zeros(2, 4, dtype=torch.float64)
+    autobatch.tune(build, target=8, sample=sample, loss=loss, gpu=SIMULATED, cache=False)
+    assert switches() == before
+
+
+def test_a_precision_of_products_that_was_set_by_its_parts_is_left_alone():
+    products = torch.backends.cuda.matmul
+    with switches_kept():
+        products.fp32_precision = "tf32"
+        with switches_kept():
+            products.fp32_precision = "ieee"
+        assert products.fp32_precision == "tf32"

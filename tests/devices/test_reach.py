@@ -198,6 +198,18 @@ def test_tensors_left_in_the_cache_of_a_library_are_removed_and_that_is_said() -
     assert any("dict kept tensors of the simulation" in warning for warning in plan.warnings)
 
 
+def test_gradients_that_a_step_leaves_on_another_model_are_no_tensors_that_were_kept() -> None:
+    critic = net()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        critic(model(x).detach()).mean().backward()
+        return model(x).mean()
+
+    workload = Workload(model=net(), batch=lambda n: torch.ones(n, WIDTH), loss=loss)
+    assert autobatch.tune(workload, target=8, gpu="t4", cache=False).warnings == ()
+    assert all(parameter.grad is None for parameter in critic.parameters())
+
+
 def test_that_several_nameless_dicts_kept_tensors_is_said_once() -> None:
     library = SimpleQueue()
     library.put([{"before": 1}, {"before": 2}])

@@ -88,7 +88,6 @@ class CudaGpu:
         """Measure on `runtime`; `labelled` finds the op of every allocation, for reports."""
         self._runtime = runtime
         self._labelled = labelled
-        self._is_timed = True
         self._readings = [runtime.reading()]
         self._known = describe(runtime.name, self._readings[0].capacity_bytes, runtime.capability)
         self._start: Snapshot | None = None  # the allocator's state in which runs begin
@@ -270,7 +269,7 @@ class CudaGpu:
         PyTorch's profiler looks on; where it cannot, or the run fails, the trace stays as it is.
         """
         again = CudaGpu(self._runtime, labelled=True)
-        again._offload, again._is_timed = self._offload, False
+        again._offload = self._offload
         try:
             run = again.run(
                 workload,

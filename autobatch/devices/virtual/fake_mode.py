@@ -11,7 +11,7 @@ Invariant: a cached answer has the same shapes, strides, dtypes and aliasing as 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,20 @@ from torch import Tensor
 from autobatch.devices.virtual.dtype_checks import check_dtypes
 from autobatch.devices.virtual.elements import is_plain
 from autobatch.devices.virtual.in_place import MAY_WRITE_IN_PLACE, holders_of_a_sum, writes_in_place
-from autobatch.devices.virtual.kernels.convolutions import (
-    CONVOLUTION,
-    CONVOLUTION_BACKWARD,
-    convolution_settings,
-)
 from autobatch.devices.virtual.kernels.layouts import relaid
 from autobatch.devices.virtual.kernels.orders import order_of
 from autobatch.devices.virtual.kernels.outputs import BY_LAYOUT
 from autobatch.devices.virtual.kernels.workspaces import Workspaces
-from autobatch.devices.virtual.placeholders import MASKS
+from autobatch.devices.virtual.recipes import (
+    Uncacheable,
+    alias,
+    build,
+    key_of,
+    layout,
+    recipe_of,
+    runs_on_meta,
+    work_out,
+)
 from autobatch.devices.virtual.recorder import StorageRecorder
 from autobatch.devices.virtual.results import Recipe, plain_recipe
 from autobatch.devices.virtual.unknown_values import UnknownValues
@@ -40,7 +44,6 @@ from autobatch.support.torch_private import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
-    op_implementations_checks,
     preload_fake_tensors,
     tree_leaves,
     tree_map,
@@ -51,10 +54,6 @@ __all__ = ["VirtualMode"]
 preload_fake_tensors()
 
 
-class _Uncacheable(Exception):
-    """A call whose answer depends on more than the layout of its arguments."""
-
-
 _Repeated = tuple[Recipe, Any, str, bool, OpOverload]
 """Of calls with the same layouts: the recipe, what `Workspaces.call_of` returned, the op's name.
 
@@ -62,17 +61,9 @@ Then whether nothing follows of elements where nothing is known, and the op, hel
 no other's.
 """
 
-# ops that change a tensor's layout, or whose result depends on values
-_CHANGING = frozenset(
-    (torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-)
-_META, _CPU = torch.device("meta"), torch.device("cpu")
-_TO_COPY = torch.ops.aten._to_copy.default
+_META = torch.device("meta")
 _DEVICE = torch.ops.prim.device.default
 _MAY_WRITE_IN_PLACE = frozenset(map(id, MAY_WRITE_IN_PLACE))  # an op's own hash is slow
-_CONVOLUTIONS = (CONVOLUTION, CONVOLUTION_BACKWARD)
-_INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor)
-_IMMUTABLE = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class VirtualMode(FakeTensorMode):
@@ -166,8 +157,8 @@ class VirtualMode(FakeTensorMode):
         unknown = self._unknown
         if not unknown.has_rule(func) or func in BY_LAYOUT or unknown.is_plain(func, args):
             try:
-                key = self._key_of(func, args, kwargs, tensors)
-            except _Uncacheable:
+                key = key_of(self.virtual_device, func, args, kwargs, tensors)
+            except Uncacheable:
                 pass
             else:
                 known = self._recipes.get(key)
@@ -183,7 +174,7 @@ class VirtualMode(FakeTensorMode):
         if output is NotImplemented:
             output, recipe = self._answer(func, args, kwargs, key, tensors)
         elif key is not None:
-            recipe = self._recipe_of(func, output, tensors)
+            recipe = recipe_of(self.virtual_device, func, output, tensors)
         self._created(output, func, args)
         if after is not None:
             after()
@@ -205,7 +196,7 @@ class VirtualMode(FakeTensorMode):
         recipe, call, name, is_silent, _ = known
         after = self._workspaces.begun(call)
         kind = recipe[0]
-        output = self._build(recipe, tensors)
+        output = build(self, recipe, tensors)
         if kind == "new":
             self._recorder.created(output, name)
         elif kind == "list":
@@ -223,7 +214,7 @@ class VirtualMode(FakeTensorMode):
             after()
         if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled():
             return args[0]  # the engine's sum
-        return self._wrap(_alias(args[0], *_layout(args[0])))
+        return self.wrap(alias(args[0], *layout(args[0])))
 
     def _answer(
         self,
@@ -240,17 +231,18 @@ class VirtualMode(FakeTensorMode):
         if key is None:
             args, kwargs = self._adopted(args, kwargs)
         elif (plain := plain_recipe(func, args, kwargs, tensors)) is not None:
-            return self._build(plain, tensors), plain
-        elif _runs_on_meta(func):
+            return build(self, plain, tensors), plain
+        elif runs_on_meta(func):
             try:
-                recipe = self._work_out(func, args, kwargs)
-            except _Uncacheable:
+                recipe = work_out(self.virtual_device, func, args, kwargs)
+            except Uncacheable:
                 args, kwargs = self._adopted(args, kwargs)
                 key = None
             else:
-                return self._build(recipe, tensors), recipe
+                return build(self, recipe, tensors), recipe
         output = relaid(func, args, super().__torch_dispatch__(func, (), args, kwargs))
-        return output, None if key is None else self._recipe_of(func, output, tensors)
+        known = None if key is None else recipe_of(self.virtual_device, func, output, tensors)
+        return output, known
 
     def _adopted(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move real tensors that user code holds (class weights, say) to where the others are."""
@@ -297,12 +289,12 @@ class VirtualMode(FakeTensorMode):
     def part(self, buffer: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
         """Make a contiguous view of a buffer from inside a rule, from an element on."""
         stride = torch.empty(shape, device=_META).stride()
-        return FakeTensor(self, _alias(buffer, shape, stride, offset, buffer.dtype), buffer.device)
+        return FakeTensor(self, alias(buffer, shape, stride, offset, buffer.dtype), buffer.device)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Make a tensor of the same layout from inside a rule."""
-        shape, stride, _, dtype = _layout(tensor)
-        elem = torch.empty_like(_alias(tensor, shape, stride, 0, dtype))
+        shape, stride, _, dtype = layout(tensor)
+        elem = torch.empty_like(alias(tensor, shape, stride, 0, dtype))
         return self._like(tensor, elem)
 
     def fake_of(self, value: Tensor) -> Tensor:
@@ -315,141 +307,13 @@ class VirtualMode(FakeTensorMode):
         self._unknown.known.give(fake, tensor)
         return fake
 
-    def _key_of(
-        self,
-        func: OpOverload,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        tensors: list[Any],
-    ) -> tuple[Any, ...]:
-        """Describe a call by its layouts; collect the tensors among the arguments in order.
-
-        Raises:
-            _Uncacheable: its answer depends on more.
-        """
-        if func is _TO_COPY and self._is_from_host(args[0], kwargs.get("device")):
-            shape, stride, _, dtype = _layout(args[0])
-            return (id(func), _CPU, shape, stride, dtype, self._key((*kwargs.items(),), tensors))
-        key = self._key(args, tensors)
-        if kwargs:
-            key = (key, self._key(tuple(kwargs.items()), tensors))
-        if func in _CONVOLUTIONS:
-            return (id(func), key, convolution_settings())
-        return (id(func), key)
-
-    def _is_from_host(self, tensor: Tensor, place: torch.device | None) -> bool:
-        """Whether a copy of a tensor on the CPU depends on its layout alone.
-
-        Levers change a model there, weight by weight, and an attention's cache begins empty.
-        """
-        if place is not None and place != self.virtual_device and place != _CPU:
-            return False
-        if type(tensor) is FakeTensor:
-            is_plain = tensor.constant is None and not tensor.dtype.is_complex
-            return is_plain and tensor.fake_device == _CPU
-        if type(tensor) is not Tensor or tensor.numel():
-            return False
-        return place is not None and tensor.device == _CPU and tensor.layout is torch.strided
-
-    def _key(self, values: Sequence[Any], tensors: list[Any]) -> tuple[Any, ...]:
-        parts: list[Any] = []
-        device = self.virtual_device
-        for value in values:
-            kind = type(value)
-            if kind is FakeTensor:
-                dtype, place = value.dtype, value.fake_device
-                if dtype.is_complex or (place is not device and place != device):
-                    raise _Uncacheable
-                tensors.append(value)
-                parts.append((value.shape, value.stride(), value.storage_offset(), dtype))
-            elif kind in (list, tuple):
-                parts.append((kind, self._key(value, tensors)))
-            elif kind in (int, float, bool):
-                parts.append((kind, value))  # 1, 1.0 and True are equal as keys
-            elif isinstance(value, _IMMUTABLE):
-                parts.append(value)
-            else:
-                raise _Uncacheable
-        return tuple(parts)
-
-    def _work_out(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recipe:
-        """Run an op on plain meta tensors over the arguments' storages, and describe the result."""
-        metas: list[Any] = []
-        plain = _with_metas(args, metas)
-        named = dict(zip(kwargs, _with_metas(kwargs.values(), metas), strict=True))
-        try:
-            output = relaid(func, plain, func(*plain, **named))
-        except NotImplementedError:  # no meta kernel: FakeTensorMode knows what to do instead
-            raise _Uncacheable from None
-        return self._describe(output, metas)
-
-    def _recipe_of(self, func: OpOverload, output: Any, tensors: list[Any]) -> Recipe | None:
-        """Return how to make an output again, or None where that depends on values."""
-        if _CHANGING.intersection(func.tags) and not _has_shape_of_indices(func, tensors):
-            return None
-        if func is _TO_COPY and output.fake_device == _CPU:
-            shape, stride, offset, dtype = _layout(output)
-            return None if offset or dtype.is_complex else ("host", shape, stride, dtype)
-        try:
-            return self._describe(output, tensors)
-        except _Uncacheable:
-            return None
-
-    def _describe(self, output: Any, tensors: list[Any]) -> Recipe:
-        """Say what an output is, given the tensors among the arguments."""
-        numbered = [*enumerate(tensors)][::-1]  # the first of several that are alike wins
-        same = {id(tensor): index for index, tensor in numbered}
-        storages = {tensor.untyped_storage()._cdata: index for index, tensor in numbered}
-        return self._described(output, same, storages)
-
-    def _described(self, output: Any, same: dict[int, int], storages: dict[int, int]) -> Recipe:
-        if isinstance(output, Tensor):
-            if id(output) in same:
-                return ("same", same[id(output)])
-            is_elsewhere = isinstance(output, FakeTensor) and not self._is_virtual(output)
-            if is_elsewhere or output.layout is not torch.strided or output.dtype.is_complex:
-                raise _Uncacheable
-            shape, stride, offset, dtype = _layout(output)
-            storage = output.untyped_storage()
-            if (index := storages.get(storage._cdata)) is not None:
-                return ("view", index, shape, stride, offset, dtype)
-            dense = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
-            if offset or dense.untyped_storage().nbytes() != storage.nbytes():
-                raise _Uncacheable
-            return ("new", shape, stride, dtype)
-        if isinstance(output, (list, tuple)):
-            kind = list if isinstance(output, list) else tuple
-            return ("list", kind, [self._described(item, same, storages) for item in output])
-        if output is None or isinstance(output, (int, float, bool)):
-            return ("value", output)
-        raise _Uncacheable
-
-    def _build(self, recipe: Recipe, tensors: list[Any]) -> Any:
-        kind = recipe[0]
-        if kind == "new":
-            _, shape, stride, dtype = recipe
-            return self._wrap(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
-        if kind == "host":
-            _, shape, stride, dtype = recipe
-            return FakeTensor(
-                self, torch.empty_strided(shape, stride, dtype=dtype, device=_META), _CPU
-            )
-        if kind == "same":
-            return tensors[recipe[1]]
-        if kind == "view":
-            _, index, *layout = recipe
-            return self._wrap(_alias(tensors[index], *layout))
-        if kind == "list":
-            return recipe[1](self._build(item, tensors) for item in recipe[2])
-        return recipe[1]
-
     def _like(self, tensor: Tensor, elem: Tensor) -> FakeTensor:
         """Make a tensor of a layout on the device of another one."""
         return (
-            self._wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
+            self.wrap(elem) if self._is_virtual(tensor) else FakeTensor(self, elem, tensor.device)
         )
 
-    def _wrap(self, elem: Tensor) -> FakeTensor:
+    def wrap(self, elem: Tensor) -> FakeTensor:
         """Do what FakeTensor's constructor does, without its many checks."""
         if self._attributes is None:
             self._attributes = dict(FakeTensor(self, elem, self.virtual_device).__dict__)
@@ -477,11 +341,6 @@ class VirtualMode(FakeTensorMode):
                 self._created(item, func, args)
 
 
-def _has_shape_of_indices(func: OpOverload, tensors: Sequence[Tensor]) -> bool:
-    """Whether an op reads at places that are numbers, however many of them a mask would choose."""
-    return func in _INDEXED and not any(tensor.dtype in MASKS for tensor in tensors[1:])
-
-
 @functools.cache
 def _is_composed(kind: type) -> bool:
     """Whether a class of tensors takes ops apart into ops on its parts; DTensor is another case."""
@@ -491,41 +350,3 @@ def _is_composed(kind: type) -> bool:
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-
-
-def _layout(tensor: Tensor) -> tuple[Any, Any, Any, torch.dtype]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
-
-
-def _alias(tensor: Tensor, shape: Any, stride: Any, offset: int, dtype: torch.dtype) -> Tensor:
-    """Make a meta tensor of another layout over the storage of a tensor."""
-    elem = torch.empty((), dtype=dtype, device=_META)
-    return elem.set_(tensor.untyped_storage(), offset, shape, stride)
-
-
-def _with_metas(values: Iterable[Any], metas: list[Any]) -> list[Any]:
-    """Replace tensors by meta tensors over the same storages, and collect those in order."""
-    replaced: list[Any] = []
-    for value in values:
-        if type(value) is FakeTensor:
-            metas.append(_alias(value, *_layout(value)))
-            replaced.append(metas[-1])
-        elif type(value) in (list, tuple):
-            replaced.append(_with_metas(value, metas))
-        else:
-            replaced.append(value)
-    return replaced
-
-
-@functools.cache
-def _runs_on_meta(func: OpOverload) -> bool:
-    """Whether an op's meta kernel tells its result, and FakeTensorMode has no rule of its own."""
-    if func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-        return True  # its rule gives dimensions of size 1 other strides than PyTorch does
-    return (
-        func.namespace == "aten"
-        and not _CHANGING.intersection(func.tags)
-        and not func._can_decompose()
-        and all(argument.name != "device" for argument in func._schema.arguments)
-        and not any(applies(func) for applies, _ in op_implementations_checks)
-    )

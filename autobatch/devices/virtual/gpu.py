@@ -7,8 +7,8 @@ memory are missing. Invariant: the user's model, optimizer and random states are
 from __future__ import annotations
 
 import contextlib
+import re
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -53,6 +53,7 @@ from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.trace import Trace
 from autobatch.records.footprint import Evidence
 from autobatch.support.interrupts import held
+from autobatch.support.oom import let_go
 from autobatch.support.wording import count
 from autobatch.workload.counts import ModelCounts
 from autobatch.workload.workload import Workload
@@ -259,7 +260,7 @@ class VirtualGpu:
             try:
                 ran = self._windows(job, recorder, mode_class, shard, modes)
             except WorkloadError as error:
-                _let_go(error)
+                let_go(error)
                 if removed := [note for mode in modes for note in leftovers_removed(mode)]:
                     raise type(error)("; ".join((str(error), *removed))) from error.__cause__
                 raise
@@ -373,7 +374,7 @@ class VirtualGpu:
 
 
 def identity_of(workload: Workload) -> Hashable:
-    """Return what is the same for workloads that run the same; what is only told does not run."""
+    """Return a key that is equal where workloads execute alike; notes and levers do not count."""
     told = ("notes", "levers")
     return tuple(
         id(getattr(workload, each.name)) for each in fields(workload) if each.name not in told
@@ -416,23 +417,22 @@ class _Ran:
     counts: ModelCounts | None
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Let the frames that an error came through hold nothing of the simulation any more."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        if isinstance(error, AttributeError):
-            error.obj = None  # the module or tensor that lacks it
-        error = error.__cause__ or error.__context__
+_OP_OF_OPS = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
+"""What PyTorch says of `torch.cond`, `flex_attention` and their like on fake tensors."""
 
 
 @contextlib.contextmanager
 def _explained(calls: CudaCalls) -> Iterator[None]:
-    """Say of an error that the code asked for CUDA, maybe not as it built the model."""
+    """Say what an error comes from: an op of ops, or that the code asked for CUDA."""
     try:
         yield
     except WorkloadError as error:
+        if called := _OP_OF_OPS.search(str(error.__cause__)):
+            what, _, _ = str(error).partition(": ")
+            raise WorkloadError(
+                f"{what}: {called[1]} runs functions as one op and cannot be simulated; what it "
+                "does, written in ordinary ops, can"
+            ) from error.__cause__
         if calls.asked and isinstance(error.__cause__, _WITHOUT_CUDA):
             raise WorkloadError(
                 f"{error}. The code asked whether a tensor is on CUDA; if the model looks at "

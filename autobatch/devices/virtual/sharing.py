@@ -168,7 +168,7 @@ class SharingGpu(VirtualGpu):
 
 
 def are_alike(one: GpuSpec, other: GpuSpec) -> bool:
-    """Whether cards of one compute capability only differ in what no kernel's rule asks for."""
+    """Whether two cards differ only in name, memory, bandwidth and sources, which no rule reads."""
     return other == replace(
         one,
         name=other.name,

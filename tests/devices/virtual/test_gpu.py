@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
+from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.trace import Trace
 from autobatch.workload.sample import batch_builder
@@ -181,3 +181,12 @@ def test_the_settings_of_the_allocator_that_the_run_would_have_are_obeyed(monkey
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:maybe")
     with pytest.raises(UsageError, match="expandable_segments:maybe"):
         reserved()
+
+
+def test_an_op_that_runs_functions_is_refused_in_one_line() -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (model(x),)).mean()
+
+    workload = Workload(model=nn.Linear(4, 4), batch=lambda n: torch.zeros(n, 4), loss=loss)
+    with pytest.raises(WorkloadError, match=r"micro-batch 2: cond runs functions as one op .*can$"):
+        VirtualGpu(find_gpu("t4")).run(workload, micro_batch=2, accumulation_steps=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from autobatch.devices.virtual.in_place import holders_of_a_sum
 from tests.support.simulated import (
     NARROW,
     NARROW_BYTES,
@@ -121,3 +123,18 @@ def test_a_masked_score_is_the_score():
                 return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
 
     assert made_by(Attention(), "aten::add.Tensor", "forward") == []
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: torch.autograd.graph.saved_tensors_hooks(Tensor.numpy, torch.from_numpy),
+    ],
+    ids=["anomalies", "hooks"],
+)
+def test_how_the_engine_sums_is_seen_whatever_the_user_has_set(around):
+    expected = holders_of_a_sum()
+    holders_of_a_sum.cache_clear()
+    with around():
+        assert holders_of_a_sum() == expected

@@ -10,6 +10,7 @@ from torch import nn
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import find_gpu
+from autobatch.memory.trace import Trace
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
 from tests.support.seen import Seen
@@ -175,14 +176,16 @@ class Bag(nn.Module):
         return self.bag(ids).mean()
 
 
-def bag_run(sparse: bool) -> None:
-    batch = batch_builder(torch.ones(2, 3, dtype=torch.int64))
-    workload = Workload(model=Bag(sparse), batch=batch, loss=lambda model, batch: model(batch))
-    VirtualGpu(find_gpu("t4")).run(workload, micro_batch=2, accumulation_steps=1)
+def bag_run(sparse: bool) -> Trace:
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    return run(Bag(sparse), sample=ids, loss=lambda model, batch: model(batch), gpu="t4", n=2)
 
 
 def test_embedding_bags_run():
-    bag_run(sparse=False)
+    blocks = bag_run(sparse=False).blocks
+    made = {(b.op, b.phase, b.size_bytes) for b in blocks if "_embedding_bag" in b.op}
+    assert ("aten::_embedding_bag", "forward", 2 * WIDTH * 4) in made
+    assert ("aten::_embedding_bag_backward", "backward", 100 * WIDTH * 4) in made
 
 
 def test_sparse_gradients_of_bags_are_refused_by_name():
@@ -244,11 +247,16 @@ def test_either_of_two_marks_is_as_many_as_both():
 
 
 def test_marks_at_places_that_a_mask_chooses_are_written():
+    seen = Seen()
+
     def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         output = model(batch)
         table = torch.zeros_like(output)
         mask = output[:, 0] > 0.5
+        seen.append(bool(table.any()))
         table[mask, output.argmax(-1)[mask]] = 1.0
+        seen.append(bool(table.any()))
         return (output * table).mean()
 
     run(mlp(), loss=loss)
+    assert seen[:2] == [False, True]

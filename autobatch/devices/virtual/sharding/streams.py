@@ -22,9 +22,6 @@ class _Stream(Inert):
         self.stream_id = stream_id
         self.device_type = int(PRIVATE_USE_1)
 
-    def record_event(self, event: Any = None) -> Any:
-        return event or Inert()
-
 
 class Streams:
     """The streams of the device: which one is current, and numbers for them in a trace."""

@@ -589,14 +589,6 @@ def test_the_pasted_loop_of_a_sharded_plan_reduces_in_every_micro_batch(windows)
     compile(loop, "loop", "exec")
 
 
-def test_plans_from_before_have_no_sharding(tmp_path):
-    document = json.loads(example_plan().to_json())
-    del document["sharding"]
-    old = tmp_path / "old.json"
-    old.write_text(json.dumps(document))
-    assert Plan.load(old) == example_plan()
-
-
 def test_one_gpu_needs_no_sharding_and_says_nothing_of_it():
     plan = autobatch.tune(Net(), sample=batch(2), target=64, gpu=GPU)
     assert plan.sharding is None

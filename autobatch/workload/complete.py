@@ -53,7 +53,7 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any]) ->
     >>> require_options(print, {"optimiser": "sgd"})
     Traceback (most recent call last):
         ...
-    TypeError: print() got an unexpected keyword argument 'optimiser'; did you mean optimizer?
+    TypeError: print() got an unexpected keyword argument 'optimiser' (did you mean optimizer?)
     """
     known = WorkloadOptions.__annotations__.keys()
     for name in (name for name in options if name not in known):

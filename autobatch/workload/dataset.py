@@ -1,19 +1,18 @@
 """The largest batch that a data set or loader can give, found by looking through its items.
 
 Invariant: a PyTorch loader's iterators, workers and samplers are not touched; the global random
-state and the data set's attributes are afterwards as before.
+state and what is small of the state of data set and collate function are afterwards as before.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import random
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from types import FunctionType, MethodType
@@ -25,15 +24,24 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.wording import for_reader, listed, one_line
-from autobatch.workload.tree import Path, Shape, is_structure, sized_leaves
+from autobatch.workload.kept import attributes_kept
+from autobatch.workload.tree import (
+    Path,
+    Shape,
+    is_array,
+    is_structure,
+    map_leaves,
+    sized_leaves,
+)
 
-__all__ = ["Drawn", "attributes_kept", "dataset_length", "draw"]
+__all__ = ["Drawn", "dataset_length", "draw"]
 
 SECONDS_LOOKING = 10.0
 # Once all items so far are of one size, the others are unlikely to be worth a longer wait.
 SECONDS_ALIKE = 2.0
-# Items read of a stream, which may have no end.
+# Items read of a stream, which may have no end; and once all of them are alike.
 ITEMS_STREAMED = 4096
+ITEMS_ALIKE = 512
 # Batches of items that are largest in another way, of which each is run.
 RIVALS = 3
 # Items per collated batch. Even, as mixup pairs samples; 6 is rarely another dimension's size.
@@ -192,7 +200,7 @@ class _Look:
 
 def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Drawn:
     """Return a batch of the largest items, with a note where the items differ."""
-    with random_state_kept(), attributes_kept(dataset):
+    with random_state_kept(), attributes_kept(dataset, collate):
         try:
             look = _look(dataset, batched=batched)
             drawn, used = _collated(look, collate, batched=batched)
@@ -203,12 +211,11 @@ def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Dra
                 f"no batch can be made from the data set ({one_line(error)}): pass "
                 "a DataLoader with the collate_fn that it needs, or one batch"
             ) from error
-    if look.alike:
-        return drawn
-    note = _note(look, used, batched=batched)
-    with random_state_kept(), attributes_kept(dataset):
+        if look.alike:
+            return drawn
         rivals = _rivals(drawn, look, collate) if batched else ()
         stream = tuple(_stream(drawn, look, collate, batched=batched))
+    note = _note(look, used, batched=batched)
     return replace(drawn, notes=(note,), rivals=rivals, stream=stream)
 
 
@@ -275,7 +282,8 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
             alike = alike and item.shapes == first.shapes
             _keep_longest(longest, item)
         seconds = time.monotonic() - started
-        if seconds > (SECONDS_ALIKE if alike else SECONDS_LOOKING):
+        is_enough = length is None and alike and seen == ITEMS_ALIKE
+        if is_enough or seconds > (SECONDS_ALIKE if alike else SECONDS_LOOKING):
             complete = seen == length
             break
     else:
@@ -390,7 +398,7 @@ def _collated(
 ) -> tuple[Drawn, tuple[tuple[Path, _Item], ...]]:
     """Return a batch, and the items in it beside the largest."""
     if not batched:
-        return Drawn(batch=collate(look.largest.value)), ()
+        return Drawn(batch=_called(collate, look.largest.value)), ()
     if look.longer:
         items = [look.largest.value, *(item.value for _, item in look.longer)]
         count = max(ITEMS_COLLATED, len(items) + len(items) % 2)
@@ -405,11 +413,28 @@ def _twice(collate: Callable[[Any], Any], items: list[Any]) -> Drawn:
 
     Each time the function gets items of its own, as it may take them apart.
     """
-    batch = collate(copy.copy(items))
+    batch = _called(collate, copy.copy(items))
     other = None
     with suppress(Exception):
-        other = collate([*items, *items]), 2 * len(items)
+        other = _called(collate, [*items, *items]), 2 * len(items)
     return Drawn(batch=batch, samples=len(items), other=other)
+
+
+def _called(collate: Callable[[Any], Any], items: Any) -> Any:
+    """Collate items, which are afterwards as before, to a batch with memory of its own.
+
+    One item may be there several times, and a function that takes dicts apart needs one each time.
+    """
+
+    def owned(_path: Path, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return leaf.copy() if is_array(leaf) and hasattr(leaf, "copy") else leaf
+
+    if isinstance(items, list):
+        items = [copy.copy(i) if isinstance(i, MutableMapping) else i for i in items]
+    with attributes_kept([items]):
+        return map_leaves(owned, collate(items))
 
 
 def _note(look: _Look, used: Sequence[tuple[Path, _Item]], *, batched: bool) -> str:
@@ -434,45 +459,3 @@ def _described(path: Path, shape: Shape) -> str:
     name = ".".join(path)
     extents = "×".join(f"{extent:,}" for extent in shape)
     return f"{f'[{name}]' if name.isdigit() else name} {extents}".strip()
-
-
-@contextmanager
-def attributes_kept(dataset: Any) -> Iterator[None]:
-    """Restore the attributes of a data set, and of those that it wraps, after items were read.
-
-    A file that reading opened must not be inherited by forked workers, and a random generator of
-    the data set must draw in training what it would have drawn.
-    """
-    before = [(vars(owner), dict(vars(owner))) for owner in _owners(dataset)]
-    for attributes, kept in before:
-        attributes.update({k: copy.deepcopy(v) for k, v in kept.items() if _is_generator(v)})
-    try:
-        yield
-    finally:
-        for attributes, kept in before:
-            for name in attributes.keys() - kept.keys():
-                del attributes[name]
-            attributes.update(kept)
-
-
-def _owners(dataset: Any) -> list[Any]:
-    """Return a data set and those that it wraps, as Subset and ConcatDataset do."""
-    found: dict[int, Any] = {}
-    waiting = [dataset]
-    while waiting:
-        owner = waiting.pop()
-        if id(owner) in found or not hasattr(owner, "__dict__"):
-            continue
-        found[id(owner)] = owner
-        for value in vars(owner).values():
-            if isinstance(value, Dataset):
-                waiting.append(value)
-            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Dataset):
-                waiting.extend(value)
-    return list(found.values())
-
-
-def _is_generator(value: Any) -> bool:
-    # NumPy has two kinds of generator; each is known by an attribute.
-    numpys = hasattr(value, "bit_generator") or hasattr(value, "_bit_generator")
-    return isinstance(value, (torch.Generator, random.Random)) or numpys

@@ -19,22 +19,26 @@ from autobatch.support.wording import listed
 from autobatch.workload.tree import Path, leaves
 
 __all__ = [
+    "HANDFUL",
     "BatchDims",
     "Flat",
     "Group",
     "Layout",
     "Role",
+    "covers",
     "dims_as_text",
     "dims_of_text",
     "dotted",
     "is_named_index",
-    "is_per_sample",
     "named_tensors",
     "refuse_packed",
     "shapes_of",
 ]
 
 BatchDims: TypeAlias = "int | str | Mapping[str | int, int | str | None] | None"
+
+HANDFUL = 4
+"""Values that may be a size, a colour or a box, and entries that may be fields, but no more."""
 
 _INDEX_NAME = re.compile(r"(^|_)(batch|sample|image|img|graph)(_?(idx|index|indices|ids?))?$")
 """Names of tensors that hold, for each row, the number of its sample."""
@@ -88,6 +92,8 @@ class Layout:
         size: number of samples.
         roles: of each tensor or array with samples: their dimension, or its flat rows.
         lists: paths of lists with one entry for each sample.
+        sequences: whether a sequence without tensors has one value for each sample, by path; None
+            where it may be by accident that it has as many.
         objects: paths of objects that know their samples themselves.
         groups: the flat rows, by name.
         whole: leaves of which, by `batch_dims`, every part gets all.
@@ -97,6 +103,7 @@ class Layout:
     size: int
     roles: Mapping[Path, Role] = field(default_factory=dict)
     lists: frozenset[Path] = frozenset()
+    sequences: Mapping[Path, bool | None] = field(default_factory=dict)
     objects: frozenset[Path] = frozenset()
     groups: Mapping[str, Group] = field(default_factory=dict)
     whole: frozenset[Path] = frozenset()
@@ -134,7 +141,8 @@ class Layout:
 
     def stop(self, path: Path, node: Any) -> bool:
         """Say whether a container is taken as a leaf: its entries are samples."""
-        return path in self.lists or path in self.objects or isinstance(node, PackedSequence)
+        is_part = path in self.lists or path in self.sequences or path in self.objects
+        return is_part or isinstance(node, PackedSequence)
 
 
 def named_tensors(batch: Any) -> dict[Path, Tensor]:
@@ -183,6 +191,14 @@ def dims_of_text(written: Mapping[str, str] | None) -> BatchDims:
     }
 
 
+def covers(key: str | int, path: Path) -> bool:
+    """Say whether a key of `batch_dims` is a tensor's path, or its beginning or end."""
+    if key == "":
+        return not path
+    parts = tuple(str(key).split("."))
+    return path[: len(parts)] == parts or path[-len(parts) :] == parts
+
+
 def dotted(path: Path) -> str:
     """Return a leaf's name as `batch_dims` takes it."""
     return ".".join(path) or "the sample"
@@ -192,13 +208,6 @@ def shapes_of(found: Mapping[Path, Any]) -> str:
     """Describe tensors in one line."""
     shown = [f"{dotted(path)} {tuple(leaf.shape)}" for path, leaf in found.items()]
     return listed(shown, 8) or "no tensors"
-
-
-def is_per_sample(leaf: Any, size: int) -> bool:
-    """Say whether a leaf holds one Python object per sample, which (224, 224) does not."""
-    if isinstance(leaf, tuple):
-        return len(leaf) == size and all(isinstance(item, (str, bytes, Mapping)) for item in leaf)
-    return isinstance(leaf, list) and len(leaf) == size
 
 
 def is_named_index(path: Path) -> bool:

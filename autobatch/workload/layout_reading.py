@@ -1,51 +1,49 @@
 """Finds out which part of every leaf of a batch belongs to which sample.
 
-Invariant: this module alone decides it, for building, cutting and counting. Where a batch can be
-read in two ways it is an error that shows both, never the first.
+Invariant: this module alone decides it, by `listed` of lists and by `flat_rows` of rows with an
+index. Where a batch can be read in two ways it is an error that shows both, never the first.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autobatch.errors import SampleError
-from autobatch.support.torch_private import detect_fake_mode
 from autobatch.support.wording import for_reader
 from autobatch.workload.batch_objects import BatchObject, batch_object
+from autobatch.workload.flat_rows import flat_rows, may_be_indexed, sizes_by_index
 from autobatch.workload.layout import (
+    HANDFUL,
     BatchDims,
     Flat,
     Group,
     Layout,
     Role,
+    covers,
     dotted,
-    is_named_index,
     refuse_packed,
     shapes_of,
 )
+from autobatch.workload.listed import Answer, Case, Listed, has_samples
+from autobatch.workload.sequences import is_sequence, sequences_of
 from autobatch.workload.tree import Path, is_array, leaves
 
 __all__ = ["compared", "layout_of"]
 
-_OF_SAMPLES = re.compile(r"box|mask|label|area|keypoint|segment|image_id|polygon")
-_OF_VIEWS = re.compile(r"input_ids|attention|token|pixel_values|embedding|position_ids")
-_CHANNELS = (1, 3, 4)
 
-
-def layout_of(batch: Any, batch_dims: BatchDims = None) -> Layout:
-    """Find the samples of a batch.
+def layout_of(batch: Any, batch_dims: BatchDims = None, like: Layout | None = None) -> Layout:
+    """Find the samples of a batch; lists as in a batch before it, whose layout is `like`.
 
     Raises:
         SampleError: there are none, or they can be read in two ways.
     """
-    return _Reading(batch, batch_dims).layout()
+    return _Reading(batch, batch_dims, like).layout()
 
 
 def compared(one: Any, samples: int, other: Any, others: int) -> Layout | None:
@@ -56,11 +54,20 @@ def compared(one: Any, samples: int, other: Any, others: int) -> Layout | None:
 
     Returns:
         None where what differs between them is not explained by the number of samples.
+
+    Raises:
+        SampleError: one of its tensors is packed.
     """
+    if batch_object(one) is not None:
+        return None
     lists = frozenset(path for path, a, b in _sequences(one, other) if len(a) != len(b))
-    left = dict(leaves(one, stop=lambda path, _: path in lists))
-    right = dict(leaves(other, stop=lambda path, _: path in lists))
-    if batch_object(one) is not None or left.keys() != right.keys():
+
+    def stop(path: Path, node: Any) -> bool:
+        refuse_packed(node)
+        return path in lists
+
+    left, right = dict(leaves(one, stop=stop)), dict(leaves(other, stop=stop))
+    if left.keys() != right.keys():
         return None
     if any((len(left[path]), len(right[path])) != (samples, others) for path in lists):
         return None
@@ -85,75 +92,51 @@ def compared(one: Any, samples: int, other: Any, others: int) -> Layout | None:
                 roles[path] = Flat(dim=dim, group=dotted(path))
     if not roles and not lists:
         return None
-    known_groups, known = _Reading(one, None).flat(arrays, samples)
+    same = sequences_of(one, samples, stop=stop)
+    known_groups, known = flat_rows(arrays, samples, {})
     return Layout(
         size=samples,
         roles=roles | known,
         lists=lists,
+        sequences=dict.fromkeys(same, False),
         groups=groups | known_groups,
         rest=frozenset(path for path, leaf in arrays.items() if path not in roles and leaf.shape),
     )
 
 
 def _sequences(one: Any, other: Any) -> Iterator[tuple[Path, Any, Any]]:
-    """Yield the lists and tuples that two batches have in the same places."""
-    twins: dict[Path, Any] = {}
+    """Yield the lists, tuples and other sequences that two batches have in the same places."""
 
-    def note(path: Path, node: Any) -> bool:
-        if isinstance(node, (list, tuple)):
-            twins[path] = node
-        return False
+    def found_in(batch: Any) -> dict[Path, Any]:
+        found: dict[Path, Any] = {}
 
-    list(leaves(one, stop=note))
-    first, twins = twins, {}
-    list(leaves(other, stop=note))
-    for path, node in first.items():
+        def note(path: Path, node: Any) -> bool:
+            is_end = is_sequence(node)
+            if is_end or isinstance(node, (list, tuple)):
+                found[path] = node
+            return is_end
+
+        list(leaves(batch, stop=note))
+        return found
+
+    twins = found_in(other)
+    for path, node in found_in(one).items():
         if path in twins:
             yield path, node, twins[path]
-
-
-@dataclass(slots=True)
-class _Listed:
-    """A sequence of tensors or of mappings, which may be samples or fields."""
-
-    path: Path
-    node: Sequence[Any]
-    inner: dict[Path, Any]
-    same_keys: bool
-
-    @property
-    def length(self) -> int:
-        return len(self.node)
-
-    @property
-    def of_tensors(self) -> bool:
-        return is_array(self.node[0])
-
-    @property
-    def common(self) -> int | None:
-        """The first dimension that all tensors have; None where they differ."""
-        firsts = {leaf.shape[0] if len(leaf.shape) else None for leaf in self.inner.values()}
-        return firsts.pop() if len(firsts) == 1 else None
-
-    @property
-    def looks_like_images(self) -> bool:
-        return any(len(a.shape) == 3 and a.shape[0] in _CHANNELS for a in self.inner.values())
-
-    def named(self, names: re.Pattern[str]) -> bool:
-        return any(names.search(path[-1]) for path in self.inner if path)
 
 
 class _Reading:
     """One batch, while it is found out what it is made of."""
 
-    def __init__(self, batch: Any, batch_dims: BatchDims) -> None:
+    def __init__(self, batch: Any, batch_dims: BatchDims, like: Layout | None) -> None:
         self.batch = batch
+        self.like = like
         self.stated: dict[Path, int | str | None] = {}
         self.default = batch_dims if isinstance(batch_dims, int) else 0
         self.is_of_fields = isinstance(batch_dims, int)
         self.objects: dict[Path, BatchObject] = {}
-        self.candidates: list[_Listed] = []
-        self.texts: list[tuple[Path, Any]] = []
+        self.candidates: list[Listed] = []
+        self.sequences: dict[Path, Any] = {}
         self.lists: set[Path] = set()
         self.fields: dict[Path, Any] = {}
         self._scan()
@@ -168,19 +151,20 @@ class _Reading:
             if found is not None:
                 self.objects[path] = found
                 return True
-            if _may_be_samples(node):
-                inner = {(str(i), *rest): leaf for i, item in enumerate(node)
-                         for rest, leaf in leaves(item) if is_array(leaf)}  # fmt: skip
-                keys = {tuple(map(str, item)) if isinstance(item, Mapping) else () for item in node}
-                self.candidates.append(_Listed(path, node, inner, len(keys) == 1))
+            if Listed.may_be(node):
+                for inner, leaf in leaves(node):
+                    if isinstance(leaf, Tensor) and leaf.is_nested:
+                        _refuse_sparse((*path, *inner), leaf)
+                self.candidates.append(Listed(path, node))
                 return True
-            return False
+            return isinstance(node, deque) and is_sequence(node)
 
         for path, leaf in leaves(self.batch, stop=look):
             if is_array(leaf):
+                _refuse_sparse(path, leaf)  # nested ones have no shape to look at
                 self.fields[path] = leaf
-            elif _is_texts(leaf):
-                self.texts.append((path, leaf))
+            elif is_sequence(leaf):
+                self.sequences[path] = leaf
 
     def _state(self, batch_dims: BatchDims) -> None:
         given: Mapping[Any, Any] = batch_dims if isinstance(batch_dims, Mapping) else {}
@@ -190,7 +174,13 @@ class _Reading:
         for candidate in self.candidates:  # by name, for those that are fields after all
             known |= {(*candidate.path, *path): leaf for path, leaf in candidate.inner.items()}
         for key, dim in given.items():
-            covered = [path for path in known if _covers(key, path)]
+            covered = [path for path in known if covers(key, path)]
+            # a name that tensors have too is theirs; one of its own is a sequence's
+            covered += [
+                path
+                for path in self.sequences
+                if dotted(path) == str(key) or (not covered and covers(key, path))
+            ]
             if not covered:
                 raise SampleError(
                     f"batch_dims names {key!r}, but the sample's tensors are "
@@ -201,15 +191,13 @@ class _Reading:
 
     def layout(self) -> Layout:
         for candidate in self.candidates:
-            if self._is_samples(candidate):
+            if has_samples(self._case(candidate)):
                 self.lists.add(candidate.path)
             else:
                 self.fields |= {
                     (*candidate.path, *path): leaf for path, leaf in candidate.inner.items()
                 }
         fields = {path: leaf for path, leaf in self.fields.items() if len(leaf.shape)}
-        for path, leaf in fields.items():
-            _refuse_sparse(path, leaf)
         if not fields and not self.lists and not self.objects:
             raise SampleError(
                 f"the sample has no tensor with a batch dimension ({shapes_of(self.fields)}): "
@@ -226,8 +214,10 @@ class _Reading:
                 f"the sample's batch is empty ({shapes_of(fields)}): pass a batch of one or more "
                 "samples"
             )
-        whole = frozenset(path for path, dim in self.stated.items() if dim is None)
-        groups, roles = self.flat(fields, size)
+        whole = frozenset(
+            path for path, dim in self.stated.items() if dim is None and path not in self.sequences
+        )
+        groups, roles = flat_rows(fields, size, self.stated)
         for path, dim in dims.items():
             if path not in roles and fields[path].shape[dim] == size:
                 roles[path] = dim
@@ -235,78 +225,43 @@ class _Reading:
             size=size,
             roles=roles,
             lists=frozenset(self.lists),
+            sequences=sequences_of(
+                self.batch, size, stop=self._is_known, stated=self.stated, like=self.like
+            ),
             objects=frozenset(self.objects),
             groups=groups,
             whole=whole,
             rest=frozenset(fields.keys() - roles.keys() - whole),
         )
 
-    # Lists
+    def _is_known(self, path: Path, _node: Any) -> bool:
+        return path in self.lists or path in self.objects
 
-    def _is_samples(self, seq: _Listed) -> bool:
-        """Say whether the length of a list is the batch, by what else the batch has."""
-        stated = self.stated.get(seq.path)
-        if stated == "list":
-            return True
-        if (
-            (self.is_of_fields and seq.of_tensors and not seq.path)
-            or seq.path in self.stated
-            or any((*seq.path, *path) in self.stated for path in seq.inner)
-        ):
-            return False
-        common, length = seq.common, seq.length
-        flat = {
-            leaf.shape[0]
-            for path, leaf in self.fields.items()
-            if is_named_index(path) and leaf.shape
-        }
-        plain = {leaf.shape[0] for leaf in self.fields.values() if len(leaf.shape)} - flat
-        twins = any(c is not seq and c.length == length for c in self.candidates)
-        twins |= any(len(text) == length for _, text in self.texts)
-        is_root = not seq.path
-        if common is None:
-            if is_root and seq.of_tensors:
-                return self._root_of_tensors(seq)
-            return True
-        by_length = twins or length in plain or length in self._counted()
-        by_rows = common in plain and common != length
-        both = common == length and common in plain and not twins
-        if twins and not by_rows:
-            return not (seq.named(_OF_VIEWS) and common in plain)
-        if by_length and (by_rows or both):
-            if seq.named(_OF_SAMPLES) != seq.named(_OF_VIEWS):
-                return seq.named(_OF_SAMPLES)
-            raise self._asks_list(seq)
-        if by_length or by_rows:
-            return by_length
-        if seq.of_tensors:
-            if is_root and isinstance(seq.node, list) and seq.looks_like_images and length > 1:
-                raise self._asks_list(seq)
-            return not is_root and isinstance(seq.node, list)
-        if not seq.same_keys or seq.named(_OF_VIEWS):
-            return False
-        if seq.named(_OF_SAMPLES) or seq.looks_like_images:
-            return True
-        if length > 1 and max(len(leaf.shape) for leaf in seq.inner.values()) < 2:
-            raise self._asks_list(seq)
-        return False
+    def _case(self, seq: Listed) -> Case:
+        """Return a list with what else the batch has, by the lists that were looked at before."""
+        lengths = {c.length for c in self.candidates if c is not seq}
+        short: set[int] = set()
+        for values in self.sequences.values():
+            is_long = len(values) > HANDFUL or _is_texts(values)
+            (lengths if is_long else short).add(len(values))
+        return Case(
+            seq=seq,
+            stated=self._stated(seq),
+            fields={path: leaf for path, leaf in self.fields.items() if len(leaf.shape)},
+            lengths=lengths,
+            short=short,
+        )
 
-    def _root_of_tensors(self, seq: _Listed) -> bool:
-        """Say whether a bare list of tensors of unequal length is one of samples."""
-        kinds = {(len(leaf.shape), leaf.dtype) for leaf in seq.inner.values()}
-        if len(kinds) > 1 or isinstance(seq.node, tuple):
-            return False
-        raise self._asks_list(seq)
-
-    def _counted(self) -> set[int]:
-        """Return the numbers of samples that tensors named as an index of their sample count."""
-        found = set()
-        for path, leaf in self.fields.items():
-            if is_named_index(path) and (top := _top_index(leaf)) is not None:
-                found.add(top + 1)
-        return found
-
-    # Dimensions
+    def _stated(self, seq: Listed) -> Answer | None:
+        """Return what `batch_dims` makes of a list; None where it does not say."""
+        if self.stated.get(seq.path) == "list":
+            return "samples"
+        paths = (seq.path, *((*seq.path, *path) for path in seq.inner))
+        is_of_fields = self.is_of_fields and not seq.path
+        if is_of_fields or any(path in self.stated for path in paths):
+            return "fields"
+        # As in a batch before: a last one of few samples tells less.
+        return "samples" if self.like is not None and seq.path in self.like.lists else None
 
     def _dims(self, fields: Mapping[Path, Any]) -> tuple[dict[Path, int], Counter[int]]:
         """Return the dimension of every tensor that may be the batch, and the sizes by votes."""
@@ -340,8 +295,11 @@ class _Reading:
             )
         if any(path in self.stated for path in dims) or self.default:
             return votes.most_common(1)[0][0]
-        if (counted := self._of_index(fields, votes)) is not None:
-            return counted
+        sizes = sizes_by_index(fields, votes)
+        if len(sizes) > 1:
+            raise self._asks(" or ".join(f"{size} samples" for size in sizes))
+        if sizes:
+            return sizes[0]
         is_one = len(votes) > 1 and 1 in votes
         if is_one:
             votes = Counter({size: n for size, n in votes.items() if size != 1})
@@ -350,7 +308,7 @@ class _Reading:
             raise self._asks(f"{size} samples or 1")
         for other, number in others:
             explains_all = all(_has_at(leaf, other) for leaf in fields.values())
-            if number == most or explains_all or self._looks_like_index(fields, size, other):
+            if number == most or explains_all or may_be_indexed(fields, size, other):
                 raise self._asks(f"{size} samples or {other}")
         if re.search(r"class.*weight|pos_weight", " ".join(map(dotted, fields))) and not others:
             raise self._asks(f"{size} samples, or as many classes")
@@ -362,78 +320,6 @@ class _Reading:
         of_one = [leaf for leaf in fields.values() if leaf.shape[0] == 1]
         return all(leaf.ndim == 1 for leaf in of_size) and any(leaf.ndim > 1 for leaf in of_one)
 
-    def _of_index(self, fields: Mapping[Path, Any], votes: Counter[int]) -> int | None:
-        """Return the number of samples by a tensor named as the index of each row's sample."""
-        for path, leaf in fields.items():
-            if not is_named_index(path) or (top := _top_index(leaf)) is None:
-                continue
-            larger = [size for size in votes if size > top and size != leaf.shape[0]]
-            if top + 1 in larger or not larger:
-                return top + 1  # its last sample has rows
-            if len(larger) == 1:
-                return larger[0]
-            raise self._asks(" or ".join(f"{size} samples" for size in sorted(larger)))
-        return None
-
-    def _looks_like_index(self, fields: Mapping[Path, Any], rows: int, size: int) -> bool:
-        """Say whether rows that outnumber `size` samples may belong to them by a nameless index."""
-        if size >= rows:
-            return False
-        tops = (_top_index(leaf) for leaf in fields.values() if leaf.shape[0] == rows)
-        return any(top is not None and top == size - 1 for top in tops)
-
-    # Flat rows
-
-    def flat(
-        self, fields: Mapping[Path, Any], size: int
-    ) -> tuple[dict[str, Group], dict[Path, Role]]:
-        """Return the flat rows of tensors that have an index of their sample."""
-        groups: dict[str, Group] = {}
-        roles: dict[Path, Role] = {}
-        for path, leaf in fields.items():
-            says = {dim for dim in self.stated.values() if isinstance(dim, str) and dim != "list"}
-            is_named = is_named_index(path) or any(_covers(name, path) for name in says)
-            if not is_named or path in self.stated or _top_index(leaf, size) is None:
-                continue
-            rows = int(leaf.shape[0])
-            owners = torch.as_tensor(leaf).reshape(-1).cpu().long()
-            is_range = torch.equal(owners, torch.arange(len(owners)))
-            if rows == size and not is_range:
-                continue
-            groups[name := dotted(path)] = _group(owners, size)
-            roles[path] = Flat(dim=0, group=name, counts="samples")
-            for other, tensor in fields.items():
-                if other not in roles and tensor.shape[0] == rows and rows != size:
-                    roles[other] = Flat(dim=0, group=name)
-            self._edges(fields, owners, name, groups, roles, size)
-        return groups, roles
-
-    def _edges(
-        self,
-        fields: Mapping[Path, Any],
-        owners: Tensor,
-        nodes: str,
-        groups: dict[str, Group],
-        roles: dict[Path, Role],
-        size: int,
-    ) -> None:
-        """Give edges between flat rows to the samples of these rows."""
-        for path, leaf in fields.items():
-            is_edge = path and "edge_index" in path[-1] and tuple(leaf.shape[:-1]) == (2,)
-            if not is_edge or path in self.stated or not leaf.shape[1]:
-                continue
-            ends = torch.as_tensor(leaf).cpu()
-            if not _has_values(ends) or int(ends.max()) >= len(owners):
-                continue
-            groups[name := dotted(path)] = _group(owners[ends[0]], size)
-            roles[path] = Flat(dim=1, group=name, counts=nodes)
-            for other, tensor in fields.items():
-                is_of_edges = other and "edge" in other[-1] and tensor.shape[0] == leaf.shape[1]
-                if is_of_edges and other != path:
-                    roles[other] = Flat(dim=0, group=name)
-
-    # Words
-
     def _asks(self, readings: str) -> SampleError:
         known = self.fields or {(): torch.zeros(())}
         first = next(iter(known))
@@ -444,90 +330,15 @@ class _Reading:
             "batch=autobatch.batch_builder(sample, batch_dims=…)))"
         )
 
-    def _asks_list(self, seq: _Listed) -> SampleError:
-        name = dotted(seq.path)
-        rows = seq.common if seq.common is not None else "the first dimension of each"
-        asked = '"list"' if not seq.path else f'{{{name!r}: "list"}}'
-        return SampleError(
-            f"the list {name} can be read in two ways, as {seq.length} samples, or as "
-            f"{seq.length} fields with {rows} rows ({shapes_of(seq.inner)}): pass "
-            f"batch_dims={asked} for the first, batch_dims={0 if not seq.path else {name: 0}} for "
-            "the second"
-        )
-
-
-def _may_be_samples(node: Any) -> bool:
-    """Say whether a sequence holds only tensors, or only mappings or records with tensors."""
-    if not isinstance(node, (list, tuple)) or hasattr(node, "_fields") or not node:
-        return False
-    if all(map(is_array, node)):
-        return True
-    if any(isinstance(item, (list, tuple)) or is_array(item) for item in node):
-        return _are_items(node)
-    if all(isinstance(item, Mapping) for item in node):
-        return True
-    return len(set(map(type, node))) == 1 and all(_has_arrays(item) for item in node)
-
 
 def _is_texts(leaf: Any) -> bool:
     is_list = isinstance(leaf, (list, tuple)) and bool(leaf)
     return is_list and all(isinstance(item, (str, bytes)) for item in leaf)
 
 
-def _are_items(node: Any) -> bool:
-    """Say whether a list holds items that were not collated: tuples with a value of no rows."""
-    if not isinstance(node, list) or not all(type(item) is tuple for item in node):
-        return False
-    return all(any(is_array(part) and not len(part.shape) for part in item) or any(
-        isinstance(part, (int, float)) for part in item) for item in node)  # fmt: skip
-
-
-def _has_arrays(node: Any) -> bool:
-    return any(is_array(leaf) for _, leaf in leaves(node))
-
-
-def _has_values(leaf: Tensor) -> bool:
-    """Say whether the values of a tensor can be read: those of fake ones cannot."""
-    return not leaf.is_meta and detect_fake_mode([leaf]) is None
-
-
-def _top_index(leaf: Any, size: int | None = None) -> int | None:
-    """Return the largest value of a tensor that can be an index of each row's sample, or None."""
-    shape = tuple(leaf.shape)
-    if not shape or not shape[0] or (len(shape) > 1 and shape[1:] != (1,)):
-        return None
-    values = torch.as_tensor(leaf)
-    if not _has_values(values) or values.dtype is torch.bool or values.is_complex():
-        return None
-    values = values.detach().reshape(-1).cpu()
-    whole = values.long()
-    if not torch.equal(whole.to(values.dtype), values) or int(whole.min()) < 0:
-        return None
-    if not bool((whole[1:] >= whole[:-1]).all()) and size is None:
-        return None
-    top = int(whole.max())
-    return top if size is None or top < size else None
-
-
-def _group(owners: Tensor, size: int) -> Group:
-    counts = torch.bincount(owners, minlength=size).tolist()
-    ends = [0]
-    for number in counts:
-        ends.append(ends[-1] + number)
-    return Group(order=torch.argsort(owners, stable=True), ends=tuple(ends))
-
-
 def _has_at(leaf: Any, size: int) -> bool:
     """Say whether a batch of `size` may be in the first dimension of a tensor or in the second."""
     return size in tuple(leaf.shape[:2])
-
-
-def _covers(key: str | int, path: Path) -> bool:
-    """Say whether a key of `batch_dims` is a tensor's path, or its beginning or end."""
-    if key == "":
-        return not path
-    parts = tuple(str(key).split("."))
-    return path[: len(parts)] == parts or path[-len(parts) :] == parts
 
 
 def _refuse_sparse(path: Path, leaf: Any) -> None:

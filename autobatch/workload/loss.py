@@ -6,6 +6,7 @@ Invariant: whatever a backward pass begins with here is one value that has a gra
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autobatch.errors import WorkloadError
-from autobatch.support.wording import passing
+from autobatch.support.wording import passing, said_by
 from autobatch.workload.tree import tensors
 
 __all__ = ["Criterion", "DefaultLoss", "as_loss", "checked_loss", "output_of"]
@@ -23,6 +24,20 @@ _OUTPUTS = frozenset(
     "input inputs output outputs pred preds prediction predictions logits y_pred y_hat".split()
 )
 """How functions that compare outputs with labels name the former."""
+
+_MODELS = re.compile(r"model|module|net|student|^m$")
+"""How losses of (model, batch) name the former; some name only the latter."""
+
+_BATCHES = frozenset("batch minibatch data sample samples example examples".split())
+
+_LABELS = re.compile(r"label|target|answer|truth|class|(^|_)(y|gt|tgt)($|_)")
+_INPUTS = re.compile(
+    r"len|mask|pos|idx|index|ids?$|type|seg|time|step|hidden|state|cond|edge|batch|token|emb"
+    r"|memory|context|(^|_)[thc]($|_)"
+)
+"""How models name a second argument that is the labels, or another input."""
+
+_TAKEN_FOR_A_MODEL = re.compile(r"Tensor' object (is not callable|has no attribute)")
 
 
 def checked_loss(value: Any) -> Tensor:
@@ -59,8 +74,9 @@ def output_of(model: nn.Module, batch: Any) -> Any:
 def as_loss(loss: Any) -> Any:
     """Return a loss of (model, batch): a criterion of (outputs, labels) is made one.
 
-    A module is a criterion unless its `forward` takes the model; a function is one if it calls its
-    first argument as PyTorch does, "input", or by another name of outputs.
+    A module is a criterion unless its `forward` takes the model, or the batch, by their names; a
+    function is one if it calls its first argument as PyTorch does, "input", or by another name of
+    outputs.
 
     >>> [type(as_loss(criterion)).__name__ for criterion in (nn.CrossEntropyLoss(), F.mse_loss)]
     ['Criterion', 'Criterion']
@@ -69,10 +85,10 @@ def as_loss(loss: Any) -> Any:
     """
     function = loss.forward if isinstance(loss, nn.Module) else loss
     try:
-        first = next(iter(inspect.signature(function).parameters), "")
+        first, second, *_ = (*inspect.signature(function).parameters, "", "")
     except (TypeError, ValueError):  # no function, or one without a signature
         return loss
-    takes_model = any(word in first.lower() for word in ("model", "module", "net"))
+    takes_model = _MODELS.search(first.lower()) or second.lower() in _BATCHES
     if first in _OUTPUTS or (isinstance(loss, nn.Module) and not takes_model):
         return Criterion(loss)
     return loss
@@ -83,7 +99,10 @@ def _name_of(function: Any) -> str:
 
 
 def _takes_only_inputs(model: nn.Module, batch: Any) -> bool:
-    """Whether a batch is a pair of which the model's `forward` can take the first alone."""
+    """Whether a batch is a pair of which the model's `forward` takes the first alone.
+
+    So it does where a second argument is a switch, or a mask, which classes are not.
+    """
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
         return False
     try:
@@ -95,7 +114,31 @@ def _takes_only_inputs(model: nn.Module, batch: Any) -> bool:
         signature.bind(*batch)
     except TypeError:
         return True
-    return False
+    second = _second(signature)
+    if second is None or not isinstance(batch[1], Tensor) or _LABELS.search(second.name.lower()):
+        return False
+    is_list = batch[1].dim() == 1 and not batch[1].is_floating_point()
+    is_switch = isinstance(second.default, (bool, str)) and batch[1].dim() > 0
+    return is_switch or (is_list and "mask" in second.name.lower())
+
+
+def _second(signature: inspect.Signature) -> inspect.Parameter | None:
+    """Return a second argument that need not be given; None where there is none."""
+    second = list(signature.parameters.values())[1:2]
+    return next((each for each in second if each.default is not inspect.Parameter.empty), None)
+
+
+def _unclear(model: nn.Module, batch: Any) -> str | None:
+    """Return the argument that a pair's second part becomes, if it is neither labels nor input."""
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        return None
+    try:
+        second = _second(_signature_of(model))
+    except (TypeError, ValueError):
+        return None
+    if second is None or _LABELS.search(second.name.lower()) or _INPUTS.search(second.name.lower()):
+        return None
+    return second.name
 
 
 def _signature_of(model: Any) -> inspect.Signature:
@@ -172,10 +215,11 @@ class DefaultLoss:
         """Call the model on the batch and return the loss.
 
         Raises:
-            WorkloadError: the model returns no floating-point tensor, or it takes no labels and
-                what the labels of the batch are compared with is not clear.
+            WorkloadError: the model returns no floating-point tensor, it takes no labels and what
+                the labels of the batch are compared with is not clear, or nor is what it takes.
         """
-        if _takes_only_inputs(model if self._like is None else self._like, batch):
+        like = model if self._like is None else self._like
+        if _takes_only_inputs(like, batch):
             return self._of_classes(model, *batch)
         output: Any = output_of(model, batch)
         self._output = output
@@ -197,6 +241,13 @@ class DefaultLoss:
             raise WorkloadError(
                 f"the model returns {type(output).__name__} without a floating-point tensor: "
                 + passing("loss", "lambda model, batch: …")
+            )
+        name = _unclear(like, batch)
+        if name is not None and _are_classes(floating[0], batch[1]):
+            raise WorkloadError(
+                f"the second part of the batch may be labels, or what {type(like).__name__} takes "
+                f"as {name!r}: {passing('loss', 'nn.CrossEntropyLoss()')} or "
+                "loss=lambda model, batch: …"
             )
         self.kind, self.code = "surrogate sum", None
         return self.stand_in(floating)
@@ -233,7 +284,8 @@ class Criterion(DefaultLoss):
         """Compare what the model makes of the inputs with the labels.
 
         Raises:
-            WorkloadError: the batch is not a pair of inputs and labels.
+            WorkloadError: the batch is not a pair of inputs and labels, or the criterion uses the
+                outputs as if they were the model.
         """
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise WorkloadError(
@@ -242,4 +294,13 @@ class Criterion(DefaultLoss):
             )
         inputs, labels = batch
         self._output = output_of(model, inputs)
-        return self.criterion(self._output, labels)
+        try:
+            return self.criterion(self._output, labels)
+        except (TypeError, AttributeError) as error:
+            if not _TAKEN_FOR_A_MODEL.search(str(error)):
+                raise
+            raise WorkloadError(
+                f"the loss {_name_of(self.criterion)} was called as a criterion, with (outputs, "
+                f"labels), and raised {said_by(error)}: if it takes (model, batch), "
+                "pass loss=lambda model, batch: criterion(model, batch)"
+            ) from error

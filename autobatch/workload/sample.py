@@ -25,10 +25,10 @@ from autobatch.workload.layout import (
     Group,
     Layout,
     dotted,
-    is_per_sample,
     named_tensors,
 )
 from autobatch.workload.layout_reading import compared, layout_of
+from autobatch.workload.sequences import refuse_doubt, repeated, some_of
 from autobatch.workload.tree import Path, is_array, leaves, map_leaves, map_tensors
 
 __all__ = ["BatchDims", "Built", "Rows", "batch_builder", "built", "named_tensors", "rows_of"]
@@ -97,8 +97,8 @@ class Built:
         def resize(path: Path, leaf: Any) -> Any:
             if path in layout.objects:
                 return _joined(leaf, n)
-            if path in layout.lists or is_per_sample(leaf, layout.size):
-                return type(leaf)(_fresh(leaf[row % layout.size]) for row in range(n))
+            if path in layout.lists or layout.sequences.get(path):
+                return repeated(leaf, [row % layout.size for row in range(n)], _fresh)
             role = layout.roles.get(path)
             if not is_array(leaf):
                 return leaf
@@ -123,17 +123,15 @@ def built(drawn: Drawn, batch_dims: BatchDims = None) -> Built:
         layout = compared(batch, drawn.samples, *drawn.other)
     if layout is None:
         layout = layout_of(batch, batch_dims)
+    for path, leaf in leaves(batch, stop=layout.stop):
+        if layout.sequences.get(path, False) is None:
+            refuse_doubt(path, leaf, layout.size)
     return Built(
         Rows(batch, layout),
         (*drawn.notes, *_flat_named(layout), *_unscaled(batch, layout)),
         tuple(built(rival, batch_dims) for rival in drawn.rivals),
         batch_dims,
     )
-
-
-def repeated(batch: Any, batch_dims: BatchDims = None) -> Built:
-    """Return what repeats the rows of one batch, as `batch_builder` describes it."""
-    return built(Drawn(batch=batch), batch_dims)
 
 
 def _flat_named(layout: Layout) -> tuple[str, ...]:
@@ -216,8 +214,11 @@ class Rows:
         def visit(path: Path, leaf: Any) -> Any:
             if path in layout.objects:
                 return _taken(leaf, range(start, stop))
-            if path in layout.lists or is_per_sample(leaf, layout.size):
-                return leaf[start:stop]
+            has_one_each = path in layout.lists or layout.sequences.get(path, False)
+            if has_one_each:
+                return some_of(leaf, start, stop)
+            if has_one_each is None and stop - start < layout.size:
+                refuse_doubt(path, leaf, layout.size)
             if not is_array(leaf):
                 return leaf
             role = layout.roles.get(path)
@@ -240,8 +241,13 @@ class Rows:
         return Rows(self.cut(0, samples), self.layout.first(samples))
 
 
-def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
+def rows_of(batch: Any, *, batch_dims: BatchDims = None, like: Layout | None = None) -> Rows:
     """Count the samples of a batch, by the rules of `batch_builder`.
+
+    Args:
+        batch: the batch.
+        batch_dims: where its samples are, as in `batch_builder`.
+        like: the layout of a batch before it, as which lists are read where their rules ask.
 
     Raises:
         SampleError: no tensor has a batch dimension, the batch is empty, it can be read in two
@@ -252,7 +258,7 @@ def rows_of(batch: Any, *, batch_dims: BatchDims = None) -> Rows:
     (3, {'x': tensor([[3, 4],
             [5, 6]]), 'id': ['b', 'c']})
     """
-    return Rows(batch, layout_of(batch, batch_dims))
+    return Rows(batch, layout_of(batch, batch_dims, like))
 
 
 def _nbytes(leaf: Any) -> int:

@@ -21,6 +21,7 @@ from autobatch.support.torch_private import SUPPORTED_NODES
 __all__ = [
     "Path",
     "Shape",
+    "holds_tensor",
     "is_array",
     "is_structure",
     "leaves",
@@ -49,7 +50,9 @@ class Kind(NamedTuple):
 
 def is_array(leaf: Any) -> bool:
     """Say whether a value is a tensor or an array of NumPy's."""
-    return isinstance(leaf, Tensor) or hasattr(type(leaf), "__array_interface__")
+    if isinstance(leaf, Tensor):
+        return True
+    return hasattr(type(leaf), "__array_interface__") and hasattr(leaf, "shape")  # no PIL image
 
 
 def _packed_parts(node: PackedSequence) -> Parts:
@@ -65,7 +68,7 @@ def _is_sequence(node: Any) -> bool:
     """Say whether a value is a list or tuple; one without any tensor is a value of its own."""
     if not isinstance(node, (list, tuple)):
         return False
-    return not _NUMBERS.issuperset(map(type, node)) and any(map(_holds_tensor, node))
+    return not _NUMBERS.issuperset(map(type, node)) and any(map(holds_tensor, node))
 
 
 def _items(node: Any) -> Parts:
@@ -130,7 +133,7 @@ def _is_record(node: Any) -> bool:
     if any(is_array(value) for value in values):
         return True
     moves = callable(getattr(node, "to", None)) and not isinstance(node, type)
-    return moves and any(_holds_tensor(value) for value in values)
+    return moves and any(holds_tensor(value) for value in values)
 
 
 def _attributes(node: Any) -> Parts:
@@ -166,7 +169,7 @@ def _rebuilt_record(node: Any, parts: list[Any]) -> Any:
         taken = {field.name for field in dataclasses.fields(node) if field.init}
         # Constructed, so that what `__post_init__` derives follows the new parts.
         result = dataclasses.replace(node, **{n: v for n, v in values.items() if n in taken})
-        rest = {n: v for n, v in values.items() if n not in taken and _holds_tensor(v)}
+        rest = {n: v for n, v in values.items() if n not in taken and holds_tensor(v)}
     except (TypeError, ValueError):  # no dataclass, or its fields are not what it is made from
         result, rest = copy.copy(node), values
     for name, value in rest.items():
@@ -199,7 +202,7 @@ def _kind_of(node: Any) -> Kind | None:
     return next((kind for kind in KINDS if kind.covers(node)), None)
 
 
-def _holds_tensor(node: Any) -> bool:
+def holds_tensor(node: Any) -> bool:
     """Say whether there is a tensor or an array in a value."""
     return any(is_array(leaf) for _, leaf in leaves(node))
 

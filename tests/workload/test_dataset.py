@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import namedtuple
 from itertools import count, pairwise
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,16 +73,26 @@ class Stream(IterableDataset):
 
 
 class Slow(Dataset):
-    """Texts that take a second each to read, by `a_second_each`, and remember what was read."""
+    """Texts that take a second each to read, by `a_second_each`, and remember what was read.
+
+    A list of theirs would be put back.
+    """
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths, self.read = lengths, []
+        self.lengths, self.queue = lengths, SimpleQueue()
+
+    @property
+    def read(self) -> list[int]:
+        items = [self.queue.get() for _ in range(self.queue.qsize())]
+        for item in items:
+            self.queue.put(item)
+        return items
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        self.read.append(index)
+        self.queue.put(index)
         return torch.ones(self.lengths[index])
 
 
@@ -248,23 +259,24 @@ def test_a_collate_function_that_only_stacks_gets_copies_of_the_largest():
 
 def test_a_batch_holds_an_even_number_of_items():
     many = pairs([(9, 9)]) + [{f"field{i}": torch.ones(2)} for i in range(8)]
-    seen: list[int] = []
+    seen: SimpleQueue[int] = SimpleQueue()
 
     def collate(items: list[Any]) -> torch.Tensor:
-        seen.append(len(items))
+        seen.put(len(items))
         return torch.zeros(len(items), 9)
 
     draw(loader(many, collate_fn=collate))
     draw(loader(texts([1, 2]), collate_fn=collate))
-    assert seen[:2] == [10, 20] and not any(number % 2 for number in seen)
+    numbers = [seen.get() for _ in range(seen.qsize())]
+    assert numbers[:2] == [10, 20] and not any(number % 2 for number in numbers)
 
 
 def test_items_with_names_of_their_own_are_not_all_kept(monkeypatch):
     monkeypatch.setattr(looking, "EXTENTS_COMPARED", 3)
     words = [{f"word{index}": [0] * (index + 1)} for index in range(20)]
-    sizes: list[int] = []
-    draw(loader(words, collate_fn=lambda items: sizes.append(len(items)) or torch.zeros(2, 1)))
-    assert sizes[:2] == [6, 12]
+    sizes: SimpleQueue[int] = SimpleQueue()
+    draw(loader(words, collate_fn=lambda items: sizes.put(len(items)) or torch.zeros(2, 1)))
+    assert [sizes.get(), sizes.get()] == [6, 12]
 
 
 def test_of_ready_batches_the_one_with_most_bytes_per_row_is_taken():

@@ -138,6 +138,14 @@ def test_a_sparse_tensor_is_refused_by_name():
         batch_builder({"x": torch.eye(3).to_sparse()})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_by_name_wherever_it_is():
+    nested = torch.nested.nested_tensor([torch.zeros(3, 5), torch.zeros(2, 5)])
+    for sample in ({"x": nested}, {"x": [nested, nested]}, {"x": [(nested, 1)]}):
+        with pytest.raises(SampleError, match=r"x(\.0)* is a nested tensor, which cannot be cut"):
+            batch_builder({**sample, "y": torch.zeros(2)})
+
+
 @given(
     counts=st.lists(st.integers(1, 4), min_size=2, max_size=5), n=st.integers(1, 9), data=st.data()
 )

@@ -40,7 +40,35 @@ def test_a_criterion_of_outputs_and_labels_is_a_loss(given):
     assert torch.equal(loss(model, (PAIR[0], labels)), given(model(PAIR[0]), labels))
 
 
-@pytest.mark.parametrize("given", [of_model_and_batch, Weighted(), DefaultLoss(), None, 3, max])
+class Distilled(nn.Module):
+    def forward(self, student, batch):
+        return of_model_and_batch(student, batch)
+
+
+class Short(nn.Module):
+    def forward(self, m, b):
+        return of_model_and_batch(m, b)
+
+
+class OfBatch(nn.Module):
+    def forward(self, f, batch):
+        return of_model_and_batch(f, batch)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        of_model_and_batch,
+        Weighted(),
+        Distilled(),
+        Short(),
+        OfBatch(),
+        DefaultLoss(),
+        None,
+        3,
+        max,
+    ],
+)
 def test_a_loss_of_model_and_batch_stays_what_it_is(given):
     assert as_loss(given) is given
 
@@ -48,6 +76,63 @@ def test_a_loss_of_model_and_batch_stays_what_it_is(given):
 def test_a_criterion_needs_a_pair():
     with pytest.raises(WorkloadError, match=r"MSELoss compares outputs with labels, and the batch"):
         Criterion(nn.MSELoss())(classifier(), {"x": PAIR[0], "y": PAIR[1]})
+
+
+def test_a_loss_of_a_model_that_was_taken_for_a_criterion_says_how_it_is_passed():
+    class Unnamed(nn.Module):
+        def forward(self, a, b):
+            return of_model_and_batch(a, b)
+
+    with pytest.raises(WorkloadError, match=r"Unnamed was called as a criterion.*loss=lambda"):
+        as_loss(Unnamed())(classifier(), PAIR)
+    with pytest.raises(WorkloadError, match="loss=lambda model, batch: criterion"):
+        autobatch.tune(classifier(), target=8, sample=PAIR, loss=Unnamed(), gpu=CARD)
+
+
+class Optional(nn.Module):
+    """Takes a second argument that need not be given, as many classifiers do."""
+
+    def __init__(self, **second):
+        super().__init__()
+        self.inner = classifier()
+        self.forward = self.of(*second.items())
+
+    def of(self, second):
+        made = {}
+        code = f"lambda x, {second[0]}={second[1]!r}: self.outputs(x, {second[0]})"
+        made["forward"] = eval(code, {"self": self})
+        return made["forward"]
+
+    def outputs(self, x, second):
+        outputs = self.inner(x)
+        if second is None or second is False:
+            return outputs
+        return F.cross_entropy(outputs, second) if self.takes_labels else outputs
+
+    takes_labels = False
+
+
+@pytest.mark.parametrize("second", [{"return_features": False}, {"attn_mask": None}])
+def test_a_switch_or_a_mask_that_a_model_may_be_given_are_not_its_labels(second):
+    model, default = Optional(**second), DefaultLoss()
+    assert torch.equal(default(model, PAIR), of_model_and_batch(model.inner, PAIR))
+    assert default.kind == "cross entropy"
+
+
+@pytest.mark.parametrize("name", ["labels", "target", "y"])
+def test_labels_that_a_model_may_be_given_are_given(name):
+    model, default = Optional(**{name: None}), DefaultLoss()
+    model.takes_labels = True
+    assert torch.equal(default(model, PAIR), of_model_and_batch(model.inner, PAIR))
+    assert default.kind == "scalar output"
+
+
+def test_an_argument_that_may_be_labels_or_not_asks_for_a_loss():
+    with pytest.raises(WorkloadError, match=r"labels, or what Optional takes as 'other'.*loss="):
+        DefaultLoss()(Optional(other=None), PAIR)
+    lengths = DefaultLoss()
+    lengths(Optional(lengths=None), PAIR)
+    assert lengths.kind == "surrogate sum"
 
 
 def test_classes_beside_inputs_are_compared_by_cross_entropy_and_the_plan_says_so():

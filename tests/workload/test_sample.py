@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import UserDict, namedtuple
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from autobatch.errors import SampleError
 from autobatch.workload.complete import Asked
 from autobatch.workload.dataset import draw
-from autobatch.workload.sample import batch_builder, repeated
+from autobatch.workload.sample import batch_builder, built
 
 Pair = namedtuple("Pair", "image label")
 
@@ -171,10 +172,10 @@ def test_one_batch_dim_holds_for_all_tensors_that_have_it():
 
 
 def test_lists_of_one_object_per_sample_are_repeated_and_sizes_are_not():
-    sample = {"x": torch.zeros(2, 3), "text": ["a", "b"], "names": ("a", "b"), "size": (4, 4)}
+    sample = {"x": torch.zeros(2, 3), "text": ["a", "b"], "names": ("a", "b"), "size": (4, 4, 3)}
     batch = batch_builder(sample)(3)
     assert batch["text"] == ["a", "b", "a"] and batch["names"] == ("a", "b", "a")
-    assert batch["size"] == (4, 4)
+    assert batch["size"] == (4, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -228,23 +229,23 @@ def test_drawing_from_a_data_set_leaves_the_random_state_as_it_was():
 
 
 def test_a_sample_is_looked_through_once_for_all_that_a_workload_needs():
-    class Counted(Noisy):
-        read = 0
+    reads = count()  # a number of the class would be put back
 
+    class Counted(Noisy):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
-            Counted.read += 1
+            next(reads)
             return super().__getitem__(index)
 
     loader = DataLoader(Counted(), batch_size=4, collate_fn=pad)
     workload = Asked(model=torch.nn.Linear(10, 1), sample=loader).workload()
     assert workload.batch(3)["rows"].shape == (3, 10)
-    assert Counted.read == workload.sample_limit == 10
+    assert next(reads) == workload.sample_limit == 10
     assert "dataset[9]" in workload.notes[0]
 
 
 def test_one_batch_has_no_limit_and_no_notes():
     drawn = draw((torch.zeros(7, 2), torch.zeros(2)))
-    assert repeated(drawn.batch, {0: 1})(5)[0].shape == (7, 5)
+    assert built(drawn, {0: 1})(5)[0].shape == (7, 5)
     assert drawn.limit is None and drawn.notes == ()
 
 

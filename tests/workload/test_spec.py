@@ -105,6 +105,12 @@ def test_text_that_is_no_spec_gets_the_forms(spec):
     assert "package.module:function" in message(spec)
 
 
+def test_options_after_a_function_say_who_takes_them(user_file):
+    said = message(f"{user_file}:sized?width=128")
+    assert said.startswith("options after ? are for timm, torchvision, hf: write ")
+    assert said.endswith("user_model.py:sized, and let its defaults, or --vary, say width=128")
+
+
 @pytest.mark.parametrize("spec", ["hf:", "hf: ", "hf:?seq=8", "timm:", "torchvision:"])
 def test_an_empty_name_is_refused_before_anything_is_read(spec, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -114,13 +120,13 @@ def test_an_empty_name_is_refused_before_anything_is_read(spec, tmp_path, monkey
 
 
 def test_a_file_without_a_function_gets_those_that_it_has(user_file):
-    with pytest.raises(SpecError, match=r"is no SPEC; did you mean .*user_model\.py:\w+"):
+    with pytest.raises(SpecError, match=r"is no SPEC .did you mean .*user_model\.py:\w+"):
         load_spec(f"{user_file}:")
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(user_file):
     wrong = user_file.with_name("user_modle.py")
-    assert f"no such file: {wrong}; did you mean {user_file}" in message(f"{wrong}:build_model")
+    assert f"no such file: {wrong} (did you mean {user_file}" in message(f"{wrong}:build_model")
 
 
 def test_a_missing_module_is_named():

@@ -23,10 +23,10 @@ from autobatch.workload.spec.library import Options
 from autobatch.workload.spec.timm import load_timm
 from autobatch.workload.spec.torchvision import load_torchvision
 from autobatch.workload.spec.transformers import load_transformers
-from autobatch.workload.spec.user_code import load_function
+from autobatch.workload.spec.user_code import PREFIXES, load_function
 from autobatch.workload.workload import Workload
 
-__all__ = ["load_spec", "with_option"]
+__all__ = ["load_sized", "load_spec"]
 
 
 def load_spec(spec: str) -> nn.Module | Workload:
@@ -54,10 +54,28 @@ def load_spec(spec: str) -> nn.Module | Workload:
     return loaders[prefix](name, _options(spec, query))
 
 
-def with_option(spec: str, name: str, value: object) -> str:
+def load_sized(spec: str, name: str, value: int) -> nn.Module | Workload:
+    """Return what a SPEC names, with one of its sizes set: the length of sequences, say.
+
+    Args:
+        spec: as in `load_spec`.
+        name: of an option of a library's model, or of an argument of the user's function.
+        value: of that size.
+
+    Raises:
+        SpecError: as `load_spec`, or there is no option or argument of that name.
+        SampleError: as `load_spec`.
+        WorkloadError: as `load_spec`.
+    """
+    if spec.partition(":")[0] in PREFIXES:
+        return load_spec(_with_option(spec, name, value))
+    return load_function(spec, **{name: value})
+
+
+def _with_option(spec: str, name: str, value: object) -> str:
     """Return a SPEC of a library with an option added, or with another value of it.
 
-    >>> with_option("hf:gpt2?seq=1024&n_layer=24", "seq", 512)
+    >>> _with_option("hf:gpt2?seq=1024&n_layer=24", "seq", 512)
     'hf:gpt2?seq=512&n_layer=24'
     """
     model, _, query = spec.partition("?")

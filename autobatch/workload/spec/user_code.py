@@ -79,27 +79,33 @@ def _imported(spec: str) -> Iterator[Any]:
     with patched(sys, path=[str(folder), *sys.path]):
         module = _import_file(source) if is_file else _import_module(source)
         if not hasattr(module, name):
+            plain, _, options = name.partition("?")
+            if options and hasattr(module, plain):
+                raise SpecError(
+                    f"options after ? are for {', '.join(PREFIXES)}: write {source}:{plain}, and "
+                    f"let its defaults, or --vary, say {options}"
+                )
             known = [key for key in vars(module) if not key.startswith("_")]
             raise SpecError(f"{source} has no function {name!r}{near(name, known)}")
         yield getattr(module, name)
 
 
 def _meant(spec: str) -> str:
-    """Return "; did you mean ...?" where a SPEC is a file, or a library's name, alone."""
+    """Return " (did you mean ...?)" where a SPEC is a file, or a library's name, alone."""
     if Path(spec).is_file():
         nodes = ast.parse(Path(spec).read_text(errors="replace")).body
         defined = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         meant = [f"{spec}:{name}" for name in defined if not name.startswith("_")]
     else:
         meant = [f"{prefix}:{spec}" for prefix, names in model_names() if spec.lower() in names]
-    return f"; did you mean {' or '.join(meant[:4])}?" if meant else ""
+    return f" (did you mean {' or '.join(meant[:4])}?)" if meant else ""
 
 
 def _prefix_or_file(source: str) -> str:
-    """Return "; did you mean ...?" where a module's name is like a library's prefix or a file's."""
+    """Return " (did you mean ...?)" where a module's name is like a library's prefix or file's."""
     path = f"{source.replace('.', '/')}.py"
     if Path(path).is_file():
-        return f"; did you mean {path}?"
+        return f" (did you mean {path}?)"
     return near(source.lower(), PREFIXES)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autobatch.errors import UsageError
+from autobatch.support.patching import patched
 from autobatch.support.wording import count
 
 __all__ = ["chunk_loss", "chunked_cross_entropy", "is_chunkable"]
@@ -135,11 +137,12 @@ def _inner(model: Any) -> Any:
 
 def _forward(model: Any, chunks: int, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a model's own forward pass with a head that hands hidden states on to a chunked loss."""
-    if not model.training or kwargs.get("labels") is None:
+    given = inspect.signature(plain).bind_partial(*args, **kwargs).arguments
+    if not model.training or given.get("labels", kwargs.get("labels")) is None:
         return plain(*args, **kwargs)
     head = model.get_output_embeddings()
     loss = functools.partial(_loss, head.forward, chunks)
-    with _with_attribute(head, "forward", _handed_on), _with_loss_function(model, loss):
+    with _with_attribute(head, "forward", _handed_on), patched(model, loss_function=loss):
         output = plain(*args, **kwargs)
     if isinstance(output, Mapping):
         return type(output)(**{name: part for name, part in output.items() if name != "logits"})
@@ -186,13 +189,3 @@ def _with_attribute(of: Any, name: str, value: Any) -> Iterator[None]:
             del own[name]
         else:
             own[name] = before
-
-
-@contextlib.contextmanager
-def _with_loss_function(model: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    before = model.loss_function
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        model.loss_function = before

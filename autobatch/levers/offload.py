@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 
-from autobatch.levers.code import ModelCode, OptimizerCode
+from autobatch.levers.code import ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.optimizers import known_optimizer
 from autobatch.levers.setup import Setup
@@ -72,13 +72,9 @@ def _of_optimizer(setup: Setup) -> Option | None:
         value="optimizer state",
         what="The state of the optimizer is in the host's memory, and the update runs there.",
         code=code,
-        apply=partial(_with_optimizer, code=code),
+        apply=partial(Setup.with_optimizer, code=code),
         excludes=frozenset(("optimizer", "sharding", "precision: fp16 autocast")),
     )
-
-
-def _with_optimizer(setup: Setup, *, code: str) -> Setup:
-    return setup.having(optimizer=OptimizerCode(code, setup.workload.optimizer))
 
 
 OFFLOAD = Lever(

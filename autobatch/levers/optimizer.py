@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 
-from autobatch.levers.code import OptimizerCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.optimizers import KnownOptimizer, known_optimizer
 from autobatch.levers.setup import Setup
@@ -199,7 +198,7 @@ def _in_backward(setup: Setup, known: KnownOptimizer) -> Option:
 
 
 def _stepping_in_backward(setup: Setup, *, code: str) -> Setup:
-    return _with_optimizer(setup, code=code).having(accumulates=False)
+    return setup.with_optimizer(code).having(accumulates=False)
 
 
 def _option(
@@ -220,12 +219,8 @@ def _option(
         trainer=trainer,
         changes_numerics=changes_numerics,
         keeps_state=keeps_state,
-        apply=partial(_with_optimizer, code=code),
+        apply=partial(Setup.with_optimizer, code=code),
     )
-
-
-def _with_optimizer(setup: Setup, *, code: str) -> Setup:
-    return setup.having(optimizer=OptimizerCode(code, setup.workload.optimizer))
 
 
 OPTIMIZER = Lever(

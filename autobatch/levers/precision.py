@@ -26,6 +26,8 @@ _BATCH = (
     "batch = in_dtype(batch, torch.bfloat16)"
 )
 
+_WITHOUT_AUTOCAST = "# leave torch.autocast and GradScaler out"
+
 _BF16_AUTOCAST = 'with torch.autocast("cuda", torch.bfloat16):  # around forward and loss'
 
 _FP16_AUTOCAST = """\
@@ -85,7 +87,7 @@ def _options(setup: Setup) -> list[Option]:
             _option(
                 "fp32",
                 "All runs in float32, the format of the weights.",
-                "# leave torch.autocast and GradScaler out",
+                _WITHOUT_AUTOCAST,
                 "bf16=False, fp16=False",
                 autocast=None,
             )
@@ -124,14 +126,17 @@ def _option(value: str, what: str, code: str, trainer: str, *, autocast: str | N
 
 def _bf16_weights(setup: Setup) -> Option:
     takes_floats = _takes_floats(setup)
+    lines = [_WEIGHTS]
+    if takes_floats:
+        lines.append(_BATCH.removeprefix("import torch\n"))
+    if setup.workload.autocast is not None:
+        lines.append(_WITHOUT_AUTOCAST)
     return Option(
         lever="precision",
         value="bf16 weights",
         what="Weights, gradients and optimizer state are in bfloat16, too; small updates may be "
         "rounded away.",
-        code="\n".join((_WEIGHTS, _BATCH.removeprefix("import torch\n")))
-        if takes_floats
-        else _WEIGHTS,
+        code="\n".join(lines),
         changes_numerics=True,
         apply=partial(_with_bf16_weights, takes_floats=takes_floats),
     )

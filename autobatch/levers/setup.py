@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autobatch.gpus.catalogue import GpuSpec
+from autobatch.levers.code import OptimizerCode
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.support.products import are_in_tf32, products_in_tf32
 from autobatch.workload.workload import Change, Workload
@@ -61,6 +62,10 @@ class Setup:
         'fp16'
         """
         return replace(self, workload=replace(self.workload, **changes))
+
+    def with_optimizer(self, code: str) -> Setup:
+        """Return a setup whose optimizer is the one that lines of code make of its own."""
+        return self.having(optimizer=OptimizerCode(code, self.workload.optimizer))
 
     def changed(self, change: Change) -> Setup:
         """Return a setup whose copied model goes through one more change, its last one."""

@@ -1,14 +1,16 @@
-"""A training run with levers on the card of the bench: what it allocates and reserves.
+"""Training runs with levers on the card of the bench: what each allocates and reserves.
 
 The loop is written by hand, and the code of the levers is run over the model as a user would.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import torch
 
+from autobatch.devices.cuda.runtime import CudaRuntime
 from autobatch.workload.workload import Workload
 from tests.bench.programs import tell
 from tests.levers.setups import RUNS, SAMPLES, executed, options_of, setup_of
@@ -50,5 +52,16 @@ def train(workload: Workload, code: str = "") -> None:
     del inputs, output, loss
 
 
+def main(name: str, *labels: str) -> None:
+    card, found = CudaRuntime(0), {}
+    for label in labels:
+        found[label] = peaks(name, label)
+        gc.collect()
+        card.empty_cache()
+        assert not torch.cuda.memory_reserved()  # the next one begins as in a new process
+        card.reset_peaks()
+    tell(found)
+
+
 if __name__ == "__main__":
-    tell(peaks(sys.argv[1], sys.argv[2]))
+    main(*sys.argv[1:])

@@ -99,6 +99,7 @@ def test_a_model_with_a_chunked_loss_is_what_it_was_elsewhere() -> None:
     model.train()
     assert model(input_ids=ids).logits.shape == (2, 8, 1000)
     assert model(input_ids=ids, labels=ids, return_dict=False)[0].requires_grad
+    assert model(ids, None, None, None, None, ids).logits is None  # labels by their place
     assert "forward" not in vars(model.lm_head)
     summed = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(7)).loss
     torch.testing.assert_close(summed * 7, model(input_ids=ids, labels=ids).loss * 14)

@@ -109,6 +109,9 @@ def test_formats_are_those_that_the_card_and_the_model_leave_open() -> None:
     halves = transformer()
     halves.model.to(torch.bfloat16)
     assert of_lever("precision", halves) == []
+    for workload, says_so in ((casting, True), (transformer(), False)):
+        code = options_of(setup_of(workload))["precision: bf16 weights"].code
+        assert ("leave torch.autocast and GradScaler out" in code) == says_so
 
 
 def test_tf32_is_a_property_of_the_setup() -> None:
@@ -464,7 +467,7 @@ def test_layers_that_have_numbers_are_named_in_full() -> None:
 
 def test_a_name_alone_is_one_lever() -> None:
     assert levers_named("precision") == levers_named(["precision"])
-    with pytest.raises(UsageError, match="no lever 'precison'; did you mean precision"):
+    with pytest.raises(UsageError, match=r"no lever 'precison' .did you mean precision"):
         levers_named("precison")
 
 

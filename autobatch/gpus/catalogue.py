@@ -20,7 +20,7 @@ from autobatch.errors import UnknownGpuError, UsageError
 from autobatch.support.units import GIB, format_bytes, parse_bytes
 from autobatch.support.wording import given
 
-__all__ = ["CATALOGUE", "GpuSpec", "find_gpu", "find_installed", "is_device"]
+__all__ = ["CATALOGUE", "GpuSpec", "by_capacity", "find_gpu", "find_installed", "is_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,3 +221,8 @@ def _read_catalogue() -> tuple[dict[str, GpuSpec], dict[str, str]]:
 _cards, _ALIASES = _read_catalogue()
 CATALOGUE: Mapping[str, GpuSpec] = MappingProxyType(_cards)
 """Every known GPU by its name."""
+
+
+def by_capacity() -> list[GpuSpec]:
+    """Return every known GPU, the smallest first."""
+    return sorted(CATALOGUE.values(), key=lambda card: card.capacity_bytes)

@@ -164,7 +164,6 @@ class SpeedEstimate:
             cannot keep up) or "communication" (collectives, and what goes through the host).
         samples: that the window trains on one GPU.
         by_op: seconds of its kernels by op, the longest first.
-        communication_seconds: that no kernel runs beside.
     """
 
     seconds: float
@@ -173,12 +172,6 @@ class SpeedEstimate:
     bound: Bound
     samples: int
     by_op: tuple[tuple[str, float], ...]
-    communication_seconds: float = 0.0
-
-    @property
-    def seconds_per_sample(self) -> float:
-        """Seconds of one sample on one GPU."""
-        return self.seconds / self.samples
 
 
 @dataclass(slots=True)
@@ -188,11 +181,9 @@ class _Sum:
     total: float = 0.0
     limits: dict[Bound, float] = field(default_factory=lambda: defaultdict(float))
     by_op: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    exposed: float = 0.0
 
     def add(self, other: _Sum, times: int = 1) -> None:
         self.total += times * other.total
-        self.exposed += times * other.exposed
         for limit, seconds in other.limits.items():
             self.limits[limit] += times * seconds
         for op, seconds in other.by_op.items():
@@ -264,8 +255,8 @@ def estimate(
         alone = card.part(last_backward)
         assert averaged is not None and alone is not None
         window.total += averaged.total - alone.total
-        window.exposed += averaged.exposed - alone.exposed
-        window.limits["communication"] += averaged.exposed - alone.exposed
+        waited = averaged.limits["communication"] - alone.limits["communication"]
+        window.limits["communication"] += waited
     return SpeedEstimate(
         seconds=window.total,
         low=window.total * efficiency.low,
@@ -273,7 +264,6 @@ def estimate(
         bound=max(window.limits, key=lambda limit: window.limits[limit], default="launch"),
         samples=work.samples * accumulation_steps,
         by_op=tuple(sorted(window.by_op.items(), key=lambda item: -item[1])),
-        communication_seconds=window.exposed,
     )
 
 
@@ -326,8 +316,7 @@ class _Card:
         busy = max(kernels, host)
         slowed = busy + self._efficiency.interference * min(interfering, kernels)
         found.total = max(slowed, beside) + waited
-        found.exposed = found.total - busy
-        found.limits["communication"] += found.exposed
+        found.limits["communication"] = found.total - busy
         return found
 
     def _kernel(self, op: OpWork) -> tuple[Bound, float] | None:

@@ -21,7 +21,6 @@ from typing import Literal
 
 __all__ = [
     "BASES",
-    "CONFIDENCE",
     "CONTEXT_READINGS",
     "MEASURED_HEADROOM",
     "NEEDED",
@@ -70,9 +69,6 @@ BASES: Mapping[Kind, str] = MappingProxyType(
     }
 )
 """What stands behind the figures of each kind, in words."""
-
-CONFIDENCE = 0.95
-"""How likely a ceiling on a simulated GPU is to hold, at least, with the default headroom."""
 
 CONTEXT_READINGS: Mapping[str, int] = MappingProxyType(
     {
@@ -146,7 +142,7 @@ def likelihood_of(reserved_bytes: int, usable_bytes: int, kind: Kind = "convolut
 
     Between 0.01 and 0.99, because nothing is known beyond the measured errors.
 
-    >>> likelihood_of(100, 90), likelihood_of(100, 110) >= CONFIDENCE, likelihood_of(100, 200)
+    >>> likelihood_of(100, 90), likelihood_of(100, 110) >= 0.95, likelihood_of(100, 200)
     (0.01, True, 0.99)
     """
     spare = usable_bytes / reserved_bytes - 1
@@ -162,8 +158,8 @@ def likelihood_of(reserved_bytes: int, usable_bytes: int, kind: Kind = "convolut
 SIMULATED_HEADROOM = 0.10
 """The share that a tuner leaves free on a simulated GPU by default.
 
-It is a round figure, so that plans stay what they are when the errors are taken again: 0.09 would
-do for `CONFIDENCE` by those of convolutions.
+With it a ceiling is at least 95 % likely to hold. It is a round figure, so that plans stay what
+they are when the errors are taken again: 0.09 would do by those of convolutions.
 """
 
 MEASURED_HEADROOM = 0.05

@@ -160,11 +160,6 @@ class Work:
         """How many calls of ops there are."""
         return sum(op.calls for op in self.ops)
 
-    @property
-    def communicated_bytes(self) -> float:
-        """Bytes of the tensors of all collectives, and of what goes through the host."""
-        return sum(one.bytes * one.calls for one in self.communication)
-
     def __add__(self, other: Work) -> Work:
         """Return both, in no order."""
         counts: Counter[OpWork] = Counter()

@@ -12,19 +12,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from autobatch.devices.choose import Gpu, described
+from autobatch.devices.preserve import answering
 from autobatch.devices.virtual.ahead import Task, run_ahead
 from autobatch.devices.virtual.gpu import identity_of
 from autobatch.devices.virtual.sharing import SharedRuns
-from autobatch.errors import AutobatchError, DoesNotFitError
-from autobatch.gpus.catalogue import CATALOGUE
+from autobatch.errors import AutobatchError
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option, WrongLeverError, applied
 from autobatch.levers.own import OwnLevers
@@ -32,22 +31,18 @@ from autobatch.levers.setup import Setup
 from autobatch.plan.advice import Advice, Choice, Need
 from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress, ProgressCallback, silent
-from autobatch.records.split import split
-from autobatch.support.interrupts import arriving
-from autobatch.support.wording import for_reader, one_line, said_by
+from autobatch.support.wording import one_line, said_by
 from autobatch.tuning.candidate import Candidate
 from autobatch.tuning.ceiling import SMALL
-from autobatch.tuning.planning import LARGEST
-from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.tuning.needs import Needs, Resized
+from autobatch.tuning.workloads import checked_target, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.workload import Workload
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Resized", "advise", "with_remedies"]
-
-Resized = Callable[[int], "nn.Module | Workload"]
+__all__ = ["Search", "advise"]
 
 _NOTABLE = 0.01
 """A lever that saves less than this share of the peak is not combined with others."""
@@ -55,27 +50,18 @@ _NOTABLE = 0.01
 _TOGETHER = 4
 """Levers in one combination, at most."""
 
-_REMEDY_SECONDS = 15.0
-"""So long are levers tried where a plan was asked for and nothing fits."""
-
 _ENOUGH = 2
 """After so many that fit, one more lever is not added."""
 
 _PAIRED = 3
 """So many of those that save most are tried in pairs."""
 
-_REMEDIES = 3
-"""So many of them are told."""
-
 _USUALLY_SAVE_MOST = ("attention", "checkpointing", "offload", "loss")
 """Levers of activations, in the order in which they are added to others where what they save is not
 known."""
 
-_MOST_RANKS = 64
-"""GPUs that a run is tried to be shared over."""
 
-
-@arriving()
+@answering()
 def advise(
     model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
@@ -119,53 +105,12 @@ def advise(
     """
     require_options(advise, options)
     asked = Asked(model=model, **options)
-    target = whole(target)
-    split(target, ceiling=LARGEST, world_size=asked.world_size)
-    if headroom is not None:
-        require_share(headroom)
+    target = checked_target(target, asked.world_size, headroom)
     chosen = list(LEVERS.values()) if levers is None else levers_named(levers)
     setup = Setup(workload=workload_of(asked, gpu), gpu=described(gpu))
     own = OwnLevers(setup)
-    search = _Search(setup, asked, target, headroom, progress, own=own)
+    search = Search(setup, asked, target, headroom, progress, own=own)
     return search.advice(own.checked(chosen), allow_numerics=allow_numerics, resized=resized)
-
-
-def with_remedies(
-    error: DoesNotFitError,
-    asked: Asked,
-    setup: Setup,
-    *,
-    target: int,
-    headroom: float | None,
-    progress: ProgressCallback,
-) -> DoesNotFitError:
-    """Return the error of a run that does not fit with what would let it, tried for some seconds.
-
-    Args:
-        error: says by how much it does not.
-        asked: what was asked for.
-        setup: the same, completed.
-        target: effective batch.
-        headroom: share of the usable memory to leave free, or None for the default.
-        progress: told of each step.
-    """
-    search = _Search(setup, asked, target, headroom, progress, seconds=_REMEDY_SECONDS)
-    try:
-        choices = search.choices(list(LEVERS.values()), allow=False)
-    except AutobatchError:  # the answer is that it does not fit
-        return error
-    found = [_remedy(choice) for choice in choices if choice.fits][:_REMEDIES]
-    if not found:
-        return error
-    more = for_reader("autobatch.advise tells", "`autobatch advise` tells")
-    return DoesNotFitError(
-        f"{error}. Simulated, it would fit with {'; or '.join(found)}: {more} the lines of code"
-    )
-
-
-def _remedy(choice: Choice) -> str:
-    numbers = ", other numbers" if choice.changes_numerics else ""
-    return f"{choice.label} (micro-batch up to {choice.ceiling:,}{numbers})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +122,7 @@ class _Tried:
 
 
 @dataclass(slots=True)
-class _Search:
+class Search:
     """Tries one setup with options.
 
     Attributes:
@@ -203,7 +148,7 @@ class _Search:
     notes: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
     _reference: int = 1
-    _as_is: Choice | None = None
+    _as_is: Choice = field(init=False)
     _runs: SharedRuns = field(default_factory=SharedRuns)
     _setups: dict[tuple[str, ...], Setup] = field(default_factory=dict)
     _lasting: dict[frozenset[str], int] = field(default_factory=dict)
@@ -217,7 +162,6 @@ class _Search:
     ) -> Advice:
         """Try everything, and put the answer together."""
         choices = self.choices(levers, allow=allow_numerics)
-        assert self._as_is is not None
         needs = () if self._as_is.fits else tuple(self._needs(resized))
         return Advice(
             model=type(self.setup.workload.model).__name__,
@@ -290,7 +234,6 @@ class _Search:
             return known
         if self._is_late():
             return None
-        assert self._as_is is not None
         try:
             if (hopeless := self._hopeless(options)) is not None:
                 if len(options) > 1:
@@ -344,7 +287,7 @@ class _Search:
         if runs_the_same and setup.executes_as(self.setup):
             return None  # another allocator replays what was executed
         return Choice(
-            **_told(options),
+            **_option_fields(options),
             fits=False,
             reference_bytes=lasting,
             saved_bytes=None,
@@ -358,48 +301,63 @@ class _Search:
 
     def _combine(self, levers: Sequence[Lever], *, allow: bool) -> None:
         """Try the best option of each lever together with those of the others that save most."""
+        ranked = self._ranked(allow=allow)
+        names = [lever.name for lever in levers]
+        pairs = [
+            _in_order(two, names)
+            for two in combinations(ranked[:_PAIRED], 2)
+            if two[0].goes_with(two[1])
+        ]
+        self._grow(ranked, names, pairs)
+        run_ahead(self._foreseen(reversed(pairs), self._first_sizes()))
+        for options in pairs:
+            self._try(options)
+
+    def _ranked(self, *, allow: bool) -> list[Option]:
+        """Return of each lever the option that saves most, in the order in which they are added.
+
+        Options that are hopeless on their own follow those that leave less state, beside which
+        they save most.
+        """
         best: dict[str, _Tried] = {}
         unknown: dict[str, _Tried] = {}
-        assert self._as_is is not None
-        least = _NOTABLE * self._as_is.reference_bytes
         for tried in self.tried:
             choice, lever = tried.choice, tried.options[0].lever
             if len(tried.options) > 1 or (choice.changes_numerics and not allow):
                 continue
             if not self._as_is.fits and not self._having(tried.options).workload.accumulates:
                 continue  # what does not fit as it is needs small micro-batches
+            least = _saved(best[lever].choice) if lever in best else self._notable_bytes
             if choice.saved_bytes is None:
                 unknown.setdefault(lever, tried)
-            elif choice.saved_bytes > (_saved(best[lever].choice) if lever in best else least):
+            elif choice.saved_bytes > least:
                 best[lever] = tried
-        order = {lever.name: at for at, lever in enumerate(levers)}
         ranked = sorted(best.values(), key=lambda tried: -_saved(tried.choice))
-        if ranked and unknown:  # hopeless on their own, they save most beside less state
+        if ranked and unknown:
             more = [unknown[name] for name in _USUALLY_SAVE_MOST if name in unknown.keys() - best]
             less_state = [tried for tried in ranked if not tried.options[0].keeps_state]
             ranked = [*less_state, *more, *(tried for tried in ranked if tried not in less_state)]
+        return [tried.options[0] for tried in ranked]
 
-        def in_order(*options: Option) -> tuple[Option, ...]:
-            return tuple(sorted(options, key=lambda one: order.get(one.lever, len(order))))
-
-        best_ones = [tried.options[0] for tried in ranked[:_PAIRED]]
-        pairs = [in_order(*two) for two in combinations(best_ones, 2) if two[0].goes_with(two[1])]
+    def _grow(
+        self, ranked: Iterable[Option], names: list[str], pairs: list[tuple[Option, ...]]
+    ) -> None:
+        """Add one option after the other to those before it, as long as each saves something."""
         had: list[Option] = []
         saved, fitting = 0, 0
-        for (option,) in (tried.options for tried in ranked):
-            if len(had) == _TOGETHER or fitting == _ENOUGH or not all(map(option.goes_with, had)):
+        for option in ranked:
+            if len(had) == _TOGETHER or fitting == _ENOUGH:
+                break
+            if not all(map(option.goes_with, had)):
                 continue
-            options = in_order(*had, option)
+            options = _in_order((*had, option), names)
             if self._known(options) is None:
                 second = self._first_sizes()[1:]
                 run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
             found = self._try(options)
-            if found is not None and _saved(found) >= saved + least:
+            if found is not None and _saved(found) >= saved + self._notable_bytes:
                 had, saved = [*had, option], _saved(found)
                 fitting += found.fits and len(had) > 1
-        run_ahead(self._foreseen(reversed(pairs), self._first_sizes()))
-        for options in pairs:
-            self._try(options)
 
     def _choice(
         self,
@@ -413,7 +371,7 @@ class _Search:
         if (lasting := candidate.lasting_bytes()) is not None:
             self._lasting.setdefault(_changing_state(options), lasting)
         return Choice(
-            **_told(options),
+            **_option_fields(options),
             fits=plan is not None,
             reference_bytes=reserved,
             saved_bytes=0 if as_is_bytes is None else as_is_bytes - reserved,
@@ -427,83 +385,22 @@ class _Search:
 
     def _needs(self, resized: tuple[str, int, Resized] | None) -> Iterator[Need]:
         """Yield what would let the run fit without a lever."""
-        run_ahead(task for ranks in self._shared_over() for task in self._over(ranks).foreseen(1))
-        for tell in (self._larger_card, self._more_cards):
-            if (need := tell()) is not None:
-                yield need
-        if resized is not None and (need := self._smaller(*resized)) is not None:
-            yield need
+        needs = Needs(
+            setup=self.setup,
+            asked=self.asked,
+            target=self.target,
+            reserved_bytes=self._as_is.reference_bytes,
+            lasting_bytes=self._lasting[frozenset()],
+            candidate=self._candidate,
+            tell=self._tell,
+            note=self.notes.append,
+        )
+        return needs.found(resized)
 
-    def _larger_card(self) -> Need | None:
-        """Return the smallest card of the catalogue on which the run fits."""
-        assert self._as_is is not None
-        capacity, lasting = self.setup.gpu.capacity_bytes, self._lasting[frozenset()]
-        for card in sorted(CATALOGUE.values(), key=lambda card: card.capacity_bytes):
-            usable = card.capacity_bytes - card.context_bytes
-            # kernels of another card take other scratch memory, never half of the whole
-            if card.capacity_bytes > capacity and usable > self._as_is.reference_bytes / 2:
-                candidate = self._candidate(replace(self.setup, gpu=card))
-                if candidate.budget_bytes < lasting:
-                    continue
-                self._tell(f"a larger card, {card.name}")
-                if candidate.fits(1):
-                    return Need(
-                        what="a larger card",
-                        value=card.name,
-                        reserved_bytes=candidate.reserved(1),
-                    )
-        return None
-
-    def _more_cards(self) -> Need | None:
-        """Return how many cards share the run by FSDP2 where it fits."""
-        for ranks in self._shared_over():
-            self._tell(f"{ranks} cards with FSDP2")
-            candidate = self._over(ranks)
-            try:
-                if candidate.fits(1):
-                    reserved = candidate.reserved(1)
-                    value = f"{ranks} of {self.setup.gpu.name}"
-                    return Need(what="cards with FSDP2", value=value, reserved_bytes=reserved)
-            except AutobatchError as error:
-                self.notes.append(f"sharing by FSDP2 was not tried: {one_line(error)}")
-                return None
-        return None
-
-    def _shared_over(self) -> Iterator[int]:
-        """Yield how many GPUs the run may be shared over by FSDP2, the fewest first."""
-        ranks = max(2, 2 * self.setup.workload.world_size)
-        while not self.setup.workload.is_sharded and ranks <= min(self.target, _MOST_RANKS):
-            yield ranks
-            ranks *= 2
-
-    def _over(self, ranks: int) -> Candidate:
-        return self._candidate(self.setup.having(world_size=ranks, sharding="fsdp"))
-
-    def _smaller(self, name: str, size: int, resized: Resized) -> Need | None:
-        """Return the largest size below the present one that fits, to a sixteenth of it."""
-
-        def candidate(smaller: int) -> Candidate:
-            self._tell(f"{name} of {smaller:,}")
-            other = workload_of(
-                replace(self.asked, model=partial(resized, smaller)), self.setup.gpu
-            )
-            return self._candidate(replace(self.setup, workload=other))
-
-        step = max(size // 16, 1)
-        if not candidate(step).fits(1):
-            return None
-        low, high = 0, -(-size // step)  # in steps; the larger one does not fit
-        fitting: tuple[int, int] | None = None
-        while high - low > 1:
-            middle = (low + high) // 2
-            one = candidate(middle * step)
-            if one.fits(1):
-                low, fitting = middle, (middle * step, one.reserved(1))
-            else:
-                high = middle
-        if fitting is None:
-            return None
-        return Need(what=f"{name} of at most", value=f"{fitting[0]:,}", reserved_bytes=fitting[1])
+    @property
+    def _notable_bytes(self) -> float:
+        """What a lever saves at least that is combined with others."""
+        return _NOTABLE * self._as_is.reference_bytes
 
     def _is_late(self) -> bool:
         return self.seconds is not None and time.perf_counter() - self._started > self.seconds
@@ -521,12 +418,18 @@ def _changing_state(options: Iterable[Option]) -> frozenset[str]:
     return frozenset(option.label for option in options if not option.keeps_state)
 
 
+def _in_order(options: Iterable[Option], names: list[str]) -> tuple[Option, ...]:
+    """Return options in the order of their levers' names; those of other names come last."""
+    order = {name: at for at, name in enumerate(names)}
+    return tuple(sorted(options, key=lambda one: order.get(one.lever, len(order))))
+
+
 def _joined(options: Iterable[Option]) -> str:
     return " + ".join(option.label for option in options)
 
 
-def _told(options: Sequence[Option]) -> dict[str, Any]:
-    """Return what a choice tells of its options."""
+def _option_fields(options: Sequence[Option]) -> dict[str, Any]:
+    """Return the fields of a choice that are those of its options."""
     return {
         "options": tuple(option.label for option in options),
         "what": tuple(option.what for option in options),

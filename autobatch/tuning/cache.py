@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +23,7 @@ from autobatch.errors import FileError
 from autobatch.plan.plan import Plan
 from autobatch.records.codec import RecordError, dump_json, parse_json
 from autobatch.support.files import read_text, user_folder, write_text
+from autobatch.support.owners import is_installed
 from autobatch.support.units import MIB
 from autobatch.support.wording import for_reader
 
@@ -111,12 +111,10 @@ def _surroundings() -> dict[str, object]:
 
 def _loaded_sources() -> Iterator[Path]:
     """Yield the files of loaded modules that belong to no installed package."""
-    standard = Path(sysconfig.get_path("stdlib"))
     for module in list(sys.modules.values()):
-        file = Path(getattr(module, "__file__", None) or "")
-        installed = {"site-packages", "dist-packages"} & set(file.parts)
-        if file.suffix == ".py" and not installed and not file.is_relative_to(standard):
-            yield file.resolve()
+        file = getattr(module, "__file__", None) or ""
+        if file.endswith(".py") and not is_installed(file):
+            yield Path(file).resolve()
 
 
 def _hash_of(file: Path) -> str | None:

@@ -17,8 +17,9 @@ from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import DoesNotFitError
 from autobatch.gpus.roofline import can_estimate
 from autobatch.levers.setup import Setup
+from autobatch.memory.alignment import Misaligned
 from autobatch.memory.lasting import lasting_bytes
-from autobatch.memory.trace_model import Misaligned, TraceModel
+from autobatch.memory.trace_model import TraceModel
 from autobatch.plan.plan import Plan
 from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.tuning.probe import Probe

@@ -19,9 +19,11 @@ from functools import partial
 from autobatch.devices.base import Run
 from autobatch.devices.virtual.ahead import run_ahead
 from autobatch.errors import HostMemoryError, WorkloadError
+from autobatch.memory.alignment import Misaligned
+from autobatch.memory.interpolation import nodes_for
 from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.replay import Replay
-from autobatch.memory.trace_model import Misaligned, Refuted, TraceModel, nodes_for
+from autobatch.memory.trace_model import Refuted, TraceModel
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
 
@@ -158,23 +160,23 @@ def _find_ceiling(
         follow = partial(_by_model, probe, limit, wanted, prove, is_brief, kernels_may_vary)
         try:
             if foreseen is not None and (near := _near(probe, limit, foreseen)):
-                return _told(follow(near), probe, is_refuted)
+                return _marked_quadratic(follow(near), probe, is_refuted)
             for size in (first, second):
                 if (shortage := probe.run(size).shortage) is not None:
                     raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
             traces = [probe.run(size).trace for size in (first, second)]
-            return _told(follow(nodes_for(traces, limit)), probe, is_refuted)
+            return _marked_quadratic(follow(nodes_for(traces, limit)), probe, is_refuted)
         except Misaligned as error:
             reason = reason or str(error)
             is_refuted = is_refuted or isinstance(error, Refuted)
     return _by_execution(probe, limit, reason=reason, share=share, guess=guess)
 
 
-def _told(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling:
-    """Return a ceiling that tells whether memory is quadratic in the micro-batch.
+def _marked_quadratic(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling:
+    """Return a ceiling that says whether memory was shown to be quadratic in the micro-batch.
 
-    A quadratic goes through any three sizes, so a fourth one has to lie on it, too; and sizes that
-    an exact one did not meet are not quadratic because one is near them.
+    A quadratic counts only if a fourth executed size lies on it, as one goes through any three.
+    Where an exact one missed a size, one that is near all of them shows nothing.
     """
     model = found.model
     if model is None or model.quadratic_share <= _NOTABLE_BEND:

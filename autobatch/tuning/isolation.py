@@ -317,11 +317,11 @@ def _moment(steps: Sequence[Progress]) -> str:
         return f"after the trial of {_size(last.trial)}"
     if last.micro_batch is None:
         return f"while {last.step}"
-    return f"while micro-batch {last.micro_batch} ran ({last.step})"
+    return f"while micro-batch {last.micro_batch:,} ran ({last.step})"
 
 
 def _size(trial: Trial) -> str:
-    return f"micro-batch {trial.micro_batch} with accumulation steps {trial.accumulation_steps}"
+    return f"micro-batch {trial.micro_batch:,} with accumulation steps {trial.accumulation_steps}"
 
 
 def _received(error: Mapping[str, Any]) -> AutobatchError:

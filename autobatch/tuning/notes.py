@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autobatch.devices.base import Run
-from autobatch.gpus.catalogue import CATALOGUE
+from autobatch.gpus.catalogue import by_capacity
 from autobatch.memory.lasting import lasting_bytes
+from autobatch.memory.pairs import paired
 from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import argument, count, for_reader, given, passing
@@ -49,10 +50,22 @@ def plan_warnings(
             f"the memory of the real one, {passing('loss')}"
         )
     if found.is_quadratic:
-        yield (
-            "memory grows with the square of the micro-batch, as in-batch contrastive losses do: "
-            "with accumulation, each sample is compared with those of its micro-batch only"
-        )
+        yield f"memory grows with the square of the micro-batch, {_COMPARED}"
+    elif steps > 1 and (shape := _paired(probe)) is not None:
+        size = " x ".join(map(str, shape))
+        yield f"a tensor ({size} at a small micro-batch) pairs the samples, {_COMPARED}"
+
+
+_COMPARED = (
+    "as in-batch contrastive losses do: with accumulation, each sample is compared with those of "
+    "its micro-batch only"
+)
+
+
+def _paired(probe: Probe) -> tuple[int, ...] | None:
+    steps = probe.accumulation_steps
+    runs = {size: run.trace for size, run in probe.runs.items()}
+    return paired({size: each for size, each in runs.items() if each.accumulation_steps == steps})
 
 
 def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[str]:
@@ -85,7 +98,7 @@ def plan_notes(probe: Probe, run: Run, found: Ceiling, limit: int) -> Iterator[s
             "fits; the ceiling is at least that"
         )
     elif found.limit_reached:
-        yield f"the search stopped at micro-batch {limit}, which fits; the ceiling is higher"
+        yield f"the search stopped at micro-batch {limit:,}, which fits; the ceiling is higher"
     if found.reason is not None:
         yield f"sizes were executed one by one, because {found.reason}"
 
@@ -129,14 +142,15 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
             f"{format_bytes(probe.budget_bytes)}; try {_either(ideas)}"
         )
     short = needed - probe.budget_bytes
-    large_enough = sorted(
-        (card for card in CATALOGUE.values() if card.capacity_bytes > spec.capacity_bytes
-         and (card.capacity_bytes - card.context_bytes) * (1 - probe.headroom) >= needed),
-        key=lambda card: card.capacity_bytes,
-    )  # fmt: skip
+    large_enough = (
+        card.name
+        for card in by_capacity()
+        if card.capacity_bytes > spec.capacity_bytes
+        and (card.capacity_bytes - card.context_bytes) * (1 - probe.headroom) >= needed
+    )
     ideas = list(_ideas(probe, run))
-    if large_enough:
-        ideas.append(f"a larger GPU ({large_enough[0].name} would do)")
+    if (larger := next(large_enough, None)) is not None:
+        ideas.append(f"a larger GPU ({larger} would do)")
     elif probe.workload.is_sharded:
         ideas.append("more GPUs")
     else:

@@ -21,11 +21,18 @@ from autobatch.support.randomness import random_state_kept
 from autobatch.support.wording import for_reader
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.speed import SpeedModel
-from autobatch.workload.dataset import attributes_kept
+from autobatch.workload.kept import attributes_kept
 from autobatch.workload.sample import BatchDims, rows_of
 from autobatch.workload.workload import Workload
 
-__all__ = ["choice", "require_objective", "samples_per_second", "speed_notes", "timed"]
+__all__ = [
+    "TIMED_STEPS",
+    "choice",
+    "require_objective",
+    "samples_per_second",
+    "speed_notes",
+    "timed",
+]
 
 _WITHIN = 0.03
 """A balanced plan is at most this much slower than the fastest."""
@@ -33,7 +40,7 @@ _WITHIN = 0.03
 _TIMES_STEPS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
 """The splits that are timed have so many times the fewest accumulation steps."""
 
-_TIMED_STEPS = 8
+TIMED_STEPS = 8
 """Micro-batches of a window that is timed; longer ones take as many times as long."""
 
 _LOADING_SECONDS = 3.0
@@ -175,7 +182,7 @@ def _estimated(model: SpeedModel, each: Split) -> SpeedPoint:
 
 def _measured(probe: Probe, each: Split) -> SpeedPoint | None:
     """Run and time a split; None where it does not fit after all."""
-    steps = min(each.accumulation_steps, _TIMED_STEPS)
+    steps = min(each.accumulation_steps, TIMED_STEPS)
     run = probe.execute(each.micro_batch, steps)
     if not run.fits(probe.budget_bytes) or run.window_seconds is None or run.window_range is None:
         return None

@@ -6,21 +6,16 @@ called predicted.
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
-from autobatch import _version
-from autobatch.devices.base import Device, Run
+from autobatch.devices.base import MOST_STEPS, Device, Run
 from autobatch.devices.copies import batch_of
-from autobatch.devices.virtual.questions import questions
+from autobatch.devices.virtual.questions import Question, questions
 from autobatch.errors import AutobatchError, DoesNotFitError
 from autobatch.memory.accounting import (
     curve_sizes,
@@ -29,10 +24,10 @@ from autobatch.memory.accounting import (
     timeline_of,
     whole_window,
 )
+from autobatch.memory.alignment import Misaligned
 from autobatch.memory.attribution import lives_of, most_bytes_of, peak_blocks_of
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace import Trace
-from autobatch.memory.trace_model import Misaligned
 from autobatch.plan.plan import Plan
 from autobatch.records.evidence import MemoryPoint, ModelFacts, Timeline, WindowMemory
 from autobatch.records.footprint import Evidence, Footprint
@@ -44,6 +39,7 @@ from autobatch.tuning.ceiling import Ceiling, find_ceiling
 from autobatch.tuning.notes import plan_notes, plan_warnings, what_is_missing
 from autobatch.tuning.objective import choice, samples_per_second, speed_notes, timed
 from autobatch.tuning.probe import Probe
+from autobatch.tuning.stamp import created_now, versions
 from autobatch.tuning.streams import Stream, with_heaviest_batch
 from autobatch.tuning.what_if import what_if
 from autobatch.workload.counts import counts_of
@@ -52,7 +48,7 @@ from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 from autobatch.workload.wrappers import unwrapped
 
-__all__ = ["LARGEST", "make_plan", "plan_of", "probe_of"]
+__all__ = ["LARGEST", "footprint_on", "host_samples", "plan_of", "probe_of"]
 
 LARGEST = 2**16
 """Where a search for the ceiling of a small model stops."""
@@ -60,8 +56,16 @@ LARGEST = 2**16
 _RETREAT = 0.9
 """The share of a micro-batch that is tried next where batches of all shapes do not fit."""
 
-
-_NOT_DRAWN = Timeline(samples=(), marks=(), peak_event=0)
+_NOT_DRAWN: dict[str, Any] = {
+    "curve": (),
+    "timeline": Timeline(samples=(), marks=(), peak_event=0),
+    "peak_blocks": (),
+    "lives": None,
+    "most_bytes": None,
+    "otherwise": None,
+    "what_if": None,
+}
+"""The fields of a plan that `_drawn` fills, where nobody will look at them."""
 
 
 def probe_of(
@@ -83,8 +87,9 @@ def probe_of(
     return Probe(
         device=device,
         workload=workload,
-        # from the second micro-batch of a window on all are alike
-        accumulation_steps=2 if workload.accumulates and target > workload.world_size else 1,
+        accumulation_steps=(
+            MOST_STEPS if workload.accumulates and target > workload.world_size else 1
+        ),
         headroom=device.default_headroom if headroom is None else headroom,
         progress=progress,
     )
@@ -113,6 +118,7 @@ def plan_of(
 
     Raises:
         DoesNotFitError: not even micro-batch 1 fits.
+        UsageError: the objective is about time, and the speed of the card is not known.
         WorkloadError: the user's model, loss or optimizer failed.
     """
     started = time.perf_counter()
@@ -122,7 +128,7 @@ def plan_of(
     # what runs leave is collected by their devices
     with collection_paused(), device.hosting(probe.workload):
         probe.workload = with_heaviest_batch(probe.workload, device)
-        plan = make_plan(
+        plan = _searched(
             target,
             probe,
             prove=prove,
@@ -136,30 +142,16 @@ def plan_of(
     return replace(plan, warnings=(*plan.warnings, *notes), seconds=seconds)
 
 
-def make_plan(
+def _searched(
     target: int,
     probe: Probe,
     *,
     prove: bool,
-    objective: Objective = "largest",
-    loader_rate: float | None = None,
-    is_drawn: bool = True,
+    objective: Objective,
+    loader_rate: float | None,
+    is_drawn: bool,
 ) -> Plan:
-    """Search for the ceiling, and put the answer together.
-
-    Args:
-        target: effective batch: samples per optimizer update over all GPUs.
-        probe: of the workload, which says how many GPUs share the target.
-        prove: also run the size above the ceiling.
-        objective: which of the micro-batches that fit is planned.
-        loader_rate: samples a second that training's loader gives, where it was timed.
-        is_drawn: whether the plan has what charts show.
-
-    Raises:
-        DoesNotFitError: not even micro-batch 1 fits.
-        UsageError: the objective is about time, and the speed of the card is not known.
-        WorkloadError: the user's model, loss or optimizer failed.
-    """
+    """Search for the ceiling, and put the answer of `plan_of` together."""
     device, workload = probe.device, probe.workload
     samples_per_rank = -(-target // workload.world_size)
     limit = _limit(workload, device, samples_per_rank)
@@ -189,10 +181,10 @@ def make_plan(
     most = choice(objective, speed, target, loader_rate) if speed else found.micro_batch
     planned, window, footprint, stream = _planned_stream(target, probe, found, most)
     ceiling_footprint = _at(probe, found, found.micro_batch).footprint
-    held_bytes = device.allocator().allocated_bytes
-    labelled = device.labelled(workload, window.trace) if is_drawn else window.trace
+    drawn = (
+        _drawn(probe, found, planned, window, limit, asked, objective) if is_drawn else _NOT_DRAWN
+    )
     run = next(run for run in probe.runs.values() if run.shortage is None)
-    curve = _curve(probe, found) if is_drawn else ()
     return Plan(
         split=planned,
         ceiling=None if found.limit_reached else found.micro_batch,
@@ -206,17 +198,9 @@ def make_plan(
         footprint=footprint,
         ceiling_footprint=ceiling_footprint,
         trials=tuple(probe.trials),
-        curve=curve,
-        timeline=timeline_of(window.trace, device.allocator()) if is_drawn else _NOT_DRAWN,
-        peak_blocks=(
-            peak_blocks_of(labelled, window.peak_event, held_bytes=held_bytes) if is_drawn else ()
-        ),
-        lives=lives_of(labelled) if is_drawn else None,
-        most_bytes=most_bytes_of(window.trace, held_bytes=held_bytes) if is_drawn else None,
         sharding=workload.shares,
         levers=workload.levers,
         batch_dims=dims_as_text(getattr(workload.batch, "batch_dims", None)),
-        otherwise=_otherwise(planned, probe, found) if is_drawn else None,
         method=found.method,
         warnings=(
             *plan_warnings(probe, run, found, footprint, planned.accumulation_steps),
@@ -224,32 +208,30 @@ def make_plan(
             *speed_notes(speed, target, planned, loader_rate),
         ),
         notes=tuple(plan_notes(probe, run, found, limit)),
-        what_if=(
-            what_if(probe, found, planned, curve, limit, asked)
-            if is_drawn and objective == "largest" and workload.accumulates
-            else None
-        ),
         objective=objective,
         speed=speed,
         loader_samples_per_s=loader_rate,
-        versions={
-            "autobatch": _version.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+        created=created_now(),
         seconds=0.0,
+        **drawn,
     )
 
 
 def _limit(workload: Workload, device: Device, samples_per_rank: int) -> int:
     """Return the largest micro-batch to consider."""
     limit = workload.sample_limit or max(LARGEST, samples_per_rank)
+    of_host = host_samples(workload, device)
+    return limit if of_host is None else min(limit, of_host)
+
+
+def host_samples(workload: Workload, device: Device) -> int | None:
+    """Return how many samples the memory of the host allows at once; None for no limit."""
     host_bytes = device.host_limit_bytes()
     if host_bytes is None:
-        return limit
+        return None
     sample_bytes = sum(tensor.nbytes for tensor in tensors(batch_of(workload.batch, 2))) / 2
-    return min(limit, max(2, int(host_bytes / max(sample_bytes, 1))))
+    return max(2, int(host_bytes / max(sample_bytes, 1)))
 
 
 def _simulated_ceiling(probe: Probe, limit: int, share: int) -> Ceiling | None:
@@ -305,7 +287,7 @@ def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[S
     must_run = probe.device.must_run_the_plan or (found.model and not found.model.is_exact)
     while True:
         planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
-        steps, size = min(planned.accumulation_steps, 2), planned.micro_batch
+        steps, size = min(planned.accumulation_steps, MOST_STEPS), planned.micro_batch
         if steps == probe.accumulation_steps and not must_run:
             return planned, _at(probe, found, size)
         if found.whole is not None:
@@ -321,11 +303,14 @@ def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[S
             raise DoesNotFitError(what_is_missing(probe, found))
 
 
-def _footprint(
-    probe: Probe, trace: Trace, replayed: Replay, evidence: Evidence | None = None
+def footprint_on(
+    device: Device,
+    workload: Workload,
+    trace: Trace,
+    replayed: Replay,
+    evidence: Evidence | None = None,
 ) -> Footprint:
-    """Account for a window that the device ran, or for one that is known otherwise."""
-    device = probe.device
+    """Account for windows that a device ran, or for some that are known otherwise."""
     return footprint_of(
         trace,
         replayed,
@@ -333,12 +318,12 @@ def _footprint(
         evidence or device.evidence,
         simulated=device.is_simulated,
         held_bytes=device.allocator().allocated_bytes,
-        world_size=probe.workload.world_size,
+        world_size=workload.world_size,
     )
 
 
 def _executed(probe: Probe, run: Run) -> _Window:
-    footprint = _footprint(probe, run.trace, run.replay)
+    footprint = footprint_on(probe.device, probe.workload, run.trace, run.replay)
     return _Window(run.trace, run.replay.peak_event, footprint)
 
 
@@ -351,7 +336,37 @@ def _at(probe: Probe, found: Ceiling, size: int) -> _Window:
     except Misaligned:  # the model is not of this size
         return _executed(probe, probe.run(size))
     replayed = found.predicted.get(size) or probe.predict(found.model, size)
-    return _Window(trace, replayed.peak_event, _footprint(probe, trace, replayed, "predicted"))
+    footprint = footprint_on(probe.device, probe.workload, trace, replayed, "predicted")
+    return _Window(trace, replayed.peak_event, footprint)
+
+
+def _drawn(
+    probe: Probe,
+    found: Ceiling,
+    planned: Split,
+    window: _Window,
+    limit: int,
+    asked: Collection[Question],
+    objective: Objective,
+) -> dict[str, Any]:
+    """Return the fields of a plan that its charts and its page show."""
+    device, workload = probe.device, probe.workload
+    held_bytes = device.allocator().allocated_bytes
+    labelled = device.labelled(workload, window.trace)
+    curve = _curve(probe, found)
+    return {
+        "curve": curve,
+        "timeline": timeline_of(window.trace, device.allocator()),
+        "peak_blocks": peak_blocks_of(labelled, window.peak_event, held_bytes=held_bytes),
+        "lives": lives_of(labelled),
+        "most_bytes": most_bytes_of(window.trace, held_bytes=held_bytes),
+        "otherwise": _otherwise(planned, probe, found),
+        "what_if": (
+            what_if(probe, found, planned, curve, limit, asked)
+            if objective == "largest" and workload.accumulates
+            else None
+        ),
+    }
 
 
 def _otherwise(planned: Split, probe: Probe, found: Ceiling) -> WindowMemory | None:

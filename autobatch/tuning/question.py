@@ -19,7 +19,6 @@ from autobatch.devices.preserve import kernel_switches
 from autobatch.devices.virtual.elements import KEPT_ELEMENTS
 from autobatch.plan.plan import Plan
 from autobatch.records.plan_record import Objective
-from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning.probe import Probe
 from autobatch.workload.tree import leaves
@@ -56,8 +55,7 @@ def question_of(
     labels where they are drawn at random.
     """
     device, workload = probe.device, probe.workload
-    with random_state_kept():
-        batch = batch_of(workload.batch, 2)
+    batch = batch_of(workload.batch, 2)
     gpu = replace(device.spec, sources={})
     if not device.is_simulated:  # its context grows with the kernels that it loads
         gpu = replace(gpu, context_bytes=0)

@@ -9,72 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autobatch.devices.base import Run
+from autobatch.devices.base import MOST_STEPS, Run
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.gpus.roofline import SpeedEstimate, can_estimate, estimate
 from autobatch.gpus.work import LinearWork, WindowWork, Work
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.workload.workload import Workload
 
-__all__ = ["SpeedModel", "knee", "window_estimate"]
+__all__ = ["SpeedModel"]
 
 _SIZES = (2, 3)
 """Micro-batches that are counted; at one, PyTorch leaves out copies that it makes at all others."""
-
-_STEPS = 2
-"""Micro-batches of a counted window: the first makes the gradients, all others add to them."""
-
-
-def window_estimate(
-    workload: Workload,
-    gpu: GpuSpec,
-    *,
-    micro_batch: int,
-    accumulation_steps: int,
-    settings: AllocatorSettings | None = None,
-) -> SpeedEstimate | None:
-    """Estimate the seconds of a training window on a card, which need not be in the machine.
-
-    A compiled model is estimated as its eager original, which takes longer.
-
-    Args:
-        workload: what is trained.
-        gpu: the card.
-        micro_batch: samples of one forward pass on one GPU.
-        accumulation_steps: micro-batches of the window.
-        settings: of the caching allocator, as `VirtualGpu` takes them.
-
-    Returns:
-        The estimate; None where the card's bandwidth or FLOP/s are not known.
-
-    Raises:
-        WorkloadError: the user's model, loss or optimizer failed.
-
-    >>> import torch
-    >>> from autobatch.gpus.catalogue import find_gpu
-    >>> workload = Workload(
-    ...     model=torch.nn.Linear(512, 512), batch=lambda n: torch.zeros(n, 512)
-    ... )
-    >>> window = window_estimate(workload, find_gpu("t4"), micro_batch=8, accumulation_steps=2)
-    >>> window.bound, window.samples, window.low < window.seconds < window.high
-    ('launch', 16, True)
-    """
-    if not can_estimate(gpu):
-        return None
-    counted = min(accumulation_steps, _STEPS)
-    work = _counted(workload, gpu, micro_batch, counted, settings)
-    return _estimated(work, gpu, accumulation_steps, workload)
 
 
 @dataclass(slots=True)
 class SpeedModel:
     """The estimated seconds of windows of one workload on one card, at any size.
 
-    The window is counted at two small micro-batches. FLOPs and bytes lie on straight lines through
-    them, so that other sizes cost about a millisecond each. Where the windows of the two sizes are
-    not the same calls, every size that is asked for is counted, once.
+    One that is made by `of` counts the window at two small micro-batches. FLOPs and bytes lie on
+    straight lines through them, so that other sizes cost about a millisecond each. Where there are
+    no such lines, or the windows of the two sizes are not the same calls, every size that is asked
+    for is counted, once. A compiled model is estimated as its eager original, which takes longer.
 
     Attributes:
         workload: what is trained.
@@ -88,15 +44,13 @@ class SpeedModel:
     _counts: dict[int, WindowWork | None] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, workload: Workload, gpu: GpuSpec, settings: AllocatorSettings | None = None
-    ) -> SpeedModel:
+    def of(cls, workload: Workload, gpu: GpuSpec) -> SpeedModel:
         """Count a workload's windows at two sizes.
 
         Raises:
             WorkloadError: the user's model, loss or optimizer failed.
         """
-        model = cls(workload, gpu, settings)
+        model = cls(workload, gpu)
         if can_estimate(gpu):
             limit = workload.sample_limit
             low, high = _SIZES if limit is None or limit >= max(_SIZES) else (1, 2)
@@ -127,12 +81,33 @@ class SpeedModel:
         return model
 
     def estimate(self, micro_batch: int, accumulation_steps: int) -> SpeedEstimate | None:
-        """Return the estimate of a window; None where the card's speed is not known."""
+        """Return the estimate of a window; None where the card's speed is not known.
+
+        Raises:
+            WorkloadError: the size had to be counted, and the user's model, loss or optimizer
+                failed.
+
+        >>> import torch
+        >>> from autobatch.gpus.catalogue import find_gpu
+        >>> workload = Workload(
+        ...     model=torch.nn.Linear(512, 512), batch=lambda n: torch.zeros(n, 512)
+        ... )
+        >>> window = SpeedModel(workload, find_gpu("t4")).estimate(8, 2)
+        >>> window.bound, window.samples, window.low < window.seconds < window.high
+        ('launch', 16, True)
+        """
         if not can_estimate(self.gpu):
             return None
         lines = self._lines
         work = self._work(micro_batch) if lines is None else lines.at(micro_batch)
-        return _estimated(work, self.gpu, accumulation_steps, self.workload)
+        if work is None:
+            return None
+        return estimate(
+            work,
+            self.gpu,
+            accumulation_steps=accumulation_steps,
+            world_size=self.workload.world_size,
+        )
 
     def seconds(self, micro_batch: int, accumulation_steps: int) -> float | None:
         """Return the estimated seconds of a window; None where the card's speed is not known.
@@ -151,35 +126,13 @@ class SpeedModel:
 
     def _work(self, micro_batch: int) -> WindowWork | None:
         if micro_batch not in self._counts:
-            steps = _STEPS if self.workload.accumulates else 1
-            self._counts[micro_batch] = _counted(
-                self.workload, self.gpu, micro_batch, steps, self._settings
+            run = VirtualGpu(self.gpu, self._settings, counts_work=True).run(
+                self.workload,
+                micro_batch=micro_batch,
+                accumulation_steps=MOST_STEPS if self.workload.accumulates else 1,
             )
+            self._counts[micro_batch] = run.work
         return self._counts[micro_batch]
-
-
-def knee(seconds_by_size: Mapping[int, float], within: float = 0.03) -> int:
-    """Return the smallest micro-batch whose seconds a sample are near the best of all.
-
-    Args:
-        seconds_by_size: seconds of one micro-batch, or of windows of the same number of them, by
-            size.
-        within: how much slower than the best one it may be, as a share.
-
-    Raises:
-        UsageError: no size is given, or the share is negative.
-
-    >>> knee({8: 1.0, 16: 1.5, 32: 2.42, 64: 4.8})
-    32
-    """
-    if not seconds_by_size or within < 0:
-        raise UsageError(
-            f"{len(seconds_by_size)} sizes and a share of {within} are given: a knee needs at "
-            "least one size with its seconds, and a share of 0 or more, such as within=0.03"
-        )
-    rates = {size: seconds / size for size, seconds in seconds_by_size.items()}
-    best = min(rates.values())
-    return min(size for size, rate in rates.items() if rate <= best * (1 + within))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,25 +180,3 @@ class _Lines:
             update=self.second.update,
             averages=self.second.averages,
         )
-
-
-def _counted(
-    workload: Workload,
-    gpu: GpuSpec,
-    micro_batch: int,
-    accumulation_steps: int,
-    settings: AllocatorSettings | None,
-) -> WindowWork | None:
-    device = VirtualGpu(gpu, settings, counts_work=True)
-    run = device.run(workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps)
-    return run.work
-
-
-def _estimated(
-    work: WindowWork | None, gpu: GpuSpec, accumulation_steps: int, workload: Workload
-) -> SpeedEstimate | None:
-    if work is None:
-        return None
-    return estimate(
-        work, gpu, accumulation_steps=accumulation_steps, world_size=workload.world_size
-    )

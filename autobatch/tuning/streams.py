@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autobatch.devices.base import Device, Run
+from autobatch.devices.base import MOST_STEPS, Device, Run
 from autobatch.errors import WorkloadError
 from autobatch.gpus.uncertainty import peak_range
 from autobatch.memory.allocator import CachingAllocator
@@ -82,7 +82,7 @@ class Stream:
         if not workload.stream:
             return None
         simulator = device.simulated()
-        size, steps = footprint.micro_batch, min(footprint.accumulation_steps, 2)
+        size, steps = footprint.micro_batch, min(footprint.accumulation_steps, MOST_STEPS)
         alone = footprint.peak_reserved_bytes
         if not device.is_simulated:
             run = simulator.run(workload, micro_batch=size, accumulation_steps=steps)

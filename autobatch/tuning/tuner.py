@@ -18,29 +18,28 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from autobatch.devices.base import MOST_STEPS
 from autobatch.devices.choose import Gpu, choose_device, described
+from autobatch.devices.preserve import answering
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import DoesNotFitError, UsageError
 from autobatch.levers.setup import Setup
-from autobatch.memory.accounting import footprint_of
 from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Footprint
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
-from autobatch.records.split import split
 from autobatch.support.files import check_writable
-from autobatch.support.interrupts import arriving
 from autobatch.support.ranks import ranks_here
 from autobatch.support.wording import argument
 from autobatch.tuning.agreement import agreed
 from autobatch.tuning.cache import CacheEntry
 from autobatch.tuning.isolation import apart
 from autobatch.tuning.objective import require_objective
-from autobatch.tuning.planning import LARGEST, plan_of, probe_of
+from autobatch.tuning.planning import footprint_on, plan_of, probe_of
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import holds, question_of
 from autobatch.tuning.streams import Stream, with_heaviest_batch
-from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.tuning.workloads import checked_target, whole, workload_of
 from autobatch.workload.complete import Asked
 from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, OptimizerSpec, Sharding, Workload
@@ -127,8 +126,6 @@ def tune(
     `print(plan)` shows where every byte goes and how sure that is; `plan.report("out")` writes a
     page; `for window in plan.windows(loader, optimizer)` trains by it.
     """
-    if headroom is not None:
-        require_share(headroom)
     require_objective(objective)
     ranks = ranks_here()
     agrees = world_size is None and ranks > 1
@@ -143,8 +140,7 @@ def tune(
         world_size=ranks if world_size is None else world_size,
         sharding=sharding,
     )
-    target = whole(target)
-    split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
+    target = checked_target(target, asked.world_size, headroom)
     if time_limit is not None and not isolate:
         raise UsageError("time_limit ends a child process: pass isolate=True with it")
     is_time = isinstance(time_limit, (int, float)) and 0 < time_limit < math.inf
@@ -164,7 +160,7 @@ def tune(
     make = partial(_tuned, request, asked, gpu, progress=progress)
     if isolate:
         make = partial(apart, _tuned, request, asked, gpu, progress=progress, time_limit=time_limit)
-    with arriving():
+    with answering():
         return agreed(make) if agrees else make()
 
 
@@ -206,7 +202,7 @@ def _tuned(request: _Request, asked: Asked, gpu: Gpu, *, progress: ProgressCallb
     except DoesNotFitError as error:
         if not isinstance(device, VirtualGpu):
             raise
-        from autobatch.tuning.advise import with_remedies  # levers are not for runs that fit
+        from autobatch.tuning.remedies import with_remedies  # levers are not for runs that fit
 
         raise with_remedies(
             error,
@@ -229,7 +225,7 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
         UsageError: it is no path, or the code that calls cannot be told from an edited one.
         FileError: it cannot be written.
     """
-    if not isinstance(cache, (str, os.PathLike)) or cache == "confirm":  # a word of old, no file
+    if not isinstance(cache, (str, os.PathLike)):
         raise UsageError(f"cache is {cache!r}: name a file to keep the plan in, or leave it out")
     if hasattr(sys, "ps1") or sys.argv[0] in ("", "-"):
         raise UsageError(
@@ -239,7 +235,7 @@ def _checked_file(cache: str | os.PathLike[str]) -> Path:
     return check_writable(cache)
 
 
-@arriving()
+@answering()
 def predict(
     model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
@@ -292,20 +288,13 @@ def predict(
     probe = Probe(
         device=device,
         workload=workload,
-        accumulation_steps=min(accumulation_steps, 2),
+        accumulation_steps=min(accumulation_steps, MOST_STEPS),
         progress=progress,
     )
     run = probe.run(micro_batch)
     if not run.replay.fits:  # there is no other limit than that of addresses
         raise _beyond_addresses(micro_batch)
-    footprint = footprint_of(
-        run.trace,
-        run.replay,
-        device.spec,
-        device.evidence,
-        simulated=True,
-        world_size=workload.world_size,
-    )
+    footprint = footprint_on(device, workload, run.trace, run.replay)
     footprint = replace(footprint, accumulation_steps=accumulation_steps)
     stream = Stream.of(workload, device, footprint)
     return footprint if stream is None else stream.footprint(footprint)

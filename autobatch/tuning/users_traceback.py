@@ -11,14 +11,14 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autobatch.memory.stacks import is_of_library
+from autobatch.memory.stacks import is_users
+from autobatch.support.owners import OURS
 
 __all__ = ["Line", "UsersTraceback", "users_traceback"]
 
 Line = tuple[str, int, str, str]
 """A file, its line, the function, and the source."""
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _PACKAGES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
 _PYTORCH = re.compile(r"[/\\]torch[/\\]")
 
@@ -104,12 +104,12 @@ def _lines(error: BaseException) -> list[Line]:
 
 def _is_users(line: Line) -> bool:
     path = line[0]
-    return not (path.startswith(("<", _OURS)) or is_of_library(path))
+    return is_users(path) and not path.startswith("<")
 
 
 def _is_of_package(line: Line) -> bool:
     path = line[0]
-    if path.startswith(_OURS) or not _PACKAGES.search(path):
+    if path.startswith(OURS) or not _PACKAGES.search(path):
         return False
     return not _PYTORCH.search(path)
 

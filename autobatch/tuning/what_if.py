@@ -14,8 +14,9 @@ from autobatch.devices.virtual.questions import Question
 from autobatch.devices.virtual.sharing import are_alike
 from autobatch.errors import UsageError
 from autobatch.gpus.budget import budget_bytes
-from autobatch.gpus.catalogue import CATALOGUE, GpuSpec
-from autobatch.memory.trace_model import Misaligned, TraceModel
+from autobatch.gpus.catalogue import GpuSpec, by_capacity
+from autobatch.memory.alignment import Misaligned
+from autobatch.memory.trace_model import TraceModel
 from autobatch.records.evidence import MemoryPoint
 from autobatch.records.split import Split, split
 from autobatch.records.what_if import WhatIf, WhatIfCard
@@ -95,7 +96,7 @@ def _is_certain(probe: Probe, found: Ceiling, model: TraceModel) -> bool:
 
 def _others(spec: GpuSpec) -> Iterator[GpuSpec]:
     """Yield the other cards of the catalogue that run the same kernels with the same scratch."""
-    for card in sorted(CATALOGUE.values(), key=lambda card: card.capacity_bytes):
+    for card in by_capacity():
         if card.name != spec.name and are_alike(spec, card):
             yield card
 

@@ -1,4 +1,4 @@
-"""From what callers of `tune`, `predict` and `advise` give to a workload and whole numbers."""
+"""From what callers of `tune`, `predict` and the rest give to a workload and checked numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 from autobatch.devices.choose import Gpu, built
 from autobatch.devices.preserve import one_at_a_time
 from autobatch.errors import UsageError
+from autobatch.records.split import split
 from autobatch.support.exits import exits_reported
 from autobatch.support.wording import argument
-from autobatch.workload.complete import Asked
+from autobatch.tuning.planning import LARGEST
+from autobatch.workload.complete import Asked, WorkloadOptions
 from autobatch.workload.workload import Workload
 
-__all__ = ["require_share", "whole", "workload_of"]
+__all__ = ["checked_target", "stated", "whole", "workload_of"]
 
 
 def workload_of(asked: Asked, gpu: Gpu) -> Workload:
@@ -34,13 +36,22 @@ def whole(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-def require_share(headroom: float) -> None:
-    """Refuse a headroom that is no share.
+def checked_target(target: Any, world_size: int, headroom: float | None) -> int:
+    """Return an effective batch as Python's own number, before anything is built or run.
 
     Raises:
-        UsageError: it is not in [0, 1).
+        UsageError: the target cannot be split, or a headroom is given that is not in [0, 1).
     """
-    if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+    target = whole(target)
+    split(target, ceiling=LARGEST, world_size=world_size)
+    is_share = isinstance(headroom, (int, float)) and 0 <= headroom < 1
+    if headroom is not None and not is_share:
         raise UsageError(
             f"{argument('headroom')} is {headroom!r}: use a share of at least 0 and below 1"
         )
+    return target  # type: ignore[no-any-return]
+
+
+def stated(options: WorkloadOptions) -> WorkloadOptions:
+    """Return the options without those that are None, which mean the Workload's own."""
+    return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]

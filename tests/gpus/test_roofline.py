@@ -178,7 +178,7 @@ def test_a_copy_takes_its_bytes_at_the_bandwidth_to_the_host(what, gpu):
     found = estimate(shared(through_host(8e9, what)), card, accumulation_steps=1)
     bandwidth = links_of(card).host_bytes_per_s * EFFICIENCY.link
     assert found.seconds == pytest.approx(8e9 / bandwidth + EFFICIENCY.call_seconds)
-    assert (found.bound, found.communication_seconds) == ("communication", found.seconds)
+    assert found.bound == "communication"
 
 
 def test_an_op_of_the_host_takes_its_bytes_at_the_bandwidth_of_its_memory():

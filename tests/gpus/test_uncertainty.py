@@ -12,7 +12,6 @@ from torch import nn
 
 import autobatch
 from autobatch.gpus.uncertainty import (
-    CONFIDENCE,
     CONTEXT_READINGS,
     NEEDED,
     SIMULATED_HEADROOM,
@@ -78,8 +77,8 @@ def test_percentiles_rise():
 
 def test_the_default_headroom_is_as_safe_as_it_says():
     usable = 40 * GIB
-    assert likelihood_of(round(usable * (1 - SIMULATED_HEADROOM)), usable) >= CONFIDENCE
-    assert likelihood_of(round(usable * (1.03 - SIMULATED_HEADROOM)), usable) < CONFIDENCE
+    assert likelihood_of(round(usable * (1 - SIMULATED_HEADROOM)), usable) >= 0.95
+    assert likelihood_of(round(usable * (1.03 - SIMULATED_HEADROOM)), usable) < 0.95
 
 
 @given(st.integers(1, 10**12), st.integers(0, 10**10), KINDS)
@@ -100,7 +99,7 @@ def test_a_simulated_plan_says_how_sure_it_is(tmp_path):
     footprint = plan.footprint
     assert plan.headroom == SIMULATED_HEADROOM
     assert footprint.low_device_bytes < footprint.peak_device_bytes < footprint.high_device_bytes
-    assert plan.likelihood >= plan.ceiling_likelihood >= CONFIDENCE
+    assert plan.likelihood >= plan.ceiling_likelihood >= 0.95
     assert "likely to fit" in str(plan)
     assert autobatch.Plan.load(plan.save(tmp_path / "plan.json")).likelihood == plan.likelihood
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,17 @@ def card(mib: int) -> GpuSpec:
     return replace(find_gpu("a100-40gb"), name="small", capacity_bytes=mib * MIB, context_bytes=0)
 
 
+@functools.cache
+def advised(mib: int, *, allow_numerics: bool) -> Advice:
+    return advise(workload(), target=64, gpu=card(mib), levers=FEW, allow_numerics=allow_numerics)
+
+
+@functools.cache
+def heavy() -> Workload:
+    """A run whose weights, gradients and moments take more than `card(1000)` has."""
+    return Workload(model=stack(1024, 12), batch=lambda n: torch.zeros(n, 64, 1024))
+
+
 def options_of(training: Workload, gpu: GpuSpec, levers: list[str]) -> dict[str, Option]:
     setup = Setup(workload=training, gpu=gpu)
     return {o.label: o for name in levers for o in LEVERS[name].options(setup)}
@@ -52,8 +64,7 @@ def options_of(training: Workload, gpu: GpuSpec, levers: list[str]) -> dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize("mib", [150, 400, 4000])
 def test_every_ceiling_is_that_of_the_plan_for_the_changed_workload(mib: int) -> None:
-    training = workload()
-    advice = advise(training, target=64, gpu=card(mib), levers=FEW, allow_numerics=True)
+    training, advice = workload(), advised(mib, allow_numerics=True)
     options = options_of(training, card(mib), FEW)
     assert {label for choice in advice.choices for label in choice.options} == set(options)
     for choice in (advice.as_it_is, *advice.choices):
@@ -91,8 +102,7 @@ def test_what_is_saved_is_reserved_memory_at_the_reference() -> None:
 @pytest.mark.slow
 def test_what_changes_numbers_is_combined_only_where_asked_for() -> None:
     def together(allow: bool) -> list[Choice]:
-        training = workload()
-        advice = advise(training, target=64, gpu=card(4000), levers=FEW, allow_numerics=allow)
+        advice = advised(4000, allow_numerics=allow)
         alone = [choice for choice in advice.choices if len(choice.options) == 1]
         assert any(choice.changes_numerics for choice in alone)
         return [choice for choice in advice.choices if len(choice.options) > 1]
@@ -103,7 +113,7 @@ def test_what_changes_numbers_is_combined_only_where_asked_for() -> None:
 
 @pytest.mark.slow
 def test_choices_that_fit_come_first_and_the_fastest_of_them_at_the_top() -> None:
-    advice = advise(workload(), target=64, gpu=card(150), levers=FEW, allow_numerics=True)
+    advice = advised(150, allow_numerics=True)
     fits = [choice.fits for choice in advice.choices]
     assert fits == sorted(fits, reverse=True)
     seconds = [c.window_seconds for c in advice.fitting if c.window_seconds is not None]
@@ -112,8 +122,7 @@ def test_choices_that_fit_come_first_and_the_fastest_of_them_at_the_top() -> Non
 
 @pytest.mark.slow
 def test_what_it_would_take_was_tried() -> None:
-    training = Workload(model=stack(1024, 12), batch=lambda n: torch.zeros(n, 64, 1024))
-    small = card(1000)
+    training, small = heavy(), card(1000)
     advice = advise(training, target=8, gpu=small, levers=[])
     assert not advice.as_it_is.fits and not advice.choices
     needs = {need.what: need for need in advice.needs}
@@ -270,7 +279,7 @@ def test_an_unknown_lever_names_the_one_that_was_meant() -> None:
 
 @pytest.mark.slow
 def test_an_advice_survives_json_and_prints_its_lines_of_code() -> None:
-    advice = advise(workload(), target=64, gpu=card(150), levers=FEW)
+    advice = advised(150, allow_numerics=False)
     assert Advice.from_json(advice.to_json()) == advice
     text = str(advice)
     assert "as it is" in text
@@ -291,15 +300,14 @@ def test_tf32_costs_no_memory_and_less_time() -> None:
 class TestWhatStateAloneKeepsFromFitting:
     """Of a model whose weights, gradients and moments take more than the card has."""
 
-    training = Workload(model=stack(1024, 12), batch=lambda n: torch.zeros(n, 64, 1024))
-    gpu = card(1000)
-
-    def advised(self) -> tuple[Advice, list[str]]:
+    @staticmethod
+    @functools.cache
+    def advised() -> tuple[Advice, list[str]]:
         told: list[str] = []
         advice = advise(
-            self.training,
+            heavy(),
             target=8,
-            gpu=self.gpu,
+            gpu=card(1000),
             levers=["precision", "checkpointing", "offload", "optimizer", "allocator"],
             progress=lambda progress: told.append(progress.step),
         )
@@ -312,19 +320,14 @@ class TestWhatStateAloneKeepsFromFitting:
         assert {choice.label for choice in skipped} >= {
             "checkpointing: every block", "precision: bf16 autocast", "optimizer: fused",
         }  # fmt: skip
+        kinds = ["precision", "checkpointing", "offload", "optimizer"]
+        options = options_of(heavy(), card(1000), kinds)
         for choice in skipped:
             assert not choice.fits and choice.saved_bytes is None and len(choice.options) == 1
             assert f"trying {choice.label}" not in told
-            (option,) = [
-                o
-                for name, o in options_of(
-                    self.training, self.gpu, ["precision", "checkpointing", "offload", "optimizer"]
-                ).items()
-                if name == choice.label
-            ]
-            changed = option.apply(Setup(workload=self.training, gpu=self.gpu))
+            changed = options[choice.label].apply(Setup(workload=heavy(), gpu=card(1000)))
             needed = autobatch.predict(
-                changed.workload, micro_batch=1, accumulation_steps=2, gpu=self.gpu
+                changed.workload, micro_batch=1, accumulation_steps=2, gpu=card(1000)
             ).peak_reserved_bytes
             assert advice.budget_bytes < choice.reference_bytes <= needed
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.memory.trace_model import TraceModel, nodes_for
+from autobatch.memory.interpolation import nodes_for
+from autobatch.memory.trace_model import TraceModel
 from autobatch.support.units import GIB
 from autobatch.tuning.tuner import predict, tune
 from autobatch.workload.sample import batch_builder

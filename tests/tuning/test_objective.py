@@ -15,9 +15,9 @@ from autobatch import GpuSpec, Plan, SampleError, UsageError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning.objective import samples_per_second
-from autobatch.tuning.speed import window_estimate
 from autobatch.workload.workload import Workload
 from tests.support.cuda_on_cpu import CudaOnCpu, installed
+from tests.support.simulated import window_estimate
 
 
 def workload(width: int = 64) -> Workload:

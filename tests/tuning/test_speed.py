@@ -1,4 +1,4 @@
-"""Windows of any size are estimated from the counted ones, and the knee is found."""
+"""Windows of any size are estimated from the counted ones."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 import autobatch
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.gpus.links import links_of
 from autobatch.gpus.roofline import EFFICIENCY
-from autobatch.tuning.speed import SpeedModel, knee, window_estimate
+from autobatch.tuning.speed import SpeedModel
 from autobatch.workload.sample import batch_builder
 from autobatch.workload.workload import Workload
+from tests.support.simulated import window_estimate
 
 A100 = find_gpu("a100-40gb")
 
@@ -139,7 +137,7 @@ def test_windows_that_change_their_calls_are_counted_at_every_size():
 def test_a_card_without_figures_has_no_estimate_and_runs_nothing(monkeypatch):
     monkeypatch.setattr(VirtualGpu, "run", None)
     card = find_gpu("24GiB")
-    assert window_estimate(workload(), card, micro_batch=4, accumulation_steps=1) is None
+    assert SpeedModel(workload(), card).estimate(4, 1) is None
     assert SpeedModel.of(workload(), card).seconds(4, 1) is None
 
 
@@ -154,22 +152,3 @@ def test_ranks_take_longer_for_the_same_samples():
         return window_estimate(made, A100, micro_batch=8, accumulation_steps=1).seconds
 
     assert seconds(1) < seconds(2) < seconds(16)
-
-
-@given(
-    st.dictionaries(st.integers(1, 512), st.floats(1e-6, 1e3), min_size=1),
-    st.floats(0, 1),
-)
-def test_the_knee_is_the_smallest_size_that_is_nearly_the_best(seconds, within):
-    rates = {size: taken / size for size, taken in seconds.items()}
-    found = knee(seconds, within)
-    limit = min(rates.values()) * (1 + within)
-    assert rates[found] <= limit
-    assert all(rate > limit for size, rate in rates.items() if size < found)
-
-
-def test_a_knee_of_nothing_is_refused():
-    with pytest.raises(UsageError, match="0 sizes"):
-        knee({})
-    with pytest.raises(UsageError, match="share"):
-        knee({1: 1.0}, within=-0.1)

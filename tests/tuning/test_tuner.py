@@ -160,7 +160,7 @@ def test_the_search_of_a_model_that_always_fits_stops_at_its_limit_and_says_so()
     plan = tune(nn.Linear(4, 2), sample=torch.zeros(2, 4), loss=None, gpu="b200")
     assert plan.ceiling is None
     assert plan.ceiling_at_least == 2**16
-    assert any("stopped at micro-batch 65536" in note for note in plan.notes)
+    assert any("stopped at micro-batch 65,536" in note for note in plan.notes)
     assert plan.model.loss == "surrogate sum"
     assert any("sum of the outputs" in warning for warning in plan.warnings)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_HOMES` is what runs
     from autobatch.choosing.compare import compare as compare
     from autobatch.choosing.comparison import Comparison as Comparison
     from autobatch.choosing.frontier import Frontier as Frontier
-    from autobatch.choosing.sweep import Sweep as Sweep
     from autobatch.choosing.sweep import sweep as sweep
+    from autobatch.choosing.swept import Sweep as Sweep
     from autobatch.choosing.vary import vary as vary
     from autobatch.equivalence.check import check_equivalence as check_equivalence
     from autobatch.equivalence.result import Equivalence as Equivalence
@@ -55,7 +55,8 @@ _HOMES = {
     "autobatch.choosing.compare": "compare",
     "autobatch.choosing.comparison": "Comparison",
     "autobatch.choosing.frontier": "Frontier",
-    "autobatch.choosing.sweep": "Sweep sweep",
+    "autobatch.choosing.sweep": "sweep",
+    "autobatch.choosing.swept": "Sweep",
     "autobatch.choosing.vary": "vary",
     "autobatch.equivalence.check": "check_equivalence",
     "autobatch.equivalence.result": "Equivalence",

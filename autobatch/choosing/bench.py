@@ -10,29 +10,23 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from autobatch.choosing.space import Configuration
-from autobatch.devices.base import Device, Run
+from autobatch.devices.base import MOST_STEPS, Device, Run
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError
 from autobatch.gpus.budget import budget_bytes
 from autobatch.gpus.roofline import can_estimate, estimate
 from autobatch.levers.setup import Setup
-from autobatch.memory.accounting import footprint_of
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.plan.plan import Plan
 from autobatch.records.footprint import Evidence
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import for_reader
-from autobatch.tuning.planning import plan_of, probe_of
+from autobatch.tuning.objective import TIMED_STEPS
+from autobatch.tuning.planning import footprint_on, plan_of, probe_of
 from autobatch.tuning.streams import Stream
 from autobatch.workload.workload import Workload
 
 __all__ = ["Bench", "GpuBench", "SimulatedBench", "Tried", "bench_of"]
-
-_COUNTED_STEPS = 2
-"""From the second micro-batch of a window on all are alike."""
-
-_TIMED_STEPS = 8
-"""Micro-batches of a window that is timed on a card; longer ones take as many times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +124,7 @@ class SimulatedBench:
             run = card.run(
                 setup.workload,
                 micro_batch=configuration.micro_batch,
-                accumulation_steps=min(steps, _COUNTED_STEPS),
+                accumulation_steps=min(steps, MOST_STEPS),
             )
         fits, reserved, reason = _judged(run, setup.workload, card, self.budget_bytes)
         if not fits:
@@ -202,7 +196,7 @@ class GpuBench:
         workload, size = configuration.setup.workload, configuration.micro_batch
         steps = configuration.split.accumulation_steps
         foreseen = self._simulated.run(
-            workload, micro_batch=size, accumulation_steps=min(steps, _COUNTED_STEPS)
+            workload, micro_batch=size, accumulation_steps=min(steps, MOST_STEPS)
         )
         fits, reserved, reason = _judged(foreseen, workload, self._simulated, self.budget_bytes)
         if not fits:
@@ -214,7 +208,7 @@ class GpuBench:
                 executions=0,
                 simulations=1,
             )
-        timed = min(steps, _TIMED_STEPS)
+        timed = min(steps, TIMED_STEPS)
         with self.device.hosting(workload):
             run = self.device.run(workload, micro_batch=size, accumulation_steps=timed)
         fits, reserved, reason = _judged(run, workload, self.device, self.budget_bytes)
@@ -251,15 +245,7 @@ def _judged(
         return False, reserved, f"it runs out of memory ({run.shortage})"
     fits = run.fits(budget)
     if fits and workload.stream:
-        footprint = footprint_of(
-            run.trace,
-            run.replay,
-            device.spec,
-            device.evidence,
-            simulated=device.is_simulated,
-            held_bytes=device.allocator().allocated_bytes,
-            world_size=workload.world_size,
-        )
+        footprint = footprint_on(device, workload, run.trace, run.replay)
         stream = Stream.of(workload, device, footprint)
         if stream is not None:
             fits = stream.fits(budget)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
+from autobatch.choosing.values import shown
 from autobatch.errors import UsageError
 from autobatch.gpus.catalogue import GpuSpec, find_gpu, is_device
 from autobatch.support.wording import argument, for_reader
 
 __all__ = ["distinct_cards", "prices_of"]
+
+_ENDLESS = 1e100
+"""No price is as high, and what it costs to train could not be written as a number."""
 
 
 def distinct_cards(gpus: Iterable[str | GpuSpec]) -> tuple[GpuSpec, ...]:
@@ -20,6 +25,8 @@ def distinct_cards(gpus: Iterable[str | GpuSpec]) -> tuple[GpuSpec, ...]:
     """
     if isinstance(gpus, (str, GpuSpec)):
         gpus = (gpus,)
+    if not isinstance(gpus, Iterable):
+        raise UsageError(f"{argument('gpus')} is {shown(gpus)}: use {_example()}")
     cards: dict[str, GpuSpec] = {}
     for given in gpus:
         if given == "":
@@ -50,8 +57,14 @@ def prices_of(prices: Mapping[str, float], cards: Sequence[GpuSpec]) -> dict[str
         UsageError: a price is for a card that is not compared, or no price.
     """
     named = {card.name for card in cards}
+    if not isinstance(prices, Mapping):
+        raise UsageError(f"prices is {shown(prices)}: use a dict such as {{'t4': 0.35}}")
     found: dict[str, float] = {}
+    given: Any
+    price: Any
     for given, price in prices.items():
+        if not isinstance(given, str):
+            raise UsageError(f"there is a price for {shown(given)}: prices are by names of cards")
         name = given if given in named else find_gpu(given, asked_as="gpus").name
         if name not in named:
             raise UsageError(
@@ -60,11 +73,11 @@ def prices_of(prices: Mapping[str, float], cards: Sequence[GpuSpec]) -> dict[str
             )
         if name in found:
             raise UsageError(f"there are two prices for {name}: give one")
-        is_number = isinstance(price, (int, float)) and not isinstance(price, bool)
-        if not is_number or not math.isfinite(price) or price < 0:
+        is_number = isinstance(price, Real) and not isinstance(price, bool)
+        if not is_number or not 0 <= price < _ENDLESS:
             raise UsageError(
-                f"the price of {name} is {price!r}: give a number of at least 0, what one such "
-                "card costs for an hour"
+                f"the price of {name} is {shown(price)}: give a number of at least 0, what one "
+                "such card costs for an hour"
             )
         found[name] = float(price)
     return found

@@ -17,32 +17,30 @@ from autobatch.choosing.cards import distinct_cards, prices_of
 from autobatch.choosing.comparison import Comparison
 from autobatch.choosing.outcomes import (
     Told,
-    created_now,
     first_error,
     outcome_of,
     shared_warnings,
-    versions,
-    window_time,
+    window_of,
 )
+from autobatch.devices.preserve import answering
 from autobatch.devices.virtual.ahead import Task, run_ahead
 from autobatch.devices.virtual.questions import questions
 from autobatch.devices.virtual.sharing import SharedRuns, SharingGpu
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
-from autobatch.gpus.catalogue import CATALOGUE, GpuSpec
+from autobatch.gpus.catalogue import GpuSpec, by_capacity
+from autobatch.gpus.roofline import can_estimate
 from autobatch.memory.lasting import lasting_bytes
 from autobatch.plan.plan import Plan
 from autobatch.records.comparison import ComparedCard, Outcome, WindowTime
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
-from autobatch.records.split import split
-from autobatch.support.interrupts import arriving
 from autobatch.support.wording import one_line
 from autobatch.tuning.ceiling import SMALL
 from autobatch.tuning.objective import require_objective
-from autobatch.tuning.planning import LARGEST, probe_of
+from autobatch.tuning.planning import probe_of
 from autobatch.tuning.probe import Probe
-from autobatch.tuning.speed import SpeedModel
-from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.tuning.stamp import created_now, versions
+from autobatch.tuning.workloads import checked_target, stated, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions, require_options
 from autobatch.workload.workload import Workload
 
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 
-@arriving()
+@answering()
 def compare(
     model: nn.Module | Workload | Callable[[], nn.Module | Workload],
     *,
@@ -74,7 +72,8 @@ def compare(
         target: effective batch: samples per optimizer update over all GPUs.
         gpus: catalogue names, sizes such as "24GiB", or GpuSpecs.
         prices: of one card for an hour, by its name, in any one currency; for some or all cards.
-        objective: which of the micro-batches that fit is planned, as in `tune`.
+        objective: which of the micro-batches that fit is planned, as in `tune`; the largest on
+            cards whose speed is not known, with a note, where that of others is.
         headroom: share of the usable memory to leave free, in [0, 1); None leaves what
             `autobatch.gpus.uncertainty` asks for.
         progress: told of each step.
@@ -99,11 +98,8 @@ def compare(
     cards = distinct_cards(gpus)
     priced = prices_of(prices or {}, cards)
     require_options(compare, options)
-    asked = Asked(model=model, **{"world_size": 1} | _stated(options))
-    target = whole(target)
-    split(target, ceiling=LARGEST, world_size=asked.world_size)  # refuses what cannot be split
-    if headroom is not None:
-        require_share(headroom)
+    asked = Asked(model=model, **stated(options))
+    target = checked_target(target, asked.world_size, headroom)
     require_objective(objective)
     told = Told(progress, len(cards))
     search = _Search(_Builder(asked), target, objective, headroom, told)
@@ -154,6 +150,8 @@ class _Search:
         self._told = told
         self._shared = SharedRuns()
         self._probes: dict[str, Probe] = {}
+        self._knows_speeds = True
+        self._warnings: list[str] = []
         self._notes: list[str] = []
 
     def comparison(self, cards: Sequence[GpuSpec], prices: Mapping[str, float]) -> Comparison:
@@ -166,11 +164,12 @@ class _Search:
         plans: dict[str, Plan] = {}
         outcomes: dict[str, Outcome] = {}
         errors: list[AutobatchError] = []
+        self._knows_speeds = any(map(can_estimate, cards))
         run_ahead(self._foreseen(cards))
         for gpu in cards:
             self._told.begin(gpu.name)
             try:
-                plan, outcome = outcome_of(self._probe(gpu), self._target, self._objective)
+                plan, outcome = self._found(gpu)
             except (UsageError, WorkloadError) as error:
                 errors.append(error)
                 outcome = Outcome(failure=str(error))
@@ -202,14 +201,35 @@ class _Search:
             executions=self._shared.executions,
             warnings=(
                 *shared_warnings({name: plan.warnings for name, plan in plans.items()}),
+                *self._warnings,
+            ),
+            notes=(
+                *shared_warnings({name: plan.notes for name, plan in plans.items()}),
                 *self._notes,
             ),
-            notes=shared_warnings({name: plan.notes for name, plan in plans.items()}),
             versions=versions(),
             created=created_now(),
             seconds=0.0,
             plans=plans,
         )
+
+    def _found(self, gpu: GpuSpec) -> tuple[Plan | None, Outcome]:
+        """Return the plan of a card; the largest where its speed, which decides it, is not known.
+
+        Raises:
+            UsageError: as `outcome_of`; the speed of none of the cards is known.
+            WorkloadError: as `outcome_of`.
+        """
+        probe, is_timed = self._probe(gpu), can_estimate(gpu) or not self._knows_speeds
+        if self._objective == "largest" or is_timed:
+            return outcome_of(probe, self._target, self._objective)
+        plan, outcome = outcome_of(probe, self._target)
+        if plan is not None:
+            self._notes.append(
+                f"no plan by time for {gpu.name}: its speed is not known, so that the largest "
+                "micro-batch is planned"
+            )
+        return plan, outcome
 
     def _foreseen(self, cards: Sequence[GpuSpec]) -> Iterator[Task]:
         """Yield tasks for helpers: what is executed first for each kind of card."""
@@ -234,17 +254,15 @@ class _Search:
         """Estimate the windows of the plans, from the work of the runs that found them."""
         found: dict[str, WindowTime] = {}
         for name, plan in plans.items():
-            probe = self._probes[name]
-            speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs)
             try:
-                estimate = speed.estimate(plan.micro_batch, plan.accumulation_steps)
+                window = window_of(self._probes[name], plan)
             except WorkloadError as error:
-                self._notes.append(
+                self._warnings.append(
                     f"{name}: the time of a window could not be estimated ({one_line(error)})"
                 )
                 continue
-            if estimate is not None:
-                found[name] = window_time(estimate)
+            if window is not None:
+                found[name] = window
         return found
 
     def _smallest_card(self, outcomes: Mapping[str, Outcome]) -> str | None:
@@ -257,7 +275,7 @@ class _Search:
             for name, each in short.items()
         )
         tried = max(each.tried_micro_batch or 1 for each in short.values())
-        for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.capacity_bytes):
+        for gpu in by_capacity():
             known = outcomes.get(gpu.name)
             if known is not None and known.fits:
                 return gpu.name
@@ -270,8 +288,3 @@ class _Search:
             except AutobatchError:  # the code fails there
                 continue
         return None
-
-
-def _stated(options: WorkloadOptions) -> WorkloadOptions:
-    """Return the options without those that are None, which mean the Workload's own."""
-    return {name: value for name, value in options.items() if value is not None}  # type: ignore[return-value]

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 
-import torch
-
-from autobatch import _version
 from autobatch.errors import AutobatchError, DoesNotFitError
-from autobatch.gpus.roofline import SpeedEstimate
 from autobatch.plan.plan import Plan
 from autobatch.records.comparison import Outcome, WindowTime
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import Progress, ProgressCallback
 from autobatch.tuning.planning import plan_of
 from autobatch.tuning.probe import Probe
+from autobatch.tuning.speed import SpeedModel
 
-__all__ = [
-    "Told",
-    "created_now",
-    "first_error",
-    "outcome_of",
-    "shared_warnings",
-    "versions",
-    "window_time",
-]
+__all__ = ["Told", "first_error", "measured_window", "outcome_of", "shared_warnings", "window_of"]
 
 _EXPECTED = 3
 """Executions of most searches, for the progress that is shown."""
@@ -65,11 +52,30 @@ def outcome_of(
     )
 
 
-def window_time(estimate: SpeedEstimate) -> WindowTime:
-    """Return the estimate of a window's time as a record."""
-    return WindowTime(
-        seconds=estimate.seconds, low=estimate.low, high=estimate.high, bound=estimate.bound
-    )
+def window_of(probe: Probe, plan: Plan) -> WindowTime | None:
+    """Return the time of a planned window: measured where it ran on the card, else estimated.
+
+    None where it was not measured, or the speed of the card is not known.
+
+    Raises:
+        WorkloadError: the probe's runs were not counted, and the workload failed as one was.
+    """
+    if not probe.device.is_simulated:
+        return measured_window(plan)
+    speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs)
+    found = speed.estimate(plan.micro_batch, plan.accumulation_steps)
+    if found is None:
+        return None
+    return WindowTime(seconds=found.seconds, low=found.low, high=found.high, bound=found.bound)
+
+
+def measured_window(plan: Plan) -> WindowTime | None:
+    """Return the measured time of a window, in proportion to its micro-batches."""
+    for trial in reversed(plan.trials):
+        if trial.micro_batch == plan.micro_batch and trial.window_seconds is not None:
+            each = trial.window_seconds / trial.accumulation_steps
+            return WindowTime(seconds=each * plan.accumulation_steps, evidence="measured")
+    return None
 
 
 class Told:
@@ -120,17 +126,3 @@ def first_error(errors: Sequence[AutobatchError], of: int) -> None:
     """Raise the first error where every one of `of` configurations failed."""
     if errors and len(errors) == of:
         raise errors[0]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that figures depend on."""
-    return {
-        "autobatch": _version.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def created_now() -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from autobatch.choosing.identity import identity_of
 from autobatch.errors import AutobatchError, LeverError, UsageError, WorkloadError
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option, WrongLeverError
@@ -100,6 +101,13 @@ class Space:
         self._calls = OwnLevers(setup)
         self._own = [each for each in given or () if not isinstance(each, (str, Lever))]
         self._levers = list(LEVERS.values()) if given is None else levers_named(known)
+        of_yours = {f"lever {each.name}": each for each in self._levers if not _is_known(each)}
+        for own in self._own:
+            function = _function_of(own)
+            name = f"{function.__module__}.{function.__qualname__}"
+            at = sum(each.split(" ")[0] == name for each in of_yours)
+            of_yours[f"{name} {at + 1}" if at else name] = own
+        self._identity = identity_of(of_yours)  # before they run, which may change what they hold
         self._levers = self._calls.checked(self._levers)
         allow_numerics = allow_numerics or given is not None
         self._values: dict[str, list[str]] = {}
@@ -117,17 +125,27 @@ class Space:
     @property
     def described(self) -> dict[str, Any]:
         """The space in plain values, which decide what a study is about."""
-        functions = map(_function_of, self._own)
-        own = [f"{each.__module__}.{each.__qualname__}" for each in functions]
-        return {"levers": self._values, "own levers": own, "micro-batches": list(self.sizes)}
+        return {
+            "levers": self._values,
+            "own levers": self._identity,
+            "micro-batches": list(self.sizes),
+        }
 
     def suggest(self, trial: Any) -> None:
         """Ask a trial for the value of every parameter."""
+        self.suggest_settings(trial)
+        self.suggest_size(trial)
+
+    def suggest_settings(self, trial: Any) -> None:
+        """Ask a trial for the value of every parameter but the micro-batch."""
         for name, values in self._values.items():
             trial.suggest_categorical(name, values)
         for own in self._own:
             self._change_of(own, trial)
-        trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
+
+    def suggest_size(self, trial: Any) -> int:
+        """Ask a trial for the micro-batch."""
+        return int(trial.suggest_categorical(MICRO_BATCH, list(self.sizes)))
 
     @property
     def settings(self) -> Mapping[str, Sequence[str]]:
@@ -147,11 +165,9 @@ class Space:
         """
         self._calls.require_untouched(label)
 
-    @property
-    def as_it_is(self) -> list[dict[str, Any]]:
-        """The parameters of the training run without any lever, by micro-batch."""
-        unchanged = dict.fromkeys(self._values, AS_IT_IS)
-        return [{**unchanged, MICRO_BATCH: size} for size in self.sizes]
+    def is_as_it_is(self, configuration: Configuration) -> bool:
+        """Whether no lever of a configuration changes anything."""
+        return configuration.setup is self._setup and configuration.failure is None
 
     def configuration(self, trial: Any) -> Configuration | str:
         """Return the configuration of a trial that has all values; or why there is none.
@@ -199,7 +215,7 @@ class Space:
                 if isinstance(error, LeverError):
                     return f"{_name_of(own)}: {one_line(error)}"
                 failure = failure or one_line(error)
-        size = trial.suggest_categorical(MICRO_BATCH, list(self.sizes))
+        size = self.suggest_size(trial)
         settings = {name: str(v) for name, v in trial.params.items() if name != MICRO_BATCH}
         try:
             divided = split(self._target, ceiling=size, world_size=setup.workload.world_size)
@@ -300,6 +316,10 @@ def _changes_settings(option: Option, setup: Setup) -> bool:
         raise
     except AutobatchError:  # told of the configurations that have it
         return False
+
+
+def _is_known(lever: Lever) -> bool:
+    return LEVERS.get(lever.name) is lever
 
 
 def _is_failure(error: AutobatchError) -> bool:

@@ -9,6 +9,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,42 +19,37 @@ from torch import nn
 from autobatch.choosing.frontier import Frontier
 from autobatch.choosing.outcomes import (
     Told,
-    created_now,
     first_error,
     outcome_of,
     shared_warnings,
-    versions,
-    window_time,
+    window_of,
 )
-from autobatch.choosing.values import whole_values
+from autobatch.choosing.values import shown, whole_values
 from autobatch.devices.base import Device
 from autobatch.devices.choose import Gpu, choose_device
 from autobatch.devices.copies import batch_of
+from autobatch.devices.preserve import answering
 from autobatch.errors import AutobatchError, UsageError, WorkloadError
 from autobatch.plan.plan import Plan
-from autobatch.records.comparison import FrontierPoint, Outcome, WindowTime
+from autobatch.records.comparison import FrontierPoint, Outcome
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
-from autobatch.records.split import split
-from autobatch.support.interrupts import arriving
-from autobatch.support.randomness import random_state_kept
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import said_by
 from autobatch.tuning.objective import require_objective
-from autobatch.tuning.planning import LARGEST, probe_of
-from autobatch.tuning.speed import window_estimate
+from autobatch.tuning.planning import probe_of
+from autobatch.tuning.stamp import created_now, versions
 from autobatch.tuning.streams import Stream
-from autobatch.tuning.workloads import require_share, whole, workload_of
+from autobatch.tuning.workloads import checked_target, stated, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions, require_options
-from autobatch.workload.spec.load import load_spec, with_option
-from autobatch.workload.spec.user_code import PREFIXES, load_function
+from autobatch.workload.spec.load import load_sized
 from autobatch.workload.tree import tensors
 from autobatch.workload.workload import Workload
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["measured_window", "vary"]
+__all__ = ["vary"]
 
 Build = Callable[[int], "nn.Module | Workload"]
 
@@ -61,7 +57,7 @@ _RETREAT = 0.9
 """The share of every bucket that is tried next where micro-batches of all do not fit together."""
 
 
-@arriving()
+@answering()
 def vary(
     build: Build | str,
     values: Iterable[int],
@@ -114,12 +110,11 @@ def vary(
             "a sample is of one size: let build(value) return a Workload that makes its batches, "
             "and leave out sample and batch_dims"
         )
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"name is {shown(name)}: give the name of the parameter as text")
     builder, parameter = _builder(build, name)
-    stated: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    target = whole(target)
-    split(target, ceiling=LARGEST, world_size=stated.get("world_size", 1))
-    if headroom is not None:
-        require_share(headroom)
+    training = stated(options)
+    target = checked_target(target, training.get("world_size", 1), headroom)
     require_objective(objective)
     search = _Search(
         builder=builder,
@@ -128,7 +123,7 @@ def vary(
         gpu=gpu,
         objective=objective,
         headroom=headroom,
-        options=stated,
+        options=training,
         told=Told(progress, len(chosen)),
     )
     return replace(search.frontier(chosen), seconds=time.perf_counter() - started)
@@ -172,7 +167,7 @@ class _Search:
     gpu: Gpu
     objective: Objective
     headroom: float | None
-    options: dict[str, Any]
+    options: WorkloadOptions
     told: Told
 
     def frontier(self, values: tuple[int, ...]) -> Frontier:
@@ -246,7 +241,8 @@ class _Search:
         plan, outcome = outcome_of(probe, self.target, self.objective)
         workload = probe.workload
         if plan is not None:
-            outcome = replace(outcome, window=_window(workload, device, plan))
+            with suppress(WorkloadError):
+                outcome = replace(outcome, window=window_of(probe, plan))
         return _Tried(
             point=FrontierPoint(value=value, outcome=outcome, tokens_per_sample=_tokens(workload)),
             workload=workload,
@@ -339,36 +335,9 @@ def _structure(model: nn.Module) -> Hashable:
 
 def _tokens(workload: Workload) -> int | None:
     """Return the length of the first sequence of whole numbers in a batch, as tokens are."""
-    with random_state_kept():
-        batch = batch_of(workload.batch, 2)
-    for tensor in tensors(batch):
+    for tensor in tensors(batch_of(workload.batch, 2)):
         if tensor.dim() == 2 and not (tensor.is_floating_point() or tensor.is_complex()):
             return int(tensor.shape[1])
-    return None
-
-
-def _window(workload: Workload, device: Device, plan: Plan) -> WindowTime | None:
-    """Return the time of the planned window: measured where it ran, else estimated."""
-    if not device.is_simulated:
-        return measured_window(plan)
-    try:
-        estimate = window_estimate(
-            workload,
-            plan.gpu,
-            micro_batch=plan.micro_batch,
-            accumulation_steps=plan.accumulation_steps,
-        )
-    except WorkloadError:
-        return None
-    return None if estimate is None else window_time(estimate)
-
-
-def measured_window(plan: Plan) -> WindowTime | None:
-    """Return the measured time of a window, in proportion to its micro-batches."""
-    for trial in reversed(plan.trials):
-        if trial.micro_batch == plan.micro_batch and trial.window_seconds is not None:
-            each = trial.window_seconds / trial.accumulation_steps
-            return WindowTime(seconds=each * plan.accumulation_steps, evidence="measured")
     return None
 
 
@@ -381,7 +350,7 @@ def _builder(build: Build | str, name: str | None) -> tuple[Build, str]:
     if isinstance(build, str):
         if not name:
             raise UsageError('name the parameter of the SPEC to vary, such as name="seq"')
-        return partial(_of_spec, build, name), name
+        return partial(load_sized, build, name), name
     if not callable(build):
         raise UsageError(
             f"build is a {type(build).__name__}: use a function of the value that returns a model "
@@ -402,12 +371,6 @@ def _built(build: Build, value: int) -> nn.Module | Workload:
         raise
     except Exception as error:
         raise WorkloadError(f"build({value}) raised {said_by(error)}") from error
-
-
-def _of_spec(spec: str, name: str, value: int) -> nn.Module | Workload:
-    if spec.partition(":")[0] in PREFIXES:
-        return load_spec(with_option(spec, name, value))
-    return load_function(spec, **{name: value})
 
 
 def _first_argument(build: Build) -> str:

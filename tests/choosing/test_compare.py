@@ -18,7 +18,7 @@ from autobatch.gpus.catalogue import CATALOGUE, find_gpu
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
 from autobatch.records.progress import Progress
 from autobatch.support.units import GIB, MIB
-from autobatch.tuning.speed import window_estimate
+from tests.support.simulated import window_estimate
 
 CARDS = ["t4", "rtx-4060", "l4", "rtx-4090", "a100-40gb", "a100-80gb", "h100-80gb", "rtx-5080"]
 
@@ -305,6 +305,22 @@ def test_the_objective_chooses_among_what_fits() -> None:
     assert compared.cards[0].outcome.micro_batch == plan.micro_batch
 
 
+def test_a_card_of_unknown_speed_has_its_largest_plan_among_those_by_time() -> None:
+    options = {"target": 64, "objective": "fastest"}
+    found = compare(nn.Linear(64, 64), gpus=["t4", "1GiB"], **options)
+    timed, other = found.cards
+    assert timed.outcome.window is not None
+    assert (other.outcome.micro_batch, other.outcome.window) == (64, None)
+    note = "no plan by time for 1GiB: its speed is not known, so that the largest micro-batch"
+    assert any(each.startswith(note) for each in found.notes)
+    assert str(found).startswith("2 of 2 cards can train an effective batch of 64")
+    with pytest.raises(UsageError, match="the speed of 1GiB is not known"):
+        compare(nn.Linear(64, 64), gpus=["1GiB", "2GiB"], **options)
+    short = compare(nn.Linear(16384, 16384), gpus=["t4", "1GiB"], **options)
+    assert [card.outcome.fits for card in short.cards] == [True, False]
+    assert not any("no plan by time" in each for each in short.notes)
+
+
 def test_progress_names_the_card_and_never_goes_back() -> None:
     steps: list[Progress] = []
     compare(convolutions, target=64, gpus=["t4", "l4"], progress=steps.append)
@@ -390,6 +406,11 @@ def test_a_plan_is_given_by_any_spelling_of_its_card(compared: Comparison) -> No
         ({"prices": {"t4": -1.0}}, UsageError, "price of t4 is -1.0"),
         ({"prices": {"t4": float("nan")}}, UsageError, "price of t4 is nan"),
         ({"prices": {"t4": "2"}}, UsageError, "price of t4 is '2'"),
+        ({"prices": {"t4": 10**400}}, UsageError, "price of t4 is an int: give a number"),
+        ({"prices": {"t4": 10**5000}}, UsageError, "price of t4 is an int: give a number"),
+        ({"prices": {7: 1.0}}, UsageError, "a price for 7: prices are by names"),
+        ({"prices": [1.0]}, UsageError, "prices is \\[1.0\\]: use a dict"),
+        ({"gpus": 7}, UsageError, "gpus is 7: use gpus="),
         ({"prices": {"t4": 1.0, "T4": 2.0}}, UsageError, "two prices for t4"),
         ({"target": 0}, UsageError, "target effective batch is 0"),
         ({"headroom": 1.0}, UsageError, "headroom is 1.0"),

@@ -19,13 +19,9 @@ import optuna
 from optuna.trial import TrialState
 
 from autobatch.choosing import study as module
-from autobatch.choosing.study import (
-    Point,
-    SweepStudy,
-    points_at,
-    sampler_named,
-    whole_space,
-)
+from autobatch.choosing import workers
+from autobatch.choosing.samplers import Point, points_at, sampler_named
+from autobatch.choosing.study import SweepStudy
 from autobatch.errors import FileError, UsageError
 from tests.support import ROOT
 from tests.support.sweeps import LETTERS, QUESTION, SIZES, suggest
@@ -142,7 +138,7 @@ def test_an_error_while_a_trial_runs_cuts_it(storage: str) -> None:
 
 def test_what_failed_or_was_pruned_is_not_claimed_again(storage: str) -> None:
     study = opened(storage)
-    study.skip([(point("a"), {"reason": "too large"}), (point("a"), {})])
+    study.skip(point("a"), {"reason": "too large"})
     id_ = study.claim(point("b"), {})
     assert id_ is not None and study.prune(id_, "failed", {"reason": "it raised"})
     assert study.claim(point("a"), {}) is None
@@ -161,11 +157,12 @@ def test_the_trial_of_a_killed_process_is_cut_at_once(storage: str, tmp_path: Pa
     while not log.exists():
         time.sleep(0.01)
     study = opened(storage)
-    assert study.release_cut() == 0
+    study.release_cut(study.seen())
     assert study.claim(point(), {}) is None
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
-    assert study.release_cut() == 1
+    study.release_cut(study.seen())
+    assert study.seen() == []
     assert study.claim(point(), {}) is not None
 
 
@@ -173,25 +170,27 @@ def test_a_worker_elsewhere_counts_as_dead_when_it_gives_no_sign_of_life(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far = opened(storage)
-    far._me["machine"] = "another"
+    far._workers.me["machine"] = "another"
     id_ = far.claim(point(), {})
     here = opened(storage)
     now = time.monotonic()
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    assert here.release_cut() == 0
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now)
+    assert [each.is_cut for each in here.seen()] == [False]
     now += 59
-    assert here.release_cut() == 0
+    assert [each.is_cut for each in here.seen()] == [False]
     far._storage.set_trial_user_attr(id_, "beat", 1)
-    assert here.release_cut() == 0
+    assert [each.is_cut for each in here.seen()] == [False]
     now += 59
-    assert here.release_cut() == 0
+    assert [each.is_cut for each in here.seen()] == [False]
     now += 2
-    assert here.release_cut() == 1
+    assert [each.is_cut for each in here.seen()] == [True]
+    here.release_cut(here.seen())
+    assert here.seen() == []
     assert id_ is not None and not far.finish(id_, (1.0, 1.0), {})
 
 
 def test_a_running_trial_gives_signs_of_life(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BEAT_S", 0.01)
+    monkeypatch.setattr(workers, "_BEAT_S", 0.01)
     study = opened(storage)
     id_ = study.claim(point(), {})
     assert id_ is not None
@@ -247,42 +246,6 @@ def test_a_storage_of_optuna_can_be_passed() -> None:
     shared = optuna.storages.InMemoryStorage()
     assert opened(shared).claim(point(), {}) is not None
     assert opened(shared).claim(point(), {}) is None
-
-
-def test_a_space_is_gone_through_in_its_order() -> None:
-    space = whole_space(suggest, 20)
-    assert space is not None
-    assert [tuple(each.params.values()) for each in space] == [
-        (letter, size) for letter in LETTERS for size in SIZES
-    ]
-    assert whole_space(suggest, 19) is None
-
-
-def test_a_space_that_depends_on_its_own_values_is_gone_through() -> None:
-    def nested(trial: Any) -> None:
-        if trial.suggest_categorical("lora", [False, True]):
-            trial.suggest_int("rank", 4, 16, step=4)
-
-    space = whole_space(nested, 50)
-    assert space is not None and len(space) == 5
-
-
-def test_a_space_without_end_is_none() -> None:
-    assert whole_space(lambda trial: trial.suggest_float("x", 0, 1), 50) is None
-
-
-def test_an_error_of_a_lever_is_not_taken_for_a_space_without_end() -> None:
-    def raises(trial: Any) -> None:
-        raise ValueError("mine")
-
-    with pytest.raises(ValueError, match="mine"):
-        whole_space(raises, 5)
-
-
-def test_samplers_are_known_by_name() -> None:
-    assert isinstance(sampler_named("nsga2"), optuna.samplers.NSGAIISampler)
-    with pytest.raises(UsageError, match="no sampler 'tpa'; did you mean tpe"):
-        sampler_named("tpa")
 
 
 def test_optuna_says_nothing_and_keeps_its_verbosity(

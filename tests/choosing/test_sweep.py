@@ -10,6 +10,8 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ import optuna
 from optuna.trial import TrialState
 
 import autobatch
+from autobatch.choosing import points, sweeping
 from autobatch.choosing import sweep as module
 from autobatch.choosing.bench import GpuBench, SimulatedBench
 from autobatch.choosing.known import Known
@@ -132,15 +135,15 @@ def test_memory_and_time_are_those_of_the_plan_and_the_estimate() -> None:
     assert best.reserved_bytes == plan.footprint.peak_reserved_bytes
     assert found.plan.micro_batch == found.best.micro_batch
     from autobatch.gpus.catalogue import find_gpu
-    from autobatch.tuning.speed import window_estimate
+    from tests.support.simulated import window_estimate
 
     estimate = window_estimate(workload, find_gpu("t4"), micro_batch=64, accumulation_steps=1)
     assert estimate is not None and best.seconds == pytest.approx(estimate.seconds)
 
 
 def test_the_plan_has_the_micro_batch_of_the_best_where_that_is_not_the_largest() -> None:
+    from autobatch.choosing.samplers import FixedTrial
     from autobatch.choosing.space import MICRO_BATCH, Configuration, Space
-    from autobatch.choosing.study import FixedTrial
     from autobatch.devices.virtual.gpu import VirtualGpu
     from autobatch.gpus.catalogue import find_gpu
     from autobatch.levers.setup import Setup
@@ -209,8 +212,8 @@ class Stubborn(optuna.samplers.RandomSampler):
 def test_what_a_sampler_does_not_propose_is_looked_at_too(
     sampler: Any, counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_COUNTED", counted)
-    monkeypatch.setattr(module, "_AT_ONCE", 2)
+    monkeypatch.setattr(points, "_COUNTED", counted)
+    monkeypatch.setattr(sweeping, "_AT_ONCE", 2)
     bench = FakeBench()
     found = fake_sweep(bench, monkeypatch, sampler=sampler, trials=10_000, seed=1)
     assert found.sampler in ("RandomSampler", "Stubborn")
@@ -231,6 +234,38 @@ def test_trials_go_to_combinations_that_a_sampler_passed_over(
     assert (found.configurations, found.left) == (35, 35 - len(found.trials))
 
 
+def clipping(trial: Any) -> Any:
+    is_on = trial.suggest_categorical("clip", ["on", "off"]) == "on"
+    return lambda setup: setup.having(clip_norm=1.0) if is_on else setup
+
+
+class ClippingBench(FakeBench):
+    """One to which clipping costs a second."""
+
+    def run(self, configuration: Any) -> Any:
+        settings = dict(configuration.settings)
+        slower = settings.pop("clip") == "on"
+        tried = super().run(replace(configuration, settings=settings))
+        self.ran[-1] = (f"{self.ran[-1][0]}, clip: {slower}", configuration.micro_batch)
+        return replace(tried, seconds=tried.seconds and tried.seconds + slower)
+
+
+@pytest.mark.parametrize("counted", [0, 2_000])
+def test_of_a_large_space_with_a_lever_of_ones_own_what_is_untried_follows(
+    counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WHOLE", 10)
+    monkeypatch.setattr(points, "_COUNTED", counted)
+    bench = ClippingBench()
+    levers = ["checkpointing", clipping]
+    found = fake_sweep(bench, monkeypatch, sampler=Stubborn(), levers=levers, trials=10_000)
+    assert bench.ran[0] == ("checkpointing: as it is, clip: False", 64)
+    assert len(found.trials) == 70 and found.left == 0
+    assert found.configurations == (70 if counted else None)
+    assert found.best.settings == {"checkpointing": "as it is", "clip": "off"}
+    assert not any("nothing new" in note for note in found.notes)
+
+
 def test_values_of_own_levers_that_cannot_be_listed_end_the_sweep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,6 +275,7 @@ def test_values_of_own_levers_that_cannot_be_listed_end_the_sweep(
 
     found = fake_sweep(FakeBench(), monkeypatch, sampler=Stubborn(), levers=[share], trials=10_000)
     assert any("nothing new 30 times in a row" in note for note in found.notes)
+    assert {trial.micro_batch for trial in found.trials} == {64, 32, 16, 8, 4, 2, 1}
     assert found.configurations is None
 
 
@@ -284,13 +320,14 @@ def test_a_lever_that_is_wrong_leaves_no_trial_that_others_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(trial: Any) -> Any:
-        trial.suggest_float("late", 0.1, 0.9)
-        return lambda setup: None
+        value = trial.suggest_float("late", 0.1, 0.9)
+        return lambda setup: setup if value == 0.1 else None
 
     storage = str(tmp_path / "sweep.journal")
     with pytest.raises(UsageError, match="made a NoneType of a Setup"):
         fake_sweep(FakeBench(), monkeypatch, levers=[late], sampler="random", storage=storage)
-    assert states(storage) == {TrialState.FAIL: 1}
+    had = states(storage)
+    assert (had[TrialState.FAIL], had[TrialState.RUNNING]) == (1, 0)
 
 
 def test_a_change_of_the_users_model_in_a_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +405,20 @@ def test_a_sweep_goes_on_where_it_was(
     assert [t.label for t in again.front] == [t.label for t in alone.front]
 
 
+def test_a_trial_that_a_sampler_elsewhere_is_just_choosing_is_no_configuration_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autobatch.choosing.workers._GRACE_S", 0.3)  # it is cut after that
+    storage = optuna.storages.InMemoryStorage()
+    fake_sweep(FakeBench(), monkeypatch, storage=storage, trials=3)
+    study = optuna.load_study(study_name="autobatch", storage=storage)
+    among: Any = study.trials[0].distributions["checkpointing"]
+    study.ask().suggest_categorical("checkpointing", among.choices)
+    bench = FakeBench()
+    assert fake_sweep(bench, monkeypatch, storage=storage).left == 0
+    assert len(bench.ran) == len(set(bench.ran))
+
+
 def test_labels_that_are_drawn_at_random_are_no_other_run(tmp_path: Path) -> None:
     def tried(seed: int) -> Any:
         torch.manual_seed(seed)
@@ -440,6 +491,37 @@ def test_a_study_about_another_run_is_refused(
     fake_sweep(FakeBench(), monkeypatch, storage=storage, trials=3, study="another", target=32)
 
 
+def clip(trial: Any, norm: float = 1.0) -> Any:
+    value = trial.suggest_categorical("clip", ["off", "on"])
+    return lambda setup: setup if value == "off" else setup.having(clip_norm=norm)
+
+
+def test_a_study_of_another_lever_of_the_same_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"storage": optuna.storages.InMemoryStorage(), "trials": 5}
+    fake_sweep(FakeBench(), monkeypatch, levers=[partial(clip, norm=2.0)], **options)
+    fake_sweep(FakeBench(), monkeypatch, levers=[partial(clip, norm=2.0)], **options)
+    said = r"own levers: .*clip.norm: '2.0' there, '3.0' here\): begin anew with study="
+    with pytest.raises(UsageError, match=said):
+        fake_sweep(FakeBench(), monkeypatch, levers=[partial(clip, norm=3.0)], **options)
+
+
+def test_a_study_of_a_model_or_loss_whose_code_was_another_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tried(**options: Any) -> None:
+        monkeypatch.setattr(module, "bench_of", lambda *_: FakeBench())
+        sweep(network(8, 2), target=64, gpu="t4", storage=storage, trials=5, **options)
+
+    storage = optuna.storages.InMemoryStorage()
+    tried(levers=["checkpointing"])
+    tried(levers=["checkpointing"])
+    monkeypatch.setattr(Block, "forward", lambda self, x: x + self.back(self.wide(x)))
+    with pytest.raises(UsageError, match=r"\(code: .*Block\.forward \(code\)\): begin anew"):
+        tried(levers=["checkpointing"])
+
+
 def test_trials_that_are_up_before_anything_fits_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said = r"none of 1 configuration fits: the smallest, as it is at micro-batch 64, needs 33.0 GiB"
     with pytest.raises(DoesNotFitError, match=said) as error:
@@ -485,10 +567,36 @@ def test_nothing_that_fits_says_what_comes_nearest(monkeypatch: pytest.MonkeyPat
         fake_sweep(bench, monkeypatch)
 
 
-def test_no_trials_are_told() -> None:
-    for wrong in ({"trials": 0}, {"timeout": -1.0}, {"trials": True}):
-        with pytest.raises(UsageError, match="give a number above 0"):
-            sweep(nn.Linear(4, 4), target=4, gpu="t4", **wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"trials": 0}, "trials is 0: give a number above 0"),
+        ({"trials": True}, "give a number above 0"),
+        ({"trials": 1.5}, "give a number above 0, a whole one"),
+        ({"trials": "3"}, "give a number above 0"),
+        ({"timeout": -1.0}, "give a number above 0"),
+        ({"timeout": "3"}, "give a number above 0"),
+        ({"timeout": float("nan")}, "timeout is nan: give a number above 0"),
+        ({"timeout": 10**5000}, "timeout is an int: give a number above 0"),
+        ({"seed": "a"}, "seed is 'a': give a whole number from 0"),
+        ({"seed": -1}, "seed is -1: give a whole number from 0"),
+        ({"sampler": 5}, "sampler is a int: use a name"),
+        ({"study": 5}, "study is 5: give its name"),
+        ({"storage": 5}, "storage is 5: name one"),
+    ],
+)
+def test_arguments_that_are_none_are_told(wrong: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        sweep(nn.Linear(4, 4), target=4, gpu="t4", levers=["precision"], **wrong)
+
+
+def test_a_sampler_that_cannot_propose_this_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unable(optuna.samplers.RandomSampler):
+        def sample_independent(self, *_: Any) -> Any:
+            raise ValueError("one objective only")
+
+    with pytest.raises(UsageError, match=r"the Unable cannot propose .*one objective only"):
+        fake_sweep(FakeBench(), monkeypatch, sampler=Unable())
 
 
 def test_a_card_of_unknown_speed_is_refused() -> None:
@@ -504,6 +612,18 @@ def test_progress_tells_of_each_configuration_that_runs(monkeypatch: pytest.Monk
     assert sizes == [size for _, size in bench.ran]
     assert all(step.executions <= step.expected for step in told)
     assert told[-1].executions == len(found.trials)
+
+
+@pytest.mark.parametrize(("trials", "most"), [(None, 35), (12, 12)])
+def test_progress_is_counted_up_to_what_it_goes_to(
+    trials: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Progress] = []
+    monkeypatch.setattr(module, "_WHOLE", 300 if trials is None else 10)
+    fake_sweep(FakeBench(), monkeypatch, progress=told.append, trials=trials, seed=0)
+    counts = [step.executions for step in told]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == most
+    assert {step.expected for step in told} == {most + 1}
 
 
 class Card:

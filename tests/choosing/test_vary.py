@@ -9,13 +9,14 @@ from torch import nn
 import autobatch
 from autobatch import FileError, NoGpuError, UsageError, Workload, WorkloadError
 from autobatch.choosing.frontier import Frontier
-from autobatch.choosing.vary import measured_window, vary
+from autobatch.choosing.outcomes import measured_window
+from autobatch.choosing.vary import vary
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.records.comparison import WindowTime
 from autobatch.support.units import MIB
-from autobatch.tuning.speed import window_estimate
 from tests.support.plans import example_plan
+from tests.support.simulated import window_estimate
 
 CARD = replace(find_gpu("t4"), name="small-t4", capacity_bytes=700 * MIB, context_bytes=20 * MIB)
 
@@ -227,7 +228,7 @@ def test_an_integer_parameter_of_a_spec_varies() -> None:
     layers = vary(spec, [1, 2], name="n_layer", target=12, gpu="t4")
     one, two = (plan.model.parameters for plan in layers.plans.values())
     assert two - one == 12 * 64**2 + 13 * 64  # of a block of GPT-2
-    with pytest.raises(UsageError, match="has no 'n_layers'; did you mean"):
+    with pytest.raises(UsageError, match=r"has no 'n_layers' .did you mean"):
         vary(spec, [1, 2], name="n_layers", target=12, gpu="t4")
 
 
@@ -236,6 +237,8 @@ def test_an_integer_parameter_of_a_spec_varies() -> None:
     [
         ({"values": []}, "there are no values"),
         ({"values": [64, 64]}, "64 is given twice"),
+        ({"values": 64}, "values is 64: use a list"),
+        ({"name": 5}, "name is 5: give the name"),
         ({"values": [64.0]}, "a value is 64.0"),
         ({"values": ["64"]}, "a value is '64'"),
         ({"values": [True]}, "a value is True"),

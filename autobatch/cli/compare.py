@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from autobatch.choosing.cards import distinct_cards, prices_of
     from autobatch.report.comparison import comparison_document
 
-    with outputs(arguments):
+    with outputs(arguments, "comparison"):
         options = {
             "target": arguments.target,
             "gpus": _names(arguments.gpus),

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Explain a recorded memory snapshot."""
     from autobatch.report.explanation import explain, explanation_summary
 
-    with outputs(arguments):
+    with outputs(arguments, "explanation"):
         explanation = explain(
             arguments.snapshot,
             device=arguments.device,

@@ -35,8 +35,6 @@ SPEC_HELP = (
 )
 JSON_HELP = "write the answer as JSON; - prints only JSON on stdout"
 
-Completer = Callable[..., Sequence[str]]
-
 
 def number(text: str) -> float:
     """Read a number that is finite; no option means anything by another one.

@@ -56,7 +56,7 @@ def add(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Account for the memory of one micro-batch."""
-    from autobatch.report.document import Bullets, Section
+    from autobatch.report.document import told_sections
     from autobatch.report.footprint_summary import footprint_summary
     from autobatch.support.files import check_writable, write_text
 
@@ -77,10 +77,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     capacity_bytes = None if gpu is None or isinstance(gpu, str) else gpu.capacity_bytes
     document = footprint_summary(footprint, capacity_bytes)
-    if notes:
-        sections = (*document.sections, Section("Notes", (Bullets(notes),)))
-        document = replace(document, sections=sections)
-    show_answer(arguments, document)
+    sections = (*document.sections, *told_sections((), notes))
+    show_answer(arguments, replace(document, sections=sections))
     if arguments.json:
         write_text(arguments.json, _footprint_json(footprint, notes))
 

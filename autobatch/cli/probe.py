@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int | None:
         return vary.run(arguments)
     from autobatch.report.content import full_report, summary
 
-    with outputs(arguments):
+    with outputs(arguments, "plan"):
         gpu = named_gpu(arguments)
         options = {
             "target": arguments.target,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autobatch.gpus.catalogue import GpuSpec
     from autobatch.records.progress import ProgressCallback
     from autobatch.report.document import Document
+    from autobatch.report.own_files import Report
     from autobatch.workload.workload import Workload
 
 __all__ = [
@@ -46,15 +47,24 @@ Model = Callable[..., "nn.Module | Workload"]
 
 
 @contextmanager
-def outputs(arguments: argparse.Namespace) -> Iterator[None]:
+def outputs(arguments: argparse.Namespace, report: Report | None = None) -> Iterator[None]:
     """Prove that an answer can be written to where it was asked for, before any work.
 
+    Args:
+        arguments: of the command.
+        report: which one it writes, where it has that option.
+
     Raises:
-        FileError: a file or the report's folder cannot be written.
+        FileError: a file or the report's folder cannot be written, or holds files of others that
+            the report would replace.
     """
     from autobatch.support.files import check_writable, prepared_folder
 
     folder = getattr(arguments, "report", None)
+    if folder and report:
+        from autobatch.report.own_files import refuse_files_of_others
+
+        refuse_files_of_others(report, folder)
     with prepared_folder(folder) if folder else nullcontext():
         if arguments.json and arguments.json != "-":
             check_writable(arguments.json)
@@ -235,7 +245,7 @@ def model_of(arguments: argparse.Namespace, gpus: Sequence[Gpu]) -> Model:
 
 
 def sized_model_of(arguments: argparse.Namespace, name: str, gpus: Sequence[Gpu]) -> Model:
-    """Return what makes the same of a value of one of the SPEC's parameters."""
+    """Return a function from a parameter's value to the model of the SPEC."""
     return partial(_sized, arguments.spec, name, training_of(arguments), tuple(gpus))
 
 
@@ -249,13 +259,9 @@ def subject(spec: str) -> nn.Module | Workload:
 def _sized(
     spec: str, name: str, training: Training, gpus: Sequence[Gpu], value: int
 ) -> nn.Module | Workload:
-    from autobatch.workload.spec.load import with_option
-    from autobatch.workload.spec.user_code import PREFIXES, load_function
+    from autobatch.workload.spec.load import load_sized
 
-    if spec.partition(":")[0] in PREFIXES:
-        make: Model = partial(subject, with_option(spec, name, value))
-    else:
-        make = partial(load_function, spec, **{name: value})
+    make = partial(load_sized, spec, name, value)
     return make() if training.says_nothing else _trained(make, training, gpus, False)
 
 

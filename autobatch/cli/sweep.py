@@ -26,7 +26,7 @@ from autobatch.cli.running import (
 )
 
 if TYPE_CHECKING:
-    from autobatch.choosing.sweep import Sweep
+    from autobatch.choosing.swept import Sweep
     from autobatch.records.progress import ProgressCallback
 
 __all__ = ["add", "run"]
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.sweep import sweep_summary
 
-    with outputs(arguments):
+    with outputs(arguments, "sweep"):
         gpu = named_gpu(arguments)
         options = {
             "target": arguments.target,

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from autobatch.gpus.catalogue import is_device
     from autobatch.report.comparison import frontier_document
 
-    with outputs(arguments):
+    with outputs(arguments, "frontier"):
         name, values = _parameter(arguments.vary)
         if getattr(arguments, "prove", False):
             raise UsageError("--prove runs the size above one ceiling: leave it out with --vary")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autobatch.records.codec import decode, dump_json, encode, parse_json
+from autobatch.records.codec import decode, dump_json, encode, parse_versioned
 from autobatch.records.footprint import Evidence
 from autobatch.report import text
 from autobatch.report.document import (
@@ -20,11 +20,14 @@ from autobatch.report.document import (
     Section,
     Table,
     printable,
+    told_sections,
 )
 from autobatch.support.units import format_bytes, format_seconds
 from autobatch.support.wording import count
 
-__all__ = ["Advice", "Choice", "Need", "advice_document"]
+__all__ = ["SCHEMA_VERSION", "Advice", "Choice", "Need", "advice_document"]
+
+SCHEMA_VERSION = 1
 
 _SHOWN = 3
 """Choices whose lines of code are shown."""
@@ -134,16 +137,16 @@ class Advice:
 
     def to_json(self) -> str:
         """Return the advice as JSON."""
-        return dump_json(encode(self))
+        return dump_json({"schema_version": SCHEMA_VERSION} | encode(self))
 
     @classmethod
     def from_json(cls, text: str) -> Advice:
         """Read what `to_json` wrote.
 
         Raises:
-            RecordError: it is no such text.
+            RecordError: it is no such text, or is of another schema.
         """
-        return decode(cls, parse_json(text))
+        return decode(cls, parse_versioned(text, SCHEMA_VERSION, "the advice"))
 
     def __repr__(self) -> str:
         """Name the answer; `print(advice)` shows the whole."""
@@ -196,8 +199,7 @@ def _sections(advice: Advice) -> Iterator[Section]:
             "Without a lever",
             (Table(("it would take", "at least", "reserved a GPU"), "llr", rows),),
         )
-    if advice.notes:
-        yield Section("Notes", (Bullets(advice.notes),))
+    yield from told_sections((), advice.notes)
 
 
 def _table(advice: Advice) -> Table:

@@ -106,12 +106,12 @@ class Plan(PlanRecord):
         Raises:
             UsageError: there are no such numbers.
         """
-        from autobatch.report import table
+        from autobatch.report.rows import ROWS
+        from autobatch.report.table import frame
 
-        if of not in table.FRAMES:
-            names = ", ".join(table.FRAMES)
-            raise UsageError(f"of is {of!r}{near(str(of), table.FRAMES)}: use one of {names}")
-        return table.FRAMES[of](self)
+        if of not in ROWS:
+            raise UsageError(f"of is {of!r}{near(str(of), ROWS)}: use one of {', '.join(ROWS)}")
+        return frame(self, of)
 
     def to_training_arguments(
         self, *, nearest: bool = False, by_hand: bool = False

@@ -26,7 +26,7 @@ from typing import (
     get_type_hints,
 )
 
-__all__ = ["RecordError", "decode", "dump_json", "encode", "parse_json"]
+__all__ = ["RecordError", "decode", "dump_json", "encode", "parse_json", "parse_versioned"]
 
 T = TypeVar("T")
 
@@ -51,13 +51,13 @@ def encode(value: object) -> Any:
     return value
 
 
-def decode(kind: type[T], value: object, where: str = "") -> T:
+def decode(kind: type[T], value: object) -> T:
     """Rebuild a record of type `kind` from parsed JSON.
 
     Raises:
         RecordError: a key is missing or unknown, or a value has another type than declared.
     """
-    return cast(T, _decode(kind, value, where))
+    return cast(T, _decode(kind, value, ""))
 
 
 def dump_json(value: object) -> str:
@@ -86,6 +86,24 @@ def parse_json(text: str) -> object:
         raise RecordError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise RecordError(f"it is not JSON ({error})") from error
+
+
+def parse_versioned(text: str, schema_version: int, again: str = "it") -> dict[str, Any]:
+    """Parse the JSON of an object with a `schema_version`, and return the object without it.
+
+    Raises:
+        RecordError: the text is no such JSON, or is of another version: make `again` again.
+    """
+    document = parse_json(text)
+    if not isinstance(document, dict):
+        raise RecordError("it does not hold a JSON object")
+    version = document.pop("schema_version", None)
+    if version != schema_version:
+        raise RecordError(
+            f"its schema_version is {str(version)[:20]!r}, and this autobatch reads "
+            f"{schema_version}; make {again} again, or use the autobatch that wrote it"
+        )
+    return document
 
 
 def _decode(kind: Any, value: object, where: str) -> object:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from autobatch.gpus.catalogue import GpuSpec
-from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_json
+from autobatch.records.codec import decode, dump_json, encode, parse_versioned
 from autobatch.records.footprint import Evidence
 
 __all__ = [
@@ -153,8 +153,7 @@ class ComparisonRecord:
             None where all of the cards fit, and where none in the catalogue does.
         executions: windows that were simulated for all cards together.
         warnings: what the user must act on, one line each.
-        notes: what was inferred or assumed, one line each; empty in records of earlier versions,
-            whose warnings have it.
+        notes: what was inferred or assumed, one line each.
         versions: of autobatch, torch and Python.
         created: when, in UTC.
         seconds: wall time of the comparison.
@@ -170,10 +169,10 @@ class ComparisonRecord:
     smallest_card: str | None
     executions: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     versions: Mapping[str, str]
     created: str
     seconds: float
-    notes: tuple[str, ...] = ()
 
     @property
     def fitting(self) -> tuple[ComparedCard, ...]:
@@ -228,8 +227,7 @@ class FrontierRecord:
         mixed_reserved_bytes: what micro-batches of all buckets reserve in one run, simulated; None
             where there are no buckets.
         warnings: what the user must act on, one line each.
-        notes: what was inferred or assumed, one line each; empty in records of earlier versions,
-            whose warnings have it.
+        notes: what was inferred or assumed, one line each.
         versions: of autobatch, torch and Python.
         created: when, in UTC.
         seconds: wall time of it all.
@@ -244,10 +242,10 @@ class FrontierRecord:
     points: tuple[FrontierPoint, ...]
     mixed_reserved_bytes: int | None
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     versions: Mapping[str, str]
     created: str
     seconds: float
-    notes: tuple[str, ...] = ()
 
     @property
     def unit(self) -> Literal["tokens", "samples"]:
@@ -280,14 +278,5 @@ def read_record(kind: type[ComparisonRecord | FrontierRecord], text: str) -> dic
     Raises:
         RecordError: the text is no such record of this schema.
     """
-    document = parse_json(text)
-    if not isinstance(document, dict):
-        raise RecordError("it does not hold a JSON object")
-    version = document.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"its schema_version is {str(version)[:20]!r}, and this autobatch reads "
-            f"{SCHEMA_VERSION}; make it again, or use the autobatch that wrote it"
-        )
-    record = decode(kind, document)
+    record = decode(kind, parse_versioned(text, SCHEMA_VERSION))
     return {each.name: getattr(record, each.name) for each in fields(kind)}

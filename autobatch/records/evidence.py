@@ -131,10 +131,9 @@ class ModelFacts:
             "scalar output", "cross entropy" or "surrogate sum".
         autocast: "bf16", "fp16" or None.
         clip_norm: the gradient norm clipped to, or None.
-        frozen: the outermost modules that have parameters of which none learns; empty in plans of
-            earlier versions.
+        frozen: the outermost modules that have parameters of which none learns.
         loss_code: the expression of `model` and `batch` whose value was the loss; None where a
-            function of the user's gave it, where nothing did, and in plans of earlier versions.
+            function of the user's gave it, and where nothing did.
     """
 
     name: str
@@ -145,5 +144,5 @@ class ModelFacts:
     loss: str
     autocast: str | None
     clip_norm: float | None
-    frozen: tuple[str, ...] = ()
-    loss_code: str | None = None
+    frozen: tuple[str, ...]
+    loss_code: str | None

@@ -233,8 +233,8 @@ class DeviceExplanation:
         settings: of the allocator, as the process had them; empty for PyTorch's defaults.
         moment: "peak" where events were recorded, else "end": the state that the snapshot shows.
         events: how many were recorded and placed.
-        moment_event: the first event after which most was allocated; None where that was before
-            the first one, or at the end.
+        moment_event: index, from 0, of the first event after which most was allocated; None where
+            that was before the first one, or at the end.
         moment_where: what that event allocated for: a line, an operator or both; else empty.
         reserve: how the reserved memory was used at that moment.
         peak_reserved_bytes: most bytes in segments during the recording.

@@ -11,7 +11,6 @@ from typing import Literal
 
 from autobatch.support.templates import render
 from autobatch.support.units import format_bytes
-from autobatch.support.wording import count
 
 __all__ = ["Evidence", "Footprint"]
 
@@ -27,7 +26,8 @@ class Footprint:
 
     Attributes:
         micro_batch: samples in each forward/backward.
-        accumulation_steps: micro-batches between optimizer updates.
+        accumulation_steps: micro-batches between optimizer updates that were run; two stand for
+            any number above one, so that a plan's own may be more.
         gpu: catalogue name of the GPU.
         evidence: how the figures are known.
         rounding_bytes: what the caching allocator adds by rounding and by blocks it does not split.
@@ -90,7 +90,7 @@ class Footprint:
     def __repr__(self) -> str:
         """Name the answer; `print(footprint)` shows the account."""
         return (
-            f"<Footprint of micro-batch {self.micro_batch:,} x {self.accumulation_steps:,} on "
+            f"<Footprint of micro-batch {self.micro_batch:,} x {self._steps} on "
             f"{self.gpu}: {format_bytes(self.peak_allocated_bytes)} allocated, "
             f"{format_bytes(self.peak_reserved_bytes)} reserved, "
             f"{format_bytes(self.peak_device_bytes)} on the device, {self.evidence}>"
@@ -98,10 +98,7 @@ class Footprint:
 
     def __str__(self) -> str:
         """Render the account as a table; the parts sum to what is allocated."""
-        head = (
-            f"micro-batch {self.micro_batch:,} x {self.accumulation_steps:,} on {self.gpu} "
-            f"({self.evidence})"
-        )
+        head = f"micro-batch {self.micro_batch:,} x {self._steps} on {self.gpu} ({self.evidence})"
         lines = (
             f"  {name:<24}{size:>16,}{format_bytes(size):>10}" for name, size in self._account()
         )
@@ -110,6 +107,7 @@ class Footprint:
     def _repr_html_(self) -> str:
         """Render the account for notebooks: the answer, and a table with bars."""
         device = self.peak_device_bytes or 1
+        plural = "step" if self.accumulation_steps == 1 else "steps"
         rows, before = [], 0
         for name, size in self._account():
             is_sum = name.startswith("= ")
@@ -130,10 +128,14 @@ class Footprint:
             "footprint.html.jinja",
             answer=f"{format_bytes(self.peak_device_bytes)} on the device",
             subject=f"micro-batch {self.micro_batch:,}, "
-            f"{count(self.accumulation_steps, 'accumulation step')} on {self.gpu}, "
-            f"{self.evidence}",
+            f"{self._steps} accumulation {plural} on {self.gpu}, {self.evidence}",
             rows=rows,
         )
+
+    @property
+    def _steps(self) -> str:
+        """The accumulation steps: two stand for any number above one, whose memory is the same."""
+        return "2 or more" if self.accumulation_steps == 2 else f"{self.accumulation_steps:,}"
 
     def _account(self) -> list[tuple[str, int]]:
         """Return every part in order, and the sums of the parts before them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_json
+from autobatch.records.codec import RecordError, decode, dump_json, encode, parse_versioned
 from autobatch.records.plan_record import PlanRecord
 from autobatch.records.soundness import check_sound
 
@@ -45,15 +45,7 @@ def read_plan(kind: type[P], text: str) -> P:
     Raises:
         RecordError: the text is no sound plan of this schema.
     """
-    document = parse_json(text)
-    if not isinstance(document, dict):
-        raise RecordError("it does not hold a JSON object")
-    version = document.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"its schema_version is {str(version)[:20]!r}, and this autobatch reads "
-            f"{SCHEMA_VERSION}; make the plan again, or use the autobatch that wrote it"
-        )
+    document = parse_versioned(text, SCHEMA_VERSION, "the plan")
     answer = document.pop("answer", None)
     plan = decode(kind, document)
     check_sound(plan)

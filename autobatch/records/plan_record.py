@@ -49,29 +49,25 @@ class PlanRecord:
         curve: memory against micro-batch, for the chart.
         method: "trace model", "trace model (quadratic)" or "bisection".
         sharding: how the ranks divide the model: "ddp", "fsdp", or "custom" for a function of the
-            user's; None for a single rank, and in plans of earlier versions.
+            user's; None for a single rank.
         otherwise: the memory of the same update on one GPU without accumulation or, where the plan
-            has none, in two halves; None where the trials do not show it, and in plans of earlier
-            versions.
+            has none, in two halves; None where the trials do not show it.
         batch_dims: where the batch dimension of the sample was said to be, by path: a dimension,
-            "list" or "whole"; None where it was not said, and in plans of earlier versions.
+            "list" or "whole"; None where it was not said.
         objective: what was asked for: the "largest" micro-batch, the "fastest", or the smallest
             within 3 % of the fastest ("balanced").
         speed: what splits of the target take, where time was asked for, largest micro-batch first.
         loader_samples_per_s: what the user's loader gives, where it was passed.
-        command: the command that asked for it, as it was typed; None where Python code did, and in
-            plans of earlier versions.
+        command: the command that asked for it, as it was typed; None where Python code did.
         peak_blocks: what is alive at the peak, most bytes first; empty where it is not known.
         lives: the largest blocks of the windows in `timeline`; None where they are not known.
         most_bytes: by category, the most bytes that are alive at once in the traced windows.
         warnings: what the user must act on, one line each.
-        notes: what was inferred, assumed or left out, one line each; empty in plans of earlier
-            versions, whose warnings have it.
+        notes: what was inferred, assumed or left out, one line each.
         what_if: ceilings on other cards and with other headrooms, and the peaks of other
             micro-batches; None where other windows than the plan's would have to run first.
         levers: what the run was changed by before it was planned, in the order in which it was
-            applied; training needs the same. Empty in plans of earlier versions, whose notes
-            have it.
+            applied; training needs the same.
     """
 
     split: Split
@@ -91,21 +87,21 @@ class PlanRecord:
     versions: Mapping[str, str]
     created: str
     seconds: float
-    others_bytes: int = 0
-    allowed_bytes: int | None = None
-    sharding: Literal["ddp", "fsdp", "custom"] | None = None
-    otherwise: WindowMemory | None = None
-    batch_dims: Mapping[str, str] | None = None
-    objective: Objective = "largest"
-    speed: tuple[SpeedPoint, ...] = ()
-    loader_samples_per_s: float | None = None
+    others_bytes: int
+    allowed_bytes: int | None
+    sharding: Literal["ddp", "fsdp", "custom"] | None
+    otherwise: WindowMemory | None
+    batch_dims: Mapping[str, str] | None
+    objective: Objective
+    speed: tuple[SpeedPoint, ...]
+    loader_samples_per_s: float | None
     command: str | None = None
-    peak_blocks: tuple[PeakBlocks, ...] = ()
-    lives: Lives | None = None
-    most_bytes: Mapping[str, int] | None = None
-    notes: tuple[str, ...] = ()
-    what_if: WhatIf | None = None
-    levers: tuple[AppliedLever, ...] = ()
+    peak_blocks: tuple[PeakBlocks, ...]
+    lives: Lives | None
+    most_bytes: Mapping[str, int] | None
+    notes: tuple[str, ...]
+    what_if: WhatIf | None
+    levers: tuple[AppliedLever, ...]
 
     @property
     def ceiling_likelihood(self) -> float | None:

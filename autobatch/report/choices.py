@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord, write_record
 from autobatch.report import html, markdown, table
@@ -21,7 +21,8 @@ from autobatch.report.charts.choices import (
 from autobatch.report.charts.frame import save, style
 from autobatch.report.comparison import comparison_document, frontier_document
 from autobatch.report.document import Document
-from autobatch.support.files import prepare_folder, write_text
+from autobatch.report.own_files import report_folder
+from autobatch.support.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,17 +76,16 @@ def write_frontier(found: FrontierRecord, folder: str | os.PathLike[str]) -> Pat
 
 
 def _write(
-    name: str,
+    name: Literal["comparison", "frontier"],
     json: str,
     frame: pd.DataFrame,
     document: Document,
     figures: Mapping[str, Figure],
     folder: str | os.PathLike[str],
 ) -> Path:
-    target = prepare_folder(folder)
-    charts = prepare_folder(target / "charts") if figures else target
-    drawings = {title: save(figure, charts, title) for title, figure in figures.items()}
-    write_text(target / f"{name}.json", json)
-    write_text(target / f"{name}.csv", frame.to_csv(index=False))
-    write_text(target / "report.md", markdown.render(document))
-    return write_text(target / "report.html", html.page(document, drawings))
+    with report_folder(name, folder, has_charts=bool(figures)) as (target, charts):
+        write_text(target / f"{name}.json", json)
+        drawings = {title: save(figure, charts, title) for title, figure in figures.items()}
+        write_text(target / f"{name}.csv", frame.to_csv(index=False))
+        write_text(target / "report.md", markdown.render(document))
+        return write_text(target / "report.html", html.page(document, drawings))

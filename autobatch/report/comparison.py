@@ -22,6 +22,7 @@ from autobatch.report.document import (
     Section,
     Table,
     printable,
+    told_sections,
 )
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
@@ -60,7 +61,7 @@ def comparison_document(compared: ComparisonRecord, *, charts: bool = False) -> 
             *([Section("Cards that fit", (_cards(compared),))] if fitting else []),
             *([Section("", (chart,))] if drawn else []),
             *([_misfits(compared, others)] if others else []),
-            *_told(compared),
+            *told_sections(compared.warnings, compared.notes),
         ),
     )
 
@@ -214,7 +215,7 @@ def _why_not(outcome: Outcome) -> str:
     assert short is not None and outcome.peak_reserved_bytes is not None
     assert outcome.budget_bytes is not None
     return (
-        f"micro-batch {outcome.tried_micro_batch} needs "
+        f"micro-batch {outcome.tried_micro_batch:,} needs "
         f"{format_bytes(outcome.peak_reserved_bytes)} reserved, the budget is "
         f"{format_bytes(outcome.budget_bytes)}: {format_bytes(short)} short"
     )
@@ -253,7 +254,7 @@ def frontier_document(frontier: FrontierRecord, *, charts: bool = False) -> Docu
                 if others
                 else []
             ),
-            *_told(frontier),
+            *told_sections(frontier.warnings, frontier.notes),
         ),
     )
 
@@ -337,11 +338,3 @@ def _points(frontier: FrontierRecord, fitting: list[FrontierPoint]) -> Table:
 def _pace_of(frontier: FrontierRecord, point: FrontierPoint) -> str:
     pace = frontier.throughput(point)
     return "-" if pace is None else _figures(pace)
-
-
-def _told(record: ComparisonRecord | FrontierRecord) -> tuple[Section, ...]:
-    """Return what must be acted on, and apart from it what was inferred or assumed."""
-    told = (("Warnings", record.warnings), ("Notes", record.notes))
-    return tuple(
-        Section(title, (Bullets(tuple(map(printable, texts))),)) for title, texts in told if texts
-    )

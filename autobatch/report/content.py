@@ -31,6 +31,7 @@ from autobatch.report.document import (
     Section,
     Table,
     printable,
+    told_sections,
 )
 from autobatch.report.footprint_summary import account, basis_of, device_range, share
 from autobatch.report.holders import holder_sections
@@ -346,15 +347,7 @@ def _result(trial: Trial) -> str:
 
 def _told(plan: PlanRecord) -> tuple[Section, ...]:
     """Return speed, where it was asked for, what must be acted on, and what was assumed."""
-    told = (("Warnings", plan.warnings), ("Notes", plan.notes))
-    return (
-        *speed_sections(plan),
-        *(
-            Section(title, (Bullets(tuple(map(printable, texts))),))
-            for title, texts in told
-            if texts
-        ),
-    )
+    return (*speed_sections(plan), *told_sections(plan.warnings, plan.notes))
 
 
 def _accumulation_table(plan: PlanRecord) -> tuple[Table, ...]:

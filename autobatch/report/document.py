@@ -6,6 +6,7 @@ document; the renderers (text, Markdown, HTML, the terminal) decide how it looks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Section",
     "Table",
     "printable",
+    "told_sections",
 ]
 
 
@@ -77,10 +79,14 @@ ContentBlock = Paragraph | Bullets | Facts | Table | Code | Chart
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Blocks under a title; without a title they follow what stands before."""
+    """Blocks under a title; without a title they follow what stands before.
+
+    A page shows what is folded only to who asks for it, because it is long and few read it.
+    """
 
     title: str
     blocks: tuple[ContentBlock, ...]
+    is_folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +101,11 @@ class Document:
 def printable(text: str) -> str:
     """Replace control characters, which could steer a terminal, and line breaks by spaces."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def told_sections(warnings: Sequence[str], notes: Sequence[str]) -> tuple[Section, ...]:
+    """Return what must be acted on and, apart from it, what was inferred, assumed or left out."""
+    told = (("Warnings", warnings), ("Notes", notes))
+    return tuple(
+        Section(title, (Bullets(tuple(map(printable, texts))),)) for title, texts in told if texts
+    )

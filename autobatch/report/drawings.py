@@ -13,29 +13,14 @@ from typing import NamedTuple
 
 from autobatch.records.footprint import Footprint
 from autobatch.records.plan_record import PlanRecord
+from autobatch.report.colours import BAND, BUDGET, CATEGORIES, FAINT, GREEN, GRID, GROUND, INK, TEAL
 from autobatch.report.document import printable
 from autobatch.report.page import figures
 from autobatch.report.page.figures import Bar, Tick
 from autobatch.support.units import format_bytes
 
-__all__ = ["COLOURS", "breakdown", "memory", "timeline"]
+__all__ = ["breakdown", "memory", "timeline"]
 
-# Paul Tol's "muted" scheme: distinguishable with any common colour blindness.
-COLOURS = {
-    "other processes": "#1b1f26",
-    "context": "#5d6673",
-    "parameters": "#332288",
-    "buffers": "#88ccee",
-    "gradients": "#cc6677",
-    "optimizer state": "#ddcc77",
-    "activations": "#44aa99",
-    "temporaries": "#aa4499",
-    "inputs": "#117733",
-    "workspace": "#999933",
-    "other": "#882255",
-    "rounding": "#a5abb5",
-    "cached": "#d5d9df",
-}
 _PHASES = {
     "setup": "#d9d9d9",
     "inputs": "#a6a6a6",
@@ -44,18 +29,17 @@ _PHASES = {
     "step": "#7a6fac",
     "evaluate": "#c5e0b4",
 }
-_INK, _FAINT, _GRID, _BUDGET, _BAND = "#1d2430", "#5b6678", "#e7eaef", "#b3261e", "#1d5bbf"
-_EVIDENCE = {"measured": "#117733", "simulated": "#117733", "predicted": "#44aa99"}
+_EVIDENCE = {"measured": GREEN, "simulated": GREEN, "predicted": TEAL}
 _OTHER = "#eeeeee"
-_ON_DARK, _ON_LIGHT = "#ffffff", "#000000"
+_ON_DARK, _ON_LIGHT = GROUND, "#000000"
 
 _ADAPTED = {
-    ("fill", _INK): ("currentColor", 1),
-    ("stroke", _INK): ("currentColor", 1),
-    ("fill", _FAINT): ("currentColor", 0.75),
-    ("stroke", _GRID): ("currentColor", 0.2),
-    ("fill", _BUDGET): ("currentColor", 1),
-    ("stroke", _BUDGET): ("#d93025", 1),
+    ("fill", INK): ("currentColor", 1),
+    ("stroke", INK): ("currentColor", 1),
+    ("fill", FAINT): ("currentColor", 0.75),
+    ("stroke", GRID): ("currentColor", 0.2),
+    ("fill", BUDGET): ("currentColor", 1),
+    ("stroke", BUDGET): ("#d93025", 1),
 }
 """What stands for a paint, and how opaque, where the ground may be light or dark. No red can be
 read well on both, so that only the budget's line is red, and its name is not."""
@@ -126,7 +110,7 @@ class _Sheet:
         y: float,
         text: str,
         *,
-        colour: str = _INK,
+        colour: str = INK,
         anchor: str = "start",
         size: int = _SIZE,
         bold: bool = False,
@@ -154,16 +138,16 @@ class _Sheet:
         """Draw the lines and labels of a vertical axis."""
         for tick in ticks:
             y = box.y(tick.at)
-            self.line(box.left, y, _RIGHT, y, _GRID)
-            self.text(box.left - 8, y + 4, tick.text, colour=_FAINT, anchor="end", size=_SMALL)
+            self.line(box.left, y, _RIGHT, y, GRID)
+            self.text(box.left - 8, y + 4, tick.text, colour=FAINT, anchor="end", size=_SMALL)
 
     def columns(self, box: _Box, ticks: Sequence[Tick], name: str) -> None:
         """Draw the lines and labels of a horizontal axis, and what it shows."""
         for tick in ticks:
             x = box.x(tick.at)
-            self.line(x, box.top, x, box.y(100), _GRID)
-            self.text(x, box.y(100) + 16, tick.text, colour=_FAINT, anchor="middle", size=_SMALL)
-        self.text((box.left + _RIGHT) / 2, box.y(100) + 34, name, colour=_FAINT, anchor="middle")
+            self.line(x, box.top, x, box.y(100), GRID)
+            self.text(x, box.y(100) + 16, tick.text, colour=FAINT, anchor="middle", size=_SMALL)
+        self.text((box.left + _RIGHT) / 2, box.y(100) + 34, name, colour=FAINT, anchor="middle")
 
     def legend(self, y: float, keys: Sequence[_Key], left: float = _LEFT) -> float:
         """Write what colours, lines and marks stand for; return where the sheet ends below."""
@@ -185,7 +169,7 @@ class _Sheet:
 
     def svg(self, height: float) -> str:
         """Return the drawing, which ends at a height."""
-        ground = f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>'
+        ground = f'<rect width="{_WIDTH}" height="{height:.0f}" fill="{GROUND}"/>'
         fluid = ' style="max-width:100%;height:auto"'
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
@@ -215,31 +199,31 @@ def memory(plan: PlanRecord) -> str:
     box = _Box(76, 290)
     sheet.rows(box, curve.rows)
     sheet.columns(box, curve.columns, "micro-batch (samples in one forward and backward pass)")
-    keys = [_Key("line", _BAND, "reserved at the peak")]
+    keys = [_Key("line", BAND, "reserved at the peak")]
     if curve.band:
-        sheet.figure(box, curve.band, f'fill="{_BAND}" fill-opacity="0.16"')
+        sheet.figure(box, curve.band, f'fill="{BAND}" fill-opacity="0.16"')
         keys.append(_Key("area", "#dae4f5", "nine of ten runs"))
-    sheet.figure(box, curve.line, f'fill="none" stroke="{_BAND}" stroke-width="2"')
-    for at, colour, dashes in ((curve.budget, _BUDGET, "5 4"), (curve.capacity, _FAINT, "2 3")):
+    sheet.figure(box, curve.line, f'fill="none" stroke="{BAND}" stroke-width="2"')
+    for at, colour, dashes in ((curve.budget, BUDGET, "5 4"), (curve.capacity, FAINT, "2 3")):
         sheet.line(_LEFT, box.y(at), _RIGHT, box.y(at), colour, dashes)
     usable = plan.gpu.capacity_bytes - plan.footprint.context_bytes - plan.others_bytes
-    keys.append(_Key("dashes", _BUDGET, f"budget {format_bytes(plan.budget_bytes)}"))
-    keys.append(_Key("dots", _FAINT, f"all that is usable {format_bytes(usable)}"))
+    keys.append(_Key("dashes", BUDGET, f"budget {format_bytes(plan.budget_bytes)}"))
+    keys.append(_Key("dots", FAINT, f"all that is usable {format_bytes(usable)}"))
     kinds = {evidence: "dot" if evidence == "predicted" else "diamond" for evidence in _EVIDENCE}
     for point in curve.points:
         kind, colour = kinds[point.evidence], _EVIDENCE[point.evidence]
         sheet.mark(kind, box.x(point.left), box.y(point.top), colour)
     known = {point.evidence for point in curve.points}
     keys += [_Key(kinds[each], _EVIDENCE[each], each) for each in _EVIDENCE if each in known]
-    sheet.mark("ring", box.x(curve.plan[0]), box.y(curve.plan[1]), COLOURS["parameters"])
+    sheet.mark("ring", box.x(curve.plan[0]), box.y(curve.plan[1]), CATEGORIES["parameters"])
     reserved = format_bytes(plan.footprint.peak_reserved_bytes)
-    keys.append(_Key("ring", COLOURS["parameters"], f"the plan, {reserved}"))
+    keys.append(_Key("ring", CATEGORIES["parameters"], f"the plan, {reserved}"))
     chosen, ceiling = plan.footprint.micro_batch, plan.ceiling_at_least
-    names = [(curve.plan[0], f"plan {chosen:,}", COLOURS["parameters"])]
+    names = [(curve.plan[0], f"plan {chosen:,}", CATEGORIES["parameters"])]
     if ceiling == chosen:
-        names = [(curve.plan[0], f"plan = {_ceiling(plan)} {chosen:,}", COLOURS["parameters"])]
+        names = [(curve.plan[0], f"plan = {_ceiling(plan)} {chosen:,}", CATEGORIES["parameters"])]
     else:
-        names.append((curve.ceiling[0], f"{_ceiling(plan)} {ceiling:,}", _INK))
+        names.append((curve.ceiling[0], f"{_ceiling(plan)} {ceiling:,}", INK))
     _name_lines(sheet, box, names)
     return sheet.svg(sheet.legend(box.y(100) + 60, keys))
 
@@ -265,7 +249,7 @@ def breakdown(plan: PlanRecord, *, adapts: bool = False) -> str:
         top = box.top + 76 * index + 12
         taken = format_bytes(footprint.peak_device_bytes + plan.others_bytes)
         sheet.text(left - 8, top + 17, name, anchor="end")
-        sheet.text(left - 8, top + 33, taken, anchor="end", size=_SMALL, colour=_FAINT)
+        sheet.text(left - 8, top + 33, taken, anchor="end", size=_SMALL, colour=FAINT)
         _draw_bar(sheet, box, top, bar)
     budget, capacity = bars[0].budget, bars[0].capacity
     ends = plan.footprint.context_bytes + plan.others_bytes + plan.budget_bytes
@@ -273,14 +257,14 @@ def breakdown(plan: PlanRecord, *, adapts: bool = False) -> str:
         sheet,
         box,
         [
-            (budget, f"the budget ends at {format_bytes(ends)}", _BUDGET),
-            (capacity, f"capacity {format_bytes(plan.gpu.capacity_bytes)}", _INK),
+            (budget, f"the budget ends at {format_bytes(ends)}", BUDGET),
+            (capacity, f"capacity {format_bytes(plan.gpu.capacity_bytes)}", INK),
         ],
     )
     used = {part.name for bar in bars for part in bar.parts}
-    keys = [_Key("area", colour, name) for name, colour in COLOURS.items() if name in used]
+    keys = [_Key("area", colour, name) for name, colour in CATEGORIES.items() if name in used]
     if any(bar.low is not None for bar in bars):
-        keys.append(_Key("line", _INK, "nine of ten runs end in here"))
+        keys.append(_Key("line", INK, "nine of ten runs end in here"))
     return sheet.svg(sheet.legend(box.y(100) + 60, keys, left))
 
 
@@ -293,12 +277,12 @@ def timeline(plan: PlanRecord) -> str:
     box = _Box(88, 300)
     sheet.rows(box, figure.rows)
     for name, path in figure.areas:
-        sheet.figure(box, path, f'fill="{COLOURS.get(name, _OTHER)}"')
-    stroke = f'fill="none" stroke="{_BUDGET}" stroke-width="1.5" stroke-dasharray="5 4"'
+        sheet.figure(box, path, f'fill="{CATEGORIES.get(name, _OTHER)}"')
+    stroke = f'fill="none" stroke="{BUDGET}" stroke-width="1.5" stroke-dasharray="5 4"'
     sheet.figure(box, figure.reserved, stroke)
     _draw_phases(sheet, box, figure.phases)
     peak = box.x(figure.peak)
-    sheet.line(peak, box.top, peak, box.y(100), _INK)
+    sheet.line(peak, box.top, peak, box.y(100), INK)
     text = f"peak {format_bytes(plan.footprint.peak_allocated_bytes)} allocated"
     at, anchor = (peak - 5, "end") if figure.peak > 50 else (peak + 5, "start")
     sheet.text(at, box.top + 13, text, anchor=anchor, bold=True)
@@ -306,14 +290,14 @@ def timeline(plan: PlanRecord) -> str:
         (_LEFT + _RIGHT) / 2,
         box.y(100) + 20,
         "allocations and frees, in order",
-        colour=_FAINT,
+        colour=FAINT,
         anchor="middle",
     )
     shown = {name for name, _ in figure.areas}
     ran = {phase.name for phase in figure.phases}
     keys = [
-        _Key("dashes", _BUDGET, "reserved by the allocator"),
-        *(_Key("area", colour, name) for name, colour in COLOURS.items() if name in shown),
+        _Key("dashes", BUDGET, "reserved by the allocator"),
+        *(_Key("area", colour, name) for name, colour in CATEGORIES.items() if name in shown),
         *(
             _Key("area", colour, f"{name} (phase)")
             for name, colour in _PHASES.items()
@@ -326,7 +310,7 @@ def timeline(plan: PlanRecord) -> str:
 def _draw_bar(sheet: _Sheet, box: _Box, top: float, bar: Bar) -> None:
     for part in bar.parts:
         left, width = box.x(part.left), box.x(part.left + part.width) - box.x(part.left)
-        colour = COLOURS.get(part.name, _OTHER)
+        colour = CATEGORIES.get(part.name, _OTHER)
         sheet.rect(left, top, width, 40, colour)
         if width > 8 + max(_width(part.name), _width(part.text)):
             ink, middle = _ink_on(colour), left + width / 2
@@ -334,9 +318,9 @@ def _draw_bar(sheet: _Sheet, box: _Box, top: float, bar: Bar) -> None:
             sheet.text(middle, top + 33, part.text, colour=ink, anchor="middle")
     if bar.low is not None and bar.high is not None:
         low, high, y = box.x(bar.low), box.x(bar.high), top + 49
-        sheet.line(low, y, high, y, _INK)
+        sheet.line(low, y, high, y, INK)
         for end in (low, high):
-            sheet.line(end, y - 4, end, y + 4, _INK)
+            sheet.line(end, y - 4, end, y + 4, INK)
 
 
 def _draw_phases(sheet: _Sheet, box: _Box, phases: Sequence[figures.Part]) -> None:
@@ -355,7 +339,7 @@ def _draw_phases(sheet: _Sheet, box: _Box, phases: Sequence[figures.Part]) -> No
     for name, edges in windows.items():
         if max(edges) - min(edges) > _width(name):
             middle = (min(edges) + max(edges)) / 2
-            sheet.text(middle, box.top - 30, name, anchor="middle", colour=_FAINT)
+            sheet.text(middle, box.top - 30, name, anchor="middle", colour=FAINT)
 
 
 def _name_lines(sheet: _Sheet, box: _Box, lines: Sequence[tuple[float, str, str]]) -> None:
@@ -376,7 +360,7 @@ def _name_lines(sheet: _Sheet, box: _Box, lines: Sequence[tuple[float, str, str]
 
 
 def _nothing(sheet: _Sheet, why: str) -> str:
-    sheet.text(16, 60, why, colour=_FAINT)
+    sheet.text(16, 60, why, colour=FAINT)
     return sheet.svg(80)
 
 

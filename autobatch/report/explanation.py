@@ -36,7 +36,8 @@ from autobatch.report.document import (
     printable,
 )
 from autobatch.report.footprint_summary import share
-from autobatch.support.files import prepare_folder, write_text
+from autobatch.report.own_files import report_folder
+from autobatch.support.files import write_text
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
 
@@ -66,7 +67,7 @@ class Explanation(ExplanationRecord):
     """
 
     def to_json(self) -> str:
-        """Render the explanation as JSON text; sizes are in bytes."""
+        """Render the explanation as JSON text; sizes are in bytes, and events count from 0."""
         return dump_json({"schema_version": SCHEMA_VERSION} | encode(self))
 
     def report(self, folder: str | os.PathLike[str]) -> Path:
@@ -80,12 +81,13 @@ class Explanation(ExplanationRecord):
         """
         from autobatch.report import html, markdown
 
-        target = prepare_folder(folder)
         document = explanation_summary(self)
-        drawings = _write_charts(self.devices, target)
-        write_text(target / "explanation.json", self.to_json())
-        write_text(target / "report.md", markdown.render(document))
-        return write_text(target / "report.html", html.page(document, drawings))
+        recorded = [device for device in self.devices if device.history is not None]
+        with report_folder("explanation", folder, has_charts=bool(recorded)) as (target, charts):
+            write_text(target / "explanation.json", self.to_json())
+            drawings = _write_charts(recorded, charts)
+            write_text(target / "report.md", markdown.render(document))
+            return write_text(target / "report.html", html.page(document, drawings))
 
     def __repr__(self) -> str:
         """Name what is shown; `print(explanation)` shows the whole."""
@@ -182,19 +184,16 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
         yield Section(f"{prefix}Notes", (Bullets(notes),))
 
 
-def _write_charts(devices: Sequence[DeviceExplanation], folder: Path) -> dict[str, str]:
-    """Draw what each device held over time; return the drawings by name."""
-    recorded = [device for device in devices if device.history is not None]
+def _write_charts(recorded: Sequence[DeviceExplanation], charts: Path) -> dict[str, str]:
+    """Draw what each device with a history held over time; return the drawings by name."""
     if not recorded:
         return {}
     from autobatch.report.charts.frame import save, style
     from autobatch.report.charts.history import draw_history
-    from autobatch.report.drawings import COLOURS
 
-    charts = prepare_folder(folder / "charts")
     with style():
         return {
-            _chart_of(device): save(draw_history(device, COLOURS), charts, _chart_of(device))
+            _chart_of(device): save(draw_history(device), charts, _chart_of(device))
             for device in recorded
         }
 
@@ -220,8 +219,8 @@ def _facts(device: DeviceExplanation, source: str) -> Facts:
         pairs = [
             (
                 "peak",
-                f"{allocated} allocated, after event {device.moment_event + 1:,} of "
-                f"{device.events:,}{asked}",
+                f"{allocated} allocated, after {device.moment_event + 1:,} of "
+                f"{device.events:,} recorded events{asked}",
             )
         ]
     pairs.insert(0, ("snapshot", printable(source)))
@@ -449,8 +448,9 @@ def _alternatives(device: DeviceExplanation) -> tuple[ContentBlock, ...]:
 
 def _row(each: Alternative, base: Alternative, failed: bool) -> tuple[str, ...]:
     difference = each.peak_reserved_bytes - base.peak_reserved_bytes
-    sign = "+" if difference > 0 else ""
-    change = "-" if each is base else f"{sign}{difference / base.peak_reserved_bytes:.1%}"
+    share_of_base = f"{difference / base.peak_reserved_bytes:+.1%}"
+    is_small = share_of_base in ("+0.0%", "-0.0%")  # no sign tells of less than is shown
+    change = "-" if each is base else "0.0%" if is_small else share_of_base
     cells = (
         _name_of(each.settings) + (" (recorded)" if each.recorded else ""),
         "does not fit" if each.failed else format_bytes(each.peak_reserved_bytes),

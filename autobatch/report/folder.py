@@ -12,7 +12,8 @@ from autobatch.records.plan_json import write_plan
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report import drawings, html, markdown, rows
 from autobatch.report.content import full_report
-from autobatch.support.files import prepare_folder, write_text
+from autobatch.report.own_files import report_folder
+from autobatch.support.files import write_text
 
 __all__ = ["write_charts", "write_report"]
 
@@ -26,15 +27,14 @@ def write_report(plan: PlanRecord, folder: str | os.PathLike[str]) -> Path:
         The path of report.html.
 
     Raises:
-        FileError: the folder or a file in it cannot be written.
+        FileError: the folder or a file in it cannot be written, or would be another's.
     """
-    target = prepare_folder(folder)
-    charts = prepare_folder(target / "charts")
-    write_text(target / "plan.json", write_plan(plan))
-    page = write_text(target / "report.html", html.plan_page(plan))
-    write_text(target / "report.md", markdown.render(full_report(plan)))
-    rows.write_csv(plan, target)
-    write_charts(plan, charts)
+    with report_folder("plan", folder) as (target, charts):
+        write_text(target / "plan.json", write_plan(plan))
+        page = write_text(target / "report.html", html.plan_page(plan))
+        write_text(target / "report.md", markdown.render(full_report(plan)))
+        rows.write_csv(plan, target)
+        write_charts(plan, charts)
     return page
 
 

@@ -14,10 +14,12 @@ from functools import cache
 from pathlib import Path
 
 from autobatch.records.plan_record import PlanRecord
+from autobatch.report import colours
 from autobatch.report.content import summary
 from autobatch.report.document import ContentBlock, Document
 from autobatch.report.drawings import breakdown
-from autobatch.report.page.plan_page import plan_values
+from autobatch.report.own_files import GENERATOR
+from autobatch.report.page.plan_page import css_class, plan_values
 from autobatch.support.templates import render
 
 __all__ = ["notebook", "page", "plan_page"]
@@ -64,12 +66,26 @@ def notebook(plan: PlanRecord) -> str:
     )
 
 
-_THEME = {"#1d2430": "--ink", "#5b6678": "--faint", "#e7eaef": "--line", "#ffffff": "--card"}
-"""Which of the page's colours takes the place of a drawing's, so that dark pages are dark."""
+_THEME = {
+    colours.INK: "--ink",
+    colours.FAINT: "--faint",
+    colours.GRID: "--line",
+    colours.GROUND: "--ground",
+    colours.BUDGET: "--budget",
+    colours.BAND: "--band",
+    **{colour: f"--{css_class(name)}" for name, colour in colours.CATEGORIES.items()},
+}
+"""Which of the page's colours takes the place of a drawing's, so that dark pages are dark, and
+lines and marks are as light there as they have to be."""
+
+_CATEGORIES = " ".join(
+    f"--{css_class(name)}: {colour};" for name, colour in colours.CATEGORIES.items()
+)
+"""Colours of categories as the style sheet names them, where the ground is light."""
 
 
 def _themed(drawing: str) -> str:
-    """Return a drawing in the colours of the page; those that mean something stay."""
+    """Return a drawing in the colours of the page, whose hues are those of the drawing."""
     return re.sub(
         "|".join(_THEME),
         lambda colour: f"var({_THEME[colour[0].lower()]})",
@@ -89,7 +105,11 @@ def _render(template: str, **values: object) -> str:
     return render(
         _TEMPLATES,
         template,
+        colours=colours,
+        generator=GENERATOR,
+        categories=_CATEGORIES,
         kind_of=_kind_of,
+        parts_of=_parts_of,
         split_code=_split_code,
         split_links=_split_links,
         **values,
@@ -98,6 +118,22 @@ def _render(template: str, **values: object) -> str:
 
 def _kind_of(block: ContentBlock) -> str:
     return type(block).__name__
+
+
+_PART = 24
+"""Characters of a word that stay on one line."""
+
+
+def _parts_of(text: str) -> list[str]:
+    """Return the parts of a cell, between which a line may end besides at its spaces.
+
+    Names of modules, operators and files have no spaces, and would make a table too wide.
+
+    >>> _parts_of("layers.0.self_attn bfloat16")
+    ['layers.', '0.self_', 'attn bfloat16']
+    """
+    marked = re.sub(r"(?<=[._/:\\])(?<!\d[.:])(?=\w)", "\0", text)
+    return re.sub(rf"[^\s\0]{{{_PART}}}(?=[^\s\0])", "\\g<0>\0", marked).split("\0")
 
 
 def _split_code(text: str) -> list[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from autobatch.records.sweep import SweepRecord, SweepTrial
 from autobatch.report.document import (
-    Bullets,
     Chart,
     Code,
     ContentBlock,
@@ -23,6 +22,7 @@ from autobatch.report.document import (
     Section,
     Table,
     printable,
+    told_sections,
 )
 from autobatch.support.units import format_bytes, format_seconds
 from autobatch.support.wording import count
@@ -52,7 +52,7 @@ def sweep_summary(record: SweepRecord) -> Document:
             Section("", (_facts(record),)),
             *_code(record),
             Section(_front_title(record), (_front(record, _FRONT_ROWS), *_more(record))),
-            *_told(record),
+            *told_sections(_warnings(record), _notes(record)),
         ),
     )
 
@@ -68,8 +68,12 @@ def sweep_document(record: SweepRecord) -> Document:
             *_code(record),
             Section("Speed against memory", (_CHART,)),
             Section(_front_title(record), (_front(record, None),)),
-            *_told(record),
-            Section("Every trial", (_trials(record.trials),)),
+            *told_sections(_warnings(record), _notes(record)),
+            Section(
+                f"All {count(len(record.trials), 'trial')}, which are in trials.csv too",
+                (_trials(record.trials),),
+                is_folded=True,
+            ),
         ),
     )
 
@@ -93,19 +97,18 @@ def write_sweep(
     from autobatch.report import html, markdown
     from autobatch.report.charts.frame import save, style
     from autobatch.report.charts.pareto import draw_pareto, pareto_chart
+    from autobatch.report.own_files import report_folder
     from autobatch.report.table import sweep_trials
-    from autobatch.support.files import prepare_folder, write_text
+    from autobatch.support.files import write_text
 
-    target = prepare_folder(folder)
-    with style():
-        figure = draw_pareto(pareto_chart(record))
-        drawing = save(figure, prepare_folder(target / "charts"), _CHART.name)
-    write_text(target / "trials.csv", sweep_trials(record).to_csv(index=False))
-    for name, text in files.items():
-        write_text(target / name, text)
-    document = sweep_document(record)
-    write_text(target / "report.md", markdown.render(document))
-    return write_text(target / "report.html", html.page(document, {_CHART.name: drawing}))
+    with report_folder("sweep", folder) as (target, charts), style():
+        for name, text in files.items():
+            write_text(target / name, text)
+        drawing = save(draw_pareto(pareto_chart(record)), charts, _CHART.name)
+        write_text(target / "trials.csv", sweep_trials(record).to_csv(index=False))
+        document = sweep_document(record)
+        write_text(target / "report.md", markdown.render(document))
+        return write_text(target / "report.html", html.page(document, {_CHART.name: drawing}))
 
 
 def _facts(record: SweepRecord) -> Facts:
@@ -227,14 +230,6 @@ def _trials(trials: Sequence[SweepTrial]) -> Table:
     ]
     columns = ("trial", "changes", "micro-batch", "window", "reserved", "runs", "outcome")
     return Table(columns, "rlrrrrl", tuple(rows))
-
-
-def _told(record: SweepRecord) -> tuple[Section, ...]:
-    """Return what must be acted on, and apart from it what was inferred, assumed or left out."""
-    told = (("Warnings", _warnings(record)), ("Notes", _notes(record)))
-    return tuple(
-        Section(title, (Bullets(tuple(map(printable, texts))),)) for title, texts in told if texts
-    )
 
 
 def _warnings(record: SweepRecord) -> list[str]:

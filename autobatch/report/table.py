@@ -5,62 +5,22 @@ Invariant: columns of bytes end in `_bytes` and hold whole numbers; each row is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import pandas as pd
 
 from autobatch.records.codec import encode
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord, Outcome
 from autobatch.records.plan_record import PlanRecord
 from autobatch.records.sweep import SweepRecord
-from autobatch.report import rows
+from autobatch.report.rows import ROWS
 
-__all__ = [
-    "FRAMES",
-    "blocks",
-    "breakdown",
-    "comparison",
-    "curve",
-    "frontier",
-    "sweep_trials",
-    "timeline",
-    "trials",
-]
+__all__ = ["comparison", "frame", "frontier", "sweep_trials"]
 
 
-def trials(plan: PlanRecord) -> pd.DataFrame:
-    """Return every trial, in the order in which they ran."""
-    return _framed(rows.trials(plan))
-
-
-def breakdown(plan: PlanRecord) -> pd.DataFrame:
-    """Return the bytes by category at the planned micro-batch and at the ceiling."""
-    return _framed(rows.breakdown(plan))
-
-
-def curve(plan: PlanRecord) -> pd.DataFrame:
-    """Return memory against micro-batch, smallest first, and whether each size fits the budget."""
-    return _framed(rows.curve(plan))
-
-
-def timeline(plan: PlanRecord) -> pd.DataFrame:
-    """Return live bytes by category over the traced windows, one row per sample."""
-    return _framed(rows.timeline(plan))
-
-
-def blocks(plan: PlanRecord) -> pd.DataFrame:
-    """Return what is alive at the peak, most bytes first; none of a plan that does not know."""
-    return _framed(rows.blocks(plan))
-
-
-def _framed(found: rows.Rows) -> pd.DataFrame:
+def frame(plan: PlanRecord, of: str) -> pd.DataFrame:
+    """Return rows of a plan, by their name in `rows.ROWS`."""
+    found = ROWS[of](plan)
     return pd.DataFrame(list(found.rows), columns=list(found.columns))
 
-
-FRAMES: Mapping[str, Callable[[PlanRecord], pd.DataFrame]] = {
-    each.__name__: each for each in (trials, curve, breakdown, blocks, timeline)
-}
-"""The data frames of a plan, by name."""
 
 _WHOLE = ("ceiling", "micro_batch", "accumulation_steps", "short_bytes")
 """Columns of outcomes that are whole numbers, also where some are unknown."""

@@ -51,6 +51,7 @@ def test_advise_writes_json(spec: str, tmp_path: Path, capsys: pytest.CaptureFix
     saved, told = Advice.from_json(file.read_text()), Advice.from_json(printed)
     assert saved.choices == told.choices
     assert json.loads(printed)["evidence"] == "simulated"
+    assert json.loads(printed)["schema_version"] == 1
 
 
 def test_advise_refuses_an_unknown_lever_in_one_line(

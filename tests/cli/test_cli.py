@@ -185,8 +185,8 @@ def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["prob"], "did you mean probe?; see autobatch --help"),
-        (["probe", "m.py:f", "--targt", "8"], "no option --targt; did you mean --target"),
+        (["prob"], "did you mean probe?); see autobatch --help"),
+        (["probe", "m.py:f", "--targt", "8"], "no option --targt (did you mean --target"),
         (["probe", "m.py:f", "--target", "8", "--reprot", "x"], "did you mean --report"),
         (["probe", "m.py:f", "x", "--target", "8"], "there is no argument x; see autobatch probe"),
         (["probe", "m.py:f", "--target", "8", "--optimizer", "adamww"], "did you mean adamw"),

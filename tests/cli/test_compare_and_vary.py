@@ -237,7 +237,7 @@ def test_a_parameter_that_the_model_does_not_have_is_refused_by_name(
     pytest.importorskip("transformers")
     options = ["--target", "8", "--gpu", "t4", "--vary", "n_layers=1,2", "--no-isolate"]
     assert main(["vary", GPT2, *options]) == 2
-    assert "has no 'n_layers'; did you mean" in capsys.readouterr().err
+    assert "has no 'n_layers' (did you mean" in capsys.readouterr().err
 
 
 def test_probe_refuses_to_prove_a_frontier(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def test_a_table_is_for_its_command_and_tool_autobatch_for_all(file: Path) -> No
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("targt = 8", "sets 'targt', which is no option of `autobatch probe`; did you mean target"),
+        ("targt = 8", "sets 'targt', which is no option of `autobatch probe` (did you mean target"),
         ("help = true", "sets 'help'"),
         ("config = 'x'", "sets 'config'"),
         ("prove = 3", "sets prove = 3: use true or false"),
@@ -57,7 +57,7 @@ def test_a_table_is_for_its_command_and_tool_autobatch_for_all(file: Path) -> No
         ("x = " + 9999 * "[", "is no TOML file"),
         ("tool = 3", "sets tool = 3, which is no table: write options below [tool.autobatch]"),
         ("[tool]\nautobatch = 'x'", "sets tool.autobatch = 'x', which is no table"),
-        ("[prob]\ntarget = 8", "a table [prob], which is no command; did you mean probe"),
+        ("[prob]\ntarget = 8", "a table [prob], which is no command (did you mean probe"),
         ("target = 'many'", "invalid int value: 'many'"),
         ("optimizer = 'adamww'", "did you mean adamw"),
     ],

@@ -87,7 +87,7 @@ def test_the_front_is_on_stdout_and_progress_on_stderr(
     out, err = capsys.readouterr()
     assert out.startswith("fastest: as it is, micro-batch 16\nSequential on t4\n")
     assert "Front of speed (estimate) against memory (simulated)" in out
-    assert err.startswith("1 of about 35: as it is, micro-batch 64\n")
+    assert err.startswith("1 of about 36: as it is, micro-batch 64\n")
 
 
 def test_json_on_stdout_is_nothing_but_json(

@@ -194,7 +194,7 @@ def test_fp32_takes_a_workloads_own_autocast_away(spec: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--activation-checkpointing", "ful"], "is 'ful'; did you mean full"),
+        (["--activation-checkpointing", "ful"], "is 'ful' (did you mean full"),
         (["--activation-checkpointing", "every=9"], "use none, full, selective, every=2"),
         (["--activation-checkpointing", "every=4"], "it can be 'every block', 'every 2nd block'"),
         (["--lora", "r=x"], "--lora is 'r=x': write r=16"),

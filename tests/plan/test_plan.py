@@ -263,7 +263,7 @@ def test_the_frame_of_a_plan_that_knows_no_blocks_has_their_columns() -> None:
 
 
 def test_a_frame_that_there_is_not_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match="of is 'trails'; did you mean trials"):
+    with pytest.raises(UsageError, match=r"of is 'trails' .did you mean trials"):
         example_plan().to_frame("trails")  # type: ignore[arg-type]
 
 
@@ -344,13 +344,6 @@ def test_a_plan_keeps_the_levers_that_it_was_made_with(tmp_path: Path) -> None:
     plan = example_plan(levers=(lever,))
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert "precision: tf32" in str(plan)
-
-
-def test_plans_from_before_have_no_levers_and_no_code_of_the_loss(saved: Path) -> None:
-    document = json.loads(saved.read_text())
-    del document["levers"], document["model"]["loss_code"]
-    saved.write_text(json.dumps(document))
-    assert Plan.load(saved) == example_plan()
 
 
 @pytest.mark.parametrize("arguments", ["__import__('os')", "tf32", "a=b", "a=1)(b=2", "**{}", "1"])

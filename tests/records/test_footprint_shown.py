@@ -34,6 +34,14 @@ def test_the_repr_is_one_line_with_the_answer() -> None:
     assert repr([footprint_at(64)]) == f"[{shown}]"
 
 
+def test_two_steps_that_were_run_are_not_told_as_those_of_the_plan() -> None:
+    ran = footprint_at(64, steps=2)
+    assert repr(ran).startswith("<Footprint of micro-batch 64 x 2 or more on a100-40gb: ")
+    assert str(ran).startswith("micro-batch 64 x 2 or more on a100-40gb (simulated)\n")
+    assert "micro-batch 64, 2 or more accumulation steps on" in ran._repr_html_()
+    assert "micro-batch 64, 1 accumulation step on" in footprint_at(64, steps=1)._repr_html_()
+
+
 def test_the_notebook_form_is_well_formed_and_escaped() -> None:
     footprint = dataclasses.replace(footprint_at(64), gpu="<script>alert(1)</script>")
     fragment = footprint._repr_html_()

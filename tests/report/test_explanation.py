@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
 from pathlib import Path
@@ -13,8 +14,9 @@ from rich.console import Console
 from autobatch.cli import terminal
 from autobatch.errors import UsageError
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.records.explanation import Alternative
 from autobatch.report import markdown
-from autobatch.report.explanation import Explanation, explain, explanation_summary
+from autobatch.report.explanation import Explanation, _row, explain, explanation_summary
 from autobatch.support.units import MIB
 from tests.support import browser
 from tests.support.recordings import write
@@ -54,7 +56,7 @@ def test_the_title_and_the_facts_say_what_was_recorded(tmp_path: Path) -> None:
     assert subtitle == "device 0, measured by PyTorch's allocator"
     facts = one_space(text.split("\n\n")[1])
     assert facts.startswith(f"snapshot {tmp_path}")
-    assert "after event 41 of 54, for MmBackward0: mm" in facts
+    assert "after 41 of 54 recorded events, for MmBackward0: mm" in facts
     assert "makes all 19 allocations as recorded and reserves the same 127,926,272 bytes" in facts
 
 
@@ -114,7 +116,8 @@ def test_the_report_says_all_that_the_terminal_does(tmp_path: Path) -> None:
     assert json.loads((page.parent / "explanation.json").read_text()) == json.loads(found.to_json())
     for part in explanation_summary(found).sections:
         assert f"<h2>{part.title}</h2>" in written or not part.title
-    assert "no line of Python" in written and "run/model.py:12 forward" in written
+    whole = written.replace("<wbr>", "")
+    assert "no line of Python" in whole and "run/model.py:12 forward" in whole
 
 
 def test_the_history_has_the_peak_and_is_drawn(tmp_path: Path) -> None:
@@ -233,6 +236,22 @@ def test_the_other_settings_are_simulated_and_compared(tmp_path: Path) -> None:
     assert rows[3].split() == "expandable_segments:True 60.0 MiB -44.4% 60.0 MiB 0".split()
     assert "the first row is what was recorded" in one_space(text)
     assert "`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` would reserve 48.0 MiB less" in text
+
+
+def test_a_difference_of_less_than_is_shown_has_no_sign() -> None:
+    base = Alternative(
+        settings="",
+        recorded=True,
+        peak_reserved_bytes=10_000_000,
+        peak_allocated_bytes=1,
+        alloc_retries=0,
+        failed=False,
+        meets_failed_request=None,
+        note="",
+    )
+    for more, shown in ((0, "0.0%"), (100, "0.0%"), (-100, "0.0%"), (10**6, "+10.0%")):
+        other = dataclasses.replace(base, peak_reserved_bytes=10_000_000 + more)
+        assert _row(other, base, False)[2] == shown
 
 
 def test_a_recording_that_begins_later_says_how_it_was_begun(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord
-from autobatch.report.charts.frame import FAINT, INK, add_legend, new_figure
+from autobatch.report.charts.frame import add_legend, new_figure
+from autobatch.report.colours import FAINT, INDIGO, INK, ROSE, TEAL
 from autobatch.report.comparison import sizes_text
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
     "frontier_chart",
 ]
 
-_BAR, _SIZE, _PACE = "#44AA99", "#332288", "#CC6677"
+_BAR, _SIZE, _PACE = TEAL, INDIGO, ROSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,7 @@ def comparison_chart(compared: ComparisonRecord) -> ComparisonChart:
 def draw_comparison(chart: ComparisonChart) -> Figure:
     """Draw a bar for each card with its estimate's range; beside it, micro-batch × steps."""
     height = 1.5 + 0.42 * len(chart.bars)
-    figure, axes = new_figure(
-        8.6, height, "Estimated samples a second", bottom=0.62 / height, left=0.17
-    )
+    figure, axes = new_figure("Estimated samples a second", height, bottom=0.62 / height, left=0.17)
     places = range(len(chart.bars))
     likely = [bar[1] for bar in chart.bars]
     axes.barh(places, likely, color=_BAR, height=0.6)
@@ -121,7 +120,7 @@ def frontier_chart(found: FrontierRecord) -> FrontierChart:
 def draw_frontier(chart: FrontierChart) -> Figure:
     """Draw micro-batches against the parameter, and throughput on an axis of its own."""
     figure, axes = new_figure(
-        8.6, 4.9, f"Micro-batch and throughput along {chart.parameter}", bottom=0.23
+        f"Micro-batch and throughput along {chart.parameter}", 4.9, bottom=0.23
     )
     right = 0.09 if chart.paces else 0.0
     box = axes.get_position()
@@ -157,7 +156,7 @@ def draw_frontier(chart: FrontierChart) -> Figure:
         other.spines["right"].set_visible(True)
         other.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         handles.append(Line2D([], [], label=f"{chart.unit}/s ({chart.evidence})", **pace))
-    add_legend(figure, handles, columns=3)
+    add_legend(figure, handles)
     return figure
 
 

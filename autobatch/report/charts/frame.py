@@ -1,4 +1,4 @@
-"""What all charts share: colours, style, axes, legend, and saving as PNG and SVG.
+"""What all charts share: style, axes, legend, and saving as PNG and SVG.
 
 Invariant: pyplot and the user's settings of matplotlib are never touched.
 """
@@ -20,13 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from autobatch.errors import FileError
+from autobatch.report.colours import FAINT, GRID, GROUND, INK
 from autobatch.support.files import write_text
 from autobatch.support.units import GIB, MIB
 
 __all__ = [
-    "BUDGET",
-    "FAINT",
-    "INK",
     "add_legend",
     "byte_unit",
     "name_lines",
@@ -36,7 +34,6 @@ __all__ = [
     "style",
 ]
 
-INK, FAINT, BUDGET = "#1D2430", "#5B6678", "#B22222"
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -54,10 +51,12 @@ _STYLE = {
     "ytick.color": FAINT,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "grid.color": "#E7EAEF",
+    "grid.color": GRID,
     "legend.frameon": False,
     "svg.fonttype": "path",
 }
+_WIDTH = 8.6
+"""Of every chart, in inches."""
 
 
 @contextmanager
@@ -70,20 +69,14 @@ def style() -> Iterator[None]:
 
 
 def new_figure(
-    width: float,
-    height: float,
-    title: str,
-    *,
-    bottom: float,
-    top: float | None = None,
-    left: float = 0.11,
+    title: str, height: float, *, bottom: float, left: float = 0.11
 ) -> tuple[Figure, Axes]:
-    """Return a titled figure of a size in inches, and its axes.
+    """Return a titled figure of a height in inches, and its axes.
 
-    `bottom`, `top` and `left` are the edges of the axes as shares of the figure.
+    `bottom` and `left` are the edges of the axes as shares of the figure.
     """
-    figure = Figure(figsize=(width, height), facecolor="white")
-    top = 1 - 0.72 / height if top is None else top
+    figure = Figure(figsize=(_WIDTH, height), facecolor=GROUND)
+    top = 1 - 0.72 / height
     axes = figure.add_axes((left, bottom, 0.97 - left, top - bottom))
     figure.text(0.02, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold")
     axes.grid(visible=True)
@@ -112,13 +105,13 @@ def name_lines(axes: Axes, lines: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D | Patch], *, columns: int) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """Put a legend below the axes."""
     figure.legend(
         handles=list(handles),
         loc="lower left",
         bbox_to_anchor=(0.09, 0.005),
-        ncols=columns,
+        ncols=3,
         fontsize=8.5,
         columnspacing=1.3,
         handlelength=1.6,

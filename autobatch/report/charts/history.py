@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from autobatch.records.explanation import DeviceExplanation, History
-from autobatch.report.charts.frame import BUDGET, INK, add_legend, byte_unit, name_lines, new_figure
+from autobatch.report.charts.frame import add_legend, byte_unit, name_lines, new_figure
+from autobatch.report.colours import (
+    BUDGET,
+    CATEGORIES,
+    CYAN,
+    GREEN,
+    INDIGO,
+    INK,
+    OLIVE,
+    PURPLE,
+    SILVER,
+    SLATE,
+    WINE,
+)
 from autobatch.report.document import printable
 from autobatch.support.units import format_bytes
 
@@ -19,24 +30,22 @@ __all__ = ["draw_history"]
 _SHOWN = 7
 """Categories with an area of their own; the smallest share one."""
 
-_OTHERS = ("#5d6673", "#88ccee", "#aa4499", "#117733", "#999933", "#882255", "#332288", "#a5abb5")
+_OTHERS = (SLATE, CYAN, PURPLE, GREEN, OLIVE, WINE, INDIGO, SILVER)
 """Colours of categories that plans do not have."""
 
 
-def draw_history(device: DeviceExplanation, colours: Mapping[str, str]) -> Figure:
+def draw_history(device: DeviceExplanation) -> Figure:
     """Draw what a device's recording held by category, the reserve, the peak and a failed request.
 
-    Args:
-        device: it has a history.
-        colours: of the categories that plans have, by name.
+    The device has a history.
     """
     history = device.history
     assert history is not None
     unit, size = byte_unit(max(history.reserved_bytes))
-    figure, axes = new_figure(8.6, 4.6, "Memory over the recording", bottom=0.29)
+    figure, axes = new_figure("Memory over the recording", 4.6, bottom=0.29)
     areas = _areas(history)
     free = iter(_OTHERS)
-    shades = [colours.get(name) or next(free) for name, _ in areas]
+    shades = [CATEGORIES.get(name) or next(free) for name, _ in areas]
     axes.stackplot(
         history.events,
         *([held / size for held in each] for _, each in areas),
@@ -65,7 +74,7 @@ def draw_history(device: DeviceExplanation, colours: Mapping[str, str]) -> Figur
         Line2D([], [], color=BUDGET, lw=1.4, ls=(0, (5, 4)), label="reserved"),
         *(Patch(color=shade, label=name) for shade, (name, _) in zip(shades, areas, strict=True)),
     ]
-    add_legend(figure, handles, columns=3)
+    add_legend(figure, handles)
     return figure
 
 

@@ -10,20 +10,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from autobatch.records.sweep import SweepRecord
-from autobatch.report.charts.frame import (
-    BUDGET,
-    FAINT,
-    INK,
-    add_legend,
-    byte_unit,
-    name_lines,
-    new_figure,
-)
+from autobatch.report.charts.frame import add_legend, byte_unit, name_lines, new_figure
+from autobatch.report.colours import BUDGET, FAINT, INDIGO, INK, ROSE
 from autobatch.support.units import format_bytes, format_seconds
 
 __all__ = ["ParetoChart", "ParetoPoint", "draw_pareto", "pareto_chart"]
 
-_FRONT, _UNCHANGED = "#332288", "#CC6677"
+_FRONT, _UNCHANGED = INDIGO, ROSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +64,7 @@ def pareto_chart(record: SweepRecord) -> ParetoChart:
 
 def draw_pareto(chart: ParetoChart) -> Figure:
     """Draw memory to the right and time upwards, both as ratios: lower left is better."""
-    figure, axes = new_figure(8.6, 4.9, "Speed against memory", bottom=0.22)
+    figure, axes = new_figure("Speed against memory", 4.9, bottom=0.22)
     least, most = _span([point.reserved_bytes for point in chart.points])
     unit, scale = byte_unit(most)
     groups = ((False, FAINT, "o", "with levers"), (True, _UNCHANGED, "s", "as it is"))
@@ -116,7 +109,7 @@ def draw_pareto(chart: ParetoChart) -> Figure:
         color=INK,
         fontweight="bold",
     )
-    add_legend(figure, handles, columns=3)
+    add_legend(figure, handles)
     return figure
 
 

@@ -7,6 +7,7 @@ the page's policy lets run is our own.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,6 +53,11 @@ _CLASSES = {
 _SURE = 0.9
 """How likely a plan has to be to fit, for its page to say without reserve that it does."""
 
+
+_WHAT_IF = "What if"
+
+_SHORT = defaultdict(str, forward="fwd", backward="bwd", step="step")
+"""Names of phases where there is little room; none of a phase that can do without."""
 
 _VISIBLE = 0.004
 """The share of the peak from which on a category has a colour that can be seen."""
@@ -114,6 +120,7 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         "has_most": bool(plan.most_bytes),
         "timeline": timeline,
         "timeline_names": _visible(plan),
+        "short_names": _SHORT,
         "timeline_label": (
             f"Live bytes by category over the traced windows; the peak is "
             f"{format_bytes(footprint.peak_allocated_bytes)} allocated"
@@ -130,6 +137,8 @@ def plan_values(plan: PlanRecord) -> dict[str, object]:
         ),
         "why": why_this_size(plan),
         "what_if": plan.what_if is not None,
+        "what_if_title": _WHAT_IF if plan.what_if is not None else "Why this micro-batch",
+        "why_no_what_if": _why_no_what_if(plan),
         "other_cards": printable(others.line),
         "other_cards_text": printable(others.text),
         "training": (*speed_sections(plan), *training_sections(plan)),
@@ -183,6 +192,25 @@ def _verdict_text(plan: PlanRecord) -> str:
     )
 
 
+def _why_no_what_if(plan: PlanRecord) -> str:
+    """Say why there are no sliders; nothing where there are some."""
+    if plan.what_if is not None:
+        return ""
+    if plan.ceiling is None:
+        why = (
+            f"the search stopped at micro-batch {plan.ceiling_at_least:,} without an end, so that "
+            "the ceilings of other questions are not known either"
+        )
+    elif plan.likelihood is None:
+        why = "what was measured on one card does not tell for certain what another run would find"
+    else:
+        why = (
+            "what was run here does not tell for certain which ceiling a search would find with "
+            "another headroom or on another card"
+        )
+    return f"There are no sliders here: {why}."
+
+
 def _account(plan: PlanRecord) -> tuple[_Row, ...]:
     """Return the rows of the account that all reports have, with their names apart."""
     (table,) = account(plan.footprint, plan.most_bytes).blocks
@@ -208,11 +236,11 @@ def _contents(values: dict[str, object]) -> Sequence[tuple[str, str]]:
         ("timeline", "Timeline", values["timeline"]),
         ("blocks", "Largest blocks", values["blocks_section"]),
         ("savings", "What could go", values["savings"]),
-        ("what-if", "What if", True),
+        ("what-if", values["what_if_title"], True),
         ("training", "What it means for training", True),
         ("evidence", "Evidence and notes", True),
     )
-    return [(key, name) for key, name, is_there in sections if is_there]
+    return [(key, str(name)) for key, name, is_there in sections if is_there]
 
 
 def _bullets(texts: Sequence[str]) -> Bullets | None:

@@ -54,13 +54,13 @@ function useTimeline(history, icicle) {
   }
 
   function drawRibbon() {
-    const width = plot.clientWidth;
     const ends = [...history.marks.slice(1).map((mark) => mark[0]), history.last];
     ribbon.replaceChildren(...history.marks.flatMap(([start, phase, window, microBatch], index) => {
       const left = Math.max(share(start), 0), right = Math.min(share(ends[index]), 1);
       if (right <= left) return [];
-      const room = (right - left) * width, text = phase + " " + (window + 1) + (WITHOUT_MICRO_BATCH.includes(phase) ? "" : "." + (microBatch + 1));
-      const span = element("span", PHASES.includes(phase) ? phase : "", room > 105 ? text : room > 62 ? phase : room > 30 ? SHORT[phase] || "" : "");
+      const text = phase + " " + (window + 1) + (WITHOUT_MICRO_BATCH.includes(phase) ? "" : "." + (microBatch + 1));
+      const span = element("span", PHASES.includes(phase) ? phase : "");
+      Object.assign(span.dataset, { short: SHORT[phase] || "", name: phase, long: text });
       span.style.left = 100 * left + "%";
       span.style.width = 100 * (right - left) + "%";
       span.title = phaseText(history.marks[index]);

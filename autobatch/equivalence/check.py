@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autobatch.devices.preserve import one_at_a_time, process_state_preserved
+from autobatch.devices.preserve import answering, one_at_a_time, process_state_preserved
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.compared_windows import choose_windows
 from autobatch.equivalence.experiment import Ablation, Experiment
@@ -27,7 +27,7 @@ from autobatch.errors import UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.exits import exits_reported
 from autobatch.support.host_memory import free_host_bytes
-from autobatch.support.interrupts import arriving, held
+from autobatch.support.interrupts import held
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import argument, count, for_reader
 from autobatch.workload.complete import Asked
@@ -43,7 +43,7 @@ _GRADIENTS = 7
 """Parameters, the gradients of the batch and of two windows of two parts, and their difference."""
 
 
-@arriving()
+@answering()
 def check_equivalence(
     model: nn.Module | Workload,
     sample: Any = None,

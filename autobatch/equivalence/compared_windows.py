@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from autobatch.equivalence.gradients import is_continuous
 from autobatch.equivalence.module_calls import changed_values
 from autobatch.equivalence.subject import Subject
 from autobatch.support.wording import count
@@ -112,6 +113,6 @@ def changed_rows(rows: Rows, spans: Iterable[tuple[int, int]]) -> Rows:
     changed = replace(rows, batch=map_tensors(Tensor.clone, rows.batch))
     for start, stop in spans:
         for part in named_tensors(changed.cut(start, stop)).values():  # views
-            if part.is_floating_point():
+            if is_continuous(part):
                 part.copy_(changed_values(part))
     return changed

@@ -64,8 +64,8 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
     ),
     "unnamed weight": (
         "weight",
-        "weighted by {weights} the gradients agree, but nothing that was counted in the batch "
-        "gives these weights",
+        "weighted by {weights} the gradients agree, but nothing that was counted gives such "
+        "weights in batches with other counts, too: which weight it is, is not known",
         "pass weight=lambda batch: … with what your loss is a mean over",
     ),
     "hidden weight": (
@@ -77,7 +77,7 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
     "hidden unnamed": (
         "weight",
         "equivalent for samples of equal counts alone: {part} {what}, the gradients differ, and "
-        "weighted by {weights} they agree",
+        "weighted by {weights} they agree; which weight that is, is not known",
         "pass weight=lambda batch: … with what your loss is a mean over, such as the class weights "
         "of its labels",
     ),

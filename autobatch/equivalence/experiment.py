@@ -30,7 +30,7 @@ from autobatch.equivalence.module_calls import (
     shapes_alone,
     spans,
 )
-from autobatch.equivalence.numerics import Numerics
+from autobatch.equivalence.numerics import Numerics, Reads
 from autobatch.equivalence.subject import Replica, Subject
 from autobatch.equivalence.weights import shares
 from autobatch.errors import UsageError, WorkloadError
@@ -203,6 +203,9 @@ class Experiment:
     def outputs(self) -> dict[tuple[str, str, int], tuple[Any, Axes]]:
         """Return the outputs of the outermost calls that have one part for each sample.
 
+        Raises:
+            WorkloadError: the loss needs their history, which a record does not have.
+
         They were kept in the first run of the whole batch, where shapes alone let one guess which
         these are. Where the guess was wrong, another run keeps the right ones.
         """
@@ -210,7 +213,7 @@ class Experiment:
         recorder = self._recorder
         assert recorder is not None
         if not all(shapes.is_by_sample(key) for key, _ in recorder.answers.values()):
-            recorder = OutputRecorder(lambda key, _: shapes.is_by_sample(key), all_learn=True)
+            recorder = OutputRecorder(lambda key, _: shapes.is_by_sample(key))
             replica, kept = self.subject.replica(), recorder
 
             def end(name: str, caller: str, _inputs: Any, output: Any) -> Any:
@@ -219,6 +222,8 @@ class Experiment:
 
             with module_hooks(replica.model, end, kept.begin, kept=lambda _: ()):
                 self.forward(self.rows.cut(0, self.rows.size), replica=replica)
+        if recorder.passed & recorder.answers.keys():
+            raise WorkloadError("the loss takes gradients through outputs of the model")
         return {
             where: (output, shapes.calls[key].outputs)
             for where, (key, output) in recorder.answers.items()
@@ -232,9 +237,11 @@ class Experiment:
         run: Callable[[Replica], Any] | None = None,
         rows: Span | None = None,
         seed: int = 1,
-        constants: set[float] | None = None,
+        reads: Reads | None = None,
     ) -> Any:
-        """Run the loss without gradients, with the whole batch's draws; return what it returns.
+        """Run the loss alone, with the whole batch's draws; return what it returns.
+
+        Gradients are recorded as in training, because the loss may take some itself.
 
         Args:
             batch: for the loss.
@@ -242,16 +249,16 @@ class Experiment:
             run: is called with the replica in place of the loss.
             rows: the samples that the draws belong to; all if None.
             seed: of the whole batch's draws.
-            constants: is told what numbers tensors are compared with.
+            reads: is told what tensors are compared with.
         """
         replica = self.subject.replica() if replica is None else replica
         self.whole(Ablation(seed=seed))
         seed_all(seed)
         draws = self._draws[seed]
         span = rows or (0, draws.samples)
-        with replica.stage, torch.no_grad(), self.running(draws, span) as numerics:
-            if constants is not None:
-                numerics.read, numerics.constants = set(), constants
+        with replica.stage, self.running(draws, span) as numerics:
+            if reads is not None:
+                numerics.reads = replace(reads, storages=set())
             if run is not None:
                 return run(replica)
             return replica.loss(replica.model, batch)
@@ -363,11 +370,12 @@ class Experiment:
             note(name)
             if size == self.rows.size:
                 recorder.end(name, caller, output)
-            calls.append(Call(name, caller, inputs, shapes_alone(output)))
+            calls.append(Call(name, inputs, shapes_alone(output)))
             return output
 
         with module_hooks(replica.model, end, begin, kept=shapes_alone):
             yield
+        recorder.is_open = False
         note(LOSS)
         self.ran.drawing = list(dict.fromkeys([*self.ran.drawing, *drawing]))
 

@@ -6,6 +6,7 @@ some entries of each tensor, always the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "Measured", "Weigh", "apart", "differences", "largest_of", "some", "total"]
+__all__ = [
+    "Gradients",
+    "Measured",
+    "Weigh",
+    "apart",
+    "differences",
+    "is_continuous",
+    "largest_of",
+    "some",
+    "total",
+]
 
 Gradients = Mapping[str, Tensor]
 Weigh = Callable[[Any], float]
@@ -52,10 +63,11 @@ class Measured:
         """Return the weights that bring the micro-batches closest to the batch, by least squares.
 
         Zeros where a micro-batch has fewer than two entries to fit its weight to, because one
-        always fits.
+        always fits, and where an entry is not finite.
         """
         entries = torch.stack([_column(self.whole, part) for part in self.parts], dim=1)
-        if int((entries != 0).sum(0).min()) < 2 or len(entries) < 2 * len(self.parts):
+        is_few = len(entries) < 2 * len(self.parts) or int((entries != 0).sum(0).min()) < 2
+        if is_few or not bool(entries.isfinite().all()):
             return [0.0] * len(self.parts)
         target = _column(self.whole, self.whole)[:, None]
         return [float(w) for w in torch.linalg.lstsq(entries, target).solution[:, 0]]
@@ -71,12 +83,17 @@ def differences(
 ) -> dict[str, float]:
     """Return the relative difference of each tensor between a gradient and a weighted sum.
 
+    It is infinite where one of them has an entry that is not finite, or where any of the whole has:
+    there is no largest gradient then that says how small a difference is.
+
     >>> one = {"weight": torch.ones(2)}
     >>> differences(one, [one, one], [0.25, 0.25])
     {'weight': 0.5}
     """
     names = list(dict.fromkeys([*whole, *(name for part in parts for name in part)]))
     sizes = {name: largest_of(whole[name]) if name in whole else 0.0 for name in names}
+    if not all(map(math.isfinite, sizes.values())):
+        return dict.fromkeys(names, math.inf)
     floor = max(small * max(sizes.values(), default=0.0), torch.finfo(torch.float64).tiny)
     found = {}
     for name in names:
@@ -85,7 +102,7 @@ def differences(
         for gradient, weight in known:
             rest.sub_(gradient, alpha=weight)
         apart = largest_of(rest)
-        found[name] = apart / max(sizes[name], floor) if apart == apart else float("inf")
+        found[name] = apart / max(sizes[name], floor) if math.isfinite(apart) else math.inf
     return found
 
 
@@ -112,10 +129,17 @@ def apart(one: Gradients, other: Gradients) -> float:
     return max(differences(some(one), [some(other)], [1.0]).values(), default=0.0)
 
 
+def is_continuous(tensor: Tensor) -> bool:
+    """Say whether a tensor holds floating-point numbers, real or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def largest_of(gradient: Tensor) -> float:
-    """Return the largest absolute entry."""
+    """Return the largest absolute entry; NaN where there is one."""
     if not gradient.numel():
         return 0.0
+    if gradient.is_complex():
+        return float(gradient.detach().abs().max())
     low, high = torch.aminmax(gradient.detach())
     return max(-float(low), float(high)) if low == low else float("nan")
 
@@ -124,4 +148,5 @@ def _column(whole: Gradients, part: Gradients) -> Tensor:
     """Return some entries of a gradient in one row, at the places of those of the whole batch's."""
     zeros = {name: torch.zeros((), dtype=g.dtype).expand(g.shape) for name, g in whole.items()}
     placed = some({name: part.get(name, zero) for name, zero in zeros.items()})
-    return torch.cat([gradient.flatten() for gradient in placed.values()]).double()
+    rows = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in placed.values()]
+    return torch.cat([row.flatten().double() for row in rows])

@@ -7,18 +7,20 @@ until only rounding is left. What a removal changes is the difference that this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
 from autobatch.equivalence.compared_windows import ComparedWindows
+from autobatch.equivalence.counts import FAILURES, Counts
 from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.experiment import Ablation, Experiment
 from autobatch.equivalence.gradients import Gradients, Measured, Weigh, some, total
 from autobatch.equivalence.gradients import apart as apart_of
 from autobatch.equivalence.module_calls import LOSS
-from autobatch.equivalence.replay import AtOutputs, Reads, Replay
+from autobatch.equivalence.replay import AtOutputs
 from autobatch.equivalence.result import Comparison, Culprit, Equivalence
 from autobatch.equivalence.seeds import seeds_of_other_code
 from autobatch.equivalence.subject import Subject
@@ -28,11 +30,9 @@ from autobatch.equivalence.suspects import (
     recorded_run,
     stateful_modules,
 )
-from autobatch.equivalence.variations import Variation, variations
-from autobatch.equivalence.weights import SUM, tried_weights
-from autobatch.errors import WorkloadError
+from autobatch.equivalence.weights import SUM
 from autobatch.support.torch_private import BatchNorm
-from autobatch.support.wording import count
+from autobatch.support.wording import count, said_by
 
 __all__ = ["TOLERANCES", "Investigation"]
 
@@ -52,7 +52,9 @@ _FREE_SEEDS = (100, 200, 300, 400)
 """Seeds tried in turn: with few draws in a batch, two seeds may draw the same numbers."""
 
 
-_Named = tuple[str | None, list[float]]
+_T = TypeVar("_T")
+
+_Named = tuple[str | None, Sequence[float]]
 """Weights of micro-batches, and the expression that counts them; None where none was found."""
 
 
@@ -74,9 +76,7 @@ class Investigation:
     tolerance: float = 0.0
     culprits: list[Culprit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _replay: Replay | None = None
-    _reads: Reads = field(default_factory=Reads)
-    _agrees: bool | None = None
+    _counts: Counts | None = None
 
     def result(
         self, compared: ComparedWindows, *, only_above: float | None = None
@@ -101,22 +101,31 @@ class Investigation:
             return None
         self.tolerance = self._rounding(experiments[-1], only_above)
         smallest = min(experiments, key=lambda each: each.rows.size)
-        for seed in seeds_of_other_code(smallest):
-            ablation = Ablation(seed=seed)
-            held.append((self._held(smallest, ablation), smallest, ablation))
+        held += self._tried(
+            "the comparison with other random numbers", lambda: self._seeded(smallest), []
+        )
         worst, experiment, ablation = max(held, key=lambda one: one[0])
-        free = {id(each): self._free(each, base, worst) for each in experiments}
+        free = {id(each): self._free_or_held(each, base) for each in experiments}
         differs = worst > self.tolerance
         if differs and experiment.ran.unmatched:
-            continued = [
-                (self._held(each, replace(how, continued=True)), each, how) for _, each, how in held
-            ]
+            continued = self._tried(
+                "the comparison in which Python's random numbers go on",
+                lambda: [
+                    (self._held(each, replace(how, continued=True)), each, how)
+                    for _, each, how in held
+                ],
+                held,
+            )
             if max(apart for apart, _, _ in continued) <= self.tolerance:
                 held, differs = continued, False
         if differs:
-            self._investigate(experiment, ablation)
+            self._tried(
+                "the search for a cause", lambda: self._investigate(experiment, ablation), None
+            )
         if not any(each.kind in _OF_THE_LOSS for each in self.culprits):
-            self._vary(experiments[-1])
+            self._tried(
+                "the comparison of unequal counts", lambda: self._vary(experiments[-1]), None
+            )
         kinds = {each.kind for each in self.culprits} - {"random"}
         if differs and not kinds:
             self.culprits.append(culprit("unexplained", [], worst))
@@ -142,6 +151,16 @@ class Investigation:
             seconds=0.0,
         )
 
+    def _seeded(self, experiment: Experiment) -> list[tuple[float, Experiment, Ablation]]:
+        """Return the differences with seeds that make the model run other code."""
+        ablations = [Ablation(seed=seed) for seed in seeds_of_other_code(experiment)]
+        return [(self._held(experiment, each), experiment, each) for each in ablations]
+
+    def _free_or_held(self, experiment: Experiment, base: Ablation) -> dict[str, float]:
+        held = experiment.measured(base).differences(experiment.shares())
+        what = "the comparison with draws as in training"
+        return self._tried(what, lambda: self._free(experiment, base), held)
+
     def _held(self, experiment: Experiment, ablation: Ablation) -> float:
         """Return the difference where micro-batches have their rows of the batch's draws."""
         apart = experiment.measured(ablation).apart(experiment.shares())
@@ -152,11 +171,14 @@ class Investigation:
         most = TOLERANCES[self.subject.dtype]
         if self.subject.dtype == torch.float64 or only_above is not None:
             return most
-        moved = experiment.whole(Ablation(noise=_NOISE))
+        try:
+            moved = experiment.whole(Ablation(noise=_NOISE))
+        except FAILURES:
+            return most
         apart = apart_of(experiment.whole(Ablation()), moved)
         return min(max(_ROUNDINGS * apart, _LEAST_ROUNDING), most)
 
-    def _free(self, experiment: Experiment, base: Ablation, worst: float) -> dict[str, float]:
+    def _free(self, experiment: Experiment, base: Ablation) -> dict[str, float]:
         """Return the differences with draws as in training, and blame the draws where they differ.
 
         Where nothing draws, these are the differences that were measured already.
@@ -193,9 +215,11 @@ class Investigation:
         worst = measured.apart(shares)
         if worst <= tolerance:
             return
-        loss = self._loss_alone(experiment)
-        named = None if loss is None else self._weights_of(loss, experiment)
-        if named is not None and named[0] is None and self._interaction() > _INTERACTION:
+        counts = self._counts_of(experiment)
+        counts.runs_model = False  # layers are not removed there
+        loss = counts.loss_alone()
+        named = None if loss is None else counts.weights_of(loss)
+        if named is not None and named[0] is None and counts.interaction() > _INTERACTION:
             named = None  # whatever scales a whole micro-batch can be fitted, such as a root
         if named is not None and measured.apart(named[1]) <= tolerance:
             self.culprits.append(self._weight(named, worst))
@@ -270,13 +294,15 @@ class Investigation:
         rest: float,
     ) -> None:
         """Name what is left once layers and state are removed."""
+        counts = self._counts_of(experiment)
         if loss is None or (named is None and loss.apart(experiment.shares()) <= self.tolerance):
-            named = self._weights_of(ablated, experiment)
+            counts.runs_model = all(each.kind == "random" for each in self.culprits)
+            named = counts.weights_of(ablated)
         if named is not None:
             self.culprits.append(self._weight(named, rest))
             if ablated.apart(named[1]) <= self.tolerance:
                 return
-        share = self._interaction()
+        share = counts.interaction()
         differs = loss is not None and loss.apart(experiment.shares()) > self.tolerance
         if named is None and differs and share > _INTERACTION:
             self.culprits.append(culprit("loss", [LOSS], rest, share=share))
@@ -284,38 +310,6 @@ class Investigation:
             self.culprits.append(culprit("undecided", experiment.ran.drawing, rest))
         else:
             self.culprits.append(culprit("unexplained", [], rest))
-
-    # The loss by itself
-
-    def _loss_alone(self, experiment: Experiment) -> AtOutputs | None:
-        """Return the gradients of the loss at the model's outputs; None if it cannot run so."""
-        try:
-            self._replay = Replay(experiment)
-            found = self._replay.gradients(experiment.rows, self._reads)
-        except Exception:  # a loss may look into the model in ways that no record answers
-            self._replay = None
-            return None
-        return found if found.outputs.whole else None
-
-    def _interaction(self) -> float:
-        try:
-            return 0.0 if self._replay is None else self._replay.interaction()
-        except Exception:  # changed outputs may be none that the loss takes
-            return 0.0
-
-    def _weights_of(self, loss: AtOutputs | Measured, experiment: Experiment) -> _Named | None:
-        """Return the weights of the micro-batches with which a loss agrees, and their name.
-
-        None if there are no such weights, or if it agrees as it is.
-        """
-        if loss.apart(experiment.shares()) <= self.tolerance:
-            return None
-        layout = experiment.rows.layout
-        for name, weights in tried_weights(experiment.pieces(), layout, self._reads.constants):
-            if loss.apart(weights) <= self.tolerance:
-                return name, weights
-        fitted = loss.fitted()
-        return (None, fitted) if loss.apart(fitted) <= self.tolerance else None
 
     def _weight(self, named: _Named, apart: float) -> Culprit:
         name, weights = named
@@ -328,84 +322,27 @@ class Investigation:
     # What the sample leaves open
 
     def _vary(self, experiment: Experiment) -> None:
-        """Blame a loss that agrees only because all samples have the same count of something."""
-        if self._replay is None or self._replay.experiment is not experiment:
-            self._reads, self._agrees = Reads(), None
-            try:
-                self._replay = Replay(experiment)
-                self._replay.read(self._reads)
-            except Exception:  # a loss may look into the model in ways that no record answers
-                self._replay, self._reads = None, Reads()
-                experiment.forward(
-                    experiment.rows.cut(0, experiment.rows.size), constants=self._reads.constants
-                )
-        blamed: set[str] = set()
-        unusual: dict[str, str] = {}
-        for variation in variations(experiment.rows, self._reads):
-            if variation.where in blamed or (variation.where in unusual and not variation.is_usual):
-                continue
-            found = self._of_variation(experiment, variation)
-            if isinstance(found, Culprit):
-                self.culprits.append(found)
-                blamed.add(variation.where)
-            elif found is not None:
-                unusual[variation.where] = found
-        self.notes += [note for where, note in unusual.items() if where not in blamed]
+        """Blame a loss that agrees by chance, or because all samples have equal counts."""
+        counts = self._counts_of(experiment)
+        counts.runs_model = all(each.kind == "random" for each in self.culprits)
+        culprits, notes = counts.hidden()
+        self.culprits += culprits
+        self.notes += notes
+        if counts.runs_model and not (culprits or experiment.ran.unmatched):
+            share = counts.interaction(of_outputs=True)
+            if share > _INTERACTION:
+                self.culprits.append(culprit("loss", [LOSS], share, share=share))
 
-    def _gradients_of(self, varied: Experiment) -> AtOutputs | Measured:
-        """Return the gradients of a varied batch, at the outputs of the model if possible."""
-        if self._replay is not None:
-            try:
-                return self._replay.gradients(varied.rows)
-            except Exception:  # the model's outputs may have other shapes for such values
-                if self.light is not None:
-                    raise
-        if any(each.kind != "random" for each in self.culprits):
-            raise WorkloadError("what was found before would be found in every variation again")
-        return varied.measured(Ablation())
+    def _counts_of(self, experiment: Experiment) -> Counts:
+        if self._counts is None or self._counts.experiment is not experiment:
+            is_large = self.light is not None
+            self._counts = Counts.of(experiment, self.tolerance, is_large=is_large)
+        return self._counts
 
-    def _replay_agrees(self, experiment: Experiment) -> bool:
-        """Whether the loss by itself agrees for the batch that was given, as whole gradients do."""
-        assert self._replay is not None
-        if self._agrees is None:
-            apart = self._replay.gradients(experiment.rows).apart(experiment.shares())
-            self._agrees = apart <= self.tolerance
-        return self._agrees
-
-    def _of_variation(self, experiment: Experiment, variation: Variation) -> Culprit | str | None:
-        """Return a culprit if a variation shows one, or a note if such batches are unusual."""
-        varied = _varied(experiment, variation)
+    def _tried(self, what: str, run: Callable[[], _T], otherwise: _T) -> _T:
+        """Run an experiment of the check's own; if it fails, leave it out and say so."""
         try:
-            loss, shares = self._gradients_of(varied), varied.shares()
-        except Exception:  # the loss does not take such values
-            return None
-        apart = loss.apart(shares)
-        if not self.tolerance < apart < float("inf"):
-            return None
-        if isinstance(loss, AtOutputs) and not self._replay_agrees(experiment):
-            self._replay = None
-            return self._of_variation(experiment, variation)
-        name, weights = self._weights_of(loss, varied) or ("", [])
-        words = {"part": variation.where, "what": variation.what}
-        if not variation.is_usual:
-            advice = f"pass weight=lambda batch: {name}" if name else "give its own weight"
-            return (
-                f"{variation.where} {variation.what}: the gradients differ by {apart:.2g}; if your "
-                f"batches hold such values, {advice}"
-            )
-        if name == "":
-            return culprit("hidden loss", [variation.where], apart, words=words)
-        if name is None or name == SUM:
-            cause = "hidden unnamed"
-            return culprit(cause, [variation.where], apart, weights=weights, words=words)
-        return culprit("hidden weight", [name], apart, words=words)
-
-
-def _varied(experiment: Experiment, variation: Variation) -> Experiment:
-    """Return an experiment on a varied batch, of which nothing was measured yet."""
-    return Experiment(
-        subject=experiment.subject,
-        rows=variation.rows,
-        window=experiment.window,
-        weight=experiment.weight,
-    )
+            return run()
+        except FAILURES as error:
+            self.notes.append(f"{what} failed and was left out: {said_by(error)}")
+            return otherwise

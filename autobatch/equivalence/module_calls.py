@@ -3,6 +3,9 @@
 A run is repeated with one thing changed, such as the values of the later samples. After each
 module, the part of its output that must not have changed is compared with the record and then
 restored, so that a module is blamed for its own changes and not for those of earlier modules.
+
+Calls inside of a transform of `torch.func` are the business of whoever calls the transform: the
+tensors there hide their samples, and cannot be kept.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from autobatch.equivalence.draws import Span, other_random_state, put_back
+from autobatch.equivalence.gradients import is_continuous
 from autobatch.equivalence.numerics import Numerics
+from autobatch.support.torch_private import current_transform_level
 from autobatch.workload.tree import tensors, with_tensors
 
 __all__ = [
@@ -42,10 +47,9 @@ LOSS = "the loss"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: its name, who called it, its input and its output tensors."""
+    """One call of a module: its name, its input and its output tensors."""
 
     name: str
-    caller: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -97,7 +101,7 @@ class RecordedRun:
         axes = [
             axis
             for tensor, axis in zip(located.call.outputs, located.outputs, strict=False)
-            if tensor.is_floating_point()
+            if is_continuous(tensor)
         ]
         return bool(axes) and None not in axes
 
@@ -152,8 +156,8 @@ def recorded_calls(model: nn.Module, run: Callable[[], Any]) -> list[Call]:
     """Call `run`, and return every call of a module inside it."""
     calls: list[Call] = []
 
-    def end(name: str, caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        calls.append(Call(name, caller, inputs, _tensors(output)))
+    def end(name: str, _caller: str, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        calls.append(Call(name, inputs, _tensors(output)))
         return output
 
     with module_hooks(model, end):
@@ -167,14 +171,17 @@ class OutputRecorder:
 
     Attributes:
         may_answer: whether the call of a module, by its name and number, can be.
-        all_learn: whether every output is taken to have a gradient, where none is recorded.
         answers: the outputs, by caller, name and number among that caller's calls of that name;
             with the key of each in a `RecordedRun`. One that had a gradient requires one.
+        passed: those of them through which a gradient went before the loss was there, as where
+            the loss takes one by its inputs: an answer from the record would have none.
+        is_open: whether the loss is still being computed.
     """
 
     may_answer: Callable[[tuple[str, int], Any], bool]
-    all_learn: bool = False
     answers: dict[tuple[str, str, int], tuple[tuple[str, int], Any]] = field(default_factory=dict)
+    passed: set[tuple[str, str, int]] = field(default_factory=set)
+    is_open: bool = True
     _kept: list[tuple[tuple[str, str, int], tuple[tuple[str, int], Any]]] = field(
         default_factory=list
     )
@@ -194,20 +201,29 @@ class OutputRecorder:
         self._numbers[caller, name] += 1
         if self.may_answer(key, output):
             del self._kept[inner:]
-            copied = with_tensors(output, [self._copied(t) for t in tensors(output)])
-            self._kept.append(((caller, name, number), (key, copied)))
+            where = (caller, name, number)
+            copied = with_tensors(output, [self._copied(t, where) for t in tensors(output)])
+            self._kept.append((where, (key, copied)))
         if caller == LOSS:
             self.answers.update(self._kept)
             self._kept.clear()
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        learns = tensor.requires_grad or (self.all_learn and tensor.is_floating_point())
-        return tensor.detach().clone().requires_grad_(learns)
+    def _copied(self, tensor: Tensor, where: tuple[str, str, int]) -> Tensor:
+        def note(_: Tensor) -> None:
+            if self.is_open:
+                self.passed.add(where)
+
+        copied = tensor.detach().clone()
+        if not tensor.requires_grad:
+            return copied
+        if not tensor.is_leaf:  # a parameter would keep the hook
+            tensor.register_hook(note)
+        return copied.requires_grad_()
 
 
 def may_be_by_sample(output: Any, samples: int) -> bool:
     """Whether the floating-point tensors of an output may have one part for each sample."""
-    found = [t for t in tensors(output) if t.is_floating_point()]
+    found = [t for t in tensors(output) if is_continuous(t)]
     return bool(found) and all(any(d and d % samples == 0 for d in t.shape) for t in found)
 
 
@@ -260,17 +276,24 @@ class Rerun:
         """Restore the samples that must stay the same, and change the others once more."""
         found = list(tensors(output))
         for index, (now, old, axis) in enumerate(zip(tuple(found), then, axes, strict=False)):
-            if now.shape != old.shape or not now.is_floating_point():
+            if now.shape != old.shape or not is_continuous(now):
                 continue
             if self.kept is None:
-                found[index] = old.clone()
+                found[index] = _with_value(now, old)
             elif axis is not None:
                 start, stop = self.kept
                 earlier = axis.cut(now, 0, start)
                 later = axis.cut(now, stop, self.recorded.samples)
                 parts = [changed_values(earlier), axis.cut(old, start, stop), changed_values(later)]
-                found[index] = torch.cat(parts, axis.dim)
+                found[index] = _with_value(now, torch.cat(parts, axis.dim))
         return with_tensors(output, found)
+
+
+def _with_value(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return another value with a tensor's history: the loss may take a gradient through it."""
+    changed = tensor.clone()
+    changed.detach().copy_(value.detach())  # no one has seen it yet
+    return changed
 
 
 def changed_values(tensor: Tensor) -> Tensor:
@@ -299,7 +322,9 @@ def run_in_micro_batches(
     def forward(*args: Any, **kwargs: Any) -> Any:
         found = list(tensors((args, kwargs)))
         axes = {i: axis for i, axis in enumerate(before[: len(found)]) if axis is not None}
-        if any(found[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()):
+        if current_transform_level() is not None or any(
+            found[i].shape[axis.dim] != whole * axis.entries for i, axis in axes.items()
+        ):
             return original(*args, **kwargs)  # an enclosing module runs in micro-batches already
         outputs, position, others = [], numerics.position, other_random_state()
         for start, stop in spans(window):
@@ -324,7 +349,7 @@ def _joined(outputs: Sequence[Any], axes: Axes, window: Sequence[int]) -> Any:
         parts = [one[index] for one in found]
         if axis is not None:
             joined[index] = torch.cat(parts, axis.dim)
-        elif parts[0].is_floating_point():
+        elif is_continuous(parts[0]):
             shares = [size / sum(window) for size in window]
             joined[index] = torch.stack(
                 [part * share for part, share in zip(parts, shares, strict=True)]
@@ -350,19 +375,24 @@ def module_hooks(
     """Call `begin(caller)` before every module and `end(name, caller, inputs, output)` after it.
 
     What `end` returns replaces the output. The model itself is named "", its caller `LOSS`. `kept`
-    makes the inputs of the arguments: copies of the tensors if None.
+    makes the inputs of the arguments: copies of the tensors if None. Neither is called inside of a
+    transform of `torch.func`.
     """
     running: list[tuple[str, tuple[Tensor, ...]]] = []
     kept = kept or _tensors
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if current_transform_level() is not None:
+                return
             begin(running[-1][0] if running else LOSS)
             running.append((name, kept((args, kwargs))))
 
         return hook
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
+        if current_transform_level() is not None:
+            return output
         name, inputs = running.pop()
         return end(name, running[-1][0] if running else LOSS, inputs, output)
 
@@ -385,7 +415,7 @@ def _tensors(values: Any) -> tuple[Tensor, ...]:
 def _differ(one: Tensor, other: Tensor) -> bool:
     if torch.equal(one, other):
         return False
-    if not one.is_floating_point():
+    if not is_continuous(one):
         return True
     apart = torch.where(one == other, 0.0, one - other).abs()  # equal infinities, as in masks
     scale = other[other.isfinite()].abs()

@@ -5,8 +5,10 @@ Invariant: outside of the mode, torch is as before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from autobatch.equivalence.draws import Draw, Draws, Span, rows_of
 from autobatch.support.torch_private import TorchDispatchMode
 
-__all__ = ["Numerics", "relative_difference"]
+__all__ = ["Condition", "Numerics", "Reads", "relative_difference"]
 
 aten = torch.ops.aten
 
@@ -41,6 +43,47 @@ _READS = {aten._local_scalar_dense, aten.equal}
 
 _SLOPES = {aten.rrelu_with_noise, aten.rrelu_with_noise_}
 
+Condition = tuple[str, float]
+"""A sign of Python's for a comparison, and the number that entries are compared with."""
+
+_SIGNS = {
+    aten.eq: "==",
+    aten.ne: "!=",
+    aten.lt: "<",
+    aten.le: "<=",
+    aten.gt: ">",
+    aten.ge: ">=",
+}
+_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+_NAN = {aten.isnan, aten.nansum, aten.nan_to_num}
+"""Ops that treat NaN apart; `nanmean` and `isfinite` are made of such and of comparisons."""
+
+_MOST_LISTED = 16
+"""The most numbers that `isin` looks for and that are tried."""
+
+
+@dataclass(slots=True)
+class Reads:
+    """What the code of the loss computes with.
+
+    Attributes:
+        storages: addresses of the memory of tensors.
+        conditions: what tensors are compared with, such as `ignore_index`.
+    """
+
+    storages: set[int] = field(default_factory=set)
+    conditions: set[Condition] = field(default_factory=set)
+
+    @property
+    def constants(self) -> list[float]:
+        """The numbers that tensors are compared with, and those on both sides of a bound."""
+        found: list[float] = []
+        for sign, number in sorted(self.conditions, key=str):
+            by = max(1.0, abs(number) / 1000) if sign in _FLIPPED and math.isfinite(number) else 0.0
+            found += (number - by, number, number + by) if by else (number,)
+        return sorted(set(found) - {math.nan}) + [n for n in found if n != n][:1]
+
 
 class Numerics(TorchDispatchMode):
     """Keeps ops in float64 where asked to, and records random draws or gives recorded ones.
@@ -55,8 +98,7 @@ class Numerics(TorchDispatchMode):
         apart: how far the parameters of distributions are from those of the record.
         decides: whether Python read a value after a draw, so that other draws may run other code.
         ops: names of the ops that ran; None where nobody asked for them.
-        read: storages of the tensors that were computed with; None where nobody asked for them.
-        constants: numbers that tensors were compared with, and those beside a bound.
+        reads: is told what is computed with; None where nobody asked for it.
     """
 
     def __init__(
@@ -77,8 +119,7 @@ class Numerics(TorchDispatchMode):
         self.apart = 0.0
         self.decides = False
         self.ops: list[str] | None = None
-        self.read: set[int] | None = None
-        self.constants: set[float] = set()
+        self.reads: Reads | None = None
 
     @contextmanager
     def part(self, rows: Span, *, position: int) -> Iterator[None]:
@@ -134,18 +175,9 @@ class Numerics(TorchDispatchMode):
             self.decides = True
         if self.ops is not None:
             self.ops.append(str(func))
-        if self.read is None or getattr(func, "is_view", False):
-            return
-        self.read |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
-        numbers = [arg for arg in args if type(arg) in (int, float)]
-        if op in (aten.eq, aten.ne):
-            self.constants.update(numbers)
-        elif op in (aten.lt, aten.le, aten.gt, aten.ge):
-            self.constants.update(number + by for number in numbers for by in (-1, 0, 1))
-        elif op in (aten.nll_loss_forward, aten.nll_loss2d_forward):
-            self.constants.update(numbers[-1:])  # ignore_index follows the reduction
-        elif op is aten.isnan:
-            self.constants.add(float("nan"))
+        if self.reads is not None and not getattr(func, "is_view", False):
+            self.reads.storages |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
+            self.reads.conditions.update(_conditions(op, args))
 
     def _given(
         self, func: Any, args: Sequence[Any], result: Any, value: Tensor, draws: Draws, rows: Span
@@ -172,6 +204,44 @@ class Numerics(TorchDispatchMode):
         if func.overloadpacket is aten.native_dropout:
             return args[0] * value / (1 - args[1]), value
         return result
+
+
+def _conditions(op: Any, args: Sequence[Any]) -> Iterator[Condition]:
+    """Yield what an op compares entries of tensors with."""
+    if op in _NAN:
+        yield "!=", math.nan
+    elif op in (aten.nll_loss_forward, aten.nll_loss2d_forward):
+        numbers = [arg for arg in args if type(arg) is int]
+        yield from (("!=", number) for number in numbers[-1:])  # it follows the reduction
+    elif op is aten.isin and len(args) > 1:
+        yield from (("==", number) for number in _numbers(args[1], _MOST_LISTED))
+    elif op in _SIGNS and len(args) > 1:
+        one, other = args[:2]
+        sign = _SIGNS[op]
+        if sign in ("==", "!=") and _is_same(one, other):
+            yield "!=", math.nan  # all else is equal to itself
+            return
+        yield from ((sign, number) for number in _numbers(other, 1))
+        yield from ((_FLIPPED.get(sign, sign), number) for number in _numbers(one, 1))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Say whether two arguments are the same entries in memory."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return one is other
+    layouts = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (one, other)]
+    return one is other or layouts[0] == layouts[1]
+
+
+def _numbers(value: Any, most: int) -> list[float]:
+    """Return the numbers in a number, or in a tensor that is small enough to be one of them."""
+    if type(value) in (int, float):
+        return [value]
+    if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
+        return []
+    return [float(n) for n in value.flatten().tolist()] if value.numel() <= most else []
 
 
 def relative_difference(now: Tensor, then: Tensor) -> float:

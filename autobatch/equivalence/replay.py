@@ -10,8 +10,8 @@ Invariant: the outputs are those of the whole batch, so nothing but the loss can
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +20,22 @@ from torch import Tensor, nn
 from autobatch.equivalence.compared_windows import changed_rows
 from autobatch.equivalence.draws import Draws, Span
 from autobatch.equivalence.experiment import Experiment, seed_all
-from autobatch.equivalence.gradients import Gradients, Measured
+from autobatch.equivalence.gradients import Gradients, Measured, is_continuous
 from autobatch.equivalence.module_calls import (
     LOSS,
     Axes,
+    Axis,
     changed_values,
     spans,
 )
+from autobatch.equivalence.numerics import Reads
 from autobatch.equivalence.subject import Replica
+from autobatch.support.torch_private import current_transform_level
 from autobatch.workload.loss import checked_loss
 from autobatch.workload.sample import Rows
 from autobatch.workload.tree import tensors, with_tensors
 
-__all__ = ["AtOutputs", "Reads", "Replay"]
+__all__ = ["AtOutputs", "Replay"]
 
 _SMALL = 1e-6
 """At the outputs rounding is not amplified, so that smaller gradients are compared too."""
@@ -58,18 +61,9 @@ class AtOutputs:
         """Return the weights of micro-batches that fit best at the outputs."""
         return self.outputs.fitted()
 
-
-@dataclass(slots=True)
-class Reads:
-    """What the code of the loss computes with.
-
-    Attributes:
-        storages: addresses of the memory of tensors.
-        constants: numbers that tensors are compared with, such as `ignore_index`.
-    """
-
-    storages: set[int] = field(default_factory=set)
-    constants: set[float] = field(default_factory=set)
+    def sampled(self) -> AtOutputs:
+        """Return the same with some of the entries."""
+        return AtOutputs(outputs=self.outputs.sampled(), parameters=self.parameters.sampled())
 
 
 class Replay:
@@ -85,21 +79,19 @@ class Replay:
         self._answers = experiment.outputs()
 
     def read(self, reads: Reads) -> None:
-        """Run the loss once, without gradients, to note what it computes with."""
+        """Run the loss once, without a backward pass, to note what it computes with."""
         rows = self.experiment.rows
-        with torch.no_grad():
-            self._run(rows, None, Draws(rows.size), reads)
+        self._run(rows, None, Draws(rows.size), reads)
 
-    def gradients(self, rows: Rows, reads: Reads | None = None) -> AtOutputs:
+    def gradients(self, rows: Rows) -> AtOutputs:
         """Return the gradients of the loss of a batch and of its micro-batches.
 
         Args:
             rows: the recorded batch, perhaps with other labels or masks.
-            reads: is told what the loss computes with.
         """
         window, size = self.experiment.window, rows.size
         draws = Draws(size)
-        outputs, parameters = self._run(rows, None, draws, reads)
+        outputs, parameters = self._run(rows, None, draws)
         whole = {
             f"{name} {step}": axis.cut(gradient, start, stop)
             for name, (gradient, axis) in outputs.items()
@@ -115,26 +107,35 @@ class Replay:
             parameters=Measured(whole=parameters, parts=shares),
         )
 
-    def interaction(self) -> float:
+    def interaction(self, *, of_outputs: bool = False) -> float:
         """Return how much the gradient of some samples depends on the values of the others.
 
         The values of all samples after the first micro-batch are changed, in the outputs and in the
         batch. A weight that counts does not depend on values, so that whatever changes for the
         first micro-batch is an interaction; the result is relative to its gradient.
+
+        Args:
+            of_outputs: whether only outputs with a gradient are changed, and in a second way, too:
+                all of the samples get the values of one. That changes which are the largest.
         """
         size, first = self.experiment.rows.size, self.experiment.window[0]
         rows = self.experiment.rows
         draws = Draws(size)
         before, _ = self._run(rows, None, draws)
-        others = changed_rows(rows, [(first, size)])
-        after, _ = self._run(others, (0, size), draws, changed=(first, size))
-        shares = [0.0]
-        for name, (gradient, axis) in before.items():
-            one = axis.cut(gradient, 0, first)
-            if name in after and float(one.abs().max()):
-                other = axis.cut(after[name][0], 0, first)
-                shares.append(float((other - one).abs().max() / one.abs().max()))
-        return max(shares)
+        others = rows if of_outputs else changed_rows(rows, [(first, size)])
+
+        def change(part: Tensor, axis: Axis, learns: bool) -> None:
+            if learns or not of_outputs:
+                other = axis.cut(part, first, size)  # a view
+                other.copy_(changed_values(other))
+
+        def repeat(part: Tensor, axis: Axis, learns: bool) -> None:
+            for index in range(first, size) if learns else ():
+                axis.cut(part, index, index + 1).copy_(axis.cut(part, 0, 1))
+
+        changes = (change, repeat) if of_outputs else (change,)
+        runs = [self._run(others, (0, size), draws, changed=each)[0] for each in changes]
+        return max(_moved(before, after, first) for after in runs)
 
     def _run(
         self,
@@ -142,11 +143,12 @@ class Replay:
         given: Span | None,
         draws: Draws,
         reads: Reads | None = None,
-        changed: Span | None = None,
+        changed: Callable[[Tensor, Axis, bool], None] | None = None,
     ) -> tuple[dict[str, tuple[Tensor, Any]], Gradients]:
         """Return gradients at outputs with their axes, and at parameters.
 
-        Draws are recorded where no samples are given.
+        Draws are recorded where no samples are given. There is no backward pass where it is to be
+        found out what the loss `reads`.
         """
         span = given or (0, rows.size)
         experiment = self.experiment
@@ -155,11 +157,10 @@ class Replay:
         self._answer(replica, span, answered, changed)
         seed_all(1)
         with replica.stage, experiment.running(draws, given) as numerics:
-            if reads is not None:
-                numerics.read, numerics.constants = reads.storages, reads.constants
+            numerics.reads = reads
             value = replica.loss(replica.model, rows.cut(*span))
-            numerics.read = None
-            if torch.is_grad_enabled():
+            numerics.reads = None
+            if reads is None:
                 checked_loss(value).backward()
         experiment.subject.refresh()
         return (
@@ -172,7 +173,7 @@ class Replay:
         replica: Replica,
         span: Span,
         answered: dict[str, tuple[Tensor, Any]],
-        changed: Span | None,
+        changed: Callable[[Tensor, Axis, bool], None] | None,
     ) -> None:
         """Let the modules of a replica answer from the record where they can."""
         running: list[str] = []
@@ -183,9 +184,8 @@ class Replay:
             for index, (tensor, axis) in enumerate(zip(tensors(output), axes, strict=False)):
                 learns, tensor = tensor.requires_grad, tensor.detach()
                 part = tensor.clone() if axis is None else axis.cut(tensor, *span).clone()
-                if axis is not None and changed is not None and part.is_floating_point():
-                    other = axis.cut(part, *changed)  # a view
-                    other.copy_(changed_values(other))
+                if axis is not None and changed is not None and is_continuous(part):
+                    changed(part, axis, learns)
                 if axis is not None and learns and torch.is_grad_enabled():
                     answered[f"{label}.{index}"] = (part.requires_grad_(), axis)
                     part = part * 1.0  # what runs next may write into it, but not into a leaf
@@ -196,6 +196,8 @@ class Replay:
             original = module.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if current_transform_level() is not None:
+                    return original(*args, **kwargs)  # not in the record
                 caller = running[-1] if running else LOSS
                 number = numbers[caller, name]
                 numbers[caller, name] += 1
@@ -216,3 +218,16 @@ class Replay:
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
             module.forward = wrapped(name, module)
+
+
+def _moved(
+    before: Mapping[str, tuple[Tensor, Axis]], after: Mapping[str, tuple[Tensor, Axis]], first: int
+) -> float:
+    """Return the largest change of the first samples' gradients, relative to these."""
+    shares = [0.0]
+    for name, (gradient, axis) in before.items():
+        one = axis.cut(gradient, 0, first)
+        if name in after and float(one.abs().max()):
+            other = axis.cut(after[name][0], 0, first)
+            shares.append(float((other - one).abs().max() / one.abs().max()))
+    return max(shares)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from autobatch.records.codec import dump_json, encode
 from autobatch.report import text
-from autobatch.report.document import Bullets, Document, Facts, Section, Table, printable
+from autobatch.report.document import Document, Facts, Section, Table, printable, told_sections
 from autobatch.support.wording import listed
 
 __all__ = ["SCHEMA_VERSION", "Comparison", "Culprit", "Equivalence", "Kind", "equivalence_summary"]
@@ -158,11 +158,7 @@ def equivalence_summary(result: Equivalence) -> Document:
                 for culprit in result.culprits
             ),
             Section("Parameters that differ most", (_parameters(result),)),
-            *(
-                (Section("Notes", (Bullets(tuple(map(printable, result.notes))),)),)
-                if result.notes
-                else ()
-            ),
+            *told_sections((), result.notes),
         ),
     )
 
@@ -171,6 +167,10 @@ def _verdict(result: Equivalence) -> str:
     if result.equivalent is None:
         return "undecided: random draws that cannot be given by sample make a difference"
     if not result.equivalent and result.held_difference <= result.tolerance:
+        if any(each.where == ("the loss",) for each in result.culprits):
+            return (
+                "not equivalent: equal for this sample by chance, as samples interact in the loss"
+            )
         return "not equivalent: equal for this sample, but not for samples of unequal counts"
     if not result.equivalent:
         return "not equivalent: the accumulated gradient is not that of the whole batch"

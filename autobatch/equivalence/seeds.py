@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autobatch.equivalence.draws import Draws
@@ -43,14 +42,14 @@ def seeds_of_other_code(experiment: Experiment) -> list[int]:
 
 
 def _trace(experiment: Experiment, seed: int) -> _Trace:
-    """Run the whole batch without gradients, and return what ran."""
+    """Run the loss of the whole batch, and return what ran."""
     replica = experiment.subject.replica()
     own: defaultdict[str, list[str]] = defaultdict(list)
     trace: _Trace = set()
     batch = experiment.rows.cut(0, experiment.rows.size)
     seed_all(seed)
     draws = Draws(experiment.rows.size)
-    with replica.stage, torch.no_grad(), experiment.running(draws, None) as numerics:
+    with replica.stage, experiment.running(draws, None) as numerics:
         ops = numerics.ops = []
 
         def flush(name: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from autobatch.devices.copies import Copier, batch_of
 from autobatch.devices.places import Stage
+from autobatch.equivalence.gradients import is_continuous
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.torch_private import BatchNorm
@@ -163,7 +164,9 @@ class Subject:
         return rows
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """Return a floating-point tensor in the subject's type, any other as it is."""
+        """Return a floating-point or complex tensor in the subject's type, any other as it is."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _with_values(self, tensor: Tensor) -> Tensor:
@@ -183,7 +186,7 @@ class Subject:
         values instead.
         """
         with torch.no_grad():
-            is_weight = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            is_weight = isinstance(tensor, nn.Parameter) and is_continuous(tensor)
             hides = is_weight and not tensor.is_meta and not tensor.any()
             if tensor.is_meta or hides:
                 if id(tensor) not in self._made:
@@ -227,6 +230,8 @@ class _Shared:
 
 
 def _total(value: Tensor) -> float:
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
     total = float(value.sum()) if value.is_floating_point() else 0.0
     return total if math.isfinite(total) else 0.0
 
@@ -274,9 +279,11 @@ def _needed(layout: Layout) -> Layout:
 def _invented(tensor: Tensor, seed: int) -> Tensor:
     """Return random values in a tensor's shape, at the scale of common initialisations."""
     made = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    if not made.is_floating_point():
+    if not is_continuous(made):
         return made
     generator = torch.Generator().manual_seed(seed)
-    if made.dim() < 2:  # values near one do for gains, biases and variances
+    # Values near one do for gains, biases and variances.
+    if made.dim() < 2 and not made.is_complex():
         return made.uniform_(0.5, 1.5, generator=generator)
-    return made.normal_(0.0, made[0].numel() ** -0.5, generator=generator)
+    entries = made[0].numel() if made.dim() > 1 else 1
+    return made.normal_(0.0, entries**-0.5, generator=generator)

@@ -8,6 +8,7 @@ Invariant: the batch that was given is not changed, and a variation changes its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autobatch.equivalence.replay import Reads
+from autobatch.equivalence.numerics import Reads
 from autobatch.equivalence.weights import written
 from autobatch.workload.layout import Flat, Group
 from autobatch.workload.sample import Rows
@@ -33,6 +34,7 @@ class Variation:
         what: what the part holds now, in words that follow "where".
         is_usual: whether batches of this kind of data have such values without being asked to; an
             ignored label is none where each sample has one label only.
+        is_guess: whether few losses take such values, so that one that fails tells nothing.
         rows: the batch.
     """
 
@@ -40,6 +42,7 @@ class Variation:
     what: str
     is_usual: bool
     rows: Rows
+    is_guess: bool = False
 
 
 def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
@@ -47,7 +50,7 @@ def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
 
     Args:
         rows: the batch.
-        reads: the tensors that the loss computes with, and what it compares integers with; all
+        reads: the tensors that the loss computes with, and what it compares them with; all
             tensors are changed if it knows none.
     """
     layout = rows.layout
@@ -64,13 +67,17 @@ def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
             yield from _changed_values(rows, path, role, reads.constants)
     for path, leaf in leaves(rows.batch, stop=layout.stop):
         if isinstance(leaf, (list, tuple)) and len(leaf) == rows.size:
-            yield from _other_length(rows, path, leaf)
+            yield from _other_items(rows, path, leaf)
 
 
 def _arrays(batch: Any) -> dict[Path, Tensor]:
     """Return all tensors by path, and arrays as tensors that share their memory."""
     found = {path: leaf for path, leaf in leaves(batch) if is_array(leaf)}
-    return {path: torch.as_tensor(leaf) for path, leaf in found.items()}
+    return {
+        path: torch.as_tensor(leaf)
+        for path, leaf in found.items()
+        if isinstance(leaf, Tensor) or leaf.dtype.kind in "biufc"  # neither objects nor texts
+    }
 
 
 def _copied(batch: Any) -> Any:
@@ -103,6 +110,7 @@ def _changed_values(
             where=written(path),
             what=f"with {where} {what}",
             is_usual=is_usual,
+            is_guess=bool(new.isnan().any()),
             rows=replace(rows, batch=changed),
         )
 
@@ -124,14 +132,15 @@ def _values(part: Tensor, constants: Collection[float]) -> Iterator[tuple[Any, s
     if part.dtype == torch.bool:
         yield ~part, "reversed"
     elif part.is_floating_point():
-        for value in dict.fromkeys([0.0, *constants]):
+        # Most losses give NaN for NaN, which is no finding; one that does not has a mask.
+        for value in dict.fromkeys([0.0, *(c for c in constants if c == c), math.nan]):
             yield value, f"at {value:g}"
         yield part * 0.5 + 0.1, "at other values"
     elif not part.is_complex():
         # Negative numbers where the loss asks for them alone: as lengths they crash some kernels.
         limits = torch.iinfo(part.dtype)
-        whole = sorted(int(value) for value in constants if value == value // 1)
-        for value in dict.fromkeys([*whole, 0, 1]):
+        whole = sorted(int(c) for c in constants if math.isfinite(c) and c == int(c))
+        for value in dict.fromkeys([*whole, 0, 1, *([2] if part.dim() else [])]):
             if limits.min <= value <= limits.max:
                 yield value, f"at {value}"
         if not part.dim():
@@ -160,30 +169,45 @@ def _moved_row(rows: Rows, path: Path, tensor: Tensor, role: Flat) -> Iterator[V
     )
 
 
-def _other_length(rows: Rows, path: Path, items: Any) -> Iterator[Variation]:
-    """Halve the first item of a list of samples: a number, a text, or the rows of its tensors.
+def _other_items(rows: Rows, path: Path, items: Any) -> Iterator[Variation]:
+    """Change the first item of a list of samples: a number, a text, or the rows of its tensors."""
+    for other, what, is_usual, is_guess in _others(items[0]):
+
+        def visit(at: Path, leaf: Any, other: Any = other) -> Any:
+            return type(leaf)([other, *leaf[1:]]) if at == path else leaf
+
+        yield Variation(
+            where=written(path),
+            what=what,
+            is_usual=is_usual,
+            is_guess=is_guess,
+            rows=replace(rows, batch=map_leaves(visit, rows.batch, stop=rows.layout.stop)),
+        )
+
+
+def _others(item: Any) -> Iterator[tuple[Any, str, bool, bool]]:
+    """Yield other items, what they are, whether they are usual and whether they are guesses.
 
     A single row is doubled, because no rows at all are a case of their own.
     """
-    first = items[0]
-    if type(first) is int:
-        other: Any = first // 2
-    elif isinstance(first, (str, bytes)):
-        other = first[: len(first) // 2]
-    else:
-        if not any(t.dim() for t in tensors(first)):
-            return
-        other = map_tensors(_other_rows, first)
-
-    def visit(at: Path, leaf: Any) -> Any:
-        return type(leaf)([other, *leaf[1:]]) if at == path else leaf
-
-    yield Variation(
-        where=written(path),
-        what="with another length of one sample",
-        is_usual=True,
-        rows=replace(rows, batch=map_leaves(visit, rows.batch, stop=rows.layout.stop)),
-    )
+    shorter = "with another length of one sample"
+    if isinstance(item, bool):
+        yield not item, "with one sample's reversed", True, False
+    elif isinstance(item, int):
+        yield item // 2, shorter, True, False
+        for value in {0, 1} - {item, item // 2}:
+            yield value, f"with one sample's at {value}", True, True
+        yield -1, "with one sample's at -1", False, True
+    elif isinstance(item, float):
+        yield item * 0.5 + 0.1, "with one sample's at another value", True, False
+        for number in (0.0, math.nan):
+            yield number, f"with one sample's at {number:g}", True, True
+    elif isinstance(item, (str, bytes)):
+        yield item[: len(item) // 2], shorter, True, False
+    elif any(t.dim() for t in tensors(item)):
+        yield map_tensors(_other_rows, item), shorter, True, False
+    if item is not None:
+        yield None, "with None for one sample", True, True
 
 
 def _other_rows(tensor: Tensor) -> Tensor:

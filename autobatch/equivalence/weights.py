@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from autobatch.equivalence.numerics import Condition
 from autobatch.workload.layout import Layout
-from autobatch.workload.tree import Path, leaves
+from autobatch.workload.tree import Path, is_array, leaves
 
 __all__ = ["SUM", "shares", "tried_weights", "written"]
 
@@ -20,6 +25,19 @@ IGNORED = -100
 """The label that losses ignore, PyTorch's default for `ignore_index`."""
 
 _Counted = tuple[str, float]
+
+_COMPARE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
+
+_MOST_PAIRED = 8
+"""The most conditions of which two are tried together."""
 
 
 def shares(weights: Sequence[float]) -> list[float]:
@@ -33,34 +51,64 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def tried_weights(
-    pieces: Sequence[Any], layout: Layout, constants: Collection[float] = ()
+    pieces: Sequence[Any], layout: Layout, conditions: Collection[Condition] = ()
 ) -> Iterator[tuple[str, list[float]]]:
     """Yield possible weights of the micro-batches, each as an expression and their shares.
 
-    The likeliest come first: labels that are not ignored, unshifted and shifted as in language
-    models; then entries that are not zero (padding); then sums, such as those of lengths; then
-    rows of lists, such as boxes.
+    The likeliest come first: entries for which a condition of the loss holds, or does not,
+    unshifted and shifted as labels of language models are; two conditions; labels that are not
+    ignored; entries that are not zero (padding); sums, such as those of lengths; rows of lists,
+    such as boxes.
 
     Args:
         pieces: the micro-batches.
         layout: of the batch that they are cut from.
-        constants: what the loss compares with; labels of these values may be ignored.
+        conditions: of the loss.
     """
     found = [dict(leaves(piece, stop=lambda path, _: path in layout.lists)) for piece in pieces]
-    whole = sorted({int(value) for value in constants if value == value // 1})
-    ignored = [IGNORED, *(value for value in whole if value not in (IGNORED, 0)), 0]
-    counts: list[Callable[[Any], _Counted | None]] = [_labels(IGNORED), _labels(IGNORED, shift=1)]
-    counts += [_labels(value) for value in ignored[1:]]
-    counts += [_labels(value, shift=1) for value in ignored[1:]]
-    counts += [_positive, _total]
-    for count in counts:
+    for count in _counts_of_arrays(sorted(conditions, key=str)):
         for path in found[0]:
             yield from _expressed(path, [count(one.get(path)) for one in found])
     for path in found[0]:
         if isinstance(found[0][path], (list, tuple)):
-            for count in _of_items(found[0][path]):
-                yield from _expressed(path, [count(one.get(path)) for one in found])
+            for text, number in _of_items(found[0][path]):
+                yield from _expressed(
+                    path, [_applied(text, number, one.get(path)) for one in found]
+                )
     yield SUM, [1.0] * len(pieces)
+
+
+def _counts_of_arrays(
+    conditions: Sequence[Condition],
+) -> Iterator[Callable[[Any], _Counted | None]]:
+    either = list(dict.fromkeys(each for one in conditions for each in _senses(one)))
+    guesses: list[Condition] = [("!=", IGNORED), ("!=", 0), (">", 0)]
+    if ("!=", IGNORED) in either:
+        either.remove(("!=", IGNORED))
+        either.insert(0, ("!=", IGNORED))
+    yield from _singles(either)
+    if len(conditions) <= _MOST_PAIRED:
+        for pair in combinations(either, 2):
+            if pair[0][1] != pair[1][1]:
+                yield _entries(*pair)
+    yield from _singles([one for one in guesses if one not in either])
+    yield _total
+
+
+def _singles(conditions: Sequence[Condition]) -> Iterator[Callable[[Any], _Counted | None]]:
+    for one in conditions:
+        yield _entries(one)
+        if one[0] == "!=":
+            yield _entries(one, shift=1)
+
+
+def _senses(condition: Condition) -> tuple[Condition, ...]:
+    """Return a condition and its opposite; of equality the opposite comes first."""
+    sign, number = condition
+    if number != number:
+        return (("!=", number),)
+    both = (condition, (_OPPOSITE[sign], number))
+    return both[::-1] if sign == "==" else both
 
 
 def _expressed(path: Path, found: Sequence[_Counted | None]) -> Iterator[tuple[str, list[float]]]:
@@ -71,44 +119,83 @@ def _expressed(path: Path, found: Sequence[_Counted | None]) -> Iterator[tuple[s
         yield texts.pop().format(written(path)), shares(values)
 
 
-def _labels(ignored: int, shift: int = 0) -> Callable[[Any], _Counted | None]:
+def _entries(*conditions: Condition, shift: int = 0) -> Callable[[Any], _Counted | None]:
+    """Return what counts the entries of an array for which conditions hold."""
+    written = [_condition_text(*one) for one in conditions]
+    cut = "[:, 1:]" if shift else ""
+    text = written[0] if len(written) == 1 else " & ".join(f"({each})" for each in written)
+    text = f"({text}).sum()".replace("{}", "{0}" + cut)
+
     def count(leaf: Any) -> _Counted | None:
-        if not isinstance(leaf, Tensor) or leaf.dim() < 1 + shift:
+        is_odd = any(not math.isfinite(number) for _, number in conditions)
+        array = _array(leaf)
+        if array is None or array.dim() < 1 + shift or (is_odd and array is not leaf):
             return None
-        counted, cut = (leaf[:, 1:], "[:, 1:]") if shift else (leaf, "")
-        return f"({{}}{cut} != {ignored}).sum()", float((counted != ignored).sum())
+        array = array[:, 1:] if shift else array
+        held = [
+            _are_other(array, number) if sign == "!=" else _COMPARE[sign](array, number)
+            for sign, number in conditions
+        ]
+        return text, float(torch.stack(held).all(0).sum())
 
     return count
 
 
-def _positive(leaf: Any) -> _Counted | None:
-    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.is_complex():
+def _are_other(array: Tensor, number: float) -> Tensor:
+    """Say which entries are other than a number, as `_condition_text` writes it."""
+    if number != number:
+        return ~array.isnan()
+    return ~array.isinf() if math.isinf(number) else array != number
+
+
+def _condition_text(sign: str, number: float) -> str:
+    if sign == "!=" and not math.isfinite(number):
+        return "~{}.isnan()" if number != number else "~{}.isinf()"
+    if math.isinf(number):
+        return f'{{}} {sign} float("{number}")'
+    return f"{{}} {sign} {int(number) if number == int(number) else number!r}"
+
+
+def _array(leaf: Any) -> Tensor | None:
+    """Return an array of real numbers as a tensor."""
+    if not is_array(leaf):
         return None
-    return "({} > 0).sum()", float((leaf > 0).sum())
+    try:
+        array = torch.as_tensor(leaf)
+    except (TypeError, ValueError):  # of objects
+        return None
+    return None if array.is_complex() else array
 
 
 def _total(leaf: Any) -> _Counted | None:
-    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.is_complex():
-        return None
-    return "{}.sum()", float(leaf.double().sum())
+    array = _array(leaf)
+    return None if array is None or not array.dim() else ("{}.sum()", float(array.double().sum()))
 
 
-def _of_items(items: Sequence[Any]) -> Iterator[Callable[[Any], _Counted | None]]:
-    """Yield counts of the rows in a list of samples."""
-    first = items[0] if items else None
-    if isinstance(first, Tensor) and first.dim():
-        yield lambda some: ("sum(map(len, {}))", float(sum(map(len, some))))
+def _of_items(items: Sequence[Any]) -> Iterator[tuple[str, Callable[[Any], float]]]:
+    """Yield counts of a list of samples, as an expression and a function."""
+    yield "sum(item is not None for item in {})", lambda some: sum(one is not None for one in some)
+    first = next((item for item in items if item is not None), None)
+    if (isinstance(first, Tensor) and first.dim()) or isinstance(first, (str, bytes)):
+        yield "sum(map(len, {}))", lambda some: sum(map(len, some))
     if isinstance(first, (int, float)):
-        yield lambda some: ("sum({})", float(sum(some)))
+        yield "sum({})", sum
     if isinstance(first, Mapping):
         for key, value in first.items():
             if isinstance(value, Tensor) and value.dim():
-                yield _rows(key)
+                text = f"sum(len(item[{key!r}]) for item in {{}})".replace("'", '"')
+                yield text, partial(_rows, key)
 
 
-def _rows(key: Any) -> Callable[[Any], _Counted | None]:
-    text = f"sum(len(item[{key!r}]) for item in {{}})".replace("'", '"')
-    return lambda some: (text, float(sum(len(item[key]) for item in some)))
+def _rows(key: Any, items: Sequence[Any]) -> float:
+    return sum(len(item[key]) for item in items)
+
+
+def _applied(text: str, number: Callable[[Any], float], items: Any) -> _Counted | None:
+    try:
+        return text, float(number(items))
+    except (TypeError, KeyError, ValueError):  # another item is of another kind
+        return None
 
 
 def written(path: Sequence[str]) -> str:

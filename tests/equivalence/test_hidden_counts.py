@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autobatch import check_equivalence
+from autobatch.equivalence.experiment import Experiment
 from tests.equivalence.networks import EXACT, found, kinds, mean_square, network, samples
 
 X, Y = samples()
@@ -173,5 +174,125 @@ def test_a_loss_that_looks_into_the_model_is_varied_by_whole_gradients() -> None
         return (model.kept * batch["mask"]).square().sum() / batch["mask"].sum()
 
     result = check_equivalence(Keeps(), {"x": X, "mask": torch.ones(16, 3)}, loss=loss)
-    assert found(result) == [("weight", ('(batch["mask"] != 0).sum()',))]
+    assert found(result) == [("weight", ('batch["mask"].sum()',))]
     assert check_equivalence(network(), (X, Y), loss=mean_square).equivalent
+
+
+def kept(model: nn.Module, batch: Any, counted: Tensor) -> Tensor:
+    return (model(batch["x"]) - batch["y"])[counted].square().mean()
+
+
+NAN, FAR = Y.clone(), Y.clone()
+NAN[0, :2], FAR[0, :2] = float("nan"), -999.0
+DEPTH = Y.abs() + 0.1
+CONDITIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...], str]] = {
+    "not itself": (lambda y: y == y, (Y, NAN), '(~batch["y"].isnan()).sum()'),
+    "isnan": (lambda y: ~y.isnan(), (Y, NAN), '(~batch["y"].isnan()).sum()'),
+    "near a number": (
+        lambda y: ~torch.isclose(y, torch.tensor(-999.0, dtype=y.dtype)),
+        (Y, FAR),
+        '(batch["y"] != -999).sum()',
+    ),
+    "one of some": (
+        lambda y: ~torch.isin(y, torch.tensor([-999.0], dtype=y.dtype)),
+        (Y, FAR),
+        '(batch["y"] != -999).sum()',
+    ),
+    "a bound": (lambda y: y > -100, (Y, FAR), '(batch["y"] > -100).sum()'),
+    "not below a bound": (lambda y: ~(y <= -100), (Y, FAR), '(batch["y"] > -100).sum()'),
+    "two bounds": (
+        lambda y: (y > 1e-3) & (y < 80),
+        (DEPTH, DEPTH * (torch.arange(16) % 3 > 0)[:, None]),
+        '((batch["y"] < 80) & (batch["y"] > 0.001)).sum()',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_the_condition_of_a_mask_is_the_weight_whether_counts_are_equal_or_not(name: str) -> None:
+    counted, targets, weight = CONDITIONS[name]
+    for y in targets:
+        result = check_equivalence(
+            network(), {"x": X, "y": y}, loss=lambda m, b: kept(m, b, counted(b["y"]))
+        )
+        assert found(result) == [("weight", (weight,))]
+
+
+def test_a_weight_that_fits_one_batch_by_chance_is_not_named() -> None:
+    def far(model: nn.Module, batch: Any) -> Tensor:
+        return kept(model, batch, batch["y"].abs().sqrt() > 0.5)
+
+    y = torch.ones(16, 3)
+    y[0, :2] = 0  # as many entries are not zero as count here, but not in other batches
+    for targets in (y, torch.ones(16, 3)):
+        result = check_equivalence(network(), {"x": X, "y": targets}, loss=far)
+        assert kinds(result) == ["weight"]
+        assert "is not known" in result.culprits[0].finding
+        assert "!= 0" not in str(result)
+
+
+LISTS: dict[str, tuple[list[Any], Callable[[list[Any]], Tensor], str]] = {
+    "None": (
+        [1.0] * 16,
+        lambda items: torch.tensor([item is not None for item in items]),
+        'sum(item is not None for item in batch["t"])',
+    ),
+    "numbers": ([0.5] * 16, torch.tensor, 'sum(batch["t"])'),
+    "bools": ([True] * 16, torch.tensor, 'sum(batch["t"])'),
+    "texts": (
+        ["four"] * 16,
+        lambda items: torch.tensor([len(item) for item in items]),
+        'sum(map(len, batch["t"]))',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_what_items_of_a_list_count_is_found(name: str) -> None:
+    items, count, weight = LISTS[name]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        weights = count(batch["t"]).double()
+        return (model(batch["x"]).square().mean(1) * weights).sum() / weights.sum()
+
+    result = check_equivalence(network(), {"x": X, "t": items}, loss=loss)
+    assert found(result) == [("weight", (weight,))]
+
+
+def test_a_choice_among_the_batch_is_found_where_it_agrees_by_chance() -> None:
+    def upper_half(model: nn.Module, batch: Any) -> Tensor:
+        each = (model(batch[0]) - batch[1]).square()[:, 0]
+        return (each * (each.detach() > each.detach().quantile(0.5))).mean()
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5), torch.randn(8, 1)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    result = check_equivalence(model, (x, y), loss=upper_half)
+    assert result.difference < EXACT
+    assert found(result) == [("loss", ("the loss",))]
+
+
+def test_a_variation_that_the_loss_refuses_is_left_out_and_said() -> None:
+    def strict(model: nn.Module, batch: Any) -> Tensor:
+        if not bool((batch["n"] == 3).all()):
+            raise ValueError("three are needed")
+        return model(batch["x"]).square().mean()
+
+    result = check_equivalence(network(), {"x": X, "n": torch.full((16,), 3)}, loss=strict)
+    assert result.equivalent
+    assert any('batch["n"] could not be varied' in note for note in result.notes)
+    assert any("three are needed" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("where", ["outputs", "forward"])
+def test_an_experiment_of_the_check_that_fails_is_not_blamed_on_the_model(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such experiment")
+
+    monkeypatch.setattr(Experiment, where, fail)
+    assert check_equivalence(network(), (X, Y), loss=mean_square).equivalent
+    result = check_equivalence(network(nn.BatchNorm1d(8)), (X, Y), loss=mean_square)
+    assert result.equivalent is False

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from autobatch.accumulate.reused import Reuse
 from autobatch.errors import AutobatchWarning, SampleError
 from autobatch.workload.layout import Layout
 from autobatch.workload.sample import BatchDims, Rows, rows_of
+from autobatch.workload.sequences import sequences_of
 from autobatch.workload.tree import is_array, leaves
 
 __all__ = ["Count", "Cut", "Piece", "Pieces", "Position", "Reader", "handed"]
@@ -83,6 +85,7 @@ class Reader:
     count: Count | None = None
     cut: Cut | None = None
     _last: list[tuple[Any, Layout]] = field(default_factory=list)
+    _like: list[Layout] = field(default_factory=list)
 
     def __call__(self, batch: Any) -> Piece | None:
         """Read one batch of the loader; None where a collate function left nothing of it.
@@ -110,7 +113,11 @@ class Reader:
         shapes = _shapes(batch)
         if self._last and shapes is not None and self._last[0][0] == shapes:
             return self._last[0][1]
-        layout = self._as_before(batch) or rows_of(batch, batch_dims=self.batch_dims).layout
+        layout = self._as_before(batch)
+        if layout is None:
+            like = self._like[0] if self._like else None
+            layout = rows_of(batch, batch_dims=self.batch_dims, like=like).layout
+        self._like[:] = [layout]
         if layout.is_made_of_rows:
             self._last[:] = [(shapes if layout.is_told_by_shapes else None, layout)]
         return layout
@@ -132,7 +139,10 @@ class Reader:
         if others - known.rest - known.whole:
             return None
         size = next(iter(sizes.values()))
-        return replace(known, size=size) if size else None
+        if not size:
+            return None
+        sequences = sequences_of(batch, size, stop=lambda *_: False, like=known)
+        return replace(known, size=size, sequences=sequences)
 
 
 def _cut(batch: Any, layout: Layout, start: int, stop: int) -> Any:
@@ -207,10 +217,15 @@ class Pieces:
         position: where the next piece begins.
     """
 
-    def __init__(self, loader: Iterable[Any], reader: Reader, position: Position) -> None:
+    def __init__(
+        self, loader: Iterable[Any], reader: Reader, position: Position, reuse: Reuse
+    ) -> None:
         self._batches: Iterator[Any] = iter(loader)
         self._reader = reader
+        self._reuse = reuse
         self._current: Piece | None = None
+        self._drawn = 0  # batches in the window that is drawn
+        self._waiting: list[tuple[Piece, Piece, int, int]] = []  # whole, part, start, stop
         self.position = position
         for read in range(position.batches):
             if next(self._batches, self) is self:
@@ -226,6 +241,7 @@ class Pieces:
             SampleError: a batch cannot be read or cut.
         """
         if self._current is None:
+            self._keep()
             batch = next(self._batches, self)
             if batch is self:
                 return None
@@ -233,13 +249,12 @@ class Pieces:
             if whole is None:
                 self.position = Position(self.position.batches + 1)
                 return self.take(most)
-            if whole.samples <= most and not self.position.samples:
-                self.position = Position(self.position.batches + 1)
-                return whole
             self._current = whole
+            self._drawn += 1
         current, start = self._current, self.position.samples
         stop = min(current.samples, start + most)
         piece = current.part(start, stop)
+        self._waiting.append((current, piece, start, stop))
         if stop == current.samples:
             self._current = None
             self.position = Position(self.position.batches + 1)
@@ -247,12 +262,30 @@ class Pieces:
             self.position = Position(self.position.batches, stop)
         return piece
 
+    def _keep(self) -> None:
+        """Copy what waits in the window, where the loader may write to it for its next batch."""
+        if not self._waiting or not self._reuse.must_copy(self._drawn):
+            return
+        given: Piece | None = None
+        own: Piece | None = None  # the same batch in memory of its own
+        for whole, piece, start, stop in self._waiting:
+            if whole is not given:
+                given, batch = whole, self._reuse.copied(whole.batch)
+                own = None if batch is whole.batch else self._reader(batch)
+            if own is not None:
+                part = own.part(start, stop)
+                piece.batch, piece.cut = part.batch, part.cut
+        self._waiting.clear()
+
     def window(self, sizes: tuple[int, ...]) -> list[Piece]:
         """Return pieces of as many samples as `sizes` sum to, or fewer at the end of the loader.
 
         A batch of the loader that is as large as the window is cut into exactly these sizes. A
         batch no larger than a micro-batch stays one piece. Other batches are cut where needed.
         """
+        self._reuse.begin_window()
+        self._waiting.clear()
+        self._drawn = int(self._current is not None)
         drawn: list[Piece] = []
         left = sum(sizes)
         was_cut = False
@@ -264,6 +297,9 @@ class Pieces:
             drawn.append(piece)
             left -= piece.samples
             was_cut |= self._current is not None
+        last = self._waiting[-1][0].batch if self._waiting else None
+        self._reuse.end_window(self._drawn, last)
+        self._waiting.clear()
         if was_cut and len(drawn) > len(sizes):
             warnings.warn(
                 f"the loader's batches do not divide into micro-batches of {max(sizes)}, or not a "

@@ -6,16 +6,17 @@ gradients of all leaves that it reaches as the first one found them.
 
 from __future__ import annotations
 
-import random
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from autobatch.support.randomness import random_state
 
 __all__ = ["Mark", "Rewind"]
 
@@ -138,15 +139,10 @@ def _kept(leaf: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _random_states() -> tuple[Callable[[], None], ...]:
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
-    if numpy := sys.modules.get("numpy"):
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-    return tuple(lambda put=put, state=state: put(state) for put, state in states)
+    """Return what puts back all generators, that of the GPU at work included."""
+    if not torch.cuda.is_initialized():
+        return (random_state(),)
+    return random_state(), partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state())
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:

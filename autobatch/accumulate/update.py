@@ -7,10 +7,12 @@ gradients are not finite has not happened to any of the optimizers.
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -42,7 +44,8 @@ class Updater:
         is_open: whether a window's gradients are being added up, or wait for their update.
 
     Raises:
-        UsageError: a scheduler needs a metric, or an optimizer a function that computes the loss.
+        UsageError: a scheduler's step needs an argument, or an optimizer's a function that computes
+            the loss.
     """
 
     def __init__(
@@ -55,11 +58,7 @@ class Updater:
         guarded: bool = False,
     ) -> None:
         for scheduler in schedulers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                raise UsageError(
-                    "ReduceLROnPlateau follows a metric: call its step(metric) yourself, once an "
-                    "evaluation, and leave it out here"
-                )
+            _check_scheduler(scheduler)
         for optimizer in optimizers:
             if needs_closure(optimizer):
                 raise UsageError(
@@ -262,6 +261,43 @@ class Updater:
                 "such an update back"
             )
         before.restore()
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Check that a scheduler can be stepped without arguments, before a parameter is updated.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UsageError(
+            "ReduceLROnPlateau follows a metric: call its step(metric) yourself, once an "
+            "evaluation, and leave it out here"
+        )
+    if not callable(step):
+        raise UsageError(
+            f"scheduler= holds {name}, which has no step(): pass learning-rate schedulers such as "
+            "those of torch.optim.lr_scheduler"
+        )
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):  # code in C, or a wrapper that does not tell
+        return
+    needed = [p.name for p in parameters if p.kind in _NAMED and p.default is Parameter.empty]
+    if needed:
+        call = f"step({', '.join(needed)})"
+        raise UsageError(
+            f"{name}.{call} needs what windows do not know: call it yourself, after window.step() "
+            "or once an epoch, and leave the scheduler out here"
+        )
+    if any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
+        wrapped = getattr(scheduler, "scheduler", None)  # accelerate's passes on what it is given
+        if wrapped is not None:
+            _check_scheduler(wrapped)
+
+
+_NAMED = {Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
 
 
 def _unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
+from autobatch.accumulate.hooks import note_on_hooks
 from autobatch.errors import AutobatchWarning, WorkloadError
 
 __all__ = ["Watch", "versions"]
@@ -42,8 +43,15 @@ _MANY, _SOME, _NORMED, _LOOKS = 64, 32, 2, 2
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """Return how often each tensor was changed in place."""
-    return list(map(_version, tensors))
+    """Return how often each tensor was changed in place; 0 of those made in inference mode.
+
+    They count nothing, and outside of that mode PyTorch refuses to write to them.
+    """
+    listed = list(tensors)
+    try:
+        return list(map(_version, listed))
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in listed]
 
 
 class Watch:
@@ -59,6 +67,7 @@ class Watch:
         self._may_move = moves
         self._moves = moves  # whether all is looked at, before and after every backward pass
         self._is_new = True  # nothing is known of these parameters yet
+        self._has_noted = False  # what hooks they have
         self._is_thorough = False  # whether each backward pass is looked at
         self._window = 0
         self._looked_at: list[Tensor] = []  # parameters whose gradients are, in this window
@@ -104,6 +113,15 @@ class Watch:
         self._window += 1
         stride = count // _SOME
         return [*self._parameters[self._window % stride :: stride], self._parameters[-1]]
+
+    def note_hooks(self) -> None:
+        """Warn, once, of hooks of the user's that saw parts of a window's gradient."""
+        if self._has_noted:
+            return
+        self._has_noted = True
+        note = note_on_hooks(self._parameters)
+        if note is not None:
+            warnings.warn(note, AutobatchWarning, stacklevel=4)
 
     def before_backward(self) -> None:
         """Check that nothing changed since the last backward pass.

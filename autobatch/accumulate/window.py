@@ -11,138 +11,27 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from autobatch.accumulate.agreement import At, Ranks, Tally
-from autobatch.accumulate.batches import Piece, handed
-from autobatch.accumulate.rewind import Mark, Rewind
-from autobatch.accumulate.update import Updater, free_caches
-from autobatch.accumulate.watch import Watch, versions
+from autobatch.accumulate.agreement import At, Tally
+from autobatch.accumulate.batches import handed
+from autobatch.accumulate.micro import Micro, Training
+from autobatch.accumulate.retry import Shortages
+from autobatch.accumulate.rewind import Mark
+from autobatch.accumulate.update import free_caches
+from autobatch.accumulate.watch import versions
 from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, WorkloadError
 from autobatch.support.oom import Shortage, attempt
 from autobatch.workload.loss import checked_loss
 
-__all__ = ["Backward", "Micro", "Training", "Weight", "Window"]
+__all__ = ["Window"]
 
-Weight = Callable[[Any], "float | Tensor"]
-Backward = Callable[..., Any]
-
-
-@dataclass(slots=True, eq=False)
-class Micro:
-    """One micro-batch of a window, and what became of it.
-
-    Attributes:
-        piece: its samples.
-        weight: its part of the window's.
-        repeats: whether it runs again with weight 0, so that the other ranks need not wait.
-        losses: those that had their backward pass, each with its factor.
-        is_skipped: whether the user left it out.
-        wrote: whether the loop wrote into its tensors, so that it cannot run again.
-    """
-
-    piece: Piece
-    weight: float
-    repeats: bool = False
-    losses: list[tuple[Tensor, float]] = field(default_factory=list)
-    is_skipped: bool = False
-    wrote: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What all windows of a loader share.
-
-    Attributes:
-        ranks: the processes that train together.
-        update: clips, steps and zeroes.
-        watch: notices what else touches gradients.
-        rewind: puts back what a repeated pass changed.
-        weight: what a batch's loss is a mean over; its samples if None.
-        sums: whether losses are sums, not means.
-        retries: how often a window may run out of memory.
-        backward: what runs a backward pass in place of `Tensor.backward`.
-    """
-
-    ranks: Ranks
-    update: Updater
-    watch: Watch
-    rewind: Rewind
-    weight: Weight | None
-    sums: bool
-    retries: int
-    backward: Backward | None
-    _seeds: dict[float, Tensor] = field(default_factory=dict)
-
-    def weigh(self, piece: Piece) -> float:
-        """Return the weight of some samples.
-
-        Raises:
-            UsageError: the user's function gives a negative or infinite one.
-        """
-        if self.weight is None:
-            return float(piece.samples)
-        weight = float(self.weight(piece.batch))
-        if not 0 <= weight < math.inf:
-            raise UsageError(f"weight(batch) gives {weight}: it has to be at least 0, and finite")
-        return weight
-
-    def run_backward(self, loss: Tensor, factor: float, *, retain_graph: bool) -> None:
-        """Run the backward pass of a loss times a factor."""
-        scaler = self.update.scaler
-        if self.backward is not None:
-            weighted = loss * factor
-            scaled = weighted if scaler is None else scaler.scale(weighted)
-            self.backward(scaled, **({"retain_graph": True} if retain_graph else {}))
-            return
-        scaled = loss if scaler is None else scaler.scale(loss)
-        seed = self._seed(scaled, factor)
-        scaled.backward(seed, retain_graph=retain_graph)
-        if seed is not None and seed._version:  # a hook of the loss wrote to it
-            self._seeds.clear()
-
-    def _seed(self, loss: Tensor, factor: float) -> Tensor | None:
-        """Return the factor as the gradient that a backward pass begins with."""
-        if factor == 1 and not loss.dim():
-            return None
-        if type(loss) is not Tensor:
-            return torch.full_like(loss.detach(), factor)
-        seed = self._seeds.get(factor)
-        if seed is None or seed.dtype != loss.dtype or seed.device != loss.device:
-            if len(self._seeds) > 64:
-                self._seeds.clear()
-            seed = torch.full((), factor, dtype=loss.dtype, device=loss.device)
-            self._seeds[factor] = seed
-        return seed.expand(loss.shape) if loss.dim() else seed
-
-    def check_unscaled(self, loss: Tensor, steps: int) -> None:
-        """Look at how a loss ends, in the first micro-batch: what windows do is not done twice.
-
-        Raises:
-            WorkloadError: it was scaled by the scaler.
-        """
-        node: Any = loss.grad_fn
-        other = getattr(node, "_saved_other", None)
-        if not isinstance(other, Tensor) or other.numel() != 1:
-            return
-        scaler = self.update.scaler
-        if scaler is not None and float(other) == scaler.get_scale() != 1:
-            raise WorkloadError(
-                "the loss was multiplied by the scaler's scale: give window.backward the loss as "
-                "it is, the scaler that was passed to the windows scales it"
-            )
-        if steps > 1 and node.name().startswith("Div") and float(other) == steps:
-            warnings.warn(
-                f"the loss was divided by {steps}, the number of micro-batches, which a window "
-                "does itself: take the division out, if it was for that",
-                AutobatchWarning,
-                stacklevel=4,
-            )
+State = Literal["new", "running", "left", "whole", "stepped"]
+"""How far a window is: "left" before its end, "whole" once all micro-batches ran on all ranks."""
 
 
 class Window:
@@ -156,7 +45,6 @@ class Window:
         samples: samples of the window over all ranks: the effective batch, or less at the loader's
             end or where micro-batches were skipped.
         weight: sum of their weights; the samples themselves where no weight was given.
-        stepped: whether `step` was called.
         grad_norm: 2-norm of the gradients before clipping; None without clipping.
         skipped: whether the update was left out, because gradients overflowed or every micro-batch
             was skipped.
@@ -185,7 +73,6 @@ class Window:
         """
         self.samples = total.samples
         self.weight = total.weight
-        self.stepped = False
         self.grad_norm: Tensor | None = None
         self.skipped = False
         self._training = training
@@ -194,22 +81,24 @@ class Window:
         self._todo = deque(micros)
         self._ran: list[Micro] = []
         self._current: Micro | None = None
-        self._has_begun = False
+        self._state: State = "new"
         self._mark: Mark | None = None
         self._in_backward = False
         self._is_broken = False  # a backward pass began and did not end
-        self._is_left = False
-        self._is_whole = False  # all micro-batches have run, on all ranks
-        self._shortages = 0
-        self._smallest = largest
+        self._shortages = Shortages(training, total.samples, number=number, largest=largest)
         self._loss: Tensor | None = None
         self._skipped_samples = 0
         self._scale = 1.0  # what gradients were multiplied by, where micro-batches were skipped
 
     @property
+    def stepped(self) -> bool:
+        """Whether the window is done, by `step` or without an update."""
+        return self._state == "stepped"
+
+    @property
     def has_run(self) -> bool:
         """Whether all micro-batches have run, or the window will have no update."""
-        return self._is_whole or self.stepped
+        return self._state in ("whole", "stepped")
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
@@ -239,29 +128,17 @@ class Window:
                 changed gradients or parameters.
         """
         self._begin()
-        ranks, todo = self._training.ranks, self._todo
-        is_shared = ranks.size > 1
-        while todo:
-            micro = todo.popleft()
+        while self._todo:
+            micro = self._todo.popleft()
             try:
-                if is_shared:
-                    ranks.begin_micro_batch(not todo)
-                self._current, self._in_backward = micro, False
-                batch, tensors = handed(micro.piece.batch)
-                before = versions(tensors)
-                yield batch
-                micro.wrote = versions(tensors) != before
-                self._end(micro)
+                with self._running(micro) as batch:
+                    yield batch
             except GeneratorExit:
-                ranks.end_micro_batch()
                 self._leave(micro)
                 raise
             except Exception as error:
-                ranks.end_micro_batch()
-                ranks.give_up(error, in_pass=True)
+                self._training.ranks.give_up(error, in_pass=True)
                 raise
-            if is_shared:
-                ranks.end_micro_batch()
         self._complete()
 
     def run(self, loss: Callable[[Any], Tensor]) -> None:
@@ -299,7 +176,7 @@ class Window:
         except Exception as error:
             ranks.give_up(error, in_pass=in_pass)
             self._todo.clear()
-            self._current, self._is_left = None, True
+            self._current, self._state = None, "left"
             self._training.update.zero()
             raise
         self._training.rewind.end(self._mark)
@@ -328,8 +205,7 @@ class Window:
             )
         if micro.is_skipped:
             raise WorkloadError("window.backward(loss) for a micro-batch that was skipped")
-        if self._is_broken:
-            self._check_whole()
+        self._check_whole()
         loss = checked_loss(loss)
         if loss.dtype in (torch.float16, torch.bfloat16):
             loss = loss.float()  # so that neither a scale nor a share is rounded
@@ -383,7 +259,7 @@ class Window:
         if micro is not None:
             self._check_whole()
         if micro is None:
-            if not self._is_whole:
+            if self._state != "whole":
                 ranks.give_up(self._left(), in_pass=True)
             self._todo.clear()
             self._drop()
@@ -431,7 +307,7 @@ class Window:
         """
         if self.stepped:
             raise WorkloadError("window.again() after window.step(): the update is done")
-        if not self._is_whole or self._is_left:
+        if self._state != "whole":
             raise WorkloadError("window.again() before all micro-batches of the window have run")
         if any(micro.wrote for micro in self._ran):
             raise WorkloadError(
@@ -451,8 +327,8 @@ class Window:
         """
         if self.stepped:
             raise WorkloadError("window.step() was called twice")
-        if not self._is_whole or self._is_left:
-            left = len(self._todo) + (self._current is not None or self._is_left)
+        if self._state != "whole":
+            left = len(self._todo) + (self._current is not None or self._state == "left")
             raise WorkloadError(
                 f"window.step() with {left} of {left + len(self._ran)} micro-batches left: call it "
                 "after `for batch in window`, not inside; after a break, window.skip() leaves the "
@@ -477,25 +353,22 @@ class Window:
         except Exception as error:
             ranks.give_up(error, in_pass=False)
             raise
-        self.stepped = True
-        ranks.end_window()
-        self._finish(self._shortages, self._smallest)
+        self._end_window()
 
     def _begin(self) -> None:
         """Begin the window's gradients, unless a part of its micro-batches ran."""
-        if self.stepped or self._is_left or (not self._todo and self._ran):
+        if self._state in ("left", "stepped") or (not self._todo and self._ran):
             raise WorkloadError(
                 "the micro-batches of this window have run: window.again() gives them once more, "
                 "with the gradients of the first time dropped"
             )
         if self._current is not None:
             raise WorkloadError("the micro-batches of this window are running")
-        if not self._has_begun:
+        if self._state == "new":
             self._begin_gradients()
 
     def _begin_gradients(self) -> None:
-        self._has_begun = True
-        self._is_broken = False
+        self._state, self._is_broken = "running", False
         update, ranks = self._training.update, self._training.ranks
         try:
             ranks.begin_window(update.parameters)
@@ -507,8 +380,7 @@ class Window:
         update.is_open = True
 
     def _end(self, micro: Micro) -> None:
-        if self._is_broken:
-            self._check_whole()
+        self._check_whole()
         if micro.is_skipped:
             self._skipped_average()
         elif not micro.losses:
@@ -534,14 +406,13 @@ class Window:
     def _leave(self, micro: Micro) -> None:
         """Note that the loop over micro-batches was left, maybe after its last backward pass."""
         ranks = self._training.ranks
-        self._current, self._is_left = None, True
+        self._current, self._state = None, "left"
         if ranks.size > 1:
             ranks.give_up(self._left(), in_pass=True)
         elif micro.losses and not self._todo:  # as zip(range(n), window) leaves it
             with contextlib.suppress(WorkloadError):
                 self._end(micro)
                 self._complete()
-                self._is_left = False
 
     def _left(self) -> WorkloadError:
         return WorkloadError(f"it left window {self._number} before the end of its loop")
@@ -549,14 +420,16 @@ class Window:
     def _complete(self) -> None:
         """Agree on what was skipped when all have run, and weight the gradients accordingly."""
         ranks = self._training.ranks
+        if len(self._ran) > 1:
+            self._training.watch.note_hooks()
         skipped = [m for m in self._ran if m.is_skipped and not m.repeats]
         if ranks.size == 1 and not skipped:
-            self._is_whole = True
+            self._state = "whole"
             return
         weight, samples = ranks.sums(
             math.fsum(micro.weight for micro in skipped), sum(m.piece.samples for m in skipped)
         )
-        self._is_whole = True
+        self._state = "whole"
         if not samples:
             return
         self._skipped_samples, rest = int(samples), self.weight - weight
@@ -568,10 +441,13 @@ class Window:
     def _drop(self) -> None:
         """End the window without an update."""
         self._training.update.zero()
-        self._is_left = False
-        self.stepped = self.skipped = True
+        self.skipped = True
+        self._end_window()
+
+    def _end_window(self) -> None:
+        self._state = "stepped"
         self._training.ranks.end_window()
-        self._finish(self._shortages, self._smallest)
+        self._finish(self._shortages.count, self._shortages.smallest)
 
     def _total(self) -> Tensor:
         """Return this rank's part of the window's loss."""
@@ -591,15 +467,13 @@ class Window:
         """Run what is left; return whether the gradients are spoiled and all must run again."""
         while self._todo:
             micro = self._todo.popleft()
-            last = not self._todo
             buffers = self._training.rewind.buffers()
-            shortage = attempt(partial(self._forward_backward, micro, loss, last))
+            shortage = attempt(partial(self._forward_backward, micro, loss))
             if not isinstance(shortage, Shortage):
                 continue
             self._current = None
             micro.losses.clear()
-            self._note(micro, shortage)
-            halves = self._halved(micro)
+            halves = self._shortages.halves(micro, shortage)
             free_caches()
             self._todo.extendleft(reversed(halves))
             if self._training.ranks.recover():
@@ -610,24 +484,34 @@ class Window:
                 self._training.rewind.restore_buffers(buffers)
         return False
 
-    def _forward_backward(self, micro: Micro, loss: Callable[[Any], Tensor], last: bool) -> None:
+    def _forward_backward(self, micro: Micro, loss: Callable[[Any], Tensor]) -> None:
+        with self._running(micro) as batch:
+            value = loss(batch)
+            if micro.losses:
+                raise WorkloadError(
+                    "the function given to window.run called window.backward: let it return the "
+                    "loss, run calls it"
+                )
+            if not micro.is_skipped:
+                assert self._mark is not None
+                self._training.rewind.search(checked_loss(value), self._mark)
+                self.backward(value)
+
+    @contextlib.contextmanager
+    def _running(self, micro: Micro) -> Iterator[Any]:
+        """Make a micro-batch the current one, hand out its batch, and end it; not after an error.
+
+        Whether its tensors were written to is noted, and what the ranks changed for it is put back,
+        on every exit.
+        """
         ranks = self._training.ranks
-        ranks.begin_micro_batch(last)
         try:
+            ranks.begin_micro_batch(not self._todo)
             self._current, self._in_backward = micro, False
             batch, tensors = handed(micro.piece.batch)
             before = versions(tensors)
             try:
-                value = loss(batch)
-                if micro.losses:
-                    raise WorkloadError(
-                        "the function given to window.run called window.backward: let it return "
-                        "the loss, run calls it"
-                    )
-                if not micro.is_skipped:
-                    assert self._mark is not None
-                    self._training.rewind.search(checked_loss(value), self._mark)
-                    self.backward(value)
+                yield batch
             finally:
                 micro.wrote = versions(tensors) != before
             self._end(micro)
@@ -651,52 +535,7 @@ class Window:
         for micro in self._ran:
             micro.losses.clear()
             micro.is_skipped = False
-        self._is_whole, self._is_broken = False, False
         self._scale, self._skipped_samples = 1.0, 0
         self._todo.extendleft(reversed(self._ran))
         self._ran.clear()
         self._begin_gradients()
-
-    def _note(self, micro: Micro, shortage: Shortage) -> None:
-        """Count an out-of-memory error, and warn about the first one of the window."""
-        samples, limit = micro.piece.samples, self._training.retries
-        self._shortages += 1
-        if not self._training.ranks.recovers:
-            raise DoesNotFitError(
-                f"a micro-batch of {samples} ran out of memory ({shortage}), and under FSDP2, "
-                "find_unused_parameters or static_graph the other ranks cannot be told: plan with "
-                "more headroom"
-            )
-        if samples == 1:
-            raise DoesNotFitError(
-                f"a micro-batch of one sample runs out of memory: {shortage}; make it smaller "
-                "(shorter sequences, smaller images), or use activation checkpointing"
-            )
-        if self._shortages > limit:
-            raise DoesNotFitError(
-                f"micro-batches ran out of memory {self._shortages} times in one window, more than "
-                f"retries={limit}; the last had {samples} samples: {shortage}"
-            )
-        if micro.wrote:
-            raise DoesNotFitError(
-                f"a micro-batch of {samples} ran out of memory ({shortage}) and cannot run again: "
-                "the loss function writes to its tensors in place; let it write to copies"
-            )
-        self._smallest = min(self._smallest, (samples + 1) // 2)
-        if self._shortages == 1:
-            warnings.warn(
-                f"window {self._number}: a micro-batch of {samples} ran out of memory "
-                f"({shortage}) and is run in two halves; the effective batch stays "
-                f"{self.samples} samples",
-                AutobatchWarning,
-                stacklevel=4,
-            )
-
-    def _halved(self, micro: Micro) -> list[Micro]:
-        pieces = micro.piece.halves()
-        if micro.repeats:
-            return [Micro(piece, 0.0, True) for piece in pieces]
-        weights = [self._training.weigh(piece) for piece in pieces]
-        # the shares of all other micro-batches and ranks were computed with the whole one's weight
-        scale = micro.weight / sum(weights)
-        return [Micro(piece, w * scale) for piece, w in zip(pieces, weights, strict=True) if w]

@@ -14,11 +14,13 @@ from torch import nn
 
 from autobatch.accumulate.agreement import Tally
 from autobatch.accumulate.batches import Count, Cut, Pieces, Position, Reader
+from autobatch.accumulate.micro import Backward, Micro, Training, Weight
 from autobatch.accumulate.ranks import Sync, group_of, ranks_of
+from autobatch.accumulate.reused import Reuse
 from autobatch.accumulate.rewind import Rewind
 from autobatch.accumulate.update import Updater
 from autobatch.accumulate.watch import Watch
-from autobatch.accumulate.window import Backward, Micro, Training, Weight, Window
+from autobatch.accumulate.window import Window
 from autobatch.errors import AutobatchWarning, UsageError, WorkloadError
 from autobatch.records.plan_record import PlanRecord
 from autobatch.support.ranks import ranks_here
@@ -95,6 +97,7 @@ class Windows:
             raise UsageError(f"reduction is {reduction!r}: use 'mean' or 'sum', as the loss does")
         self._loader = loader
         self._reader = Reader(batch_dims=batch_dims, count=count, cut=cut)
+        self._reuse = Reuse(loader)
         self._drop_last = drop_last
         if backward is not None:
             _check_backward(backward)
@@ -154,7 +157,7 @@ class Windows:
         if not self._resumes:
             self._position, self._done = Position(), 0
         self._resumes = False
-        pieces = Pieces(self._loader, self._reader, self._position)
+        pieces = Pieces(self._loader, self._reader, self._position, self._reuse)
         ranks = self._training.ranks
         ranks.begin()
         with self._training.update.guarding(), ranks.watching(self._training.watch):
@@ -382,10 +385,10 @@ def planned_windows(
 
 
 def _check_backward(backward: Backward) -> None:
-    """Check that what runs a backward pass in place of PyTorch's adds to gradients what it would.
+    """Check that `backward=` does not shrink gradients, as accelerate's does.
 
     Raises:
-        UsageError: it makes them smaller, as accelerate's does with gradient accumulation.
+        UsageError: it makes them smaller.
     """
     leaf = torch.ones((), requires_grad=True)
     try:

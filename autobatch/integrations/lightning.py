@@ -12,10 +12,13 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.exports.lightning import PRECISIONS, TRAINER
@@ -97,6 +100,7 @@ class AutobatchCallback(MeanOverWindow):
         if stage != "fit" or (self.plan is None and trainer.ckpt_path):
             return  # a checkpoint that is known by now brings the plan
         _refuse_the_unknown(trainer, pl_module)
+        _refuse_other_sizes(trainer)
         if not lightning_hasattr(pl_module, self._batch_size):
             raise UsageError(
                 f"neither the module nor the datamodule has a {self._batch_size!r} that its "
@@ -166,6 +170,24 @@ class AutobatchCallback(MeanOverWindow):
         self._set_sizes(trainer, pl_module, plan)
         self.plan = plan
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare the accumulation steps to the plan, as something else may have set them since.
+
+        Raises:
+            UsageError: they differ.
+        """
+        assert self.plan is not None
+        steps = self.plan.accumulation_steps
+        if trainer.accumulate_grad_batches != steps:
+            raise UsageError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches} in epoch "
+                f"{trainer.current_epoch}, and the plan says {steps}: let nothing else set it "
+                "beside AutobatchCallback"
+            )
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the sizes that training begins with to the plan.
 
@@ -201,6 +223,21 @@ def _refuse_the_unknown(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
+def _refuse_other_sizes(trainer: Trainer) -> None:
+    """Refuse callbacks that set the accumulation steps or the batch size, too.
+
+    Raises:
+        UsageError: there are some.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, (GradientAccumulationScheduler, BatchSizeFinder)):
+            raise UsageError(
+                f"{type(callback).__name__} and AutobatchCallback both set the sizes that the "
+                "Trainer trains with: take one of them out; for another effective batch in later "
+                "epochs, train up to there and fit again with another target"
+            )
+
+
 def _loader(trainer: Trainer, module: LightningModule) -> Any:
     """Return a training dataloader, at a batch size that does not matter."""
     owner = trainer.datamodule
@@ -212,12 +249,23 @@ def _loader(trainer: Trainer, module: LightningModule) -> Any:
             "its batch size (a loader passed to fit() cannot change its own)"
         )
     try:
-        return owner.train_dataloader()
+        loader = owner.train_dataloader()
     except Exception as error:
         raise WorkloadError(
             f"train_dataloader() failed before the module's setup ({type(error).__name__}: "
             f"{error}): prepare the data in the datamodule's setup, or pass one batch as sample="
         ) from error
+    parts = loader.values() if isinstance(loader, Mapping) else loader
+    is_several = isinstance(loader, CombinedLoader) or (
+        isinstance(loader, (Mapping, list, tuple))
+        and any(isinstance(part, (DataLoader, CombinedLoader)) for part in parts)
+    )
+    if is_several:
+        raise UsageError(
+            "train_dataloader() gives several loaders, of which the largest samples are not read: "
+            "pass one batch as training_step gets it, of the largest samples, as sample="
+        )
+    return loader
 
 
 def _training_step(model: nn.Module, batch: Any) -> Tensor:
@@ -231,7 +279,17 @@ def _training_step(model: nn.Module, batch: Any) -> Tensor:
     with warnings.catch_warnings():
         # without a Trainer nothing is logged, and Lightning says so at every call
         warnings.filterwarnings("ignore", message=r".*self\.log")
-        result = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+        try:
+            result = module.training_step(batch, 0) if takes_index else module.training_step(batch)
+        except RuntimeError as error:
+            if "is not attached to a `Trainer`" not in str(error):
+                raise
+            raise WorkloadError(
+                f"training_step of {type(module).__name__} asks for its Trainer (self.trainer, "
+                "self.optimizers() or self.all_gather, say), and is probed on a copy that has "
+                "none: read self.current_epoch and self.global_step, which are there, and move "
+                "the rest to a hook such as on_before_optimizer_step or on_train_batch_start"
+            ) from error
     loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
     return loss
 

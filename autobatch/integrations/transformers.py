@@ -251,7 +251,7 @@ def _with_evaluation(
         except DoesNotFitError as error:
             plan = planned(None)  # raises where training does not fit, either
             raise DoesNotFitError(
-                f"training fits at micro-batch {plan.micro_batch}, but its evaluation does not: "
+                f"training fits at micro-batch {plan.micro_batch:,}, but its evaluation does not: "
                 f"it keeps the outputs of {count(evaluation.kept, 'batch', 'batches')} on the GPU "
                 "until it ends; set eval_accumulation_steps, a smaller "
                 "per_device_eval_batch_size or preprocess_logits_for_metrics, or prediction_loss_"

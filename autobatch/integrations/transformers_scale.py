@@ -34,7 +34,8 @@ from autobatch.support.oom import Shortage, attempt
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.ranks import ranks_here
 from autobatch.support.wording import one_line
-from autobatch.workload.dataset import attributes_kept, draw
+from autobatch.workload.dataset import draw
+from autobatch.workload.kept import attributes_kept
 from autobatch.workload.sample import built
 from autobatch.workload.tree import map_tensors
 from autobatch.workload.wrappers import unwrapped
@@ -433,7 +434,7 @@ def _micro_batches(sample: Any, samples: int) -> Iterator[Any]:
     dataset, collate = sample.dataset, sample.collate_fn
     batched = sample.batch_sampler is not None or sample.batch_size is not None
     size = samples if batched else 1
-    with random_state_kept(), attributes_kept(dataset):
+    with random_state_kept(), attributes_kept(dataset, collate):
         items = _items(dataset, most * size)
         while chunk := list(islice(items, size)):
             yield collate(chunk if batched else chunk[0])

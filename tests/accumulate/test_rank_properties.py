@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.random_loops import (
+    AFTER,
     ANYWHERE,
     IN_MICRO_BATCHES,
     INSIDE,
@@ -112,28 +113,32 @@ def check(pool: Pool, kind: str, loop: dict[str, Any], options: dict[str, Any]) 
         assert not said
 
 
+ALONE = (
+    ("an error", "after the loop", 0),  # the others are in step, and add up losses
+    ("leave the windows", "after the step", 0),  # they draw the next window
+    ("leave the windows", "before the loop", 1),
+    ("window.skip()", "before the loop", 0),
+    ("window.skip()", "after the loop", 0),
+    ("window.again()", "after the loop", 0),
+    ("a backward of its own", "before the forward", 0),  # averages, and so do the others
+    ("a backward of its own", "before the backward", 0),
+    ("a shortage in the backward", "before the forward", 0),  # some buckets are averaged
+    ("an evaluation", "before the forward", 1),  # buffers come before buckets are rebuilt
+    ("an evaluation", "after the step", 0),
+)
+AVERAGING = ({}, {"static_graph": True}, {"find_unused_parameters": True})
+"""Options by which ranks wait for each other in other ways, until the loop has averaged."""
+
+
 @pytest.mark.parametrize("function", [False, True])
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
 @pytest.mark.parametrize(
-    ("what", "place", "window"),
-    [
-        ("an error", "after the loop", 0),  # the others are in step, and add up losses
-        ("leave the windows", "after the step", 0),  # they draw the next window
-        ("leave the windows", "before the loop", 1),
-        ("window.skip()", "before the loop", 0),
-        ("window.skip()", "after the loop", 0),
-        ("window.again()", "after the loop", 0),
-        ("a backward of its own", "before the forward", 0),  # averages, and so do the others
-        ("a backward of its own", "before the backward", 0),
-        ("a shortage in the backward", "before the forward", 0),  # some buckets are averaged
-        ("an evaluation", "before the forward", 1),  # buffers come before buckets are rebuilt
-        ("an evaluation", "after the step", 0),
-    ],
+    ("what", "place", "window", "options"),
+    [(*act, options) for act in ALONE for options in AVERAGING[: 1 if act[1] in AFTER else None]],
 )
 def test_what_one_rank_does_alone_ends_on_both(
-    pair: Pool, what: str, place: str, window: int, function: bool, options: dict[str, Any]
+    pair: Pool, what: str, place: str, window: int, options: dict[str, Any], function: bool
 ) -> None:
-    for index in (0, 1):
+    for index in (0, 1) if place in INSIDE else (0,):
         act = Act(what=what, rank=1, window=window, index=index, place=place)
         loop = {"acts": [act], "counts": [8, 8], "steps": 2, "function": function}
         check(pair, "ddp", {**loop, "buffered": True}, options)

@@ -80,25 +80,23 @@ def undisturbed(ranks: Ranks) -> list[torch.Tensor]:
     return results[0]["parameters"]
 
 
-@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("index", range(STEPS))
+@pytest.mark.parametrize("failing", [(1,), (0, 1)])
+@pytest.mark.parametrize(("window", "index"), [(0, 0), (4, 0), (0, STEPS - 1)])
 @pytest.mark.parametrize("place", ["inputs", "forward", "loss", "backward"])
 def test_a_shortage_on_any_rank_is_recovered(
     ranks: Ranks,
     undisturbed: list[torch.Tensor],
     place: str,
+    window: int,
     index: int,
     failing: tuple[int, ...],
 ) -> None:
-    for window in (0, 4):
-        results = ranks.run(
-            rank_work.recover, place=place, window=window, index=index, ranks=failing
-        )
-        for rank, result in enumerate(results):
-            assert_close(result["parameters"], undisturbed)
-            assert result["shortages"] == (rank in failing)
-            assert len(result["said"]) == (rank in failing)
-        assert results[0]["losses"] == results[1]["losses"]
+    results = ranks.run(rank_work.recover, place=place, window=window, index=index, ranks=failing)
+    for rank, result in enumerate(results):
+        assert_close(result["parameters"], undisturbed)
+        assert result["shortages"] == (rank in failing)
+        assert len(result["said"]) == (rank in failing)
+    assert results[0]["losses"] == results[1]["losses"]
 
 
 @pytest.mark.parametrize("place", ["inputs", "forward", "loss", "backward"])

@@ -449,6 +449,38 @@ def test_a_schedule_that_follows_a_metric_is_refused() -> None:
         windows([], optimizer, micro_batch=1, accumulation_steps=1, scheduler=scheduler)
 
 
+class ByEpoch:
+    """A schedule as timm's are."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        raise AssertionError(f"stepped in epoch {epoch}, {metric}")
+
+
+class Passing:
+    """A wrapper as accelerate's is."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        self.scheduler.step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (ByEpoch(), r"ByEpoch.step\(epoch\) needs what windows do not know: call it yourself"),
+        (Passing(ByEpoch()), r"ByEpoch.step\(epoch\) needs"),
+        (lambda step: 0.5, r"scheduler= holds function, which has no step\(\)"),
+    ],
+)
+def test_a_schedule_that_cannot_be_stepped_is_refused_before_anything_is_updated(
+    scheduler: Any, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        windows([], sgd(mlp()), micro_batch=1, accumulation_steps=1, scheduler=scheduler)
+
+
 def test_an_optimizer_that_evaluates_in_its_step_is_refused_before_anything_runs() -> None:
     optimizer = torch.optim.LBFGS(mlp().parameters())
     with pytest.raises(UsageError, match="LBFGS computes the loss again from inside of its step"):
@@ -753,3 +785,20 @@ def test_in_batch_negatives_shrink() -> None:
     found = check_equivalence(mlp(), data, loss=contrastive, micro_batch=2, accumulation_steps=4)
     assert not found.equivalent
     assert [culprit.kind for culprit in found.culprits] == ["loss"]
+
+
+def test_batches_that_were_made_in_inference_mode_train_as_others_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        images = torch.randint(0, 255, (8, 5), dtype=torch.uint8, generator=generator)
+        batches = [*images.split(4)]
+    trained = []
+    for loader in (batches, iter(batches), [image.clone() for image in batches]):
+        model = mlp(torch.float32)
+        run = windows(loader, sgd(model), micro_batch=2, accumulation_steps=4)
+        for window in run:
+            window.run(lambda batch, model=model: model(batch.float() / 255).square().mean())
+            window.step()
+        trained.append(model[0].weight.detach())
+    assert torch.equal(trained[0], trained[2])
+    assert torch.equal(trained[1], trained[2])

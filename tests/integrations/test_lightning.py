@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autobatch
-from autobatch.errors import DoesNotFitError, UsageError
+from autobatch.errors import DoesNotFitError, UsageError, WorkloadError
 from autobatch.records.split import Split, split
 from tests.support.plans import example_plan, ragged_plan
 
@@ -277,3 +277,63 @@ def test_a_validation_that_runs_while_training_is_said_not_to_have_been_probed(
         trainer(tmp_path, callback, **limits, **options).fit(Validated())
         assert callback.plan is not None
         assert len([w for w in callback.plan.warnings if "was not probed" in w]) == notes
+
+
+def test_a_callback_that_sets_sizes_of_its_own_is_refused_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    callbacks = lightning.callbacks
+    for other in (callbacks.GradientAccumulationScheduler({4: 2}), callbacks.BatchSizeFinder()):
+        run = trainer(tmp_path, AutobatchCallback(target=256, gpu=LARGER), other)
+        with pytest.raises(UsageError, match=f"{type(other).__name__} and AutobatchCallback both"):
+            run.fit(Images())
+
+
+@pytest.mark.slow
+def test_accumulation_steps_that_change_while_it_trains_are_noticed(tmp_path: Path) -> None:
+    class Doubled(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.accumulate_grad_batches *= 1 + trainer.current_epoch
+
+    module = Images()
+    run = trainer(tmp_path, AutobatchCallback(target=256, gpu=LARGER), Doubled())
+    with pytest.raises(UsageError, match="accumulate_grad_batches is 2 in epoch 1, and the plan"):
+        run.fit(module)
+    assert module.updates == EPOCH
+
+
+@pytest.mark.parametrize("asks", ["trainer", "optimizers", "all_gather"])
+def test_a_training_step_that_asks_for_its_trainer_is_told_what_to_do(
+    tmp_path: Path, asks: str
+) -> None:
+    class Asking(Images):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            found = getattr(self, asks)
+            found(torch.ones(1)) if asks == "all_gather" else found()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(WorkloadError, match=r"is probed on a copy that has none: read self\.curr"):
+        trainer(tmp_path, AutobatchCallback(target=256, gpu=LARGER)).fit(Asking())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_combined", [False, True], ids=["dict", "CombinedLoader"])
+def test_several_loaders_are_probed_on_a_batch_that_is_given(
+    tmp_path: Path, is_combined: bool
+) -> None:
+    class Two(Images):
+        def train_dataloader(self) -> Any:
+            images = torch.zeros(SAMPLES, 1, 8, 8)
+            loaders = {name: DataLoader(images, batch_size=self.batch_size) for name in "ab"}
+            return lightning.utilities.CombinedLoader(loaders) if is_combined else loaders
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            labels = torch.zeros(len(batch["b"]), dtype=torch.int64, device=batch["b"].device)
+            return super().training_step((batch["a"], labels), batch_idx)
+
+    with pytest.raises(UsageError, match=r"several loaders, .* pass one batch"):
+        trainer(tmp_path, AutobatchCallback(target=256, gpu=LARGER)).fit(Two())
+    sample = {"a": torch.zeros(8, 1, 8, 8), "b": torch.zeros(8, 1, 8, 8)}
+    callback, module = AutobatchCallback(target=256, gpu=LARGER, sample=sample), Two()
+    trainer(tmp_path, callback, max_epochs=1).fit(module)
+    assert module.updates == EPOCH

@@ -45,22 +45,34 @@ def tune(folder: Path, kind: Any = None, gpu: Any = "t4", **options: Any) -> aut
     return plan
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> autobatch.Plan:
+    """The plan of an evaluation that joins the logits of all batches."""
+    return tune(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> autobatch.Plan:
+    """The plan of one that keeps them batch by batch."""
+    return tune(tmp_path_factory.mktemp("in_parts"), eval_do_concat_batches=False)
+
+
 def peak(plan: autobatch.Plan) -> int:
     return plan.footprint.peak_allocated_bytes
 
 
 @pytest.mark.slow
-def test_the_logits_of_all_batches_are_kept_and_joined(tmp_path: Path) -> None:
+def test_the_logits_of_all_batches_are_kept_and_joined(whole: autobatch.Plan) -> None:
     before = EVALUATED - BATCH
-    plan = tune(tmp_path)
     logits, labels = LOGITS * (before + BATCH + EVALUATED), 8 * LENGTH * (BATCH + EVALUATED)
-    assert logits < peak(plan) < logits + labels + 2**25
-    assert not [warning for warning in plan.warnings if "evaluation" in warning]
+    assert logits < peak(whole) < logits + labels + 2**25
+    assert not [warning for warning in whole.warnings if "evaluation" in warning]
 
 
 @pytest.mark.slow
-def test_what_bounds_the_logits_bounds_the_peak(tmp_path: Path) -> None:
-    whole = peak(tune(tmp_path))
+def test_what_bounds_the_logits_bounds_the_peak(
+    whole: autobatch.Plan, in_parts: autobatch.Plan, tmp_path: Path
+) -> None:
     bounded = {
         "two batches": {"eval_accumulation_steps": 2},
         "one": {"batch_eval_metrics": True},
@@ -69,23 +81,21 @@ def test_what_bounds_the_logits_bounds_the_peak(tmp_path: Path) -> None:
         "no evaluation": {"eval_strategy": "no"},
     }
     peaks = [peak(tune(tmp_path, **options)) for options in bounded.values()]
-    assert whole > 5 * peaks[0] and peaks == sorted(peaks, reverse=True)
-    assert peak(tune(tmp_path, eval_do_concat_batches=False)) < 0.6 * whole
+    assert peak(whole) > 5 * peaks[0] and peaks == sorted(peaks, reverse=True)
+    assert peak(in_parts) < 0.6 * peak(whole)
 
 
 @pytest.mark.slow
-def test_inputs_that_metrics_ask_for_are_kept_too(tmp_path: Path) -> None:
-    bounded = {"eval_do_concat_batches": False}
-    plain = peak(tune(tmp_path, **bounded))
-    kept = peak(tune(tmp_path, include_for_metrics=["inputs"], **bounded))
-    before = EVALUATED - BATCH
-    assert 0.9 * 8 * LENGTH * before < kept - plain < 1.1 * 8 * LENGTH * before + 2**12
+def test_inputs_that_metrics_ask_for_are_kept_too(in_parts: autobatch.Plan, tmp_path: Path) -> None:
+    kept = tune(tmp_path, include_for_metrics=["inputs"], eval_do_concat_batches=False)
+    inputs = 8 * LENGTH * (EVALUATED - BATCH)
+    assert 0.9 * inputs < peak(kept) - peak(in_parts) < 1.1 * inputs + 2**12
 
 
 @pytest.mark.slow
-def test_the_largest_of_several_sets_is_evaluated(tmp_path: Path) -> None:
+def test_the_largest_of_several_sets_is_evaluated(whole: autobatch.Plan, tmp_path: Path) -> None:
     both = tune(tmp_path, evaluated={"few": Texts(64), "many": Texts(EVALUATED)})
-    assert peak(both) == peak(tune(tmp_path))
+    assert peak(both) == peak(whole)
 
 
 @pytest.mark.slow

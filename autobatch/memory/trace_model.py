@@ -26,6 +26,7 @@ from autobatch.memory.trace import (
     UNLABELLED,
     Allocation,
     Bare,
+    Category,
     Kernel,
     Label,
     Requests,

@@ -29,7 +29,7 @@ from autobatch.tuning.probe import Probe
 from autobatch.tuning.question import question_of
 from autobatch.workload.workload import Workload
 from tests.support.cuda_on_cpu import CudaOnCpu, installed
-from tests.support.plans import example_plan, ragged_plan
+from tests.support.plans import ragged_plan
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():

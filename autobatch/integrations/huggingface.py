@@ -1,0 +1,6 @@
+"""The former name of `autobatch.integrations.transformers`."""
+
+from autobatch.exports.transformers import training_arguments
+from autobatch.integrations.transformers import AutobatchCallback, tune_trainer
+
+__all__ = ["AutobatchCallback", "training_arguments", "tune_trainer"]

@@ -123,7 +123,9 @@ def _copied(leaf: Any) -> Any:
         return leaf
     try:
         with torch.inference_mode(leaf.is_inference()), torch.no_grad():
-            return leaf.clone()
+            own = leaf.clone()
+        own.__dict__.update(leaf.__dict__)  # attributes that a collate function gave it
+        return own
     except Exception:  # a kind of tensor that has no copy
         return leaf
 

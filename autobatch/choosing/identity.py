@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autobatch.support.owners import OURS, is_installed
+from autobatch.support.owners import is_own_class, is_own_function, is_own_module
 
 __all__ = ["CODE", "identity_of"]
 
@@ -157,7 +157,7 @@ class _Walk:
                     yield _Place(f"{path}[{name}]", each)
         elif isinstance(value, ModuleType):
             self.parts[path] = value.__name__
-            if _is_users(getattr(value, "__file__", None) or "<frozen>"):
+            if is_own_module(value):
                 for name in sorted(place.names & vars(value).keys()):
                     yield _Place(f"{path}.{name}", vars(value)[name])
         elif isinstance(value, Tensor) or hasattr(value, "__array__"):
@@ -180,7 +180,7 @@ class _Walk:
         held |= {f".{name}": each for name, each in (function.__kwdefaults__ or {}).items()}
         held |= {f" default {at}": each for at, each in enumerate(function.__defaults__ or ())}
         names: set[str] = set()
-        if _is_users(code.co_filename):
+        if is_own_function(function):
             self.parts[path + CODE] = _hash(_told(code, function.__doc__))
             for each in _nested(code):
                 for step in dis.get_instructions(each):
@@ -251,16 +251,8 @@ def _file_of(value: Any) -> str:
 
 
 def _is_users_class(kind: type) -> bool:
-    """Whether a class is defined in the user's own code, which may be in no file."""
-    module = sys.modules.get(kind.__module__)
-    file = getattr(module, "__file__", None)
-    is_here = module is None or kind.__module__ == "__main__"
-    return is_here or (file is not None and _is_users(file))
-
-
-def _is_users(file: str) -> bool:
-    """Whether a file is none of Python's, of an installed package, or autobatch's."""
-    return not (file.startswith(("<frozen", OURS)) or is_installed(file))
+    """Whether a class is defined in the user's own code, which may be in no module."""
+    return kind.__module__ not in sys.modules or is_own_class(kind)
 
 
 def _named(kind: type) -> str:

@@ -44,14 +44,9 @@ from autobatch.devices.places import (
     defaults_of,
     entries_of,
 )
-from autobatch.devices.whose import (
-    holds_tensors,
-    is_kept,
-    is_own_class,
-    is_own_function,
-    is_own_module,
-)
+from autobatch.devices.whose import holds_tensors, is_kept
 from autobatch.errors import WorkloadError
+from autobatch.support.owners import is_own_class, is_own_function, is_own_module
 
 __all__ = ["Walk"]
 

@@ -1,24 +1,21 @@
-"""Whose code and objects a walk meets: the user's own, or a library's.
+"""Which objects a walk shares instead of copying them.
 
 Invariant: nothing is called but `isinstance`, and no property of the user's is read.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import sys
-from types import FunctionType, GeneratorType, ModuleType
+from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from autobatch.support.owners import OURS, is_installed
 from autobatch.support.torch_private import OpOverload, OpOverloadPacket
 
-__all__ = ["holds_tensors", "is_kept", "is_own_class", "is_own_function", "is_own_module"]
+__all__ = ["holds_tensors", "is_kept"]
 
 _KEPT_ROOTS = frozenset(
     """
@@ -57,28 +54,6 @@ def is_kept(value: Any) -> bool:
         return False
     root = (kind.__module__ or "").partition(".")[0]
     return isinstance(value, _KEPT) or root in _KEPT_ROOTS
-
-
-def is_own_function(function: FunctionType) -> bool:
-    """Whether a function was written by the user, so that its globals may be state."""
-    return _is_own_file(function.__code__.co_filename)
-
-
-def is_own_class(kind: type) -> bool:
-    """Whether a class was written by the user."""
-    module = sys.modules.get(kind.__module__)
-    return module is not None and is_own_module(module)
-
-
-def is_own_module(module: ModuleType) -> bool:
-    """Whether a module was written by the user; what is typed in has no file."""
-    file = getattr(module, "__file__", None)
-    return module.__name__ == "__main__" if file is None else _is_own_file(file)
-
-
-@functools.cache
-def _is_own_file(file: str) -> bool:
-    return not (file.startswith((OURS, "<frozen")) or is_installed(file))
 
 
 def holds_tensors(value: Any) -> bool:

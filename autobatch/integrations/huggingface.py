@@ -1,4 +1,4 @@
-"""The former name of `autobatch.integrations.transformers`."""
+"""An older name of `autobatch.integrations.transformers`."""
 
 from autobatch.exports.transformers import training_arguments
 from autobatch.integrations.transformers import AutobatchCallback, tune_trainer

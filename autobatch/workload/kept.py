@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from autobatch.support.owners import OURS, is_installed
+from autobatch.support.owners import is_own_class, is_own_function
 from autobatch.workload.tree import is_array
 
 __all__ = ["attributes_kept"]
@@ -118,7 +118,7 @@ class _State:
         elif isinstance(value, functools.partial):
             self._then((value.func, value.args, value.keywords), is_own)
         elif isinstance(value, type):
-            if _is_own_class(value):
+            if is_own_class(value):
                 self._class(value)
         else:
             self._object(value)
@@ -167,7 +167,7 @@ class _State:
 
     def _function(self, function: FunctionType) -> None:
         """Look at what a function reads: its own variables, and those around it."""
-        is_own = _is_own_file(function.__code__.co_filename)
+        is_own = is_own_function(function)
         self._then((function.__defaults__, function.__kwdefaults__, function.__dict__), is_own)
         for cell in function.__closure__ or ():
             self._cell(cell, is_own)
@@ -198,7 +198,7 @@ class _State:
 
     def _object(self, value: Any) -> None:
         kind = type(value)
-        is_own = _is_own_class(kind)
+        is_own = is_own_class(kind)
         if kind.__module__.partition(".")[0] in _OUTSIDE:
             return
         if is_own:
@@ -291,21 +291,8 @@ def _slots(kind: type) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _is_own_class(kind: type) -> bool:
-    module = sys.modules.get(kind.__module__)
-    if module is None:
-        return False
-    file = getattr(module, "__file__", None)
-    return module.__name__ == "__main__" if file is None else _is_own_file(file)
-
-
 def _is_of_library(value: Any) -> bool:
     """Say whether a global is what a library made, and not only of a type that it has."""
     if isinstance(value, type):
-        return not _is_own_class(value)
-    return isinstance(value, FunctionType) and not _is_own_file(value.__code__.co_filename)
-
-
-@functools.cache
-def _is_own_file(file: str) -> bool:
-    return not (file.startswith((OURS, "<frozen")) or is_installed(file))
+        return not is_own_class(value)
+    return isinstance(value, FunctionType) and not is_own_function(value)

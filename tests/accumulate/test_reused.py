@@ -161,3 +161,13 @@ def test_batches_without_values_to_compare_are_passed_on() -> None:
     )
     assert all(one["x"] is x for one, x in zip(chain(*out), leaves, strict=True))
     assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_copies_of_tensors_keep_what_a_collate_function_gave_them() -> None:
+    def batches() -> Iterator[Tensor]:
+        for number, rows in enumerate(data().split(2)):
+            rows.number = number  # type: ignore[attr-defined]
+            yield rows
+
+    out = given_out(batches())
+    assert [batch.number for batch in chain(*out)] == list(range(SAMPLES // 2))

@@ -360,3 +360,11 @@ def test_modules_that_a_trainer_holds_are_copied_with_it(tmp_path: Path) -> None
     assert plan.footprint.other_bytes + plan.footprint.parameters_bytes >= 2 * weights
     assert run.model is own and run.teacher is teacher
     assert type(next(teacher.parameters())) is torch.nn.Parameter
+
+
+def test_the_older_name_of_the_module_has_the_same_functions():
+    from autobatch.integrations import huggingface
+
+    assert huggingface.tune_trainer is tune_trainer
+    assert huggingface.AutobatchCallback is AutobatchCallback
+    assert huggingface.training_arguments is training_arguments

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import Parameter
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -74,7 +76,7 @@ class Updater:
         self._written: Written | None = None
         self._hooked: set[int] = set()  # optimizers whose steps are noticed
         self._stepped: set[int] = set()
-        self._sizes: list[tuple[int, int]] = []
+        self._listed: list[Tensor] = []  # by the groups, where one may be in several
         self._parameters: list[Tensor] = []
         self.is_open = False
 
@@ -82,9 +84,9 @@ class Updater:
     def parameters(self) -> list[Tensor]:
         """What the optimizers train; the same list as long as that does not change."""
         groups = [group["params"] for o in self.optimizers for group in o.param_groups]
-        sizes = [(id(group), len(group)) for group in groups]
-        if sizes != self._sizes:
-            self._sizes = sizes
+        listed = list(chain.from_iterable(groups))
+        if len(listed) != len(self._listed) or not all(map(is_, listed, self._listed)):
+            self._listed = listed  # by identity: code replaces parameters in the groups' own lists
             self._parameters = list(parameters_of(self.optimizers))
         return self._parameters
 

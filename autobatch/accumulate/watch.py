@@ -10,8 +10,8 @@ does not hold (a parameter that not every micro-batch reaches, sparse gradients,
 are looked at before and after every backward pass, which costs more.
 
 Reading what a parameter counts takes a tenth of a microsecond, and several where it has left the
-processor's cache. Of models with many parameters whose first window showed nothing, the gradients
-of some are therefore looked at in each window, of others in the next; the values of all, always.
+processor's cache. Of models with many parameters whose first window showed nothing, gradients are
+therefore looked at when the window begins, around its first backward pass, and at its end.
 
 Autograd makes a node for each parameter that adds to its gradient, and drops it with the graph that
 it is in. A loop written by hand keeps the last graph through the next forward pass, in its variable
@@ -39,7 +39,7 @@ __all__ = ["Watch", "versions"]
 _version, _gradient = attrgetter("_version"), attrgetter("grad")
 _hooks, _layout = attrgetter("_post_accumulate_grad_hooks"), attrgetter("layout")
 
-_MANY, _SOME, _NORMED, _LOOKS = 64, 32, 2, 2
+_MANY, _NORMED, _LOOKS = 64, 2, 2
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -69,8 +69,6 @@ class Watch:
         self._is_new = True  # nothing is known of these parameters yet
         self._has_noted = False  # what hooks they have
         self._is_thorough = False  # whether each backward pass is looked at
-        self._window = 0
-        self._looked_at: list[Tensor] = []  # parameters whose gradients are, in this window
         self._writes: set[int] = set()  # parameters that a forward pass writes to
         self._parameters: list[Tensor] = []
         self._nodes: list[Any] = []  # that add to their gradients
@@ -99,20 +97,13 @@ class Watch:
             self._moves = self._may_move or any(map(_hooks, parameters))
             self._writes = set()
         self._before_forward = versions(parameters) if self._is_new or self._is_thorough else None
-        self._looked_at = self._chosen()
         self._values = None
         self._gradients, self._held, self._versions, self._norms = [], [], [], []
         self._passes, self._total, self._adds = 0, 0, True
-        return any(map(is_not, map(_gradient, self._looked_at), repeat(None)))
+        return self._has_gradients()
 
-    def _chosen(self) -> list[Tensor]:
-        """Return the parameters whose gradients are looked at: all, or some in turn."""
-        count = len(self._parameters)
-        if self._is_new or self._is_thorough or self._moves or count < _MANY:
-            return self._parameters
-        self._window += 1
-        stride = count // _SOME
-        return [*self._parameters[self._window % stride :: stride], self._parameters[-1]]
+    def _has_gradients(self) -> bool:
+        return any(map(is_not, map(_gradient, self._parameters), repeat(None)))
 
     def note_hooks(self) -> None:
         """Warn, once, of hooks of the user's that saw parts of a window's gradient."""
@@ -138,7 +129,7 @@ class Watch:
             if self._is_new:
                 self._nodes = list(map(get_gradient_edge, filter(_is_plain, self._parameters)))
             self._value_norms = _norms(self._parameters) if self._is_new else []
-            if any(map(is_not, map(_gradient, self._looked_at), repeat(None))):
+            if self._has_gradients():
                 raise _changed("were there before its first window.backward")
         elif self._moves:
             self._check()
@@ -158,7 +149,7 @@ class Watch:
             self._remember()
         elif self._is_thorough:
             expected = [version + 1 for version in self._versions]
-            if len(self._held) < len(self._looked_at):
+            if len(self._held) < len(self._parameters):
                 self._remember_new()
             self._versions, self._passes = versions(self._held), 0
             self._adds &= self._versions == expected
@@ -183,7 +174,7 @@ class Watch:
             self._norms = []
 
     def _remember(self) -> None:
-        self._gradients = list(map(_gradient, self._looked_at))
+        self._gradients = list(map(_gradient, self._parameters))
         self._held = [gradient for gradient in self._gradients if gradient is not None]
         self._versions = versions(self._held)
         self._passes = 0
@@ -192,14 +183,14 @@ class Watch:
 
     def _remember_new(self) -> None:
         """Remember gradients of parameters that this backward pass was the first to reach."""
-        for at, gradient in enumerate(map(_gradient, self._looked_at)):
+        for at, gradient in enumerate(map(_gradient, self._parameters)):
             if gradient is not None and self._gradients[at] is None:
                 self._gradients[at] = gradient
                 self._held.append(gradient)
 
     def _check(self) -> None:
         """Check that gradients are the same tensors, changed by as many backward passes."""
-        now_there = list(map(_gradient, self._looked_at))
+        now_there = list(map(_gradient, self._parameters))
         if not all(map(is_, self._gradients, now_there)):
             self._adds = False
             pairs = zip(self._gradients, now_there, strict=True)
@@ -251,9 +242,9 @@ class Watch:
 
     def _is_one_missing(self) -> bool:
         """Whether a parameter has no gradient that a later micro-batch may give it."""
-        if len(self._held) == len(self._looked_at):
+        if len(self._held) == len(self._parameters):
             return False
-        return len(self._held) < sum(parameter.requires_grad for parameter in self._looked_at)
+        return len(self._held) < sum(parameter.requires_grad for parameter in self._parameters)
 
     def _check_values(self, now: list[int]) -> None:
         assert self._values is not None

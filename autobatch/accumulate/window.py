@@ -219,7 +219,7 @@ class Window:
             watch.before_move()
             ranks.before_average()
         if self._number == 0 and not self._ran and not micro.losses:
-            training.check_unscaled(loss, len(self._todo) + 1)
+            training.check_unscaled(loss, micro, len(self._todo) + 1)
         self._in_backward = self._is_broken = True
         training.run_backward(loss, factor, retain_graph=retain_graph)
         self._is_broken = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -242,7 +243,90 @@ def test_the_windows_of_two_models_that_reach_each_other_take_turns() -> None:
     assert max(apart(*parts) for parts in zip(*pairs, strict=True)) < 1e-12
 
 
+def test_a_part_of_many_parameters_that_another_model_reaches_does_not_enter() -> None:
+    """A GAN whose generator matches features of one layer of a discriminator of many."""
+    layers = 40
+
+    def made() -> tuple[nn.ModuleList, nn.Module]:
+        torch.manual_seed(0)
+        return nn.ModuleList(nn.Linear(5, 5) for _ in range(layers)).double(), network("plain")
+
+    def judged(deep: nn.ModuleList, generator: nn.Module, batch: Tensor) -> Tensor:
+        made = generator(batch).detach().sum(1, keepdim=True) + batch
+        for layer in deep:
+            made = made + torch.tanh(layer(made)) / layers
+        return made.square().mean()
+
+    def matched(deep: nn.ModuleList, generator: nn.Module, batch: Tensor) -> Tensor:
+        return deep[3](generator(batch).sum(1, keepdim=True) + batch).square().mean()
+
+    pairs = [made(), made()]
+    optimizers = [[_optimizer("sgd", part) for part in pair] for pair in pairs]
+    both = [windows_of(pairs[0][0], one, steps=2) for one in optimizers[0]]
+    for turns in zip(*both, strict=True):
+        for loss, window in zip((judged, matched), turns, strict=True):
+            for batch in window:
+                window.backward(loss(*pairs[0], batch))
+            window.step()
+    for batch in data().split(4):
+        for loss, optimizer in zip((judged, matched), optimizers[1], strict=True):
+            optimizer.zero_grad()
+            loss(*pairs[1], batch).backward()
+            optimizer.step()
+    assert max(apart(*parts) for parts in zip(*pairs, strict=True)) < 1e-12
+
+
+def test_what_few_of_many_parameters_are_given_in_a_later_window_is_refused() -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(40))).double()
+
+    def loop() -> None:
+        for number, window in enumerate(windows_of(model, _optimizer("sgd", model))):
+            for at, batch in enumerate(window):
+                window.backward(loss_of(model, batch))
+                if number == 1 and at == 1:
+                    model[7].bias.grad.mul_(2)
+            assert not number
+            window.step()
+
+    with pytest.raises(WorkloadError, match="gradients of the window were changed"):
+        loop()
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_parameters_that_are_replaced_in_their_groups_have_no_gradients_left(name: str) -> None:
+    """Splats and surgery on networks write other parameters into the optimizer's own lists."""
+    model, reference = network("plain"), network("plain")
+    optimizer, other = _optimizer(name, model), _optimizer(name, reference)
+
+    def replaced(of: nn.Module, by: torch.optim.Optimizer) -> None:
+        old = of[0].weight
+        by.state.pop(old, None)
+        of[0].weight = nn.Parameter(old.detach() / 2)
+        by.param_groups[0]["params"][0] = of[0].weight
+
+    for number, window in enumerate(windows_of(model, optimizer)):
+        window.run(lambda batch: loss_of(model, batch))
+        window.step()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        if not number:
+            replaced(model, optimizer)
+    for number, batch in enumerate(data().split(8)):
+        by_hand(reference, other, [batch])
+        if not number:
+            replaced(reference, other)
+    assert apart(model, reference) < 1e-12
+
+
 # -- what looks like trouble and is none
+
+
+def test_a_sum_that_is_divided_by_as_many_samples_as_there_are_steps_is_a_mean() -> None:
+    model, loader = network("plain"), data(16).split(4)
+    optimizer = _optimizer("sgd", model)
+    window = next(iter(windows(loader, optimizer, micro_batch=4, accumulation_steps=4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        window.run(lambda batch: model(batch).square().mean(1).sum() / len(batch))
 
 
 def test_an_embedding_that_renormalises_itself_is_no_foreign_update() -> None:

@@ -68,9 +68,15 @@ class Points:
         return [point for point in points if isinstance(self.of(point.params), Configuration)]
 
     def whole(self, most: int) -> list[Point] | None:
-        """Return the whole space in its order; None where it has more than so many points."""
-        points = whole_space(self.space.suggest, most)
-        return None if points is None else self.had(points)
+        """Return the whole space in its order; None where it has more than so many configurations.
+
+        Values that cannot be combined are no configuration, and may be most of the points.
+        """
+        points = whole_space(self.space.suggest, max(most, _COUNTED))
+        if points is None:
+            return None
+        had = self.had(points)
+        return had if len(had) <= most else None
 
     def counted(self) -> list[Point] | None:
         """Return the whole space, as it is first, where it is small enough to be counted."""

@@ -13,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("optuna")
 
+from autobatch.choosing.points import Points
 from autobatch.choosing.samplers import FixedTrial, whole_space
 from autobatch.choosing.space import AS_IT_IS, MICRO_BATCH, Configuration, Space, planned_sizes
 from autobatch.errors import LeverError, UsageError, WorkloadError
@@ -123,6 +124,15 @@ def test_a_lever_of_ones_own_takes_the_trial() -> None:
     assert made.setup.workload.clip_norm == 2.0
     assert made.settings["norm"] == "2"
     assert made.setup.workload.levers[-1].label == "clip: of yours"
+
+
+def test_what_cannot_be_combined_does_not_make_a_space_larger() -> None:
+    first = [option(str(n), excludes=frozenset(("other",))) for n in range(8)]
+    second = [replace(each, lever="other", excludes=frozenset(("mine",))) for each in first]
+    points = Points(space([lever(*first), lever(*second, name="other")]))
+    sizes = len(planned_sizes(16, 1))
+    assert len(points.whole(17 * sizes) or ()) == 17 * sizes < 9 * 9 * sizes
+    assert points.whole(17 * sizes - 1) is None
 
 
 def test_a_configuration_knows_what_was_applied_to_it() -> None:

@@ -176,9 +176,9 @@ class AutobatchCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         steps = self.plan.accumulation_steps
         if self.scaling is None and steps > 1 and trainer is not None:
             self.scaling = settle_scaling(trainer, train_dataloader, steps=steps)
+            if (note := self.scaling.note) is not None and note not in self.plan.warnings:
+                warnings.warn(note, AutobatchWarning, stacklevel=2)
             self.plan = _noted(self.plan, self.scaling)
-            if not self.scaling.is_known:
-                warnings.warn(str(self.scaling.note), AutobatchWarning, stacklevel=2)
 
 
 def _trainer_at_work() -> Trainer | None:

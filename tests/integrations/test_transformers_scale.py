@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,14 +261,18 @@ def made(
 def trained(
     folder: Path, kind: Any, net: Callable[[], nn.Module], **options: Any
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return the gradient of all samples at once, that of 4 × 2, and the notes of the plan."""
+    """Return the gradient of all samples at once, that of 4 × 2, and what the latter warned of."""
     whole, kept = made(folder, kind, net(), size=SAMPLES, **options)
     whole.train()
     parts, accumulated = made(folder, kind, net(), size=2, **options)
     callback = AutobatchCallback(planned(SAMPLES, ceiling=2))
     parts.add_callback(callback)
-    parts.train()
-    return kept.updates[0], accumulated.updates[0], callback.plan.warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AutobatchWarning)
+        parts.train()
+    warned = tuple(str(w.message) for w in caught if w.category is AutobatchWarning)
+    assert set(warned) <= set(callback.plan.warnings)
+    return kept.updates[0], accumulated.updates[0], warned
 
 
 def assert_equal(one: Tensor, other: Tensor) -> None:

@@ -17,7 +17,6 @@ from autobatch.errors import UsageError
 from autobatch.support.wording import near
 from autobatch.workload.dataset import draw
 from autobatch.workload.infer.infer import infer
-from autobatch.workload.loss import as_loss
 from autobatch.workload.optimizers import mapped, named_optimizer
 from autobatch.workload.sample import BatchDims, built
 from autobatch.workload.workload import AUTOCAST_DTYPES, Loss, OptimizerSpec, Sharding, Workload
@@ -106,7 +105,7 @@ class Asked:
         """
         workload = self._with_batches()
         stated: dict[str, Any] = {
-            "loss": as_loss(self.loss),
+            "loss": self.loss,
             "optimizer": self._optimizer(),
             "autocast": _DTYPES.get(self.autocast, self.autocast),
             "clip_norm": self.clip_norm,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autobatch.errors import UsageError
 from autobatch.records.applied import AppliedLever
 from autobatch.support.wording import argument, for_reader
+from autobatch.workload.loss import as_loss
 from autobatch.workload.optimizers import require_optimizers
 
 __all__ = [
@@ -54,7 +55,8 @@ class Workload:
     Attributes:
         model: the module to train; on any device, `meta` included; never moved or changed.
         batch: makes one micro-batch of n samples, any pytree of tensors, on the CPU.
-        loss: `loss(model, batch)` gives a scalar tensor; None takes `.loss` (or its mean where it
+        loss: `loss(model, batch)` gives a scalar tensor, and a criterion of (outputs, labels) such
+            as `nn.CrossEntropyLoss()` is made a function that does; None takes `.loss` (or its mean where it
             has one value a sample), a scalar output, or as a last resort the sum of the outputs.
         optimizer: an instance over the model's parameters, a class, or a callable on parameters (on
             named ones, or on the model, if its first argument is called `named_parameters` or
@@ -117,6 +119,7 @@ class Workload:
         require_optimizers(self.optimizer)
         if self.loss is not None and not callable(self.loss):
             raise UsageError(f"loss is {self.loss!r}: use a function loss(model, batch), or None")
+        object.__setattr__(self, "loss", as_loss(self.loss))
         if self.window is not None and (self.loss or self.autocast or self.clip_norm):
             raise UsageError(
                 "a window function computes its own loss, casts and clips: leave out loss, "

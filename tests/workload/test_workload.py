@@ -68,6 +68,20 @@ def run(kind, job, n=8, steps=2):
         return device.run(job, micro_batch=n, accumulation_steps=steps)
 
 
+def test_a_criterion_is_a_loss_of_the_outputs_and_labels():
+    batch = batch_builder((torch.ones(2, WIDTH), torch.zeros(2, dtype=torch.long)))
+    held = []
+
+    def loss(model, batch):  # as a loop's variable holds them
+        held[:] = [model(batch[0])]
+        return F.cross_entropy(held[0], batch[1])
+
+    by_hand = workload(batch=batch, loss=loss)
+    criterion = workload(batch=batch, loss=nn.CrossEntropyLoss())
+    found = [run("simulated", each).replay for each in (criterion, by_hand)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_window_of_the_users_own_runs_in_place_of_the_usual_one(kind):
     window = AverageOfWeights()

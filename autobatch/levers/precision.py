@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from autobatch.gpus.catalogue import GpuSpec
 from autobatch.levers.code import BatchCode, ModelCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.setup import Setup
 from autobatch.workload.sample import Built
 from autobatch.workload.tree import map_tensors, tensors
 
-__all__ = ["PRECISION", "in_dtype"]
+__all__ = ["PRECISION", "WITHOUT_AUTOCAST", "has_bfloat16", "in_dtype", "is_float32"]
 
 _TENSOR_CORES = (8, 0)
 """The compute capability from which on cards multiply in bfloat16 and TF32."""
@@ -26,7 +27,8 @@ _BATCH = (
     "batch = in_dtype(batch, torch.bfloat16)"
 )
 
-_WITHOUT_AUTOCAST = "# leave torch.autocast and GradScaler out"
+WITHOUT_AUTOCAST = "# leave torch.autocast and GradScaler out"
+"""The line of an option that takes the place of autocast."""
 
 _BF16_AUTOCAST = 'with torch.autocast("cuda", torch.bfloat16):  # around forward and loss'
 
@@ -52,14 +54,32 @@ def in_dtype(batch: object, dtype: torch.dtype) -> object:
     return map_tensors(cast, batch)
 
 
+def has_bfloat16(gpu: GpuSpec) -> bool:
+    """Return whether a card multiplies in bfloat16, and in TF32, on tensor cores.
+
+    >>> from autobatch.gpus.catalogue import find_gpu
+    >>> has_bfloat16(find_gpu("a100-40gb")), has_bfloat16(find_gpu("t4"))
+    (True, False)
+    """
+    return gpu.compute_capability >= _TENSOR_CORES
+
+
+def is_float32(setup: Setup) -> bool:
+    """Return whether all floating-point parameters are in float32, of at least one."""
+    return _dtypes(setup) == {torch.float32}
+
+
+def _dtypes(setup: Setup) -> set[torch.dtype]:
+    return {p.dtype for p in setup.model.parameters() if p.is_floating_point()}
+
+
 def _options(setup: Setup) -> list[Option]:
     workload = setup.workload
     if workload.window is not None or setup.has("precision"):
         return []
-    dtypes = {p.dtype for p in setup.model.parameters() if p.is_floating_point()}
-    if torch.float32 not in dtypes:
+    if torch.float32 not in _dtypes(setup):
         return []
-    has_tensor_cores = setup.gpu.compute_capability >= _TENSOR_CORES
+    has_tensor_cores = has_bfloat16(setup.gpu)
     options = []
     if workload.autocast != "bf16" and has_tensor_cores:
         options.append(
@@ -87,7 +107,7 @@ def _options(setup: Setup) -> list[Option]:
             _option(
                 "fp32",
                 "All runs in float32, the format of the weights.",
-                _WITHOUT_AUTOCAST,
+                WITHOUT_AUTOCAST,
                 "bf16=False, fp16=False",
                 autocast=None,
             )
@@ -106,7 +126,7 @@ def _options(setup: Setup) -> list[Option]:
                 apply=partial(replace, tf32=True),
             )
         )
-    if dtypes == {torch.float32} and has_tensor_cores:
+    if is_float32(setup) and has_tensor_cores:
         options.append(_bf16_weights(setup))
     return options
 
@@ -130,7 +150,7 @@ def _bf16_weights(setup: Setup) -> Option:
     if takes_floats:
         lines.append(_BATCH.removeprefix("import torch\n"))
     if setup.workload.autocast is not None:
-        lines.append(_WITHOUT_AUTOCAST)
+        lines.append(WITHOUT_AUTOCAST)
     return Option(
         lever="precision",
         value="bf16 weights",

@@ -7,6 +7,7 @@ from functools import partial
 from autobatch.levers.code import ShardingCode
 from autobatch.levers.lever import Lever, Option
 from autobatch.levers.naming import blocks_in_order, expression_of
+from autobatch.levers.precision import WITHOUT_AUTOCAST, has_bfloat16, is_float32
 from autobatch.levers.setup import Setup
 from autobatch.workload.blocks import repeated_blocks
 from autobatch.workload.workload import Sharding
@@ -63,6 +64,8 @@ def _options(setup: Setup) -> list[Option]:
             ShardingCode(offloaded),
         )
     )
+    if is_float32(setup) and has_bfloat16(setup.gpu):
+        options.append(_in_bfloat16(setup))
     kept = _code(setup, ", reshard_after_forward=False")
     options.append(
         _option(
@@ -74,6 +77,30 @@ def _options(setup: Setup) -> list[Option]:
         )
     )
     return options
+
+
+def _in_bfloat16(setup: Setup) -> Option:
+    lines = [
+        "import torch",
+        _code(setup, ", mp_policy=bf16").replace(
+            "import fully_shard\n",
+            "import MixedPrecisionPolicy, fully_shard\n"
+            "bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)\n",
+        ),
+    ]
+    if setup.workload.autocast is not None:
+        lines.append(WITHOUT_AUTOCAST)
+    code = "\n".join(lines)
+    return Option(
+        lever="sharding",
+        value="FSDP2 in bfloat16",
+        what="As FSDP2, and parameters are gathered and computed with in bfloat16, in place of "
+        "autocast; shares, reductions and the update stay in float32.",
+        code=code,
+        changes_numerics=True,
+        excludes=frozenset(("precision",)),
+        apply=partial(Setup.having, sharding=ShardingCode(code), autocast=None),
+    )
 
 
 def _code(setup: Setup, arguments: str) -> str:

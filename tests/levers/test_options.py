@@ -267,19 +267,37 @@ def test_sharing_is_for_several_gpus() -> None:
         "FSDP2",
         "DDP, gradients in its buckets",
         "FSDP2, offloaded",
+        "FSDP2 in bfloat16",
         "FSDP2, kept after forward",
     ]
     assert of_lever("sharding", replace(shared, sharding="fsdp")) == [
         "DDP",
         "DDP, gradients in its buckets",
         "FSDP2, offloaded",
+        "FSDP2 in bfloat16",
         "FSDP2, kept after forward",
     ]
     assert of_lever("sharding", replace(shared, sharding=lambda model: None)) == []
 
 
+def test_gathers_in_bfloat16_take_the_place_of_autocast() -> None:
+    shared = replace(transformer(), world_size=2)
+    option = options_of(setup_of(shared))["sharding: FSDP2 in bfloat16"]
+    assert option.changes_numerics and "autocast" not in option.code
+    assert not option.goes_with(options_of(setup_of(shared))["precision: bf16 autocast"])
+    half = setup_of(replace(shared, autocast="bf16"))
+    applied_to_half = options_of(half)["sharding: FSDP2 in bfloat16"]
+    assert "leave torch.autocast" in applied_to_half.code
+    assert applied_to_half.apply(half).workload.autocast is None
+    assert "FSDP2 in bfloat16" not in of_lever("sharding", shared, gpu="t4")
+    double = replace(shared, model=transformer().model.double())
+    assert "FSDP2 in bfloat16" not in of_lever("sharding", double)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["FSDP2", "FSDP2, offloaded", "FSDP2, kept after forward"])
+@pytest.mark.parametrize(
+    "value", ["FSDP2", "FSDP2, offloaded", "FSDP2 in bfloat16", "FSDP2, kept after forward"]
+)
 def test_sharing_by_hand_takes_what_was_promised(value: str) -> None:
     def shared() -> Workload:
         return replace(transformer(), world_size=2)

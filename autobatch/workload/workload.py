@@ -56,8 +56,9 @@ class Workload:
         model: the module to train; on any device, `meta` included; never moved or changed.
         batch: makes one micro-batch of n samples, any pytree of tensors, on the CPU.
         loss: `loss(model, batch)` gives a scalar tensor, and a criterion of (outputs, labels) such
-            as `nn.CrossEntropyLoss()` is made a function that does; None takes `.loss` (or its mean where it
-            has one value a sample), a scalar output, or as a last resort the sum of the outputs.
+            as `nn.CrossEntropyLoss()` is made a function that does; None takes `.loss` (or its mean
+            where it has one value a sample), a scalar output, or as a last resort the sum of the
+            outputs.
         optimizer: an instance over the model's parameters, a class, or a callable on parameters (on
             named ones, or on the model, if its first argument is called `named_parameters` or
             `model`); or a list, tuple or dict of several, all of which step after a window. Any

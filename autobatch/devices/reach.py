@@ -47,6 +47,7 @@ from autobatch.devices.places import (
 from autobatch.devices.whose import holds_tensors, is_kept
 from autobatch.errors import WorkloadError
 from autobatch.support.owners import is_own_class, is_own_function, is_own_module
+from autobatch.support.wording import argument, given, passing
 
 __all__ = ["Walk"]
 
@@ -206,6 +207,13 @@ class Walk:
             raise
         except Exception as error:  # what it is made of may be changed in place instead
             if isinstance(value, nn.Module):
+                if _is_sharded(value):
+                    raise WorkloadError(
+                        f"{kind.__name__} is sharded already, and cannot be copied for the probe: "
+                        f"pass the model as it is before fully_shard, with {argument('world_size')}"
+                        f" and {given('sharding', 'fsdp')}, or {passing('sharding', 'f')} where f "
+                        "is the function that applies fully_shard"
+                    ) from error
                 raise WorkloadError(
                     f"{kind.__name__} cannot be copied for the probe ({error}): remove what cannot "
                     "be deep-copied from it, or build it in a function and pass a Workload"
@@ -374,6 +382,15 @@ _DESCRIPTORS = (
     GetSetDescriptorType,
     MemberDescriptorType,
 )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 def _set_state(duplicate: Any, state: Any) -> None:

@@ -302,7 +302,7 @@ def found_infinite(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fsdp2:
-    """The private parts of FSDP2 and DTensor, on which names are replaced.
+    """The private parts of FSDP2, DTensor and checkpointing, on which names are replaced.
 
     Attributes:
         param_group: the module that runs the collectives.
@@ -311,6 +311,10 @@ class Fsdp2:
         fully_shard: the module of `fully_shard`, which makes the default mesh.
         default_mesh: the name there of the function that makes it.
         propagator: infers the shapes of DTensors.
+        random: the module of DTensor's random numbers, which holds their tracker.
+        checkpoint: the module of activation checkpointing.
+        saved_checks: the name there of what tells of a tensor what is compared when it is
+            computed again; by the names that users know.
         flat_parameters: the module of FSDP1's flat parameters.
         set_global_rank: tells C++ the rank that its messages begin with; -1 for none.
     """
@@ -321,6 +325,9 @@ class Fsdp2:
     fully_shard: ModuleType
     default_mesh: str
     propagator: Any
+    random: Any
+    checkpoint: ModuleType
+    saved_checks: str
     flat_parameters: Any
     set_global_rank: Callable[[int], None]
 
@@ -333,8 +340,10 @@ def fsdp2() -> Fsdp2:
     """
     with _known("FSDP2 of "):
         import torch.testing._internal.distributed.fake_pg
+        import torch.utils.checkpoint
         from torch.distributed.fsdp import _flat_param
         from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+        from torch.distributed.tensor import _random
         from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
         default_mesh = "_init_default_mesh"
@@ -347,6 +356,11 @@ def fsdp2() -> Fsdp2:
         _require(_fsdp_param_group, "record_function")
         _require(_flat_param, "_same_storage")
         _require(ShardingPropagator, "_propagate_tensor_meta_non_cached")
+        saved_checks = "_allowed_determinism_checks_to_fns"
+        _require(torch.utils.checkpoint, saved_checks)
+        _require(_random, "_rng_tracker")
+        _require(_random._RNGStateTracker, "distribute_region_enabled")
+        _require(_random.OffsetBasedRNGTracker, "_get_device_state")
         return Fsdp2(
             param_group=_fsdp_param_group,
             collectives={name: getattr(_fsdp_param_group, name) for name in collectives},
@@ -354,6 +368,9 @@ def fsdp2() -> Fsdp2:
             fully_shard=_fully_shard,
             default_mesh=default_mesh,
             propagator=ShardingPropagator,
+            random=_random,
+            checkpoint=torch.utils.checkpoint,
+            saved_checks=saved_checks,
             flat_parameters=_flat_param,
             # not every build prefixes its messages
             set_global_rank=getattr(

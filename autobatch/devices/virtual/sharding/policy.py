@@ -105,7 +105,7 @@ def _real_meshes() -> Iterator[None]:
     """Build device meshes with real tensors, and groups of parameters with fake ones.
 
     FSDP2 reads the values of a mesh's tensors, and copies parameters when it makes a group; FSDP1
-    makes flat parameters.
+    makes flat parameters. DTensor copies a generator's state to the device.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -117,12 +117,15 @@ def _real_meshes() -> Iterator[None]:
 
         return made
 
-    group_class: Any = fsdp2().group_class
+    private = fsdp2()
+    group_class: Any = private.group_class
+    tracker: Any = private.random.OffsetBasedRNGTracker
     flat_class: Any = FullyShardedDataParallel
     with (
         unset_fake_temporarily() as found,
         patched(group_class, __init__=faked(group_class.__init__)),
         patched(flat_class, __init__=faked(flat_class.__init__)),
+        patched(tracker, _get_device_state=faked(tracker._get_device_state)),
     ):
         mode: Any = found
         yield

@@ -28,15 +28,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from autobatch.devices.virtual.sharding.recorder import RankRecorder
 from autobatch.devices.virtual.sharding.streams import Streams
 from autobatch.errors import UsageError
 from autobatch.support.patching import patched
-from autobatch.support.torch_private import Fsdp2, fsdp2
-from autobatch.support.wording import for_reader
+from autobatch.support.torch_private import Fsdp2, fsdp2, unset_fake_temporarily
+from autobatch.support.wording import for_reader, given
 
 __all__ = ["as_rank_zero"]
+
+_CARD = torch.device("cuda", 0)
+_GENERATOR_STATE_BYTES = 16
+"""Of a generator on CUDA: a seed and an offset."""
 
 
 @contextlib.contextmanager
@@ -116,6 +121,12 @@ def _replacements(
     unlabelled = {"record_function": lambda *_: contextlib.nullcontext()}
     yield private.param_group, {**collectives, **unlabelled}
 
+    yield from _random_states(private, device)
+    checks = getattr(private.checkpoint, private.saved_checks)
+    one_name = {**checks, "default": _with_one_name(checks["default"])}
+    yield private.checkpoint, {private.saved_checks: one_name}
+    yield nn.parallel.DistributedDataParallel, {"__init__": _refuse_replicas}
+
     # the original compares addresses, which fake tensors do not have
     yield private.flat_parameters, {"_same_storage": _share_a_storage}
 
@@ -123,12 +134,61 @@ def _replacements(
     make = mesh_class.__init__
 
     def made(mesh: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        make(mesh, device.type if device_type == "cuda" else device_type, *args, **kwargs)
+        # FSDP2 makes one of two for parameters that a tensor parallel plan split, and reads ranks
+        with unset_fake_temporarily():
+            make(mesh, device.type if device_type == "cuda" else device_type, *args, **kwargs)
 
     yield mesh_class, {"__init__": made}
     # init_device_mesh takes no device type with an underscore
     default_mesh = {private.default_mesh: lambda: mesh_class(device.type, range(world_size))}
     yield private.fully_shard, default_mesh
+
+
+def _random_states(private: Fsdp2, device: torch.device) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield what lets DTensor draw random numbers on a device that has no generator.
+
+    On CUDA the state of a generator is in host memory. DTensor's tracker of it, made for the first
+    draw, copies it to the device to compare it with that of rank 0; in some versions of PyTorch
+    each draw copies it too. The copies are made here as well. Where in the sequence of numbers a
+    rank begins is left out: it takes no memory.
+    """
+    tracker_class = private.random.OffsetBasedRNGTracker
+    make = tracker_class.__init__
+
+    def made(tracker: Any, mesh: Any, *_: bool, run_state_sync: bool = True) -> None:
+        # by position DTensor says no because fake tensors are about, which they are not on CUDA
+        make(tracker, mesh, run_state_sync=False)
+        if run_state_sync:
+            received = tracker._get_device_state()
+            torch.eq(tracker._get_device_state(), received)  # the answer is in memory, too
+
+    def copied(tracker: Any) -> torch.Tensor:
+        return torch.empty(_GENERATOR_STATE_BYTES, dtype=torch.uint8, device=device)
+
+    yield tracker_class, {"__init__": made, "_get_device_state": copied}
+    never = property(lambda tracker: False, lambda tracker, value: None)
+    yield private.random._RNGStateTracker, {"distribute_region_enabled": never}
+    yield private.random, {"_rng_tracker": None}
+
+
+def _with_one_name(extract: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Let the device have one name in what checkpointing compares.
+
+    A DTensor says that it is on CUDA to the user's code, and where it is to PyTorch's.
+    """
+
+    def extracted(tensor: Any) -> dict[str, Any]:
+        told = extract(tensor)
+        return told if told["device"].type == "cpu" else {**told, "device": _CARD}
+
+    return extracted
+
+
+def _refuse_replicas(*args: Any, **kwargs: Any) -> None:
+    raise UsageError(
+        "DistributedDataParallel is not run over GPUs that are not there: leave the model "
+        f"unwrapped and use {given('sharding', 'ddp')}, which counts its buckets of gradients"
+    )
 
 
 def _share_a_storage(tensor: Any, other: Any) -> bool:

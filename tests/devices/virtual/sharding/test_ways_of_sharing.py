@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autobatch.devices.virtual.gpu import VirtualGpu
-from autobatch.errors import UsageError
+from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
 from autobatch.memory.accounting import footprint_of
 from autobatch.records.footprint import Footprint
@@ -153,3 +153,45 @@ def test_an_optimizer_that_shares_out_its_states_finds_a_process_group():
 def test_a_function_that_shares_nothing_out_is_told_what_would():
     with pytest.raises(UsageError, match="tensor parallel plan"):
         shared(lambda model: None)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_data_parallelism_in_a_function_is_told_the_word_for_it(is_inside):
+    """As it wraps the model, or a part of it."""
+    wrap = nn.parallel.DistributedDataParallel
+    make = wrap.__init__
+
+    def policy(model: Any) -> nn.Module:
+        if is_inside:
+            model.layers[0] = wrap(model.layers[0])
+            return model
+        return wrap(model)
+
+    with pytest.raises(UsageError, match=r'sharding="ddp", which counts its buckets') as caught:
+        shared(policy)
+    assert "\n" not in str(caught.value)
+    assert wrap.__init__ is make
+
+
+def test_a_model_that_is_sharded_already_is_to_be_passed_as_it_was_before():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Net()
+        for module in (*model.layers, model):
+            fsdp.fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+    advice = r'as it is before fully_shard, with world_size and sharding="fsdp", or pass sharding=f'
+    for sharding in ("ddp", "fsdp", offloaded):
+        workload = Workload(
+            model=model,
+            batch=lambda n: torch.zeros(n, 256, 1024),
+            loss=loss,
+            world_size=RANKS,
+            sharding=sharding,
+        )
+        with pytest.raises(WorkloadError, match=advice):
+            VirtualGpu(GPU).run(workload, micro_batch=4, accumulation_steps=1)

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.wording import for_reader, listed, one_line
-from autobatch.workload.kept import attributes_kept
+from autobatch.workload.kept import Kept, attributes_kept
 from autobatch.workload.tree import (
     Path,
     Shape,
@@ -199,22 +199,33 @@ class _Look:
 
 
 def _worst(dataset: Any, collate: Callable[[Any], Any], *, batched: bool) -> Drawn:
-    """Return a batch of the largest items, with a note where the items differ."""
-    with random_state_kept(), attributes_kept(dataset, collate):
-        try:
-            look = _look(dataset, batched=batched)
-            drawn, used = _collated(look, collate, batched=batched)
-        except SampleError:
-            raise
-        except Exception as error:
-            raise SampleError(
-                f"no batch can be made from the data set ({one_line(error)}): pass "
-                "a DataLoader with the collate_fn that it needs, or one batch"
-            ) from error
-        if look.alike:
-            return drawn
-        rivals = _rivals(drawn, look, collate) if batched else ()
-        stream = tuple(_stream(drawn, look, collate, batched=batched))
+    """Return a batch of the largest items, with notes where they differ or something was lost."""
+    with random_state_kept(), attributes_kept(dataset, collate) as kept:
+        drawn = _largest(dataset, collate, kept, batched=batched)
+    return _noted(drawn, kept.lost)
+
+
+def _noted(drawn: Drawn, lost: Sequence[str]) -> Drawn:
+    """Add notes to a batch, and to each that may be planned in its place."""
+    rivals = tuple(_noted(each, lost) for each in drawn.rivals)
+    return replace(drawn, notes=(*drawn.notes, *lost), rivals=rivals)
+
+
+def _largest(dataset: Any, collate: Callable[[Any], Any], kept: Kept, *, batched: bool) -> Drawn:
+    try:
+        look = _look(dataset, kept, batched=batched)
+        drawn, used = _collated(look, collate, batched=batched)
+    except SampleError:
+        raise
+    except Exception as error:
+        raise SampleError(
+            f"no batch can be made from the data set ({one_line(error)}): pass "
+            "a DataLoader with the collate_fn that it needs, or one batch"
+        ) from error
+    if look.alike:
+        return drawn
+    rivals = _rivals(drawn, look, collate) if batched else ()
+    stream = tuple(_stream(drawn, look, collate, batched=batched))
     note = _note(look, used, batched=batched)
     return replace(drawn, notes=(note,), rivals=rivals, stream=stream)
 
@@ -260,11 +271,12 @@ def _shapes(drawn: Drawn) -> list[tuple[Path, Shape]]:
     return [(path, shape) for path, shape, _ in sized_leaves(drawn.batch)]
 
 
-def _look(dataset: Any, *, batched: bool) -> _Look:
+def _look(dataset: Any, kept: Kept, *, batched: bool) -> _Look:
     """Read items until there are no more, or enough time has passed."""
     is_stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
     length = None if is_stream else _length(dataset)
-    items = _stream_items(dataset, batched) if length is None else _map_items(dataset, length)
+    streamed = _stream_items(dataset, kept, batched)
+    items = streamed if length is None else _map_items(dataset, length)
     largest: _Item | None = None
     longest: dict[tuple[Path, int], _Item] = {}
     first: _Item | None = None
@@ -274,6 +286,7 @@ def _look(dataset: Any, *, batched: bool) -> _Look:
     for name, value in items:
         item = _measured(name, value, batched=batched)
         seen += 1
+        kept.items = seen
         first = first or item
         largest = item if largest is None or item.size > largest.size else largest
         alike = alike and item.size == first.size
@@ -332,11 +345,15 @@ def _refining(length: int) -> Iterator[int]:
         yield from range(stride, last, 2 * stride)
 
 
-def _stream_items(stream: Iterable[Any], batched: bool) -> Iterator[tuple[str, Any]]:
+def _stream_items(stream: Iterable[Any], kept: Kept, batched: bool) -> Iterator[tuple[str, Any]]:
     thing, count = "item" if batched else "batch", 0
     try:
-        for count, value in enumerate(islice(stream, ITEMS_STREAMED), start=1):
+        iterator = iter(stream)
+        kept.require_new(iterator)
+        for count, value in enumerate(islice(iterator, ITEMS_STREAMED), start=1):
             yield f"{thing} {count} of the stream", value
+    except SampleError:
+        raise
     except Exception as error:
         raise _unreadable(f"{thing} {count + 1} of the stream", error) from error
 
@@ -433,7 +450,7 @@ def _called(collate: Callable[[Any], Any], items: Any) -> Any:
 
     if isinstance(items, list):
         items = [copy.copy(i) if isinstance(i, MutableMapping) else i for i in items]
-    with attributes_kept([items]):
+    with attributes_kept([items], guarded=False):  # items that were read are ours to use up
         return map_leaves(owned, collate(items))
 
 

@@ -207,7 +207,7 @@ class Rows:
 
         Raises:
             SampleError: a tensor does not have one row for each sample, so it is unknown which
-                part of it belongs to these samples.
+                part of it belongs to these samples; or it is sparse.
         """
         layout = self.layout
 
@@ -222,6 +222,8 @@ class Rows:
             if not is_array(leaf):
                 return leaf
             role = layout.roles.get(path)
+            if role is not None:
+                _refuse_sparse(path, leaf, layout.size)
             if isinstance(role, Flat):
                 return _cut_rows(leaf, role, layout, start, stop)
             if role is not None:
@@ -265,6 +267,16 @@ def _nbytes(leaf: Any) -> int:
     if isinstance(leaf, Tensor):
         return leaf.numel() * leaf.element_size()
     return int(leaf.nbytes) if is_array(leaf) else 0
+
+
+def _refuse_sparse(path: Path, leaf: Any, size: int) -> None:
+    """Refuse to cut a tensor whose rows are not in one piece of memory, which has no views."""
+    if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+        kind = str(leaf.layout).removeprefix("torch.")
+        raise SampleError(
+            f"a batch of {count(size, 'sample')} has to be cut, but {dotted(path)} is a {kind} "
+            "tensor, which cannot be: let the loader yield micro-batches, or make it dense"
+        )
 
 
 def _narrowed(leaf: Any, dim: int, start: int, stop: int) -> Any:

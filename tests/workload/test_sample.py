@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import UserDict, namedtuple
-from itertools import count
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from autobatch.errors import SampleError
 from autobatch.workload.complete import Asked
 from autobatch.workload.dataset import draw
-from autobatch.workload.sample import batch_builder, built
+from autobatch.workload.sample import batch_builder, built, rows_of
 
 Pair = namedtuple("Pair", "image label")
 
@@ -108,6 +108,19 @@ def test_a_sample_that_was_built_from_is_left_as_it_was():
     batch = batch_builder(sample)(2)
     batch["x"].zero_()
     assert sample["x"].shape == (2, 3) and bool(sample["x"].all())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_tensor_in_a_batch_that_is_cut_is_an_error_of_one_line(layout):
+    sparse = torch.eye(4).to_sparse(layout=layout)
+    kind = str(layout).removeprefix("torch.")
+    with pytest.raises(SampleError) as caught:
+        rows_of((sparse, torch.zeros(4))).cut(0, 2)
+    assert str(caught.value) == (
+        f"a batch of 4 samples has to be cut, but 0 is a {kind} tensor, which cannot be: let the "
+        "loader yield micro-batches, or make it dense"
+    )
 
 
 def test_a_billion_rows_inside_a_fake_mode_allocate_nothing():
@@ -229,17 +242,17 @@ def test_drawing_from_a_data_set_leaves_the_random_state_as_it_was():
 
 
 def test_a_sample_is_looked_through_once_for_all_that_a_workload_needs():
-    reads = count()  # a number of the class would be put back
+    reads: SimpleQueue[int] = SimpleQueue()  # a number of the class would be put back
 
     class Counted(Noisy):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
-            next(reads)
+            reads.put(index)
             return super().__getitem__(index)
 
     loader = DataLoader(Counted(), batch_size=4, collate_fn=pad)
     workload = Asked(model=torch.nn.Linear(10, 1), sample=loader).workload()
     assert workload.batch(3)["rows"].shape == (3, 10)
-    assert next(reads) == workload.sample_limit == 10
+    assert reads.qsize() == workload.sample_limit == 10
     assert "dataset[9]" in workload.notes[0]
 
 

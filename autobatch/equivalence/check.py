@@ -1,6 +1,6 @@
 """`check_equivalence`: compares the gradient of a window of micro-batches with its batch's.
 
-Invariant: the user's model, its modes, the loss and the random state are as before.
+Invariant: model, modes, data set, loss and weight of the user and the random state are as before.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from autobatch.devices.preserve import answering, one_at_a_time, process_state_p
 from autobatch.devices.session import user_errors
 from autobatch.equivalence.compared_windows import choose_windows
 from autobatch.equivalence.experiment import Ablation, Experiment
-from autobatch.equivalence.gradients import Weigh
-from autobatch.equivalence.investigation import TOLERANCES, Investigation
+from autobatch.equivalence.gradients import TOLERANCES, Weigh
+from autobatch.equivalence.investigation import Investigation
 from autobatch.equivalence.own_window import OwnWindow
 from autobatch.equivalence.result import Equivalence
 from autobatch.equivalence.subject import Subject, has_batch_norm, one_batch
@@ -31,6 +31,7 @@ from autobatch.support.interrupts import held
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import argument, count, for_reader
 from autobatch.workload.complete import Asked
+from autobatch.workload.kept import attributes_kept
 from autobatch.workload.sample import BatchDims
 from autobatch.workload.workload import Loss, WindowFunction, Workload
 
@@ -64,8 +65,9 @@ def check_equivalence(
     Runs on copies on the CPU. Each micro-batch gets its rows of the random numbers that the batch
     drew. Where the gradients differ, one possible cause after the other is removed and the
     gradients are compared again, until only rounding is left. A window of unequal micro-batches is
-    always compared as well, because equal ones may hide a wrong weight; and the loss is tried on
-    batches in which one sample has fewer labels, masked entries or boxes than the others.
+    always compared as well, because equal ones may hide a wrong weight; the loss is tried on
+    batches in which one sample has fewer labels, masked entries or boxes than the others, and the
+    model on batches in which one sample is longer than the others.
     Parameters that are all zero get small values instead, because zeros hide the layers before them
     until the first update.
 
@@ -128,7 +130,12 @@ def check_equivalence(
         weight=weight,
         own=window,
     )
-    with process_state_preserved(), held(), torch.compiler.set_stance("force_eager"):
+    with (
+        attributes_kept(weight),
+        process_state_preserved(),
+        held(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         result = check.result(dtype)
     return replace(result, seconds=time.perf_counter() - started)
 

@@ -7,19 +7,22 @@ in a variation is no fault of the user's: the variation is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.experiment import Ablation, Experiment
-from autobatch.equivalence.gradients import Measured
+from autobatch.equivalence.gradients import TOLERANCES, Measured
+from autobatch.equivalence.lengths import LengthChange, length_changes
 from autobatch.equivalence.numerics import Reads
 from autobatch.equivalence.replay import AtOutputs, Replay
 from autobatch.equivalence.result import Culprit
-from autobatch.equivalence.variations import Variation, variations
+from autobatch.equivalence.subject import Subject
+from autobatch.equivalence.variations import Variation, address, arrays, variations
 from autobatch.equivalence.weights import SUM, tried_weights
 from autobatch.errors import WorkloadError
 from autobatch.support.wording import said_by
+from autobatch.workload.sample import Rows
 
 __all__ = ["FAILURES", "Counts"]
 
@@ -47,6 +50,14 @@ class _Shown:
     fitted: Sequence[float] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Apart:
+    """A difference, and whether random numbers that were not given by sample may explain it."""
+
+    apart: float
+    is_random: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class Counts:
     """The loss of one experiment, run on variations of its batch.
@@ -54,7 +65,8 @@ class Counts:
     Attributes:
         experiment: of the batch that was given.
         tolerance: the largest difference that rounding explains.
-        is_large: whether the model takes too long to run in place of the loss alone.
+        light: the model in float32, where it takes too long to run in place of the loss alone;
+            None for small models.
         runs_model: whether it may run at all: not where it makes a difference itself.
         reads: what the loss reads.
         replay: runs the loss by itself; None where it cannot.
@@ -63,7 +75,7 @@ class Counts:
 
     experiment: Experiment
     tolerance: float
-    is_large: bool
+    light: Subject | None = None
     runs_model: bool = True
     reads: Reads = field(default_factory=Reads)
     replay: Replay | None = None
@@ -72,9 +84,9 @@ class Counts:
     _agrees: bool | None = None
 
     @classmethod
-    def of(cls, experiment: Experiment, tolerance: float, *, is_large: bool) -> Counts:
+    def of(cls, experiment: Experiment, tolerance: float, *, light: Subject | None) -> Counts:
         """Find out what the loss reads, by itself if possible."""
-        found = cls(experiment=experiment, tolerance=tolerance, is_large=is_large)
+        found = cls(experiment=experiment, tolerance=tolerance, light=light)
         try:
             found.replay = Replay(experiment)
             found.replay.read(found.reads)
@@ -93,7 +105,7 @@ class Counts:
         if self.replay is None:
             return None
         try:
-            found = self.replay.gradients(self.experiment.rows)
+            found = self.replay.gradients(self.experiment)
         except FAILURES:
             self.replay = None
             return None
@@ -167,6 +179,90 @@ class Counts:
         blamed = list(usual.values())
         return [_hidden(one, name) for one in (blamed[:1] if name else blamed)], notes
 
+    def of_lengths(self) -> tuple[list[Culprit], list[str]]:
+        """Return culprits and notes of a model that agrees because all samples are equally long.
+
+        That the loss agrees in all variations has been found before; here the model runs, too.
+        """
+        undecided: list[Culprit] = []
+        failed: dict[str, str] = {}
+        for change in length_changes(self.experiment.rows, self.experiment.ran.reads):
+            if self.light is not None and self._are_labels(change):
+                continue
+            first = self._least(change, change.sides[0], failed)
+            if first is None or first.apart <= self.tolerance:
+                continue
+            others = [self._least(change, side, {}) for side in change.sides[1:]]
+            agrees = any(one is not None and one.apart <= self.tolerance for one in others)
+            if not (agrees or first.is_random):
+                return [culprit("hidden length", [change.where], first.apart)], _not_run(failed)
+            cause = "undecided side" if agrees else "undecided length"
+            undecided.append(culprit(cause, [change.where], first.apart))
+        return undecided[:1], _not_run(failed)
+
+    def _are_labels(self, change: LengthChange) -> bool:
+        """Whether whole numbers are read by the loss, and so are hardly lengths for the model."""
+        found = arrays(self.experiment.rows.batch)
+        return all(
+            path in found
+            and found[path].numel() == self.experiment.rows.size
+            and address(found[path]) in self.reads.storages
+            for path in change.paths
+        )
+
+    def _least(
+        self, change: LengthChange, side: Sequence[Callable[[], Rows]], failed: dict[str, str]
+    ) -> _Apart | None:
+        """Return the least difference of batches that say the same; None if none could run.
+
+        Where one agrees, the others are batches that the data would not give.
+        """
+        least: _Apart | None = None
+        for build in side:
+            try:
+                found = self._apart_in(build())
+            except FAILURES as error:  # the model does not take such values
+                if not change.is_guess:
+                    failed.setdefault(change.where, said_by(error))
+                continue
+            if math.isfinite(found.apart) and (least is None or found.apart < least.apart):
+                least = found
+            if found.apart <= self.tolerance:
+                break
+        return least
+
+    def _apart_in(self, rows: Rows) -> _Apart:
+        """Return how far apart the whole gradients of a batch are.
+
+        Where random numbers cannot be given by sample, because their shapes depend on the lengths,
+        the model runs in evaluation mode.
+        """
+        varied = self._varied(rows)
+        if self.light is not None:
+            quick = varied.cast(self.light)
+            if self._measured_apart(quick) <= TOLERANCES[self.light.dtype]:
+                return _Apart(apart=0.0)
+        apart = self._measured_apart(varied)
+        if apart <= self.tolerance or not varied.ran.unmatched:
+            return _Apart(apart=apart)
+        still = self._varied(rows)
+        without = self._measured_apart(still, Ablation(evaluated=True))
+        if still.ran.unmatched:
+            return _Apart(apart=apart, is_random=True)
+        return _Apart(apart=without)
+
+    def _varied(self, rows: Rows) -> Experiment:
+        """Return the experiment on other rows, of which nothing was measured."""
+        return Experiment(
+            subject=self.experiment.subject,
+            rows=rows,
+            window=self.experiment.window,
+            weight=self.experiment.weight,
+        )
+
+    def _measured_apart(self, varied: Experiment, ablation: Ablation | None = None) -> float:
+        return varied.measured(ablation or Ablation()).apart(varied.shares())
+
     def _holding(self, fits: Mapping[str, Sequence[float]]) -> list[str]:
         """Return those of the weights that are right in every variation; none if none could run."""
         known: list[tuple[Variation, set[str]]] = []
@@ -190,12 +286,7 @@ class Counts:
             variation: to run.
             is_known: whether the loss agrees for the batch that was given, in whole gradients.
         """
-        varied = Experiment(
-            subject=self.experiment.subject,
-            rows=variation.rows,
-            window=self.experiment.window,
-            weight=self.experiment.weight,
-        )
+        varied = self._varied(variation.rows)
         try:
             loss = self._gradients_of(varied)
             apart = loss.apart(varied.shares())
@@ -215,9 +306,9 @@ class Counts:
         """Return the gradients of a varied batch, at the outputs of the model if possible."""
         if self.replay is not None:
             try:
-                return self.replay.gradients(varied.rows)
+                return self.replay.gradients(varied)
             except FAILURES:  # the model's outputs may have other shapes for such values
-                if self.is_large:
+                if self.light is not None:
                     raise
         if not self.runs_model:
             raise WorkloadError("the model makes a difference itself")
@@ -228,7 +319,7 @@ class Counts:
         if self.replay is None:
             return True
         if self._agrees is None:
-            apart = self.replay.gradients(self.experiment.rows).apart(self.experiment.shares())
+            apart = self.replay.gradients(self.experiment).apart(self.experiment.shares())
             self._agrees = apart <= self.tolerance
         return self._agrees
 
@@ -282,6 +373,13 @@ def _unusual(one: _Shown, name: str | None) -> str:
         f"{one.variation.where} {one.variation.what}: the gradients differ by {one.apart:.2g}; if "
         f"your batches hold such values, {advice}"
     )
+
+
+def _not_run(failed: Mapping[str, str]) -> list[str]:
+    return [
+        f"{where} could not be made shorter ({error}): samples of unequal lengths were not compared"
+        for where, error in failed.items()
+    ]
 
 
 def _hidden(one: _Shown, name: str | None) -> Culprit:

@@ -87,6 +87,26 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
         "no weight of the micro-batches makes them agree",
         "let every term of the loss be a mean over samples, or divide it by a constant",
     ),
+    "hidden length": (
+        "layer",
+        "equivalent for samples of equal lengths alone: with all samples but one half as long by "
+        "{where}, the gradients differ, because what a sample gives depends on how long the "
+        "longest of its micro-batch is",
+        "take means over each sample's own entries alone, by its mask or length, or cut and pad "
+        "all batches to the same length",
+    ),
+    "undecided side": (
+        "undecided",
+        "with all samples but one half as long by {where}, the gradients differ where the padding "
+        "comes last and agree where it comes first, and the sample has none",
+        "give a sample with padding, as in training",
+    ),
+    "undecided length": (
+        "undecided",
+        "with all samples but one half as long by {where}, the gradients differ, but random "
+        "numbers were drawn whose share for each sample is unknown",
+        "check once more without them, such as with a probability of 0",
+    ),
     "undecided": (
         "undecided",
         "the gradients differ, but random numbers were drawn whose share for each sample is "

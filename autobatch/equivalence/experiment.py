@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autobatch.equivalence.draws import Draws, Span, other_random_state
-from autobatch.equivalence.gradients import Gradients, Measured, Weigh, largest_of
+from autobatch.equivalence.gradients import Gradients, Measured, Weigh, divided, largest_of
 from autobatch.equivalence.module_calls import (
     LOSS,
     Axes,
@@ -54,6 +54,7 @@ class Ablation:
         state: every micro-batch starts from the same state of the model.
         layers: modules that see one micro-batch at a time in the whole batch as well.
         hooks: the hooks of gradients do not run.
+        evaluated: the model is in evaluation mode, where dropout draws nothing.
         noise: the share of its value by which each parameter is changed, to see rounding.
     """
 
@@ -63,6 +64,7 @@ class Ablation:
     state: bool = False
     layers: frozenset[str] = frozenset()
     hooks: bool = False
+    evaluated: bool = False
     noise: float = 0.0
 
 
@@ -78,6 +80,7 @@ class Ran:
         steps: whether a hook changes parameters in the backward pass.
         hooked: parameters and modules with hooks of gradients.
         loss_kind: how the loss was obtained.
+        reads: what the model and the loss compute with.
     """
 
     drawing: list[str] = field(default_factory=list)
@@ -87,6 +90,7 @@ class Ran:
     steps: bool = False
     hooked: list[str] = field(default_factory=list)
     loss_kind: str = ""
+    reads: Reads = field(default_factory=Reads)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,6 +144,14 @@ class Experiment:
             )
         return shares(weights)
 
+    def seeds(self) -> list[float]:
+        """Return what the backward pass of each micro-batch begins with: its share, as in training.
+
+        One that counts for nothing begins with 1, because its gradient shows whether other weights
+        are right.
+        """
+        return [share or 1.0 for share in self.shares()]
+
     def measured(self, ablation: Ablation) -> Measured:
         """Return the gradients of the batch and of its micro-batches."""
         if ablation not in self._measured:
@@ -167,8 +179,12 @@ class Experiment:
     def parts(self, ablation: Ablation) -> list[Gradients]:
         """Return the gradient of each micro-batch, run one after the other as in a window.
 
+        As in training, a backward pass begins with the micro-batch's share of the window, because
+        code that clips gradients inside of the graph sees numbers of that size. What it gives is
+        divided by the share again, so that other weights can be tried.
+
         Hooks may see what was added up so far, so that where there are hooks, the micro-batches
-        are weighted and added up, and the first part is the whole window.
+        are added up, and one part is the whole window.
         """
         key = replace(ablation, layers=frozenset())
         if key in self._parts:
@@ -177,16 +193,18 @@ class Experiment:
             self.whole(key)  # records the draws
         replica, found = self._replica(key), []
         added = not ablation.hooks and bool(self.ran.hooked)
-        for step, (span, share) in enumerate(zip(spans(self.window), self.shares(), strict=True)):
+        shares = self.shares()
+        sizes = zip(spans(self.window), shares, self.seeds(), strict=True)
+        for step, (span, share, seed) in enumerate(sizes):
             if ablation.state and step:
                 replica = self._replica(key)
-            found.append(
-                self._gradients(replica, span, key, share if added else 1.0, step, keeps=added)
-            )
+            part = self._gradients(replica, span, key, share if added else seed, step, keeps=added)
+            found.append(part if added else divided(part, seed))
         self.subject.refresh()
         if added:
-            scale = 1 / self.shares()[0]
-            found = [{name: scale * g for name, g in found[-1].items()}, *[{}] * (len(found) - 1)]
+            largest = shares.index(max(shares))
+            window = divided(found[-1], shares[largest])
+            found = [window if step == largest else {} for step in range(len(found))]
         self._parts[key] = found
         return found
 
@@ -280,7 +298,10 @@ class Experiment:
             yield numerics
 
     def _replica(self, ablation: Ablation) -> Replica:
-        return self.subject.replica(hooks=not ablation.hooks, noise=ablation.noise)
+        replica = self.subject.replica(hooks=not ablation.hooks, noise=ablation.noise)
+        if ablation.evaluated:
+            replica.model.eval()
+        return replica
 
     def _gradients(
         self,
@@ -312,8 +333,10 @@ class Experiment:
             for name in ablation.layers:
                 assert self.calls is not None
                 run_in_micro_batches(replica.model, name, self.calls, self.window, numerics)
+            numerics.reads = self.ran.reads if is_whole and not self.ran.reads.storages else None
             with self._observed(replica, span, numerics):
                 value = replica.value(self.rows.cut(*span))
+            numerics.reads = None
             self.ran.loss_kind = replica.loss_kind
             self._compare_states(numerics, before, is_whole)
             versions = [tensor._version for tensor in replica.trained.values()]

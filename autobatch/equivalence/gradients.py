@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "TOLERANCES",
     "Gradients",
     "Measured",
     "Weigh",
     "apart",
     "differences",
+    "divided",
     "is_continuous",
     "largest_of",
     "some",
@@ -28,6 +30,9 @@ __all__ = [
 
 Gradients = Mapping[str, Tensor]
 Weigh = Callable[[Any], float]
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""What rounding explains; in float32 it is measured, and this is the most that is believed."""
 
 _SMALL = 1e-3
 """Gradients below this share of the model's largest one are compared with that share instead."""
@@ -122,6 +127,11 @@ def total(parts: Sequence[Gradients], weights: Sequence[float]) -> Gradients:
         for name, gradient in part.items():
             sums[name] = sums[name] + gradient * weight if name in sums else gradient * weight
     return sums
+
+
+def divided(gradients: Gradients, divisor: float) -> Gradients:
+    """Return gradients divided by what their backward pass began with."""
+    return {name: gradient / divisor for name, gradient in gradients.items()}
 
 
 def apart(one: Gradients, other: Gradients) -> float:

@@ -17,7 +17,14 @@ from autobatch.equivalence.compared_windows import ComparedWindows
 from autobatch.equivalence.counts import FAILURES, Counts
 from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.experiment import Ablation, Experiment
-from autobatch.equivalence.gradients import Gradients, Measured, Weigh, some, total
+from autobatch.equivalence.gradients import (
+    TOLERANCES,
+    Gradients,
+    Measured,
+    Weigh,
+    some,
+    total,
+)
 from autobatch.equivalence.gradients import apart as apart_of
 from autobatch.equivalence.module_calls import LOSS
 from autobatch.equivalence.replay import AtOutputs
@@ -34,10 +41,7 @@ from autobatch.equivalence.weights import SUM
 from autobatch.support.torch_private import BatchNorm
 from autobatch.support.wording import count, said_by
 
-__all__ = ["TOLERANCES", "Investigation"]
-
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""What rounding explains; in float32 it is measured, and this is the most that is believed."""
+__all__ = ["Investigation"]
 
 _ROUNDINGS = 10.0
 """How many times the rounding that was measured once is allowed."""
@@ -326,8 +330,11 @@ class Investigation:
         counts = self._counts_of(experiment)
         counts.runs_model = all(each.kind == "random" for each in self.culprits)
         culprits, notes = counts.hidden()
-        self.culprits += culprits
         self.notes += notes
+        if counts.runs_model and not culprits:
+            culprits, notes = counts.of_lengths()
+            self.notes += notes
+        self.culprits += culprits
         if counts.runs_model and not (culprits or experiment.ran.unmatched):
             share = counts.interaction(of_outputs=True)
             if share > _INTERACTION:
@@ -335,8 +342,7 @@ class Investigation:
 
     def _counts_of(self, experiment: Experiment) -> Counts:
         if self._counts is None or self._counts.experiment is not experiment:
-            is_large = self.light is not None
-            self._counts = Counts.of(experiment, self.tolerance, is_large=is_large)
+            self._counts = Counts.of(experiment, self.tolerance, light=self.light)
         return self._counts
 
     def _tried(self, what: str, run: Callable[[], _T], otherwise: _T) -> _T:

@@ -70,10 +70,23 @@ class Reads:
     Attributes:
         storages: addresses of the memory of tensors.
         conditions: what tensors are compared with, such as `ignore_index`.
+        compared: the finite numbers that the memory at an address was found equal to or not, such
+            as the id of padding.
     """
 
     storages: set[int] = field(default_factory=set)
     conditions: set[Condition] = field(default_factory=set)
+    compared: dict[int, set[float]] = field(default_factory=dict)
+
+    def note(self, op: Any, args: Sequence[Any]) -> None:
+        """Note what an op computes with and compares."""
+        found = {arg.untyped_storage().data_ptr() for arg in _flat(args)}
+        conditions = set(_conditions(op, args))
+        self.storages |= found
+        self.conditions |= conditions
+        equal = {n for sign, n in conditions if sign in ("==", "!=") and math.isfinite(n)}
+        for storage in found if equal else ():
+            self.compared.setdefault(storage, set()).update(equal)
 
     @property
     def constants(self) -> list[float]:
@@ -176,8 +189,7 @@ class Numerics(TorchDispatchMode):
         if self.ops is not None:
             self.ops.append(str(func))
         if self.reads is not None and not getattr(func, "is_view", False):
-            self.reads.storages |= {arg.untyped_storage().data_ptr() for arg in _flat(args)}
-            self.reads.conditions.update(_conditions(op, args))
+            self.reads.note(op, args)
 
     def _given(
         self, func: Any, args: Sequence[Any], result: Any, value: Tensor, draws: Draws, rows: Span

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autobatch.equivalence.compared_windows import changed_rows
 from autobatch.equivalence.draws import Draws, Span
 from autobatch.equivalence.experiment import Experiment, seed_all
-from autobatch.equivalence.gradients import Gradients, Measured, is_continuous
+from autobatch.equivalence.gradients import Gradients, Measured, divided, is_continuous
 from autobatch.equivalence.module_calls import (
     LOSS,
     Axes,
@@ -83,13 +83,16 @@ class Replay:
         rows = self.experiment.rows
         self._run(rows, None, Draws(rows.size), reads)
 
-    def gradients(self, rows: Rows) -> AtOutputs:
+    def gradients(self, varied: Experiment) -> AtOutputs:
         """Return the gradients of the loss of a batch and of its micro-batches.
 
+        The backward pass of a micro-batch begins with its share, as in training, and what it gives
+        is divided by that, as in `Experiment.parts`.
+
         Args:
-            rows: the recorded batch, perhaps with other labels or masks.
+            varied: an experiment on the recorded batch, perhaps with other labels or masks.
         """
-        window, size = self.experiment.window, rows.size
+        window, rows, size = self.experiment.window, varied.rows, varied.rows.size
         draws = Draws(size)
         outputs, parameters = self._run(rows, None, draws)
         whole = {
@@ -97,14 +100,15 @@ class Replay:
             for name, (gradient, axis) in outputs.items()
             for step, (start, stop) in enumerate(spans(window))
         }
-        parts, shares = [], []
-        for step, span in enumerate(spans(window)):
-            found, own = self._run(rows, span, draws)
-            parts.append({f"{name} {step}": gradient for name, (gradient, _) in found.items()})
-            shares.append(own)
+        parts, owned = [], []
+        for step, (span, seed) in enumerate(zip(spans(window), varied.seeds(), strict=True)):
+            found, own = self._run(rows, span, draws, seed=seed)
+            part = {f"{name} {step}": gradient for name, (gradient, _) in found.items()}
+            parts.append(divided(part, seed))
+            owned.append(divided(own, seed))
         return AtOutputs(
             outputs=Measured(whole=whole, parts=parts, small=_SMALL),
-            parameters=Measured(whole=parameters, parts=shares),
+            parameters=Measured(whole=parameters, parts=owned),
         )
 
     def interaction(self, *, of_outputs: bool = False) -> float:
@@ -144,11 +148,12 @@ class Replay:
         draws: Draws,
         reads: Reads | None = None,
         changed: Callable[[Tensor, Axis, bool], None] | None = None,
+        seed: float = 1.0,
     ) -> tuple[dict[str, tuple[Tensor, Any]], Gradients]:
         """Return gradients at outputs with their axes, and at parameters.
 
-        Draws are recorded where no samples are given. There is no backward pass where it is to be
-        found out what the loss `reads`.
+        The backward pass begins with the `seed`. There is none where it is to be found out what
+        the loss `reads`. Draws are recorded where no samples are given.
         """
         span = given or (0, rows.size)
         experiment = self.experiment
@@ -161,7 +166,8 @@ class Replay:
             value = replica.loss(replica.model, rows.cut(*span))
             numerics.reads = None
             if reads is None:
-                checked_loss(value).backward()
+                value = checked_loss(value)
+                value.backward(torch.full_like(value, seed))
         experiment.subject.refresh()
         return (
             {n: (t.grad, axis) for n, (t, axis) in answered.items() if t.grad is not None},

@@ -82,10 +82,11 @@ class Equivalence:
 
     Attributes:
         equivalent: whether the gradients agree within the tolerance where each micro-batch gets its
-            rows of the batch's random draws, and go on agreeing where samples have unequal counts
-            of labels, masked entries or boxes. Dropout alone leaves it True: window and batch draw
-            different numbers from the same distribution. None, which is no proof either, where
-            nothing but draws that cannot be given by sample makes a difference.
+            rows of the batch's random draws, and go on agreeing where samples have unequal lengths
+            or unequal counts of labels, masked entries or boxes. Dropout alone leaves it True:
+            window and batch draw different numbers from the same distribution. None, which is no
+            proof either, where nothing but draws that cannot be given by sample makes a difference,
+            or where it depends on the side of the padding, of which the sample has none.
         model: class name of the module.
         loss: how the loss was obtained, as in `ModelFacts`; "mean of the outputs" where there was
             none.
@@ -164,6 +165,8 @@ def equivalence_summary(result: Equivalence) -> Document:
 
 
 def _verdict(result: Equivalence) -> str:
+    if result.equivalent is None and result.held_difference <= result.tolerance:
+        return "undecided: equal for this sample, but perhaps not for samples of unequal lengths"
     if result.equivalent is None:
         return "undecided: random draws that cannot be given by sample make a difference"
     if not result.equivalent and result.held_difference <= result.tolerance:

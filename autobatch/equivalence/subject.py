@@ -22,6 +22,7 @@ from autobatch.errors import SampleError
 from autobatch.support.randomness import random_state_kept
 from autobatch.support.torch_private import BatchNorm
 from autobatch.workload.dataset import dataset_length
+from autobatch.workload.kept import attributes_kept
 from autobatch.workload.layout import Layout
 from autobatch.workload.layout_reading import compared
 from autobatch.workload.loss import DefaultLoss, checked_loss
@@ -259,6 +260,7 @@ def one_batch(sample: Any, samples: int) -> Any:
     """Return a batch of items from all over a data set or a loader's; any other sample as it is.
 
     `tune` repeats the largest item because it measures memory; gradients need different items.
+    What reading them changes in the data set or the collate function is put back.
     """
     is_loader = isinstance(sample, DataLoader)
     dataset = sample.dataset if is_loader else sample
@@ -267,7 +269,7 @@ def one_batch(sample: Any, samples: int) -> Any:
         return sample
     number = min(samples, length)
     collate = sample.collate_fn if is_loader else default_collate
-    with random_state_kept():
+    with random_state_kept(), attributes_kept(dataset, collate):
         return collate([dataset[index * length // number] for index in range(number)])
 
 

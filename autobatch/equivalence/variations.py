@@ -22,7 +22,7 @@ from autobatch.workload.layout import Flat, Group
 from autobatch.workload.sample import Rows
 from autobatch.workload.tree import Path, is_array, leaves, map_leaves, map_tensors, tensors
 
-__all__ = ["Variation", "variations"]
+__all__ = ["Variation", "address", "arrays", "copied", "variations"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
             tensors are changed if it knows none.
     """
     layout = rows.layout
-    for path, tensor in _arrays(rows.batch).items():
+    for path, tensor in arrays(rows.batch).items():
         role = layout.roles.get(path)
         of_list = next((known for known in layout.lists if path[: len(known)] == known), None)
         if of_list is not None:
@@ -63,14 +63,14 @@ def variations(rows: Rows, reads: Reads) -> Iterator[Variation]:
         elif isinstance(role, Flat):
             if role.counts == "samples":
                 yield from _moved_row(rows, path, tensor, role)
-        elif role is not None and (not reads.storages or _address(tensor) in reads.storages):
+        elif role is not None and (not reads.storages or address(tensor) in reads.storages):
             yield from _changed_values(rows, path, role, reads.constants)
     for path, leaf in leaves(rows.batch, stop=layout.stop):
         if isinstance(leaf, (list, tuple)) and len(leaf) == rows.size:
             yield from _other_items(rows, path, leaf)
 
 
-def _arrays(batch: Any) -> dict[Path, Tensor]:
+def arrays(batch: Any) -> dict[Path, Tensor]:
     """Return all tensors by path, and arrays as tensors that share their memory."""
     found = {path: leaf for path, leaf in leaves(batch) if is_array(leaf)}
     return {
@@ -80,7 +80,9 @@ def _arrays(batch: Any) -> dict[Path, Tensor]:
     }
 
 
-def _copied(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
+    """Return a copy of a batch and of its tensors and arrays."""
+
     def copy(_: Path, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.clone()
@@ -89,21 +91,22 @@ def _copied(batch: Any) -> Any:
     return map_leaves(copy, batch)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, by which `Reads` knows it."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _changed_values(
     rows: Rows, path: Path, dim: int | None, constants: Collection[float]
 ) -> Iterator[Variation]:
-    part = _half_of_first(_arrays(rows.batch)[path], dim)
+    part = _half_of_first(arrays(rows.batch)[path], dim)
     where = "half of one sample's" if part.dim() else "one sample's"
     for value, what in _values(part, constants):
         new = torch.as_tensor(value).to(part.dtype)
         if torch.equal(new.expand(part.shape), part):
             continue
-        changed = _copied(rows.batch)
-        _half_of_first(_arrays(changed)[path], dim).copy_(new)
+        changed = copied(rows.batch)
+        _half_of_first(arrays(changed)[path], dim).copy_(new)
         is_label = not (part.is_floating_point() or part.dtype == torch.bool)
         is_usual = part.dim() > 0 or not is_label or not bool(new.lt(0).any())
         yield Variation(
@@ -154,8 +157,8 @@ def _moved_row(rows: Rows, path: Path, tensor: Tensor, role: Flat) -> Iterator[V
     layout = rows.layout
     if len(own) < 2 or any(g.rows != len(owners) for g in layout.groups.values()):
         return
-    changed = _copied(rows.batch)
-    moved = _arrays(changed)[path].view(-1)
+    changed = copied(rows.batch)
+    moved = arrays(changed)[path].view(-1)
     moved[own[-1]] = rows.size - 1
     moved = moved.long()
     counts = torch.bincount(moved, minlength=rows.size).cumsum(0).tolist()

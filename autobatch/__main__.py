@@ -1,10 +1,5 @@
 """`python -m autobatch`."""
 
-import sys
+from autobatch.cli.entry_point import entry
 
-try:
-    from autobatch.cli.entry_point import entry
-
-    entry()
-except KeyboardInterrupt:  # before the command had begun
-    sys.exit(130)
+entry()

@@ -7,6 +7,7 @@ is typed wins.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -52,7 +53,8 @@ def with_config(
                 f"{near(name, options)}"
             )
         if action.dest not in typed:
-            (added if action.option_strings else last).extend(_words(path, key, action, value))
+            words_of = _words(f"{path!r} sets {key} = {_written(value)}", parser, action, value)
+            (added if action.option_strings else last).extend(words_of)
     at = words.index(verb) + 1
     return [*words[:at], *added, *words[at:], *last]
 
@@ -87,7 +89,7 @@ def _table(path: str, name: str, above: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(found, dict):
         return found
     raise UsageError(
-        f"{path!r} sets {name} = {found!r}, which is no table: write options below "
+        f"{path!r} sets {name} = {_written(found)}, which is no table: write options below "
         "[tool.autobatch], or at the top of a file that has no `tool`"
     )
 
@@ -117,8 +119,16 @@ def _typed(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
     return {name for name, value in vars(found).items() if value not in (_UNSET, None)}
 
 
-def _words(path: str, key: str, action: argparse.Action, value: object) -> list[str]:
-    """Return a key with its value as they would be typed.
+def _words(
+    told: str, parser: argparse.ArgumentParser, action: argparse.Action, value: object
+) -> list[str]:
+    """Return a value of a file as it would be typed, with its option.
+
+    Args:
+        told: how a message about it begins.
+        parser: of the command.
+        action: the option.
+        value: of a key of the file.
 
     Raises:
         UsageError: the option cannot have such a value.
@@ -126,16 +136,38 @@ def _words(path: str, key: str, action: argparse.Action, value: object) -> list[
     name = max(action.option_strings, key=len, default="")
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
-            raise UsageError(f"{path!r} sets {key} = {value!r}: use true or false")
+            raise UsageError(f"{told}: use true or false")
         return [name] if value else []
     if isinstance(value, bool) and action.nargs == "?":
         return [name] if value else []
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in values):
-        raise UsageError(
-            f"{path!r} sets {key} = {value!r}: use a number, a text, or a list of them"
-        )
+        raise UsageError(f"{told}: use a number, a text, or a list of them")
     texts = [str(one) for one in values]
     if not isinstance(action, argparse._AppendAction):
         texts = [",".join(texts)]
+    for text in texts:
+        _require_possible(told, parser, action, text)
     return [f"{name}={text}" if name else text for text in texts]
+
+
+def _require_possible(
+    told: str, parser: argparse.ArgumentParser, action: argparse.Action, text: str
+) -> None:
+    """See that an option can have a value: argparse would not say which file it is from."""
+    choices = [str(each) for each in action.choices or ()]
+    if choices and text not in choices:
+        raise UsageError(f"{told}{near(text, choices)}: use {', '.join(choices)}")
+    try:
+        parser._get_value(action, text)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{told}: {error.message}") from error
+
+
+def _written(value: object) -> str:
+    """Write a value as TOML has it.
+
+    >>> _written(True), _written(["t4", 3])
+    ('true', '["t4", 3]')
+    """
+    return json.dumps(value, default=str, ensure_ascii=False)

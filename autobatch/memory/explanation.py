@@ -11,6 +11,7 @@ from pathlib import Path
 from autobatch.errors import UsageError
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import (
+    DEFAULT_POOL,
     SMALL_SEGMENT_BYTES,
     BlockInfo,
     SegmentInfo,
@@ -77,7 +78,7 @@ def explain_snapshot(
         source: what to call it.
         device: the only one to explain; all that show anything if None.
         settings: texts of PYTORCH_CUDA_ALLOC_CONF to try, beside the usual ones.
-        top: how many of the largest blocks to name.
+        top: how many of the largest blocks to name; those alike count once.
 
     Raises:
         UsageError: nothing was recorded of the device, or PyTorch would refuse a setting.
@@ -303,16 +304,16 @@ class _Device:
         if recording.contradiction:
             self.notes.append(
                 f"{count(recording.skipped, 'event')} at the beginning could not be placed and"
-                f" are left out: {recording.contradiction}"
+                f" {'is' if recording.skipped == 1 else 'are'} left out: {recording.contradiction}"
                 + ("" if self.events else "; nothing is left to replay: this is the final state")
             )
         older = [life for life in lives if life.born is None and not life.has_stack]
         if older and self.events:
             size = format_bytes(sum(life.requested_bytes for life in older))
             self.notes.append(
-                f"{size} in {count(len(older), 'block')} were there before the recording, without"
-                " a stack: to have parameters and optimizer state named, record from the"
-                " beginning of the program"
+                f"{size} in {count(len(older), 'block')} {'was' if len(older) == 1 else 'were'}"
+                " there before the recording, without a stack: to have parameters and optimizer"
+                " state named, record from the beginning of the program"
             )
         born = [life for life in lives if life.born is not None]
         silent = sum(not life.has_stack for life in born)
@@ -377,6 +378,8 @@ def _reserve(segments: Sequence[SegmentInfo], settings: AllocatorSettings) -> Re
             totals[state] += block.size_bytes
             if state == "allocated":
                 totals["rounding"] += block.size_bytes - block.requested_bytes
+            elif state == "free" and part.pool_id != DEFAULT_POOL:
+                totals["private"] += block.size_bytes
             elif state == "free":
                 free_blocks += 1
                 largest = max(largest, block.size_bytes)
@@ -389,6 +392,7 @@ def _reserve(segments: Sequence[SegmentInfo], settings: AllocatorSettings) -> Re
         awaiting_bytes=totals["awaiting_free"],
         split_bytes=totals["split"],
         whole_bytes=totals["whole"],
+        private_bytes=totals["private"],
         largest_free_bytes=largest,
         free_blocks=free_blocks,
         rounding_bytes=totals["rounding"],
@@ -441,22 +445,36 @@ def _places(alive: _Alive) -> tuple[Place, ...]:
     return tuple(sorted(places, key=lambda place: -place.size_bytes))
 
 
+_Alike = tuple[int, tuple[str, Basis], tuple[str, str, str], bool]
+
+
 def _largest(
     alive: _Alive, blocks: dict[int, BlockInfo], moment: int, most: int
 ) -> tuple[LargeBlock, ...]:
-    ranked = sorted(alive, key=lambda pair: -pair[0].requested_bytes)[:most]
-    return tuple(
-        LargeBlock(
-            address=life.address,
-            stream=life.stream,
-            requested_bytes=life.requested_bytes,
-            size_bytes=blocks[life.address].size_bytes,
-            age_events=None if life.born is None else moment - life.born,
-            category=category,
-            basis=basis,
-            where=life.origin.where,
-            operator=life.origin.operator,
-            label=life.label,
-        )
-        for life, (category, basis) in ranked
+    """Name the largest blocks, those alike once: `most` of them would hide all the others."""
+    groups: defaultdict[_Alike, list[Life]] = defaultdict(list)
+    for life, purpose in alive:
+        place = (life.origin.where, life.origin.operator, life.label)
+        groups[life.requested_bytes, purpose, place, life.born is None].append(life)
+    ranked = sorted(groups.items(), key=lambda group: -group[0][0])[:most]
+    return tuple(_alike(lives, purpose, blocks, moment) for (_, purpose, *_), lives in ranked)
+
+
+def _alike(
+    lives: Sequence[Life], purpose: tuple[str, Basis], blocks: dict[int, BlockInfo], moment: int
+) -> LargeBlock:
+    """Return the oldest of some blocks that are alike."""
+    oldest = min(lives, key=lambda life: -1 if life.born is None else life.born)
+    return LargeBlock(
+        blocks=len(lives),
+        address=oldest.address,
+        stream=oldest.stream,
+        requested_bytes=oldest.requested_bytes,
+        size_bytes=blocks[oldest.address].size_bytes,
+        age_events=None if oldest.born is None else moment - oldest.born,
+        category=purpose[0],
+        basis=purpose[1],
+        where=oldest.origin.where,
+        operator=oldest.origin.operator,
+        label=oldest.label,
     )

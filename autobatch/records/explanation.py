@@ -71,17 +71,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargeBlock:
-    """One block that was alive at the explained moment.
+    """A block that was alive at the explained moment, and how many others were like it.
+
+    Alike are blocks of one requested size that were for the same, came from the same place, and
+    are all from before the recording or all from within it. What may differ is the oldest one's.
 
     Attributes:
+        blocks: how many there were, with this one.
         address, stream: of the block; 0 is the default stream.
-        requested_bytes: what was asked for.
+        requested_bytes: what was asked for, by each of them.
         size_bytes: what the allocator gave.
         age_events: how many events before the moment it was allocated; None where it was there
             before the recording.
         category, basis, where, operator, label: as in `Held` and `Place`.
     """
 
+    blocks: int
     address: int
     stream: int
     requested_bytes: int
@@ -98,7 +103,7 @@ class LargeBlock:
 class Reserve:
     """How the reserved memory was used at one moment, in bytes.
 
-    `reserved_bytes` is the sum of allocated, awaiting, split and whole.
+    `reserved_bytes` is the sum of allocated, awaiting, split, whole and private.
 
     Attributes:
         reserved_bytes: in segments.
@@ -106,8 +111,10 @@ class Reserve:
         awaiting_bytes: in blocks whose free waits for another stream.
         split_bytes: free, in segments that are partly in use: they cannot be given back.
         whole_bytes: free, in segments (or pages of expandable ones) that nothing uses.
-        largest_free_bytes: the largest free block.
-        free_blocks: how many free blocks there were.
+        private_bytes: free, in private pools of CUDA graphs or `torch.cuda.MemPool`: while these
+            live, it is not given back, and serves no request of others.
+        largest_free_bytes: the largest free block outside of private pools.
+        free_blocks: how many free blocks there were outside of private pools.
         rounding_bytes: of the allocated bytes, what nobody asked for.
     """
 
@@ -116,6 +123,7 @@ class Reserve:
     awaiting_bytes: int
     split_bytes: int
     whole_bytes: int
+    private_bytes: int
     largest_free_bytes: int
     free_blocks: int
     rounding_bytes: int
@@ -241,7 +249,7 @@ class DeviceExplanation:
         alloc_retries: requests for which the allocator had to release what it had cached.
         held: what was allocated at that moment, largest first.
         places: the same by line of code, largest first.
-        largest: the largest blocks.
+        largest: the largest blocks; those alike are one entry.
         replay: how the simulated allocator agrees with the recording; None without events.
         alternatives: what other settings would have reserved; empty without events.
         starts_empty: whether nothing was alive when the recording began.

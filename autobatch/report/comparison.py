@@ -27,7 +27,13 @@ from autobatch.report.document import (
 from autobatch.support.units import format_bytes
 from autobatch.support.wording import count
 
-__all__ = ["comparison_document", "frontier_document", "seconds_text"]
+__all__ = [
+    "comparison_document",
+    "frontier_document",
+    "money_text",
+    "seconds_text",
+    "sizes_text",
+]
 
 _RANGE = (
     "seconds a window and what follows from them are roofline estimates, with the range that four "
@@ -83,7 +89,7 @@ def _facts(compared: ComparisonRecord) -> Facts:
     if (fastest := compared.fastest) is not None and len(compared.fitting) > 1:
         pairs.append(("fastest", f"{printable(fastest.gpu.name)}: {_pace(compared, fastest)}"))
     if (cheapest := compared.cheapest) is not None:
-        cost = _money(cheapest.cost_per_million)
+        cost = money_text(cheapest.cost_per_million)
         pairs.append(
             ("cheapest", f"{printable(cheapest.gpu.name)}: {cost} a million samples (estimate)")
         )
@@ -132,7 +138,11 @@ def _cards(compared: ComparisonRecord) -> Table:
                 *_plan_cells(card.outcome, compared.target, compared.world_size),
                 seconds_text(card.outcome.window),
                 (card.outcome.window.bound or "-") if card.outcome.window else "-",
-                *((_money(card.price_per_hour), _money(card.cost_per_million)) if priced else ()),
+                *(
+                    (money_text(card.price_per_hour), money_text(card.cost_per_million))
+                    if priced
+                    else ()
+                ),
             )
             for card in compared.fitting
         ),
@@ -190,7 +200,12 @@ def _figures(value: float) -> str:
     return f"{value:#.3g}" if value >= 1e-4 else f"{value:.1e}"
 
 
-def _money(amount: float | None) -> str:
+def money_text(amount: float | None) -> str:
+    """Render a price or a cost: cents, and two figures of what is less than ten of them.
+
+    >>> money_text(1234.5), money_text(0.00063), money_text(None)
+    ('1,234.50', '0.00063', '-')
+    """
     if amount is None:
         return "-"
     return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"

@@ -47,6 +47,9 @@ SCHEMA_VERSION = 1
 
 _PLACES = _OPERATORS = 10
 _WORTH_SAYING = 0.01  # of the reserve
+_LONG = 32
+"""Characters of settings that a table has room for."""
+
 _BASES = {
     "stack": "stack",
     "stack and lifetime": "stack and lifetime",
@@ -82,7 +85,7 @@ class Explanation(ExplanationRecord):
         from autobatch.report import html, markdown
 
         document = explanation_summary(self)
-        recorded = [device for device in self.devices if device.history is not None]
+        recorded = [device for device in self.devices if _is_drawn(device)]
         with report_folder("explanation", folder, has_charts=bool(recorded)) as (target, charts):
             write_text(target / "explanation.json", self.to_json())
             drawings = _write_charts(recorded, charts)
@@ -116,7 +119,7 @@ def explain(
         device: index of the only device to explain; all that the snapshot shows if None.
         settings: texts of PYTORCH_CUDA_ALLOC_CONF to try, beside the usual ones, such as
             `["max_split_size_mb:256", "roundup_power2_divisions:8"]`.
-        top: how many of the largest blocks to name.
+        top: how many of the largest blocks to name; those alike count once.
 
     Raises:
         FileError: the file cannot be read, or is no snapshot of data alone.
@@ -164,7 +167,7 @@ def _sections(device: DeviceExplanation, source: str, prefix: str) -> Iterator[S
     if device.shortage:
         yield Section(f"{prefix}Out of memory", _shortage(device.shortage, device.alternatives))
     account: list[ContentBlock] = [_account(device)]
-    if device.history is not None:
+    if _is_drawn(device):
         caption = f"What was held over the recording on device {device.device}, and the reserve."
         account.insert(0, Chart(_chart_of(device), caption))
     yield Section(f"{prefix}What held the {moment} (measured)", tuple(account))
@@ -198,6 +201,11 @@ def _write_charts(recorded: Sequence[DeviceExplanation], charts: Path) -> dict[s
         }
 
 
+def _is_drawn(device: DeviceExplanation) -> bool:
+    """Whether there is a history, and something was reserved in it."""
+    return device.history is not None and any(device.history.reserved_bytes)
+
+
 def _chart_of(device: DeviceExplanation) -> str:
     return f"history-{device.device}"
 
@@ -211,7 +219,8 @@ def _facts(device: DeviceExplanation, source: str) -> Facts:
         pairs = [
             (
                 "peak",
-                f"{allocated} allocated, before the first of {device.events:,} recorded events",
+                f"{allocated} allocated, before the first of "
+                f"{count(device.events, 'recorded event')}",
             )
         ]
     else:
@@ -220,7 +229,7 @@ def _facts(device: DeviceExplanation, source: str) -> Facts:
             (
                 "peak",
                 f"{allocated} allocated, after {device.moment_event + 1:,} of "
-                f"{device.events:,} recorded events{asked}",
+                f"{count(device.events, 'recorded event')}{asked}",
             )
         ]
     pairs.insert(0, ("snapshot", printable(source)))
@@ -250,9 +259,12 @@ def _replay(replay: Replay) -> str:
         else ""
     )
     if replay.exact:
+        made = {0: "has no allocation to make", 1: "makes the one allocation as recorded"}.get(
+            replay.requests, f"makes all {replay.requests:,} allocations as recorded"
+        )
         return (
-            f"the simulated allocator makes all {count(replay.requests, 'allocation')} as recorded"
-            f" and reserves the same {replay.recorded_reserved_bytes:,} bytes" + ties
+            f"the simulated allocator {made} and reserves the same "
+            f"{replay.recorded_reserved_bytes:,} bytes" + ties
         )
     difference = replay.replayed_reserved_bytes - replay.recorded_reserved_bytes
     parts = [
@@ -364,26 +376,16 @@ def _operator(place: Place | LargeBlock) -> str:
 
 def _largest(blocks: Sequence[LargeBlock]) -> Table:
     """List the largest blocks; those alike are one row, with the age of the oldest."""
-    alike: dict[tuple[str, ...], list[LargeBlock]] = {}
-    for block in blocks:
-        key = (
+    rows = tuple(
+        (
             format_bytes(block.requested_bytes),
+            f"{block.blocks:,}",
+            "older" if block.age_events is None else count(block.age_events, "event"),
             printable(block.category),
             _line(block) if block.where or block.label else "-",
             _operator(block),
-            "" if block.age_events is None else "recorded",
         )
-        alike.setdefault(key, []).append(block)
-    rows = tuple(
-        (
-            size,
-            f"{len(group):,}",
-            count(max(each.age_events or 0 for each in group), "event") if recorded else "older",
-            category,
-            line,
-            operator,
-        )
-        for (size, category, line, operator, recorded), group in alike.items()
+        for block in blocks
     )
     return Table(("size", "blocks", "age", "category", "line", "operator"), "rrrlll", rows)
 
@@ -393,6 +395,7 @@ def _unused(reserve: Reserve, moment: str) -> tuple[ContentBlock, ...]:
     lines = [
         ("free blocks between blocks in use (fragmentation)", reserve.split_bytes),
         ("free segments, which can be given back", reserve.whole_bytes),
+        ("free, held for CUDA graphs or a torch.cuda.MemPool", reserve.private_bytes),
         ("freed, but awaited by another stream", reserve.awaiting_bytes),
     ]
     rows = [
@@ -411,15 +414,16 @@ def _unused(reserve: Reserve, moment: str) -> tuple[ContentBlock, ...]:
     if not reserve.free_blocks:
         return (table,)
     largest = format_bytes(reserve.largest_free_bytes)
-    if reserve.free_blocks == 1:
+    if reserve.largest_free_bytes == unused:
         return (table, Paragraph(f"All of it is one free block of {largest}."))
-    return (
-        table,
-        Paragraph(
-            f"The largest of {reserve.free_blocks:,} free blocks has {largest}: a larger request "
-            "needs new memory."
-        ),
+    blocks = (
+        "The only free block"
+        if reserve.free_blocks == 1
+        else f"The largest of {reserve.free_blocks:,} free blocks"
     )
+    if reserve.private_bytes:
+        blocks += " that any request may use"
+    return (table, Paragraph(f"{blocks} has {largest}: a larger request needs new memory."))
 
 
 def _alternatives(device: DeviceExplanation) -> tuple[ContentBlock, ...]:
@@ -439,7 +443,12 @@ def _alternatives(device: DeviceExplanation) -> tuple[ContentBlock, ...]:
         Paragraph(_how_simulated(device)),
         *((Paragraph(found),) if (found := _best(rows)) else ()),
         *(
-            Paragraph(f"`{printable(each.settings)}`: {printable(each.note)}.")
+            Paragraph(f"{_cell_of(each.settings)} stands for `{printable(each.settings)}`.")
+            for each in rows
+            if _cell_of(each.settings) != _name_of(each.settings)
+        ),
+        *(
+            Paragraph(f"{_quoted(each.settings)}: {printable(each.note)}.")
             for each in rows
             if each.note
         ),
@@ -447,12 +456,9 @@ def _alternatives(device: DeviceExplanation) -> tuple[ContentBlock, ...]:
 
 
 def _row(each: Alternative, base: Alternative, failed: bool) -> tuple[str, ...]:
-    difference = each.peak_reserved_bytes - base.peak_reserved_bytes
-    share_of_base = f"{difference / base.peak_reserved_bytes:+.1%}"
-    is_small = share_of_base in ("+0.0%", "-0.0%")  # no sign tells of less than is shown
-    change = "-" if each is base else "0.0%" if is_small else share_of_base
+    change = "-" if each is base else _change(each.peak_reserved_bytes, base.peak_reserved_bytes)
     cells = (
-        _name_of(each.settings) + (" (recorded)" if each.recorded else ""),
+        _cell_of(each.settings) + (" (recorded)" if each.recorded else ""),
         "does not fit" if each.failed else format_bytes(each.peak_reserved_bytes),
         "-" if each.failed else change,
         format_bytes(each.peak_allocated_bytes),
@@ -461,8 +467,29 @@ def _row(each: Alternative, base: Alternative, failed: bool) -> tuple[str, ...]:
     return (*cells, "is met" if each.meets_failed_request else "fails") if failed else cells
 
 
+def _change(size: int, base: int) -> str:
+    """Render a difference as a share of the base, where that holds anything."""
+    if not base:
+        return "-" if size else "0.0%"
+    share_of_base = f"{(size - base) / base:+.1%}"
+    is_small = share_of_base in ("+0.0%", "-0.0%")  # no sign tells of less than is shown
+    return "0.0%" if is_small else share_of_base
+
+
 def _name_of(settings: str) -> str:
     return printable(settings) or "PyTorch's defaults"
+
+
+def _cell_of(settings: str) -> str:
+    """Name settings in a table: of long ones the beginning and the end, which tell them apart."""
+    name = _name_of(settings)
+    half = _LONG // 2
+    return name if len(name) <= _LONG else f"{name[:half]}…{name[1 - half :]}"
+
+
+def _quoted(settings: str) -> str:
+    """Name settings in a sentence: as they are typed, where there is something to type."""
+    return f"`{printable(settings)}`" if settings else _name_of(settings)
 
 
 def _how_simulated(device: DeviceExplanation) -> str:
@@ -498,14 +525,16 @@ def _best(rows: Sequence[Alternative]) -> str:
         return ""
     best = min(usable, key=lambda each: each.peak_reserved_bytes)
     saved = base.peak_reserved_bytes - best.peak_reserved_bytes
-    if saved < _WORTH_SAYING * base.peak_reserved_bytes:
+    if not saved or saved < _WORTH_SAYING * base.peak_reserved_bytes:
         if base.meets_failed_request is False:
             return ""
         return f"No setting tried here saves more than {_WORTH_SAYING:.0%} of the reserve."
-    return (
-        f"`PYTORCH_CUDA_ALLOC_CONF={printable(best.settings)}` would reserve "
-        f"{format_bytes(saved)} less."
+    how = (
+        f"`PYTORCH_CUDA_ALLOC_CONF={printable(best.settings)}` would"
+        if best.settings
+        else "PyTorch's defaults, with PYTORCH_CUDA_ALLOC_CONF unset, would"
     )
+    return f"{how} reserve {format_bytes(saved)} less."
 
 
 def _shortage(shortage: Shortage, rows: Sequence[Alternative]) -> tuple[ContentBlock, ...]:
@@ -548,7 +577,7 @@ def _what_would_help(shortage: Shortage, rows: Sequence[Alternative]) -> str:
     limit = f"Within the {format_bytes(shortage.limit_bytes)} that could be reserved then"
     base, *others = rows
     helping = [each for each in others if each.meets_failed_request]
-    names = ", ".join(f"`{_name_of(each.settings)}`" for each in helping)
+    names = ", ".join(_quoted(each.settings) for each in helping)
     if base.meets_failed_request:
         return (
             f"{limit}, the recorded settings would have met it, too, from an empty cache "
@@ -560,7 +589,9 @@ def _what_would_help(shortage: Shortage, rows: Sequence[Alternative]) -> str:
             f"{limit}, it would have been met with {names} (simulated). Requests that come after "
             "it are not recorded."
         )
-    return (
-        f"{limit}, no setting tried here meets it (simulated): less has to be alive at once, see "
-        "what held the peak."
+    less = (
+        "less has to be alive at once, see what held the peak"
+        if shortage.reserve.allocated_bytes
+        else "nothing was allocated then, so the request itself is too large"
     )
+    return f"{limit}, no setting tried here meets it (simulated): {less}."

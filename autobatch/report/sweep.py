@@ -67,7 +67,7 @@ def sweep_document(record: SweepRecord) -> Document:
             head.sections[0],
             *_code(record),
             Section("Speed against memory", (_CHART,)),
-            Section(_front_title(record), (_front(record, None),)),
+            Section(_front_title(record), (_front(record, None), *_starred(record.front))),
             *told_sections(_warnings(record), _notes(record)),
             Section(
                 f"All {count(len(record.trials), 'trial')}, which are in trials.csv too",
@@ -207,12 +207,18 @@ def _front(record: SweepRecord, most: int | None) -> Table:
 
 
 def _more(record: SweepRecord) -> tuple[ContentBlock, ...]:
-    notes = []
+    starred = _starred(record.front[:_FRONT_ROWS])
     if (left := len(record.front) - _FRONT_ROWS) > 0:
-        notes.append(f"{left} more of the front are slower and smaller; the report has them.")
-    if any(trial.changes_numerics for trial in record.front[:_FRONT_ROWS]):
-        notes.append("* training computes something else than as it is.")
-    return (Paragraph(" ".join(notes)),) if notes else ()
+        more = f"{left} more of the front are slower and smaller; the report has them."
+        return (Paragraph(more), *starred)
+    return starred
+
+
+def _starred(shown: Sequence[SweepTrial]) -> tuple[ContentBlock, ...]:
+    """Say what the star of some rows means, where one has it."""
+    if not any(trial.changes_numerics for trial in shown):
+        return ()
+    return (Paragraph("* training computes something else than as it is."),)
 
 
 def _trials(trials: Sequence[SweepTrial]) -> Table:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pty
@@ -398,16 +399,64 @@ def test_an_ascii_terminal_still_gets_an_answer() -> None:
     assert b"a100-40gb" in out
 
 
-def test_help_imports_no_heavy_package() -> None:
+class Pressed:
+    """Stands for who presses Ctrl-C as a module is looked for."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == self.module:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "autobatch.cli.completion",
+        "autobatch.cli.parser",
+        "autobatch.cli.config",
+        "autobatch.support.process",
+        "autobatch.cli.command",
+    ],
+)
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from autobatch.cli.entry_point import entry; entry()",
+        "import runpy; runpy.run_module('autobatch', run_name='__main__')",
+    ],
+    ids=["the console script", "python -m"],
+)
+def test_ctrl_c_as_the_command_is_imported_is_told_in_one_line(module: str, start: str) -> None:
+    pressed = f"import sys\nsys.meta_path.insert(0, Pressed({module!r}))"
+    done = run_python(f"{inspect.getsource(Pressed)}\n{pressed}\n{start}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "autobatch: interrupted\n")
+
+
+def test_the_console_script_imports_next_to_nothing_before_it_minds_ctrl_c() -> None:
     code = (
-        "import sys; from autobatch.cli import main; main(['--help']);"
-        "sys.exit(', '.join({'torch', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)) or None)"
+        "import sys; before = set(sys.modules); import autobatch.cli.entry_point;"
+        "print(*sorted(name for name in set(sys.modules) - before if 'autobatch' in name))"
     )
-    done = subprocess.run(
+    needed = "autobatch autobatch._version autobatch.cli autobatch.cli.entry_point"
+    assert run_python(code).stdout.split() == needed.split()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from autobatch.cli import main; main(['--help']);"
+        "sys.exit(', '.join({'torch', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)) or None)"
+    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr

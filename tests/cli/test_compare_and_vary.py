@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from autobatch.choosing.comparison import Comparison
 from autobatch.choosing.frontier import Frontier
-from autobatch.cli import compare, entry_point, vary
-from autobatch.cli.options import SPEC_HELP, add_workload_options
+from autobatch.cli import main
 
 CODE = """
 import torch
@@ -40,38 +37,10 @@ made = nn.Linear(8, 8)
 GPT2 = "hf:gpt2?n_layer=1&n_embd=64&n_head=2&vocab_size=1000"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="autobatch")
-    verbs = parser.add_subparsers(required=True)
-    compare.add(verbs)
-    vary.add(verbs)
-    probe = verbs.add_parser("probe")  # as far as `vary` reads its options
-    probe.set_defaults(run=vary.run)
-    probe.add_argument("spec", help=SPEC_HELP)
-    probe.add_argument("--target", type=int)
-    probe.add_argument("--headroom", type=float)
-    probe.add_argument("--objective", default="largest")
-    probe.add_argument("--prove", action="store_true")
-    probe.add_argument("--time-limit", type=float, default=900.0)
-    probe.add_argument("--report")
-    add_workload_options(probe)
-    vary.add_option(probe)
-    return parser
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry_point, "parser", _parser)
-
-
 @pytest.fixture
 def spec(tmp_path: Path) -> str:
     (tmp_path / "code.py").write_text(CODE)
     return f"{tmp_path / 'code.py'}:model"
-
-
-def main(arguments: Sequence[str]) -> int:
-    return entry_point.main(arguments)
 
 
 CARDS = ["--target", "64", "--gpus", "t4, a100-40gb"]

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 
-from autobatch.cli import entry_point, explain, main
+from autobatch.cli import main
 from autobatch.support.units import MIB
 from tests.support.recordings import write
 from tests.support.training_recordings import FORWARD, stack_recorder, training_steps
-
-
-@pytest.fixture(autouse=True)
-def only_this_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def parser() -> argparse.ArgumentParser:
-        made = argparse.ArgumentParser(prog="autobatch")
-        explain.add(made.add_subparsers(required=True))
-        return made
-
-    monkeypatch.setattr(entry_point, "parser", parser)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -18,8 +17,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from autobatch.cli import entry_point, main
-from autobatch.cli import sweep as command
+from autobatch.cli import main
 from autobatch.cli.terminal import follow_all
 from autobatch.errors import UsageError
 from autobatch.records.progress import Progress
@@ -39,23 +37,6 @@ def clip(trial):
     norm = trial.suggest_categorical("clip", ["as it is", "1"])
     return lambda setup: setup if norm == "as it is" else setup.having(clip_norm=1.0)
 """
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the command in the parser."""
-    made = entry_point.parser
-
-    def parser() -> argparse.ArgumentParser:
-        known = made()
-        verbs: Any = next(
-            each for each in known._actions if isinstance(each, argparse._SubParsersAction)
-        )
-        if "sweep" not in verbs.choices:
-            command.add(verbs)
-        return known
-
-    monkeypatch.setattr(entry_point, "parser", parser)
 
 
 @pytest.fixture
@@ -141,7 +122,7 @@ def test_levers_of_ones_own_come_from_files_also_in_the_child(spec: str, tmp_pat
     [
         (["--levers", "nosuch"], "there is no lever 'nosuch'"),
         (["--levers", "net.py:nosuch"], "no such file: net.py"),
-        (["--storage", "sqlite:////nonexistent/x.db"], "cannot open the storage"),
+        (["--storage", "sqlite:////dev/null/x.db"], "cannot open the storage"),
         (["--sampler", "nosuch"], "there is no sampler 'nosuch'"),
         (["--gpu", "24GiB"], "the speed of 24GiB is not known"),
         (["--trials", "0"], "trials is 0: give a number above 0"),

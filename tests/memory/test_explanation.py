@@ -20,7 +20,7 @@ from autobatch.memory.what_if import releases, rerun
 from autobatch.records.explanation import DeviceExplanation
 from autobatch.support.units import GIB, MIB
 from tests.support.random_recordings import recordings
-from tests.support.recordings import EXPANDABLE, Recorder, plain, recorder, write
+from tests.support.recordings import EXPANDABLE, PRIVATE, Recorder, plain, recorder, write
 from tests.support.training_recordings import (
     ACCUMULATE,
     EMPTY_CACHE,
@@ -65,9 +65,8 @@ def check_sums(device: DeviceExplanation) -> None:
     assert sum(each.size_bytes for each in device.held) + rounding == reserve.allocated_bytes
     assert sum(each.size_bytes for each in device.places) + rounding == reserve.allocated_bytes
     assert sum(each.blocks for each in device.held) == sum(each.blocks for each in device.places)
-    assert reserve.reserved_bytes == (
-        reserve.allocated_bytes + reserve.awaiting_bytes + reserve.split_bytes + reserve.whole_bytes
-    )
+    free = reserve.split_bytes + reserve.whole_bytes + reserve.private_bytes
+    assert reserve.reserved_bytes == reserve.allocated_bytes + reserve.awaiting_bytes + free
     assert reserve.largest_free_bytes <= reserve.split_bytes + reserve.whole_bytes
 
 
@@ -275,6 +274,20 @@ def test_whole_pages_of_an_expandable_segment_can_be_given_back() -> None:
     assert (reserve.whole_bytes, reserve.split_bytes) == (40 * MIB, 15 * MIB)
 
 
+def test_free_memory_of_private_pools_cannot_be_given_back() -> None:
+    made = stack_recorder()
+    whole, part = made.alloc(30 * MIB, pool_id=PRIVATE), made.alloc(6 * MIB, pool_id=PRIVATE)
+    made.alloc(6 * MIB, pool_id=PRIVATE)
+    made.free_at(FORWARD, whole, part, made.at(FORWARD, 6 * MIB))
+    made.at(FORWARD, 60 * MIB)
+    device = explained(made.content())
+    check_sums(device)
+    reserve = device.reserve
+    assert (reserve.private_bytes, reserve.whole_bytes) == ((30 + 14) * MIB, 20 * MIB)
+    assert reserve.split_bytes == 0
+    assert (reserve.free_blocks, reserve.largest_free_bytes) == (1, 20 * MIB)
+
+
 def test_the_largest_blocks_come_first_with_their_age() -> None:
     made = stack_recorder()
     made.at(FORWARD, 2 * MIB)
@@ -285,6 +298,21 @@ def test_the_largest_blocks_come_first_with_their_age() -> None:
     assert (first.requested_bytes, second.requested_bytes) == (9 * MIB, 4 * MIB)
     assert (first.size_bytes, second.age_events) == (9 * MIB, 0)
     assert explained(made.content()).largest[2].age_events is None
+
+
+def test_blocks_alike_are_counted_before_the_largest_are_chosen() -> None:
+    made = stack_recorder()
+    for _ in range(50):
+        made.at(FORWARD, 20 * MIB)
+    for size in (9, 8, 7):
+        made.at(FORWARD, size * MIB)
+    found = explained(made.content(), top=3).largest
+    assert [(each.blocks, each.requested_bytes) for each in found] == [
+        (50, 20 * MIB),
+        (1, 9 * MIB),
+        (1, 8 * MIB),
+    ]
+    assert found[0].age_events > found[1].age_events > 0
 
 
 def test_a_recording_from_the_beginning_is_simulated_as_it_was() -> None:

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from autobatch.cli import terminal
 from autobatch.errors import UsageError
+from autobatch.memory.allocator import OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.records.explanation import Alternative
 from autobatch.report import markdown
 from autobatch.report.explanation import Explanation, _row, explain, explanation_summary
 from autobatch.support.units import MIB
 from tests.support import browser
-from tests.support.recordings import write
+from tests.support.recordings import EXPANDABLE, PRIVATE, write
 from tests.support.training_recordings import (
     FORWARD,
     TRAIN,
@@ -35,10 +36,14 @@ def explained(folder: Path, made: StackRecorder, **options: Any) -> Explanation:
     return explain(write(folder / "snapshot.pickle", made.content()), **options)
 
 
-def trained(folder: Path, **options: Any) -> Explanation:
+def trained_content() -> dict[str, Any]:
     made = stack_recorder()
     training_steps(made)
-    return explained(folder, made, **options)
+    return made.content()
+
+
+def trained(folder: Path, **options: Any) -> Explanation:
+    return explain(write(folder / "snapshot.pickle", trained_content()), **options)
 
 
 def section(text: str, title: str) -> str:
@@ -182,6 +187,26 @@ def test_equal_blocks_share_a_row(tmp_path: Path) -> None:
     assert row.split()[:5] == ["3.00", "MiB", "5", "4", "events"]
 
 
+def test_blocks_alike_are_all_counted_however_few_rows_are_shown(tmp_path: Path) -> None:
+    made = stack_recorder()
+    for _ in range(50):
+        made.at(FORWARD, 3 * MIB)
+    for _ in range(2):
+        made.at(FORWARD, 2 * MIB)
+    _, _, *rows = section(str(explained(tmp_path, made, top=2)), "Largest blocks").splitlines()
+    assert [row.split()[:3] for row in rows] == [["3.00", "MiB", "50"], ["2.00", "MiB", "2"]]
+
+
+def test_free_memory_of_cuda_graphs_is_not_said_to_be_given_back(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.free_at(FORWARD, made.alloc(30 * MIB, pool_id=PRIVATE), made.at(FORWARD, 6 * MIB))
+    made.at(FORWARD, 60 * MIB)
+    told = one_space(section(str(explained(tmp_path, made)), "Reserved, but not allocated"))
+    assert "free, held for CUDA graphs or a torch.cuda.MemPool 31,457,280 30.0 MiB" in told
+    assert "free segments, which can be given back 20,971,520 20.0 MiB" in told
+    assert "The only free block that any request may use has 20.0 MiB" in told
+
+
 def test_small_places_are_summed(tmp_path: Path) -> None:
     made = stack_recorder()
     for line in range(14):
@@ -213,6 +238,42 @@ def test_a_request_larger_than_all_memory_has_no_setting(tmp_path: Path) -> None
     assert "no setting tried here meets it (simulated): less has to be alive at once" in told
 
 
+def failed_at_once() -> dict[str, Any]:
+    """Return a recording of a process whose first request found no memory."""
+    made = stack_recorder(capacity=10 * MIB)
+    made.device_free = 50 * MIB
+    with pytest.raises(OutOfMemory):
+        made.at([frame("build", "/home/me/run/train.py", 3)], 100 * MIB)
+    return made.content()
+
+
+def test_a_first_request_that_fails_is_explained(tmp_path: Path) -> None:
+    explanation = explain(write(tmp_path / "snapshot.pickle", failed_at_once()))
+    told = one_space(section(str(explanation), "Out of memory"))
+    assert "asked for 100 MiB (104,857,600 bytes), for run/train.py:3 build" in told
+    assert "nothing was allocated then, so the request itself is too large" in told
+    row = section(str(explanation), "Other allocator settings").splitlines()[3]
+    assert row.split() == "expandable_segments:True 0 B 0.0% 0 B 1 fails".split()
+    assert json.loads(explanation.to_json())["devices"][0]["shortage"]["event"] == 0
+    page = explanation.report(tmp_path / "report")
+    assert "Out of memory" in page.read_text()
+    assert not (page.parent / "charts").exists()
+
+
+def test_settings_that_reserve_where_the_recorded_ones_do_not_have_no_share() -> None:
+    none = alternative(0)
+    assert _row(alternative(2 * MIB), none, False)[2] == "-"
+
+
+def test_a_cache_of_nothing_but_free_blocks_is_drawn(tmp_path: Path) -> None:
+    made = stack_recorder()
+    made.free_at(FORWARD, made.at(FORWARD, 3 * MIB))
+    made.record()
+    made.note("oom", 0, 90 * MIB, 0, (0, 0))
+    page = explained(tmp_path, made).report(tmp_path / "report")
+    assert (page.parent / "charts" / "history-0.png").exists()
+
+
 def test_a_shortage_from_before_the_recording_is_told(tmp_path: Path) -> None:
     made = stack_recorder(capacity=80 * MIB)
     blocks = [made.at(FORWARD, 9 * MIB) for _ in range(8)]
@@ -238,20 +299,75 @@ def test_the_other_settings_are_simulated_and_compared(tmp_path: Path) -> None:
     assert "`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` would reserve 48.0 MiB less" in text
 
 
-def test_a_difference_of_less_than_is_shown_has_no_sign() -> None:
-    base = Alternative(
+def alternative(peak_reserved_bytes: int) -> Alternative:
+    return Alternative(
         settings="",
         recorded=True,
-        peak_reserved_bytes=10_000_000,
+        peak_reserved_bytes=peak_reserved_bytes,
         peak_allocated_bytes=1,
         alloc_retries=0,
         failed=False,
         meets_failed_request=None,
         note="",
     )
+
+
+def test_a_difference_of_less_than_is_shown_has_no_sign() -> None:
+    base = alternative(10_000_000)
     for more, shown in ((0, "0.0%"), (100, "0.0%"), (-100, "0.0%"), (10**6, "+10.0%")):
         other = dataclasses.replace(base, peak_reserved_bytes=10_000_000 + more)
         assert _row(other, base, False)[2] == shown
+
+
+def test_defaults_that_reserve_less_are_had_by_unsetting_the_variable(tmp_path: Path) -> None:
+    made = stack_recorder(EXPANDABLE)
+    for size in (15, 20):
+        made.at(FORWARD, size * MIB)
+    content = made.content()
+    content["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    text = one_space(str(explain(write(tmp_path / "snapshot.pickle", content))))
+    assert (
+        "PyTorch's defaults, with PYTORCH_CUDA_ALLOC_CONF unset, would reserve 4.00 MiB less"
+        in text
+    )
+
+
+def test_settings_that_have_no_text_have_a_name(tmp_path: Path) -> None:
+    content = trained_content()
+    content["allocator_settings"]["garbage_collection_threshold"] = float("nan")
+    text = str(explain(write(tmp_path / "snapshot.pickle", content)))
+    assert "  PyTorch's defaults: garbage_collection_threshold acts only" in text
+    assert "``" not in text
+
+
+def test_long_settings_leave_the_table_as_narrow_as_a_terminal(tmp_path: Path) -> None:
+    classes = ",".join(f"{1 << power}:{1 << power % 4}" for power in range(16))
+    long = f"roundup_power2_divisions:[{classes}],max_split_size_mb:256"
+    text = section(str(trained(tmp_path, settings=[long])), "Other allocator settings")
+    rows = text.splitlines()
+    assert max(map(len, rows[:9])) <= 100
+    assert rows[8].startswith("  roundup_power2_d…")
+    assert f"stands for `{long}`" in one_space(text)
+
+
+@pytest.mark.parametrize(
+    ("requests", "said"),
+    [
+        (0, "the simulated allocator has no allocation to make"),
+        (1, "the simulated allocator makes the one allocation as recorded"),
+        (2, "the simulated allocator makes all 2 allocations as recorded"),
+    ],
+)
+def test_any_number_of_requests_reads_well(tmp_path: Path, requests: int, said: str) -> None:
+    made = stack_recorder()
+    block = made.at(FORWARD, 3 * MIB)
+    made.record()
+    made.free_at(FORWARD, block)
+    for _ in range(requests):
+        made.at(FORWARD, 3 * MIB)
+    text = one_space(str(explained(tmp_path, made)))
+    assert said in text
+    assert "3.00 MiB in 1 block was there before the recording" in text
 
 
 def test_a_recording_that_begins_later_says_how_it_was_begun(tmp_path: Path) -> None:

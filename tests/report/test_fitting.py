@@ -134,6 +134,7 @@ def drawn(folder: Path) -> str:
     chart = FrontierChart(
         parameter="seq",
         ceilings=((128, 64), (256, 32)),
+        unbounded=frozenset({128}),
         planned=((128, 32), (256, 32)),
         paces=((128, 10.0), (256, 9.0)),
         unit="tokens",

@@ -216,6 +216,24 @@ def test_sliders_move_the_answer_and_go_back(seen: Seen, plan: Plan) -> None:
     assert seen.text("#outcome") == as_planned
 
 
+def test_by_hand_and_the_plan_agree_where_they_are_the_same_window(
+    browser: Any, tmp_path: Path
+) -> None:
+    plan = tuned(target=3)
+    assert plan.accumulation_steps == 1
+    peak = format_bytes(plan.footprint.peak_reserved_bytes)
+    page = tmp_path / "report.html"
+    page.write_text(plan_page(knowing(plan, {1: 60 * MIB, 8: 250 * MIB})), encoding="utf-8")
+    with opened(browser, page) as seen:
+        assert f"; {peak} reserved of " in seen.text("#outcome")
+        assert f"= 3{peak} reserved: " in seen.text("#by-hand")
+        for likely in re.findall(r"[\d.]+ % likely", seen.text("#outcome")):
+            assert likely in seen.text("#by-hand")
+        seen.page.focus("#steps")
+        seen.page.keyboard.press("ArrowRight")
+        assert "about" in seen.text("#by-hand")
+
+
 def test_the_timeline_tells_what_happens_where_the_pointer_is(seen: Seen, plan: Plan) -> None:
     assert f"Event {plan.timeline.peak_event:,} of" in seen.text("#readout")
     assert format_bytes(plan.footprint.peak_allocated_bytes) in seen.text("#readout")
@@ -336,9 +354,9 @@ def test_the_peak_can_be_seen_however_narrow_it_is(seen: Seen, plan: Plan) -> No
 
 
 def test_modules_at_the_peak_sum_to_it_and_can_be_walked(seen: Seen, plan: Plan) -> None:
-    known = sum(blocks.size_bytes for blocks in plan.peak_blocks)
+    peak = format_bytes(plan.footprint.peak_allocated_bytes)
     first = seen.page.locator("#tree [role=treeitem]").first
-    assert first.get_attribute("aria-label").startswith(f"Everything: {format_bytes(known)}, 100 %")
+    assert first.get_attribute("aria-label").startswith(f"Everything: {peak}, 100 %")
     first.focus()
     seen.page.keyboard.press("ArrowDown")
     inner = seen("document.activeElement.getAttribute('aria-label')")
@@ -350,6 +368,27 @@ def test_modules_at_the_peak_sum_to_it_and_can_be_walked(seen: Seen, plan: Plan)
     )
     seen.page.keyboard.press("Escape")
     assert first.get_attribute("aria-label").startswith("Everything")
+
+
+def test_rounding_is_beside_the_modules_at_the_peak(
+    browser: Any, plan: Plan, tmp_path: Path
+) -> None:
+    largest, *others = plan.peak_blocks
+    less = dataclasses.replace(largest, size_bytes=largest.size_bytes - 10 * MIB)
+    known = sum(blocks.size_bytes for blocks in plan.peak_blocks) - 10 * MIB
+    rounding = plan.footprint.peak_allocated_bytes - known
+    page = tmp_path / "report.html"
+    changed = dataclasses.replace(plan, peak_blocks=(less, *others))
+    page.write_text(plan_page(changed), encoding="utf-8")
+    with opened(browser, page) as seen:
+        whole, *inner = (
+            each.get_attribute("aria-label")
+            for each in seen.page.locator("#tree [role=treeitem]").all()
+        )
+        assert seen.errors == []
+    assert whole.startswith(f"Everything: {format_bytes(plan.footprint.peak_allocated_bytes)}")
+    (told,) = (label for label in inner if label.startswith("rounding"))
+    assert told.startswith(f"rounding by the allocator: {format_bytes(rounding)}, ")
 
 
 def test_tabs_show_the_lines_of_each_trainer_and_buttons_copy_them(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, StrMethodFormatter
@@ -13,7 +14,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from autobatch.records.comparison import ComparisonRecord, FrontierRecord
 from autobatch.report.charts.frame import add_legend, new_figure
 from autobatch.report.colours import FAINT, INDIGO, INK, ROSE, TEAL
-from autobatch.report.comparison import sizes_text
+from autobatch.report.comparison import money_text, sizes_text
 
 __all__ = [
     "ComparisonChart",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 _BAR, _SIZE, _PACE = TEAL, INDIGO, ROSE
+
+_DECADE = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ def comparison_chart(compared: ComparisonRecord) -> ComparisonChart:
         sizes = sizes_text(card.outcome, compared.target, compared.world_size)
         note = f"{sizes} × {card.outcome.accumulation_steps:,}"
         if card.cost_per_million is not None:
-            note += f", {card.cost_per_million:,.2f} a million samples"
+            note += f", {money_text(card.cost_per_million)} a million samples"
         likely, low, high = (
             compared.target / seconds for seconds in (window.seconds, window.high, window.low)
         )
@@ -88,6 +91,7 @@ class FrontierChart:
     Attributes:
         parameter: on the horizontal axis.
         ceilings: largest micro-batch by value.
+        unbounded: values at which the search stopped at its limit: more may fit than the ceiling.
         planned: micro-batch of the plan by value.
         paces: tokens or samples a second by value, where known.
         unit: of the paces, "tokens" or "samples".
@@ -96,6 +100,7 @@ class FrontierChart:
 
     parameter: str
     ceilings: tuple[tuple[int, int], ...]
+    unbounded: frozenset[int]
     planned: tuple[tuple[int, int], ...]
     paces: tuple[tuple[int, float], ...]
     unit: str
@@ -110,6 +115,7 @@ def frontier_chart(found: FrontierRecord) -> FrontierChart:
     return FrontierChart(
         parameter=found.parameter,
         ceilings=tuple((point.value, point.outcome.ceiling_at_least) for point in fitting),
+        unbounded=frozenset(p.value for p in fitting if p.outcome.ceiling is None),
         planned=tuple((point.value, point.outcome.micro_batch or 0) for point in fitting),
         paces=tuple((value, pace) for value, pace in paces if pace is not None),
         unit=found.unit,
@@ -136,20 +142,29 @@ def draw_frontier(chart: FrontierChart) -> Figure:
     }
     pace: dict[str, Any] = {"color": _PACE, "lw": 1.6, "ls": "--", "marker": "s", "ms": 5}
     axes.plot(*_columns(chart.ceilings), **ceiling)
+    for point in chart.ceilings:
+        if point[0] in chart.unbounded:
+            _point_upwards(axes, point)
     axes.plot(*_columns(chart.planned), **planned)
     values = [value for value, _ in chart.ceilings]
     if min(values, default=1) * 4 <= max(values, default=1):
         axes.set_xscale("log", base=2)
     axes.set_xticks(values, [f"{value:,}" for value in values])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=chart.parameter, ylabel="micro-batch (samples)", ylim=(0, None))
+    axes.set(xlabel=chart.parameter, ylabel="micro-batch (samples)")
+    _scale_sizes(axes, [size for _, size in (*chart.ceilings, *chart.planned)])
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     handles = [
         Line2D([], [], label="ceiling: the largest that fits", **ceiling),
         Line2D([], [], label="plan", **planned),
     ]
+    if chart.unbounded:
+        arrow: dict[str, Any] = {"color": _SIZE, "ls": "none", "marker": r"$\uparrow$", "ms": 9}
+        handles.insert(1, Line2D([], [], label="at least: the search went no further", **arrow))
     if chart.paces:
         other = axes.twinx()
+        axes.set_zorder(other.get_zorder() + 1)  # a plan and its ceiling are what the chart is of
+        axes.patch.set_visible(False)
         other.plot(*_columns(chart.paces), **pace)
         top = 1.12 * max(rate for _, rate in chart.paces)
         other.set(ylabel=f"{chart.unit}/s ({chart.evidence})", ylim=(0, top))
@@ -158,6 +173,26 @@ def draw_frontier(chart: FrontierChart) -> Figure:
         handles.append(Line2D([], [], label=f"{chart.unit}/s ({chart.evidence})", **pace))
     add_legend(figure, handles)
     return figure
+
+
+def _point_upwards(axes: Axes, point: tuple[int, int]) -> None:
+    """Let a short arrow rise from a point, above which the search did not look."""
+    axes.annotate(
+        "",
+        point,
+        xytext=(0, 20),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "<-", "color": _SIZE, "lw": 1.8, "shrinkA": 0, "shrinkB": 0},
+    )
+
+
+def _scale_sizes(axes: Axes, sizes: Sequence[int]) -> None:
+    """Let a plan be told from zero where it is a small part of the ceiling."""
+    if min(sizes) * _DECADE <= max(sizes):
+        axes.set_yscale("log")
+        axes.set_ylim(min(sizes) / 2, 3 * max(sizes))  # room for the arrows
+    else:
+        axes.set_ylim(0, 1.12 * max(sizes))
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

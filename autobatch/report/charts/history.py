@@ -37,7 +37,7 @@ _OTHERS = (SLATE, CYAN, PURPLE, GREEN, OLIVE, WINE, INDIGO, SILVER)
 def draw_history(device: DeviceExplanation) -> Figure:
     """Draw what a device's recording held by category, the reserve, the peak and a failed request.
 
-    The device has a history.
+    The device has a history, in which something was reserved.
     """
     history = device.history
     assert history is not None
@@ -46,12 +46,13 @@ def draw_history(device: DeviceExplanation) -> Figure:
     areas = _areas(history)
     free = iter(_OTHERS)
     shades = [CATEGORIES.get(name) or next(free) for name, _ in areas]
-    axes.stackplot(
-        history.events,
-        *([held / size for held in each] for _, each in areas),
-        colors=shades,
-        step="post",
-    )
+    if areas:  # a cache may hold nothing but free blocks
+        axes.stackplot(
+            history.events,
+            *([held / size for held in each] for _, each in areas),
+            colors=shades,
+            step="post",
+        )
     reserved = [each / size for each in history.reserved_bytes]
     axes.step(history.events, reserved, where="post", color=BUDGET, lw=1.4, ls=(0, (5, 4)))
     marks = []

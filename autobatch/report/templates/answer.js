@@ -67,6 +67,13 @@ function answersOf(plan, known) {
     return [reserved * (1 + at(5)), reserved * (1 + at(95))];
   }
 
+  // The peak of a window on a card: of the plan's own window, what its execution reserved.
+  function peakOf(cardIndex, size, steps) {
+    const isPlan = cardIndex === 0 && size === plan.microBatch && steps === plan.steps;
+    const known = { bytes: plan.peakReserved, most: plan.peakReserved, isKnown: true, isBounded: false };
+    return { ...(isPlan ? known : peak(size)), isPlan };
+  }
+
   // What `autobatch.tune` plans for a card (its index), one of its headrooms, and a target.
   function planned(cardIndex, headroomIndex, target) {
     const card = known.cards[cardIndex];
@@ -74,13 +81,11 @@ function answersOf(plan, known) {
     const split = splitTarget(target, ceiling, plan.worldSize);
     const limit = budget(card, headroom), usable = card.capacity - card.context;
     if (!split) return { ceiling, budget: limit, split: null };
-    const isPlan = cardIndex === 0 && headroom === plan.headroom && target === plan.target;
-    const found = peak(split.microBatch);
-    if (isPlan) Object.assign(found, { bytes: plan.peakReserved, most: plan.peakReserved, isKnown: true });
+    const found = peakOf(cardIndex, split.microBatch, split.steps);
     return {
-      ...found, ceiling, budget: limit, split, peak: found.bytes, isPlan,
+      ...found, ceiling, budget: limit, split, peak: found.bytes,
       // a window of one micro-batch is another one, in which no gradients wait
-      exact: isPlan || (found.isKnown && split.steps > 1),
+      exact: found.isPlan || (found.isKnown && split.steps > 1),
       // where no window can accumulate, the search is for windows of one micro-batch
       isLeast: target === plan.worldSize,
       likelihood: likelihood(found.most, usable),
@@ -88,7 +93,7 @@ function answersOf(plan, known) {
   }
 
   function byHand(cardIndex, headroomIndex, size, steps) {
-    const card = known.cards[cardIndex], found = peak(size);
+    const card = known.cards[cardIndex], found = peakOf(cardIndex, size, steps);
     const limit = budget(card, card.headrooms[headroomIndex]);
     return {
       ...found, budget: limit, fits: found.most <= limit, batch: size * steps * plan.worldSize,

@@ -102,16 +102,18 @@ function historyOf(data) {
     };
   }
 
-  // Bytes by module and category at an instant: of every block at the peak, elsewhere of large ones.
+  // Bytes by module and category at an instant: of every block at the peak, with what the allocator
+  // rounded up beside them; elsewhere of large ones.
   function modulesAt(event) {
     if (event === timeline.peak && data.peak.length) {
-      return { entries: data.peak.map(([module, category, op, size]) => [module, category, op, size]), isWhole: true };
+      const known = data.peak.reduce((sum, entry) => sum + entry[3], 0);
+      return { entries: data.peak, isWhole: true, rounding: Math.max(plan.peakAllocated - known, 0) };
     }
     const entries = aliveAt(event).map((block) => {
       const [module, op, category] = lives.holders[lives.holder[block]];
       return [lives.modules[module], category, lives.ops[op], lives.size[block]];
     });
-    return { entries, isWhole: !lives || lives.least === 0 };
+    return { entries, isWhole: !lives || lives.least === 0, rounding: 0 };
   }
 
   // what all names of modules but a few begin with, as "transformer."

@@ -1,11 +1,11 @@
 // Memory by module at an instant, as nested boxes whose widths are bytes.
 function useIcicle(history, data) {
   const tree = byId("tree"), crumbs = byId("crumbs"), title = byId("icicle-title");
-  const categories = data.lives ? data.lives.categories : Object.keys(CATEGORY_CLASSES);
+  const categories = [...(data.lives ? data.lives.categories : Object.keys(CATEGORY_CLASSES)), "rounding"];
   const ROW = 34, DEEPEST = 8;
   let root = null, inside = null, isWhole = true, event = history.peak;
 
-  function grown(entries) {
+  function grown({ entries, rounding }) {
     const make = (name, path) => ({ name, path, size: 0, parts: new Map(), children: new Map(), parent: null });
     const whole = make("everything", "");
     for (const [module, category, op, size] of entries) {
@@ -28,6 +28,14 @@ function useIcicle(history, data) {
       for (const each of visited) {
         each.size += size;
         each.parts.set(category, (each.parts.get(category) || 0) + size);
+      }
+    }
+    if (rounding) {
+      const name = "rounding by the allocator", node = { ...make(name, name), parent: whole };
+      whole.children.set(name, node);
+      for (const each of [whole, node]) {
+        each.size += rounding;
+        each.parts.set(categories.lastIndexOf("rounding"), rounding);
       }
     }
     return whole;
@@ -132,7 +140,7 @@ function useIcicle(history, data) {
     const found = history.modulesAt(event);
     isWhole = found.isWhole;
     const path = inside ? label(inside) : null;
-    root = grown(found.entries);
+    root = grown(found);
     inside = root;
     const seek = (node) => { if (label(node) === path) inside = node; node.children.forEach(seek); };
     if (path) seek(root);

@@ -68,13 +68,14 @@ function useWhatIf(data, answers) {
     const sizes = split.uniform ? formatCount(split.microBatch) : formatCount(split.microBatch) + " or " + formatCount(split.size);
     outcome.append(
       element("p", "big", sizes + " × " + formatCount(split.steps) + " × " + formatCount(plan.worldSize) + " = " + formatCount(split.target)),
-      element("p", "", "ceiling " + (found.isLeast ? "at least " : "") + formatCount(found.ceiling) + "; " + peakText(found, found.isPlan ? 2 : split.steps) + " reserved of " +
+      element("p", "", "ceiling " + (found.isLeast ? "at least " : "") + formatCount(found.ceiling) + "; " + peakText(found, split.steps) + " reserved of " +
         formatBytes(found.budget) + "; " + percent(found.likelihood) + " likely to fit a real card"));
   }
 
   // Below a size that is known a peak is on the line of its neighbours, and may be up to the larger one.
-  function peakText({ bytes, most, isKnown, isBounded }, count) {
-    if (isKnown) return (count > 1 ? "" : "about ") + formatBytes(bytes);
+  // The window of the plan was executed; other windows of one micro-batch are not those whose peak is known.
+  function peakText({ bytes, most, isKnown, isBounded, isPlan }, count) {
+    if (isKnown) return (isPlan || count > 1 ? "" : "about ") + formatBytes(bytes);
     const upTo = formatBytes(most);
     return "about " + formatBytes(bytes) + (isBounded && upTo !== formatBytes(bytes) ? ", up to " + upTo : "");
   }

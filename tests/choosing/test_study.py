@@ -228,7 +228,7 @@ def test_trials_of_another_question_in_the_study_are_refused(storage: str) -> No
 
 @pytest.mark.parametrize(
     "storage",
-    ["sqlite:////nonexistent/x.db", "nosuch://x", "/nonexistent/x.journal", "/", __file__],
+    ["sqlite:////dev/null/x.db", "nosuch://x", "/dev/null/x.journal", "/", __file__],
 )
 def test_a_storage_that_cannot_be_opened_is_one_line(storage: str) -> None:
     with pytest.raises(FileError, match=r"cannot open the storage '.*': .*; name one such as") as e:

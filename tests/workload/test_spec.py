@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import traceback
 
 import pytest
@@ -85,6 +86,21 @@ def test_the_folder_of_the_file_leaves_the_search_path_whatever_happens(user_fil
     load_spec(f"{user_file}:build_model")
     message(f"{user_file}:broken", WorkloadError)
     assert sys.path == before
+
+
+def test_a_file_that_reads_its_own_arguments_finds_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["autobatch", "probe", "--width", "x"])
+    lines = """
+        import argparse
+        from torch import nn
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--width", type=int, default=3)
+        width = parser.parse_args().width
+        build = lambda: nn.Linear(1, width)
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(lines))
+    assert load_spec(f"{tmp_path / 'own.py'}:build").out_features == 3
+    assert sys.argv[1:] == ["probe", "--width", "x"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Models and Workloads that a user's function makes.
 
-Invariant: `sys.path` is afterwards as before; whatever the user's code raises becomes one
-WorkloadError with the original chained.
+Invariant: `sys.path` and `sys.argv` are afterwards as before; whatever the user's code raises
+becomes one WorkloadError with the original chained.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ def named_object(spec: str) -> Any:
 
 @contextmanager
 def _imported(spec: str) -> Iterator[Any]:
-    """Import what a SPEC names; its folder is on `sys.path` in the block."""
+    """Import what a SPEC names; in the block it is as in a script, without arguments."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise SpecError(f"{spec!r} is no SPEC{_meant(source or name)}: write {FORMS}")
     is_file = source.endswith(".py") or Path(source).is_file()
     folder = Path(source).resolve().parent if is_file else Path.cwd()
-    with patched(sys, path=[str(folder), *sys.path]):
+    # the command's own words are none for a file that reads its own
+    with patched(sys, path=[str(folder), *sys.path], argv=[source]):
         module = _import_file(source) if is_file else _import_module(source)
         if not hasattr(module, name):
             plain, _, options = name.partition("?")
@@ -161,7 +162,8 @@ def _made_by(maker: Any, spec: str, sizes: Mapping[str, int]) -> Any:
             f"{spec} cannot be called with {given} alone ({error}): let it take that, with "
             "defaults for all other arguments"
             if sizes
-            else f"{spec} needs arguments ({error}): name a function that can be called without any"
+            else f"{spec} needs arguments ({error}): name a function that can be called without "
+            "any, or give whole numbers by --vary, as in --vary width=64"
         ) from None
     return _run_user_code(spec, partial(maker, **sizes))
 

@@ -4,6 +4,7 @@ CPU_VENV := .venv-cpu
 LOWEST_VENV := .venv-lowest
 DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
+CORE := $(addprefix tests/,accumulate devices levers tuning workload test_public_api.py)
 
 .PHONY: demo docs test test-cpu test-lowest lint clean
 
@@ -16,14 +17,14 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
 
-# the core alone, on the CPU build of PyTorch where the package index offers one; pages that users
-# read, reports, and what takes seconds are for the default build
+# the core alone, on the CPU build of PyTorch where the package index offers one; what takes seconds
+# is for the default build, and so is what stands on the core: commands, pages, reports
 test-cpu: $(CPU_VENV)/test.stamp
-	$(CPU_VENV)/bin/python -m pytest -n auto -m "not slow" --ignore tests/docs --ignore tests/reports
+	$(CPU_VENV)/bin/python -m pytest -n auto -m "not slow" $(CORE)
 
 # the same on the oldest PyTorch that pyproject.toml takes, and all that its CUDA code is part of
 test-lowest: $(LOWEST_VENV)/test.stamp
-	$(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" --ignore tests/docs --ignore tests/reports
+	$(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" $(CORE) tests/bench tests/equivalence
 	$(LOWEST_VENV)/bin/python -m pytest -n auto -m slow tests/bench tests/devices
 
 lint: $(VENV)/test.stamp

@@ -216,14 +216,22 @@ class Watch:
             if not all(map(_is_same, self._norms, now)):
                 raise _changed("were changed through .data between two calls of window.backward")
 
-    def end(self) -> None:
+    def end(self, parameters: list[Tensor]) -> None:
         """Check once more when the last micro-batch has ended, and learn how to look.
+
+        Args:
+            parameters: those that the update changes, by now.
 
         Raises:
             WorkloadError: gradients or parameters were changed by something else.
         """
         if self._values is None:
             return
+        if parameters is not self._parameters:
+            raise WorkloadError(
+                "the optimizers were given other parameters while the window ran, so that not all "
+                "of its micro-batches reached them: change their groups between windows"
+            )
         now = versions(self._parameters)
         self._check()
         if now != self._values:

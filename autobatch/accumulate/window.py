@@ -391,7 +391,7 @@ class Window:
             )
         self._current = None
         if not self._todo:
-            self._training.watch.end()
+            self._training.watch.end(self._training.update.parameters)
         self._ran.append(micro)
 
     def _skipped_average(self) -> None:

@@ -114,7 +114,7 @@ def check_equivalence(
     if window is not None and weight is not None:
         raise UsageError("a window function weights its micro-batches itself: give it or a weight")
     sizes_asked = _asked_window(plan, micro_batch, accumulation_steps)
-    sample = one_batch(sample, samples if plan is not None else sum(sizes_asked))
+    sample, lost = one_batch(sample, samples if plan is not None else sum(sizes_asked))
     asked = Asked(model=model, sample=sample, batch_dims=batch_dims, loss=loss, autocast=autocast)
     with one_at_a_time(), exits_reported("the model"):
         workload = asked.workload()
@@ -137,7 +137,8 @@ def check_equivalence(
         torch.compiler.set_stance("force_eager"),
     ):
         result = check.result(dtype)
-    return replace(result, seconds=time.perf_counter() - started)
+    notes = (*lost, *workload.notes, *result.notes)
+    return replace(result, notes=notes, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,21 +256,24 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BatchNorm) and module.training for module in model.modules())
 
 
-def one_batch(sample: Any, samples: int) -> Any:
+def one_batch(sample: Any, samples: int) -> tuple[Any, list[str]]:
     """Return a batch of items from all over a data set or a loader's; any other sample as it is.
 
     `tune` repeats the largest item because it measures memory; gradients need different items.
-    What reading them changes in the data set or the collate function is put back.
+    What reading them changes in the data set or the collate function is put back, and what cannot
+    be is returned in one sentence each.
     """
     is_loader = isinstance(sample, DataLoader)
     dataset = sample.dataset if is_loader else sample
     length = dataset_length(sample)
     if length is None or isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
-        return sample
+        return sample, []
     number = min(samples, length)
     collate = sample.collate_fn if is_loader else default_collate
-    with random_state_kept(), attributes_kept(dataset, collate):
-        return collate([dataset[index * length // number] for index in range(number)])
+    with random_state_kept(), attributes_kept(dataset, collate) as kept:
+        kept.items = number
+        batch = collate([dataset[index * length // number] for index in range(number)])
+    return batch, kept.lost
 
 
 def _needed(layout: Layout) -> Layout:

@@ -3,7 +3,7 @@
 Invariant: random generators are always put back, and so is all else that is small; large data is
 neither copied nor looked through. Objects of libraries, which may stand for files or threads, are
 gone through for what they hold of the user's and of generators, and are not written to. Files are
-put back to where they were, and iterators are not advanced, as `one_pass` does it.
+put back to where they were by `files`, and iterators are not advanced, which `one_pass` sees to.
 """
 
 from __future__ import annotations
@@ -36,18 +36,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from autobatch.support.owners import is_own_class, is_own_function
 from autobatch.support.wording import count
-from autobatch.workload.one_pass import (
-    Mark,
-    StandIns,
-    file_kept,
-    is_closed,
-    is_file,
-    is_of_python,
-    kind_of,
-    mark_of,
-    parts_of,
-    wrapped,
-)
+from autobatch.workload.files import file_kept, is_closed, is_file, wrapped
+from autobatch.workload.one_pass import Mark, StandIns, is_of_python, kind_of, mark_of, parts_of
 from autobatch.workload.tree import is_array
 
 __all__ = ["Kept", "attributes_kept"]
@@ -161,7 +151,8 @@ class Kept:
         self.lost = list(dict.fromkeys(self._losses()))
 
     def _losses(self) -> Iterator[str]:
-        read = f"when {count(self.items, 'item')} were read to see their sizes"
+        items = count(self.items, "item")
+        read = f"when {items} {'was' if self.items == 1 else 'were'} read"
         for value, name, mark in self._marks:
             if mark.differs(mark_of(value)):
                 yield f"{name} ({kind_of(value)}) was read on {read}: {_ANEW}"

@@ -317,6 +317,25 @@ def test_parameters_that_are_replaced_in_their_groups_have_no_gradients_left(nam
     assert apart(model, reference) < 1e-12
 
 
+@pytest.mark.parametrize("change", ["replaced", "added"])
+def test_parameters_that_come_in_the_midst_of_a_window_are_refused(change: str) -> None:
+    model = network("plain")
+    optimizer = torch.optim.SGD([model[0].weight, model[0].bias], lr=0.1)
+
+    def loop() -> None:
+        for window in windows_of(model, optimizer):
+            for at, batch in enumerate(window):
+                if at == 2 and change == "added":
+                    optimizer.add_param_group({"params": [*model[2].parameters()]})
+                elif at == 2:
+                    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+                    optimizer.param_groups[0]["params"][0] = model[0].weight
+                window.backward(loss_of(model, batch))
+
+    with pytest.raises(WorkloadError, match="given other parameters while the window ran"):
+        loop()
+
+
 # -- what looks like trouble and is none
 
 

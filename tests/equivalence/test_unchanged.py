@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from autobatch import check_equivalence
 
@@ -75,3 +76,26 @@ def test_what_a_weight_counts_is_as_before() -> None:
     batch = (torch.randn(8, 3), torch.arange(8) % 3)
     assert check_equivalence(nn.Linear(3, 3), batch, loss=loss, weight=weight).equivalent
     assert weight.calls == 0
+
+
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_a_pipe_that_was_read_on_is_told_of(kind: str) -> None:
+    read, write = os.pipe()
+    os.write(write, b"1\n" * 64)
+    os.close(write)
+
+    class Lines(Dataset[Any] if kind == "map-style" else IterableDataset[Any]):  # type: ignore[misc]
+        file = os.fdopen(read)
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.full((3,), float(self.file.readline())), 0
+
+        def __iter__(self) -> Any:
+            return iter([self[0], self[1]])
+
+    with Lines.file:
+        result = check_equivalence(nn.Linear(3, 3), Lines(), loss=loss)
+    assert any("Lines.file" in note and "cannot be put back" in note for note in result.notes)

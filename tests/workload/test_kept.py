@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autobatch.errors import SampleError
-from autobatch.workload import kept, one_pass
+from autobatch.workload import files, kept
 from autobatch.workload.dataset import draw
 from autobatch.workload.kept import attributes_kept
 
@@ -234,13 +234,13 @@ def test_so_is_a_text_of_long_characters_and_line_ends(tmp_path) -> None:
 
 
 def test_a_file_that_was_too_long_to_look_for_its_place_is_told_of(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(one_pass, "_MOST_OF_A_TEXT", 10)
+    monkeypatch.setattr(files, "_MOST_OF_A_TEXT", 10)
     with numbers(tmp_path / "numbers", open).open() as file:
         next(file)
         drawn = draw(Held(file))
     assert drawn.notes == (
-        "Held.held (TextIOWrapper) may have been read on when 512 items were read to see their "
-        "sizes: it cannot be put back, so let training begin with a new one",
+        "Held.held (TextIOWrapper) may have been read on when 512 items were read: it cannot be "
+        "put back, so let training begin with a new one",
     )
 
 
@@ -496,7 +496,7 @@ def test_what_a_library_s_object_holds_and_was_read_on_is_told_of() -> None:
                 yield torch.zeros(value + 1)
 
     expected = (
-        "rows (generator) was read on when 20 items were read to see their sizes: it cannot be "
+        "rows (generator) was read on when 20 items were read: it cannot be "
         "put back, so let training begin with a new one"
     )
     drawn = draw(Reads(held))

@@ -17,6 +17,7 @@ import autobatch
 from autobatch.advice.loop import training_loop
 from autobatch.cli import main
 from autobatch.devices.ddp_buckets import gradient_buckets
+from autobatch.devices.virtual.backend import virtual_device
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.errors import UsageError, WorkloadError
 from autobatch.gpus.catalogue import find_gpu
@@ -496,7 +497,7 @@ def state_of_the_process() -> tuple[object, ...]:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-    handle = getattr(torch, "virtual_gpu", None)
+    name = virtual_device().type  # registers the device, which a process does once
     return (
         dist.is_initialized(),
         sys.excepthook,
@@ -504,7 +505,7 @@ def state_of_the_process() -> tuple[object, ...]:
         _fsdp_param_group.foreach_reduce,
         ShardingPropagator._propagate_tensor_meta_non_cached,
         torch.get_rng_state().tolist(),
-        hasattr(handle, "Stream"),
+        dict(vars(getattr(torch, name))),
     )
 
 

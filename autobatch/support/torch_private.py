@@ -63,6 +63,7 @@ __all__ = [
     "fsdp2",
     "is_made_of_ops",
     "is_memory_history_on",
+    "look_up_functions_of_torch",
     "memory_snapshot",
     "next_sequence_number",
     "no_dispatch",
@@ -177,6 +178,18 @@ def preload_fake_tensors() -> None:
         import torch._functorch.config
         import torch.fx.experimental.symbolic_shapes
         import torch.nested._internal.nested_tensor  # noqa: F401
+
+
+def look_up_functions_of_torch() -> None:
+    """Let Dynamo look up the functions of PyTorch, unless it has.
+
+    It keeps the table that it makes when it is first asked, or is asked again after a process group
+    began. Made where functions stand in for PyTorch's, it would know these, and for ever.
+    """
+    with _known():
+        from torch._dynamo import trace_rules
+
+        trace_rules.get_torch_obj_rule_map()
 
 
 def torch_version() -> tuple[int, ...]:

@@ -40,6 +40,7 @@ from autobatch.support.torch_private import (
     FakeTensor,
     PrivateUse1Hooks,
     fake_tensor,
+    look_up_functions_of_torch,
     private_use_1_name,
     register_private_use_1,
     subclasses,
@@ -186,6 +187,7 @@ def _device_module() -> ModuleType:
 def emulated_cuda(spec: GpuSpec, device: torch.device) -> Iterator[None]:
     """Let PyTorch's own Python code, and the user's, take the virtual device for a CUDA GPU."""
     global _active
+    look_up_functions_of_torch()
     with contextlib.ExitStack() as patches:
         # placeholders need not lie in the support of a distribution
         patches.enter_context(patched(torch.distributions.Distribution, _validate_args=False))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import trace_rules
 from torch.utils.checkpoint import checkpoint
 
 from autobatch.devices.virtual.gpu import VirtualGpu
@@ -190,3 +191,10 @@ def test_an_op_that_runs_functions_is_refused_in_one_line() -> None:
     workload = Workload(model=nn.Linear(4, 4), batch=lambda n: torch.zeros(n, 4), loss=loss)
     with pytest.raises(WorkloadError, match=r"micro-batch 2: cond runs functions as one op .*can$"):
         VirtualGpu(find_gpu("t4")).run(workload, micro_batch=2, accumulation_steps=1)
+
+
+def test_what_dynamo_knows_of_pytorch_is_not_learned_in_a_simulation() -> None:
+    trace_rules.clear_lru_cache()  # as the beginning of a process group does
+    test_an_op_that_runs_functions_is_refused_in_one_line()
+    known = trace_rules.get_torch_obj_rule_map()
+    assert {torch.nested.nested_tensor, torch.cuda.is_available} <= known.keys()

@@ -30,6 +30,7 @@ from autobatch.report.document import (
 )
 from autobatch.report.html import page, plan_page
 from autobatch.support.units import GIB, KIB, MIB, format_bytes
+from autobatch.workload.spec.load import load_spec
 from tests.support.browser import Seen, axe, chromium, opened
 from tests.support.plans import example_plan, ragged_plan
 
@@ -519,6 +520,20 @@ def test_it_prints_on_at_most_four_pages_with_all_that_is_closed_open(
         assert (
             seen("getComputedStyle(document.querySelector('.answer .n')).color") == "rgb(0, 0, 0)"
         )
+
+
+@pytest.mark.slow
+def test_a_model_with_long_names_and_many_kinds_of_blocks_prints_on_four_pages_too(
+    browser: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    plan = autobatch.tune(load_spec("hf:bert?num_hidden_layers=3"), target=256, gpu="a100-40gb")
+    file = tmp_path / "bert.html"
+    file.write_text(plan_page(plan), encoding="utf-8")
+    with opened(browser, file) as seen:
+        printed = seen.page.pdf(format="A4", print_background=True)
+    assert len(plan.warnings) == 0 and len(printed) > 100_000  # columns come out empty
+    assert 1 < len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
 
 
 def test_without_scripts_the_answer_the_tables_and_still_drawings_are_there(

@@ -4,6 +4,10 @@ CPU_VENV := .venv-cpu
 LOWEST_VENV := .venv-lowest
 DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
+# byte code is made of what is imported, as it is: of everything, it takes a minute for each environment
+PIP_FLAGS := --quiet --no-compile
+# what is compiled, and how: environments are installed again where it changed
+COMPILED := setup.py $(wildcard autobatch/memory/*.pxd) $(patsubst %.pxd,%.py,$(wildcard autobatch/memory/*.pxd))
 CORE := $(addprefix tests/,accumulate devices levers tuning workload test_public_api.py)
 
 .PHONY: demo docs test test-cpu test-lowest lint clean
@@ -39,35 +43,35 @@ docs: $(DOCS_VENV)/docs.stamp
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
 
-$(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[timm,hf]"
+$(VENV)/demo.stamp: pyproject.toml $(COMPILED) | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[timm,hf]"
 	touch $@
 
-$(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[timm,hf,lightning,lora,examples,test,lint]"
+$(VENV)/test.stamp: pyproject.toml $(COMPILED) | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[timm,hf,lightning,lora,examples,test,lint]"
 	touch $@ $(VENV)/demo.stamp
 
-$(CPU_VENV)/test.stamp: pyproject.toml
+$(CPU_VENV)/test.stamp: pyproject.toml $(COMPILED)
 	$(PYTHON) -m venv $(CPU_VENV)
-	$(CPU_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(CPU_VENV)/bin/python -m pip install --quiet "torch==2.13.0"
-	$(CPU_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
+	$(CPU_VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+	$(CPU_VENV)/bin/python -m pip install $(PIP_FLAGS) "torch==2.13.0"
+	$(CPU_VENV)/bin/python -m pip install $(PIP_FLAGS) --editable ".[hf,examples,test]"
 	touch $@
 
-$(LOWEST_VENV)/test.stamp: pyproject.toml
+$(LOWEST_VENV)/test.stamp: pyproject.toml $(COMPILED)
 	$(PYTHON) -m venv $(LOWEST_VENV)
-	$(LOWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(LOWEST_VENV)/bin/python -m pip install --quiet "torch==2.10.0"
-	$(LOWEST_VENV)/bin/python -m pip install --quiet --editable ".[hf,examples,test]"
+	$(LOWEST_VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+	$(LOWEST_VENV)/bin/python -m pip install $(PIP_FLAGS) "torch==2.10.0"
+	$(LOWEST_VENV)/bin/python -m pip install $(PIP_FLAGS) --editable ".[hf,examples,test]"
 	touch $@
 
 $(DOCS_VENV)/docs.stamp: pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	$(DOCS_VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+	$(DOCS_VENV)/bin/python -m pip install $(PIP_FLAGS) --group docs
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CPU_VENV) $(LOWEST_VENV) $(DOCS_VENV) demo-report build *.egg-info
+	rm -rf $(VENV) $(CPU_VENV) $(LOWEST_VENV) $(DOCS_VENV) demo-report build *.egg-info autobatch/memory/*.so

@@ -272,6 +272,7 @@ def _simulation() -> Iterator[Finding]:
     try:
         from torch import nn
 
+        from autobatch.memory import allocator
         from autobatch.tuning.tuner import predict
 
         started = time.perf_counter()
@@ -294,4 +295,14 @@ def _simulation() -> Iterator[Finding]:
         value=f"works, in {took}" if right else f"{counted}, and there are {_TESTED_BYTES:,}",
         verdict="ok" if right else "problem",
         advice="" if right else f"tell its authors, with Python {sys.version.split()[0]}",
+    )
+    is_python = allocator.__file__.endswith(".py")
+    yield Finding(
+        section=section,
+        name="the simulated allocator",
+        value="runs as Python" if is_python else "is compiled",
+        verdict="note" if is_python else "ok",
+        advice="answers are the same and come later; with a C compiler, install autobatch again"
+        if is_python
+        else "",
     )

@@ -10,8 +10,7 @@ step-checked against recordings by `python -m reports.allocator`. Only the drive
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from autobatch.memory.allocator_settings import AllocatorSettings
@@ -25,8 +24,6 @@ from autobatch.memory.blocks import (
 )
 from autobatch.memory.expandable import ExpandableSegments
 from autobatch.memory.segments import (
-    ADDRESS_BITS,
-    ADDRESS_MASK,
     ALLOCATED,
     AWAITING,
     FREE,
@@ -41,7 +38,7 @@ from autobatch.support.units import format_bytes
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Block", "CachingAllocator", "OutOfMemory"]
+__all__ = ["CachingAllocator", "OutOfMemory"]
 
 
 class OutOfMemory(Exception):
@@ -119,21 +116,16 @@ class CachingAllocator(ExpandableSegments):
         size = self._rounded.get(size_bytes) or self._round(size_bytes)
         small = size <= SMALL_BYTES
         pool = self._pools.get((small, stream, pool_id)) or self._pool(small, stream, pool_id)
-        keys = pool.keys
-        index = bisect_left(keys, size << ADDRESS_BITS)
+        index = pool.place(size, 0)
         if self._selective:
             index = self._select(pool, size, index)
-        if index < len(keys):
-            block = self._blocks[keys.pop(index) & ADDRESS_MASK]
-        else:
-            block = self._grow(pool, size)
+        block = pool.free.pop(index) if index < len(pool.free) else self._grow(pool, size)
         if small or self._expandable:
             splits = block.size_bytes - size >= MIN_BLOCK_BYTES
         else:
             splits = block.size_bytes - size > SMALL_BYTES and size < self._oversize
         if splits:
-            rest = self._split(block, size)
-            insort(keys, rest.size_bytes << ADDRESS_BITS | rest.address)
+            pool.add(self._split(block, size))
         block.state = ALLOCATED
         block.requested_bytes = size_bytes
         allocated = self.allocated_bytes = self.allocated_bytes + block.size_bytes
@@ -154,6 +146,47 @@ class CachingAllocator(ExpandableSegments):
             raise ValueError(f"block at {block.address:#x} is not allocated: it was freed before")
         self.allocated_bytes -= block.size_bytes
         self._recycle(block)
+
+    def run(
+        self,
+        sizes: Sequence[int],
+        events: Sequence[int],
+        streams: Sequence[int] | None = None,
+        timeline: list[tuple[int, int]] | None = None,
+    ) -> tuple[int, int, int | None]:
+        """Allocate and free the blocks of a trace, up to the first request that cannot be met.
+
+        Args:
+            sizes: requested bytes of each block; one of 0 takes no memory.
+            events: `b` allocates block `b`, `~b` frees it.
+            streams: stream of each block; all on one if None.
+            timeline: allocated and reserved bytes after each event are appended to it.
+
+        Returns:
+            The most bytes allocated, the first event after which they were, and the event that
+            could not be satisfied, if any.
+        """
+        live: list[Block | None] = [None] * len(sizes)
+        peak = self.allocated_bytes
+        peak_event = 0
+        for event, index in enumerate(events):
+            if index >= 0:
+                if sizes[index]:
+                    try:
+                        block = self.malloc(sizes[index], streams[index] if streams else 0)
+                    except OutOfMemory:
+                        return peak, peak_event, event
+                    live[index] = block
+                    if self.allocated_bytes > peak:
+                        peak = self.allocated_bytes
+                        peak_event = event
+            else:
+                freed = live[~index]
+                if freed:
+                    self.free(freed)
+            if timeline is not None:
+                timeline.append((self.allocated_bytes, self.reserved_bytes))
+        return peak, peak_event, None
 
     def record_stream(self, block: Block, stream: int) -> None:
         """Note that another stream uses the block, so that its free has to wait."""
@@ -187,7 +220,7 @@ class CachingAllocator(ExpandableSegments):
         self.synchronize()
         for pool in sorted(self._pools.values(), key=lambda pool: (pool.small, pool.stream)):
             if pool.pool_id == DEFAULT_POOL:
-                for block in self._free_blocks(pool):
+                for block in list(pool.free):
                     if block.base is not None or block.prev is block.next is None:
                         self.release(block)
 
@@ -206,37 +239,39 @@ class CachingAllocator(ExpandableSegments):
             return self._unmap(block, block.base)
         if block.prev or block.next:
             raise ValueError(f"block at {block.address:#x} is only part of its segment")
-        self._uncache(block)
+        block.pool.remove(block)
         del self._blocks[block.address], self._heads[block.address]
         self.reserved_bytes -= block.size_bytes
         return block.address, block.size_bytes
 
     def _round(self, size_bytes: int) -> int:
         size = round_size(size_bytes, self.settings.divisions(size_bytes))
+        if size >= UNLIMITED:  # beyond what the compiled fields hold
+            raise self._out_of_memory(size)
         self._rounded[size_bytes] = size
         return size
 
     def _select(self, pool: Pool, size: int, index: int) -> int:
-        """Apply the settings to the best fit `pool.keys[index]`; return the index of the choice.
+        """Apply the settings to the best fit `pool.free[index]`; return the index of the choice.
 
         An expandable block counts with the unmapped room behind it, so a larger block may fit
         better; an oversize block serves only oversize requests that are not much smaller. Where
-        nothing may be chosen, the index is `len(pool.keys)`.
+        nothing may be chosen, the index is `len(pool.free)`.
         """
         if self._collects and not pool.small and pool.pool_id == DEFAULT_POOL:
             self._searches += 1
-        count = len(pool.keys)
+        free, count = pool.free, len(pool.free)
         if not self._expandable:
-            while index < count and self._cached(pool, index).base is not None:
+            while index < count and free[index].base is not None:
                 index += 1
         else:
             while index + 1 < count:
-                block = self._cached(pool, index)
-                if block.base is None or _room(self._cached(pool, index + 1)) >= _room(block):
+                block = free[index]
+                if block.base is None or _room(free[index + 1]) >= _room(block):
                     break
                 index += 1
         if index < count:
-            found = self._cached(pool, index).size_bytes
+            found = free[index].size_bytes
             slack = self.settings.max_non_split_rounding_bytes
             if found >= self._oversize and (size < self._oversize or found >= size + slack):
                 return count
@@ -254,9 +289,12 @@ class CachingAllocator(ExpandableSegments):
             self.alloc_retries += 1
             block = self._new_block(pool, size)
         if block is None:
-            limit = min(self._limit, self._capacity)
-            raise OutOfMemory(size, self.allocated_bytes, self.reserved_bytes, limit)
+            raise self._out_of_memory(size)
         return block
+
+    def _out_of_memory(self, size: int) -> OutOfMemory:
+        limit = min(self._limit, self._capacity)
+        return OutOfMemory(size, self.allocated_bytes, self.reserved_bytes, limit)
 
     def _new_block(self, pool: Pool, size: int) -> Block | None:
         new_bytes = segment_size(size, self.settings.large_segment_bytes)
@@ -280,7 +318,7 @@ class CachingAllocator(ExpandableSegments):
             block: self._searches - block.searches
             for pool in self._pools.values()
             if pool.pool_id == DEFAULT_POOL and not pool.small
-            for block in self._free_blocks(pool)
+            for block in pool.free
             if block.base is None and block.prev is block.next is None
         }
         while target > 0 and ages:
@@ -294,8 +332,8 @@ class CachingAllocator(ExpandableSegments):
         if self._oversize == UNLIMITED:
             return False
         needed = max(size, self._oversize)
-        first = bisect_left(pool.keys, self._oversize << ADDRESS_BITS)
-        blocks = [block for block in self._free_blocks(pool, first) if block.base is None]
+        first = pool.place(self._oversize, 0)
+        blocks = [block for block in pool.free[first:] if block.base is None]
         enough = next((block for block in blocks if block.size_bytes >= needed), None)
         if enough:
             self.release(enough)

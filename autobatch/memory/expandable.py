@@ -63,7 +63,7 @@ class ExpandableSegments(Segments):
             start, end = tail.address + tail.size_bytes, tail.base + self._reserve_size(pool)
             # Its addresses end where those of another segment begin, whatever the capacity was.
             taken = [part.reserved_from or part.address for part in segments]
-            end = min([end, *(address for address in taken if address >= start)])
+            end = min([end] + [address for address in taken if address >= start])
             self._next_address = max(self._next_address, end)
             if start < end:
                 self._add_unmapped(start, end, pool, tail.base, after=tail)
@@ -88,7 +88,7 @@ class ExpandableSegments(Segments):
             assert block.next is not None  # _unmapped_room counted it
             block = self._map(block.next, min(block.next.size_bytes, size - block.size_bytes))
         if block:
-            self._uncache(block)
+            pool.remove(block)
         return block
 
     def _unmapped_room(self, pool: Pool, size: int) -> Block:
@@ -129,13 +129,12 @@ class ExpandableSegments(Segments):
         last = base + (end - base) // page * page
         if first >= last:
             return first, 0
-        self._uncache(block)
+        pool.remove(block)
         if last < end:
-            rest = self._split(block, last - block.address)
-            self._cache(rest)
+            pool.add(self._split(block, last - block.address))
         if block.address < first:
             rest = self._split(block, first - block.address)
-            self._cache(block)
+            pool.add(block)
             block = rest
         del self._blocks[block.address]
         block.state = UNMAPPED

@@ -7,14 +7,13 @@ difference is one count.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 
-from autobatch.memory.allocator import Block, CachingAllocator
+from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.recording import MemoryMap, Recording
-from autobatch.memory.segments import ADDRESS_BITS, Pool
+from autobatch.memory.segments import Block, Pool
 from autobatch.memory.snapshot import TraceEvent
 
 __all__ = ["RecordedRun"]
@@ -45,14 +44,19 @@ class _RecordedDriver(CachingAllocator):
         self._selective = True
 
     def _select(self, pool: Pool, size: int, index: int) -> int:
-        keys = pool.keys
+        free = pool.free
         if not self._from_cache:
-            return len(keys)
+            return len(free)
         index = super()._select(pool, size, index)
-        if index < len(keys):
-            equal = self._cached(pool, index).size_bytes << ADDRESS_BITS | self._address
-            recorded = bisect_left(keys, equal)
-            if recorded != index and recorded < len(keys) and keys[recorded] == equal:
+        if index < len(free):
+            size_bytes = free[index].size_bytes
+            recorded = pool.place(size_bytes, self._address)
+            is_tied = (
+                recorded < len(free)
+                and free[recorded].address == self._address
+                and free[recorded].size_bytes == size_bytes
+            )
+            if recorded != index and is_tied:
                 self.tied = True
                 return recorded
         return index

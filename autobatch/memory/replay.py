@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.memory.allocator import CachingAllocator
 
 __all__ = ["Replay", "simulate"]
 
@@ -61,36 +61,15 @@ def simulate(
     22
     """
     allocator = allocator or CachingAllocator()
-    malloc, free = allocator.malloc, allocator.free
-    live: list[Block | None] = [None] * len(sizes)
-    allocated: list[int] = []
-    reserved: list[int] = []
-    peak, peak_event = allocator.allocated_bytes, 0
-    oom_event = None
-    for event, index in enumerate(events):
-        if index >= 0:
-            if sizes[index]:
-                try:
-                    live[index] = malloc(sizes[index], streams[index] if streams else 0)
-                except OutOfMemory:
-                    oom_event = event
-                    break
-                if allocator.allocated_bytes > peak:
-                    peak = allocator.allocated_bytes
-                    peak_event = event
-        else:
-            block = live[~index]
-            if block:
-                free(block)
-        if timeline:
-            allocated.append(allocator.allocated_bytes)
-            reserved.append(allocator.reserved_bytes)
+    instants: list[tuple[int, int]] | None = [] if timeline else None
+    peak, peak_event, oom_event = allocator.run(sizes, events, streams, instants)
+    allocated, reserved = zip(*instants, strict=True) if instants else ((), ())
     return Replay(
         peak_allocated_bytes=peak,
         peak_reserved_bytes=allocator.peak_reserved_bytes,
         peak_event=peak_event,
         alloc_retries=allocator.alloc_retries,
         oom_event=oom_event,
-        allocated_bytes=tuple(allocated),
-        reserved_bytes=tuple(reserved),
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
     )

@@ -6,7 +6,6 @@ sum of the segments and allocated bytes the sum of the blocks in use.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Final
@@ -14,8 +13,6 @@ from typing import Final
 from autobatch.memory.blocks import BlockInfo, BlockState, SegmentInfo
 
 __all__ = [
-    "ADDRESS_BITS",
-    "ADDRESS_MASK",
     "ALLOCATED",
     "AWAITING",
     "FREE",
@@ -32,26 +29,47 @@ FREE, ALLOCATED, AWAITING, UNMAPPED = range(4)
 _STATES: Final[tuple[BlockState, ...]] = ("free", "allocated", "awaiting_free")
 
 UNLIMITED: Final = 1 << 62
-ADDRESS_BITS: Final = 64
-ADDRESS_MASK: Final = (1 << ADDRESS_BITS) - 1
 _FIRST_ADDRESS: Final = 1 << 40
 
 
 class Pool:
     """Free blocks of one stream, size class and owner: what a request may choose from.
 
-    `keys` holds `size << 64 | address` of every free block, sorted: the best fit comes first, and
-    ties go to the lowest address.
+    `free` is sorted by size, then by address: the best fit comes first, and ties go to the lowest
+    address.
     """
 
-    __slots__ = ("keys", "pool_id", "small", "stream", "unmapped")
+    __slots__ = ("free", "pool_id", "small", "stream", "unmapped")
 
     def __init__(self, small: bool, stream: int, pool_id: tuple[int, int]) -> None:
         self.small = small
         self.stream = stream
         self.pool_id = pool_id
-        self.keys: list[int] = []
+        self.free: list[Block] = []
         self.unmapped: list[Block] = []
+
+    def place(self, size_bytes: int, address: int) -> int:
+        """Return the index in `free` of the first block that is not below a size and address."""
+        free = self.free
+        low, high = 0, len(free)
+        while low < high:
+            middle = (low + high) // 2
+            block = free[middle]
+            if block.size_bytes < size_bytes or (
+                block.size_bytes == size_bytes and block.address < address
+            ):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def add(self, block: Block) -> None:
+        """Add a free block."""
+        self.free.insert(self.place(block.size_bytes, block.address), block)
+
+    def remove(self, block: Block) -> None:
+        """Remove a free block, which has the size that it was added with."""
+        del self.free[self.place(block.size_bytes, block.address)]
 
 
 class Block:
@@ -156,33 +174,26 @@ class Segments:
             self._pools[key] = Pool(small, stream, pool_id)
         return self._pools[key]
 
-    def _cached(self, pool: Pool, index: int) -> Block:
-        return self._blocks[pool.keys[index] & ADDRESS_MASK]
-
-    def _free_blocks(self, pool: Pool, start: int = 0) -> list[Block]:
-        """Return the blocks of a pool, from the place of a key on."""
-        return [self._blocks[key & ADDRESS_MASK] for key in pool.keys[start:]]
-
     def _count_reserved(self, new_bytes: int) -> None:
         self.reserved_bytes += new_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def _recycle(self, block: Block) -> Block:
         """Make a block free, merge it with its free neighbours, and cache and return the result."""
-        keys = block.pool.keys
+        pool = block.pool
         after = block.next
         if after and after.state == FREE:
-            del keys[bisect_left(keys, after.size_bytes << ADDRESS_BITS | after.address)]
+            pool.remove(after)
             self._absorb(block, after)
         before = block.prev
         if before and before.state == FREE:
-            del keys[bisect_left(keys, before.size_bytes << ADDRESS_BITS | before.address)]
+            pool.remove(before)
             self._absorb(before, block)
             block = before
         block.state = FREE
         block.requested_bytes = 0
         block.searches = self._searches
-        insort(keys, block.size_bytes << ADDRESS_BITS | block.address)
+        pool.add(block)
         return block
 
     def _absorb(self, block: Block, after: Block) -> None:
@@ -209,13 +220,6 @@ class Segments:
             self._blocks[rest.address] = rest
         return rest
 
-    def _cache(self, block: Block) -> None:
-        insort(block.pool.keys, block.size_bytes << ADDRESS_BITS | block.address)
-
-    def _uncache(self, block: Block) -> None:
-        keys = block.pool.keys
-        del keys[bisect_left(keys, block.size_bytes << ADDRESS_BITS | block.address)]
-
     def _add_block(
         self, info: BlockInfo, pool: Pool, base: int | None, *, after: Block | None
     ) -> Block:
@@ -225,7 +229,7 @@ class Segments:
         block.requested_bytes = info.requested_bytes
         block.state = _STATES.index(info.state)
         if block.state == FREE:
-            self._cache(block)
+            pool.add(block)
         elif block.state == ALLOCATED:
             self.allocated_bytes += block.size_bytes
         else:

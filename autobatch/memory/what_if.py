@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import SegmentInfo
 from autobatch.memory.recording import Recording
+from autobatch.memory.segments import Block
 from autobatch.memory.snapshot import Stack, TraceEvent
 
 __all__ = ["Outcome", "Releaser", "releases", "rerun"]

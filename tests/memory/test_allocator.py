@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.errors import UsageError
-from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import round_size, segment_size
 from autobatch.memory.replay import simulate
+from autobatch.memory.segments import Block
 from autobatch.support.units import GIB, KIB, MIB
 
 

@@ -6,8 +6,9 @@ from contextlib import suppress
 
 from hypothesis import strategies as st
 
-from autobatch.memory.allocator import Block, OutOfMemory
+from autobatch.memory.allocator import OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.segments import Block
 from autobatch.support.units import MIB
 from tests.support.recordings import EXPANDABLE, PRIVATE, Recorder, recorder
 

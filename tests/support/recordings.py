@@ -6,9 +6,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from autobatch.memory.allocator import Block, CachingAllocator, OutOfMemory
+from autobatch.memory.allocator import CachingAllocator, OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.memory.blocks import SegmentInfo
+from autobatch.memory.segments import Block
 from autobatch.memory.snapshot import Snapshot, load_snapshot
 from autobatch.support.units import MIB
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from autobatch.memory.allocator import Block, OutOfMemory
+from autobatch.memory.allocator import OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.segments import Block
 from autobatch.support.units import MIB
 from tests.support.recordings import Recorder, plain
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from autobatch.devices.virtual.gpu import VirtualGpu
 from autobatch.gpus.catalogue import find_gpu
-from autobatch.memory.allocator import Block, CachingAllocator
+from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.allocator_settings import AllocatorSettings
+from autobatch.memory.segments import Block
 from autobatch.memory.trace import Trace
 from reports.accuracy.steps.configuration import Reading, Step
 from reports.accuracy.steps.workloads import BUILDERS

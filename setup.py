@@ -5,6 +5,7 @@ Where there is no compiler, the same modules run as Python. All the rest is in `
 
 import os
 import tempfile
+import warnings
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -20,6 +21,7 @@ def compiled(name: str) -> Extension:
     )
 
 
+warnings.filterwarnings("ignore", "Editable installation")  # that it is one is no news
 os.makedirs("build", exist_ok=True)
 # a folder of its own, because environments are installed side by side
 with tempfile.TemporaryDirectory(dir="build") as folder:

@@ -239,6 +239,14 @@ def test_a_local_config_is_read_from_its_folder_or_file(transformers, tmp_path):
         assert workload.model.config.vocab_size == 99
 
 
+def test_a_folder_without_a_config_does_not_hide_a_model_type(transformers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()  # a project, or a report of that name
+    assert type(load_spec("hf:gpt2?n_layer=1").model).__name__ == "GPT2LMHeadModel"
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "bert", "hidden_size": 24}')
+    assert type(load_spec("hf:gpt2?num_hidden_layers=1").model).__name__ == "BertForMaskedLM"
+
+
 def test_a_request_to_the_hub_fails_while_a_model_is_built(transformers, monkeypatch):
     import huggingface_hub
 

@@ -73,12 +73,14 @@ def load_transformers(name: str, options: Options) -> Workload:
 
 def _transformers_config(transformers: Any, name: str, options: Options) -> Any:
     """Make the config of a model type or of a local config.json, with the options on top."""
+    types = list(transformers.CONFIG_MAPPING.keys())
     stated: dict[str, Any] = {}
     path = Path(name).expanduser()
-    if path.exists():
-        stated = _read_config(path / "config.json" if path.is_dir() else path)
+    file = path / "config.json" if path.is_dir() else path
+    # a folder of that name may be anything: a project, or the report that is about to be written
+    if file.exists() or (path.is_dir() and name not in types):
+        stated = _read_config(file)
     kind = stated.get("model_type", name)
-    types = list(transformers.CONFIG_MAPPING.keys())
     if kind not in types:
         hint = (
             "; nothing is downloaded: give a model type, or a folder with its config.json"

@@ -92,7 +92,13 @@ def follow(stream: TextIO, *, keeps: bool = False) -> Iterator[ProgressCallback]
         keeps: whether each step has a line that stays, also on a terminal.
     """
     if keeps or not is_rich(stream):
-        yield lambda step: print(_progress_line(step), file=stream, flush=True)
+
+        def show(step: Progress) -> None:
+            # with its end in one piece, so that an interrupt is told on a line of its own
+            stream.write(f"{_progress_line(step)}\n")
+            stream.flush()
+
+        yield show
         return
     from rich.console import Console
 

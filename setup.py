@@ -10,7 +10,6 @@ import warnings
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-
 warnings.filterwarnings("ignore", "Editable installation")  # that it is one is no news
 os.makedirs("build", exist_ok=True)
 # a folder of its own, because environments are installed side by side

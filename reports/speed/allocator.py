@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = {
             "evidence": "measured",
             "command": "python -m reports.speed.allocator FOLDER",
-            "versions": versions("cython"),
+            "versions": versions(),
             "date": today(),
             "rows": found,
         }

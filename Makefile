@@ -4,7 +4,7 @@ CPU_VENV := .venv-cpu
 LOWEST_VENV := .venv-lowest
 DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
-# byte code is made of what is imported, as it is: of everything, it takes a minute for each environment
+# byte code is made of what is imported, when it is, and not of all that is installed
 PIP_FLAGS := --quiet --no-compile
 # what is compiled, and how: environments are installed again where it changed
 COMPILED := setup.py $(wildcard autobatch/memory/*.pxd) $(patsubst %.pxd,%.py,$(wildcard autobatch/memory/*.pxd))

@@ -35,7 +35,7 @@ from autobatch.records.comparison import ComparedCard, Outcome, WindowTime
 from autobatch.records.plan_record import Objective
 from autobatch.records.progress import ProgressCallback, silent
 from autobatch.support.wording import one_line
-from autobatch.tuning.ceiling import SMALL
+from autobatch.tuning.first_sizes import first_size
 from autobatch.tuning.objective import require_objective
 from autobatch.tuning.planning import probe_of
 from autobatch.tuning.probe import Probe
@@ -237,7 +237,8 @@ class _Search:
         for gpu in cards:
             if gpu is kinds[gpu.compute_capability]:
                 with suppress(AutobatchError):  # it is told when its turn comes
-                    yield from self._probe(gpu).foreseen(*SMALL)
+                    probe = self._probe(gpu)
+                    yield from probe.foreseen(first_size(probe.workload))
 
     def _probe(self, gpu: GpuSpec) -> Probe:
         probe = probe_of(

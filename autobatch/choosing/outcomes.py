@@ -16,7 +16,7 @@ from autobatch.tuning.speed import SpeedModel
 
 __all__ = ["Told", "first_error", "measured_window", "outcome_of", "shared_warnings", "window_of"]
 
-_EXPECTED = 3
+_EXPECTED = 2
 """Executions of most searches, for the progress that is shown."""
 
 
@@ -62,7 +62,7 @@ def window_of(probe: Probe, plan: Plan) -> WindowTime | None:
     """
     if not probe.device.is_simulated:
         return measured_window(plan)
-    speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs)
+    speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs, probe.wholes)
     found = speed.estimate(plan.micro_batch, plan.accumulation_steps)
     if found is None:
         return None

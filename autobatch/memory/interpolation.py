@@ -1,4 +1,4 @@
-"""Sizes as polynomials in the micro-batch, through those at two or three of them.
+"""Sizes as polynomials in the micro-batch, through those at two or three of them, or at one.
 
 Invariant: a polynomial gives the sizes at all fitted micro-batches exactly, in integers.
 """
@@ -28,7 +28,8 @@ class Interpolation:
     Newton's divided differences over a common denominator: with nodes n0 < n1 < n2,
     size(n) = (base + slope * (n - n0) + bend * (n - n0) * (n - n1)) / denominator.
     Where there is a rounding, its departure from the line through n0 and n1 is in place of the
-    product: it is zero there as well.
+    product: it is zero there as well. With one node, which is a prime, the product is the square of
+    (n - n0).
 
     Attributes:
         nodes: the fitted micro-batches, ascending.
@@ -52,13 +53,22 @@ class Interpolation:
             if not bend:
                 raise Misaligned(f"micro-batches {nodes} do not show how a count is rounded up")
             return cls(nodes, (nodes[1] - nodes[0]) * abs(bend), rounding)
+        if len(nodes) == 1:
+            return cls(nodes, nodes[0] ** 2, None)
         if len(nodes) == 2:
             return cls(nodes, nodes[1] - nodes[0], None)
         n0, n1, n2 = nodes
         return cls(nodes, (n1 - n0) * (n2 - n1) * (n2 - n0), None)
 
     def polynomial(self, sizes: Sequence[int]) -> Term:
-        """Return the polynomial through the sizes at all nodes."""
+        """Return the polynomial through the sizes at all nodes.
+
+        With one node, which is a prime, what it divides is proportional to the micro-batch, and
+        all else constant.
+        """
+        if len(sizes) == 1:
+            (size,), (node,) = sizes, self.nodes
+            return size * self.denominator, 0 if size % node else size * node, 0
         if len(sizes) == 2:
             return sizes[0] * self.denominator, sizes[1] - sizes[0], 0
         (n0, n1, n2), (s0, s1, s2) = self.nodes, sizes
@@ -69,6 +79,14 @@ class Interpolation:
             return s0 * self.denominator, (s1 - s0) * abs(step), bend * sign
         bend = (s2 - s1) * (n1 - n0) - (s1 - s0) * (n2 - n1)
         return s0 * self.denominator, (s1 - s0) * (n2 - n1) * (n2 - n0), bend
+
+    def constant(self, size: int) -> Term:
+        """Return what is this size at every micro-batch."""
+        return size * self.denominator, 0, 0
+
+    def square(self, size: int) -> Term:
+        """Return what is proportional to the square of the micro-batch, and this at one node."""
+        return size * self.denominator, 2 * size * self.nodes[0], size
 
     def line(self, before: int, last: int, *, grows: bool) -> Term:
         """Return the line through the two largest sizes, or in proportion to the micro-batch."""
@@ -94,6 +112,8 @@ class Interpolation:
 
 def _bend(nodes: Sequence[int], rounding: Rounding | None, micro_batch: int) -> int:
     """Return the part of sizes that is no line, which is zero at the first two nodes."""
+    if len(nodes) == 1:
+        return int((micro_batch - nodes[0]) ** 2)
     first, second = nodes[:2]
     if rounding is None:
         return (micro_batch - first) * (micro_batch - second)
@@ -108,7 +128,7 @@ def rounding_of(traces: Sequence[Trace]) -> Rounding | None:
     Raises:
         Misaligned: there are several.
     """
-    found = {count.departure for count in _counts(traces)}
+    found = {count.departure for count in _counts(traces)} if len(traces) > 1 else set()
     if len(found) > 1:
         raise Misaligned(f"{len(found)} counts are rounded up, each in its own way")
     return next(iter(found), None)

@@ -1,13 +1,16 @@
-"""Predicts the trace at any micro-batch from two or three traces that were executed.
+"""Predicts the trace at any micro-batch from one, two or three traces that were executed.
 
 Invariant: the largest fitted trace is reproduced exactly, block by block, the others as well where
 they differ in sizes alone, and every size is computed in integers. Two traces give sizes affine in
 the micro-batch, three give quadratic ones; or, where elements were spread equally over parts and
-each part was rounded up, sizes affine in the micro-batch and in that count.
+each part was rounded up, sizes affine in the micro-batch and in that count. One trace, at a prime
+micro-batch, gives sizes that are constant, or proportional to the micro-batch or to its square: a
+conjecture, until an execution confirms it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,6 +43,10 @@ _PERMANENT: frozenset[Category] = frozenset(
 )
 """What does not grow with the micro-batch."""
 
+_MOST_DOUBTFUL = 0.1
+"""So many bytes for each that grows in proportion may seem to be constant in a model of one trace,
+apart from parameters, gradients and casts of them."""
+
 
 class Refuted(Misaligned):
     """Traces are one sequence of allocations and frees, but their sizes follow another rule."""
@@ -70,10 +77,10 @@ class TraceModel:
 
     @classmethod
     def fit(cls, traces: Sequence[Trace], *, kernels_may_vary: bool = False) -> TraceModel:
-        """Align two or three traces at different micro-batches and fit every block's size.
+        """Align traces at different micro-batches and fit every block's size.
 
         Args:
-            traces: of the same workload.
+            traces: of the same workload: two, three, or one at a prime micro-batch.
             kernels_may_vary: for traces of a real GPU, whose kernels choose their way, and with
                 it their scratch memory, by the shape, and where caches are emptied in the order
                 of addresses. Traces then need to have most of their bytes in common. The size of
@@ -85,13 +92,13 @@ class TraceModel:
             Misaligned: the traces differ in anything but the sizes of their blocks, or, where
                 kernels may vary, have too little in common; or their sizes depend on counts that
                 are rounded up in several ways, or in one that these micro-batches do not show.
-            ValueError: there are not two or three different micro-batches.
+            ValueError: there are not one, two or three different micro-batches.
         """
         whole = sorted(traces, key=lambda trace: trace.micro_batch)
         ordered = [trace if trace.bare is None else trace.bare.trace for trace in whole]
         nodes = tuple(trace.micro_batch for trace in ordered)
-        if len(nodes) not in (2, 3) or len(set(nodes)) != len(nodes):
-            raise ValueError(f"a trace model needs 2 or 3 different micro-batches, got {nodes}")
+        if len(nodes) not in (1, 2, 3) or len(set(nodes)) != len(nodes):
+            raise ValueError(f"a trace model needs 1 to 3 different micro-batches, got {nodes}")
         last = ordered[-1]
         columns: list[Sequence[int]] = []
         labels: list[tuple[Label, ...]] = []
@@ -110,7 +117,11 @@ class TraceModel:
         terms: list[Term] = []
         rows = zip(*columns, last.sizes, strict=True)
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
-            if index in scratch or ABSENT in row:
+            if len(row) == 1 and block.category in _PERMANENT:
+                terms.append(interpolation.constant(*row))
+            elif len(row) == 1 and _pairs_samples(block.label.shape, *nodes):
+                terms.append(interpolation.square(*row))
+            elif index in scratch or ABSENT in row:
                 grows = block.category not in _PERMANENT
                 terms.append(interpolation.line(*row[-2:], grows=grows))
             else:
@@ -134,21 +145,66 @@ class TraceModel:
     @property
     def degree(self) -> int:
         """2 if any block's size is quadratic in the micro-batch, else 1."""
-        bends = any(bend for _, _, bend in self.terms)
-        return 2 if bends and self.interpolation.rounding is None else 1
+        return 2 if self._bent and self.interpolation.rounding is None else 1
 
-    @property
-    def quadratic_share(self) -> float:
-        """The share of all bytes at the largest fitted size that quadratic terms make up.
+    def quadratic_share(self, micro_batch: int) -> float:
+        """Return the share of all bytes at a size that quadratic terms make up.
 
         A small share comes from kernels that pad to a multiple; their memory is not quadratic.
         """
         if self.degree == 1:
             return 0.0
-        first, second, last = self.nodes
-        bends = sum(abs(bend) for _, _, bend in self.terms)
-        bent = bends * (last - first) * (last - second) / self.interpolation.denominator
-        return bent / max(sum(self.template.sizes), 1)
+        sizes = self.sizes(micro_batch)
+        if len(self.nodes) == 1:
+            bent: float = sum(sizes[block] for block in self._bent)
+        else:
+            first, second = self.nodes[:2]
+            bends = sum(abs(self.terms[block][2]) for block in self._bent)
+            step = (micro_batch - first) * (micro_batch - second)
+            bent = bends * abs(step) / self.interpolation.denominator
+        return bent / max(sum(sizes), 1)
+
+    @cached_property
+    def _bent(self) -> list[int]:
+        """The blocks whose sizes are quadratic in the micro-batch, or rounded up."""
+        return [block for block, (_, _, bend) in enumerate(self.terms) if bend]
+
+    @property
+    def pairs(self) -> tuple[int, ...] | None:
+        """The shape of a block that was found to be quadratic in one trace, if there is one."""
+        if len(self.nodes) > 1 or not self._bent:
+            return None
+        return self.template.blocks[self._bent[0]].label.shape
+
+    @property
+    def grows_in_step(self) -> bool:
+        """Whether anything that the optimizer's step allocates grows with the micro-batch."""
+        blocks = zip(self.template.blocks, self.terms, strict=True)
+        return any(slope and block.phase == "step" for block, (_, slope, _) in blocks)
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether the sizes of one trace are such that they probably are what they seem.
+
+        A size that seems to be constant may grow with an offset, or in steps, or there may be one
+        for each sample. Of those that a parameter has, too, or half as many bytes, none of that is
+        likely.
+        """
+        if self.template.parts:
+            return False
+        blocks = self.template.blocks
+        usual = {block.size_bytes for block in blocks if block.category in _PERMANENT}
+        grows = doubtful = 0
+        alike: Counter[Hashable] = Counter()
+        for block, (_, slope, _) in zip(blocks, self.terms, strict=True):
+            size = block.size_bytes
+            if slope:
+                grows += size
+            elif block.phase != "step" and size not in usual and 2 * size not in usual:
+                doubtful += size
+                alike[block, block.label] += 1
+        is_for_each = any(times % self.nodes[0] == 0 for times in alike.values())
+        return doubtful <= _MOST_DOUBTFUL * grows and not is_for_each
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block of the template.
@@ -339,6 +395,16 @@ class TraceModel:
                 template.blocks[:started], sizes, trace.blocks, strict=False
             )
         )
+
+
+def _pairs_samples(shape: Sequence[int], micro_batch: int) -> bool:
+    """Whether two dimensions are the same multiple of the micro-batch, and the first that is one.
+
+    >>> _pairs_samples((22, 22), 11), _pairs_samples((11, 48, 77, 77), 11)
+    (True, False)
+    """
+    multiples = [dim for dim in shape if dim and dim % micro_batch == 0]
+    return multiples.count(multiples[0]) > 1 if multiples else False
 
 
 def _numbers(

@@ -33,7 +33,6 @@ from autobatch.plan.plan import Plan
 from autobatch.records.progress import Progress, ProgressCallback, silent
 from autobatch.support.wording import one_line, said_by
 from autobatch.tuning.candidate import Candidate
-from autobatch.tuning.ceiling import SMALL
 from autobatch.tuning.needs import Needs, Resized
 from autobatch.tuning.workloads import checked_target, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions, require_options
@@ -180,7 +179,7 @@ class Search:
         """Return what was tried, the best first; `allow` combines what changes numbers, too."""
         self._as_is = self._as_it_is()
         alone = [(option,) for lever in levers for option in self._options(lever)]
-        run_ahead(self._foreseen(alone))
+        run_ahead(self._foreseen(alone, self._first_sizes()[:1]))
         for options in alone:
             self._try(options)
         self._combine(levers, allow=allow)
@@ -190,24 +189,25 @@ class Search:
         return sorted((tried.choice for tried in self.tried), key=_rank)
 
     def _foreseen(
-        self, tried: Iterable[tuple[Option, ...]], sizes: Sequence[int] = ()
+        self, tried: Iterable[tuple[Option, ...]], sizes: Iterable[int | None]
     ) -> Iterator[Task]:
-        """Yield tasks for helpers: what trying options will execute first, or these sizes."""
+        """Yield tasks for helpers: sizes of options that will be tried."""
         for options in tried:
             if self._known(options) is not None:
                 continue
             try:
                 if self._hopeless(options) is None:
                     candidate = self._candidate(self._having(options))
-                    yield from candidate.foreseen(*sizes or self._first_sizes()[:1])
+                    for size in sizes:
+                        yield from candidate.foreseen(size)
             except WrongLeverError:
                 raise
             except AutobatchError:  # it is told when they are tried
                 continue
 
-    def _first_sizes(self) -> tuple[int, int]:
-        """Return the sizes that a candidate is executed at first."""
-        return (1, SMALL[0]) if self._reference == 1 else SMALL
+    def _first_sizes(self) -> tuple[int | None, ...]:
+        """Return the sizes that a candidate is executed at first; None is that of its search."""
+        return (1, None) if self._reference == 1 else (None,)
 
     def _options(self, lever: Lever) -> Sequence[Option]:
         """Return what a lever offers; one that fails on an odd model is left out, and noted."""
@@ -352,8 +352,9 @@ class Search:
                 continue
             options = _in_order((*had, option), names)
             if self._known(options) is None:
-                second = self._first_sizes()[1:]
-                run_ahead(chain(self._foreseen([options], second), self._foreseen(pairs)))
+                first, *second = self._first_sizes()
+                foreseen = self._foreseen([options], second), self._foreseen(pairs, [first])
+                run_ahead(chain(*foreseen))
             found = self._try(options)
             if found is not None and _saved(found) >= saved + self._notable_bytes:
                 had, saved = [*had, option], _saved(found)

@@ -21,6 +21,7 @@ from autobatch.memory.alignment import Misaligned
 from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.trace_model import TraceModel
 from autobatch.plan.plan import Plan
+from autobatch.tuning.first_sizes import first_size
 from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.speed import SpeedModel
@@ -65,10 +66,11 @@ class Candidate:
         with self._setup.in_force():
             return self._probe.fits(micro_batch)
 
-    def foreseen(self, *micro_batches: int) -> list[Task]:
-        """Return tasks for helpers: sizes that will probably be executed."""
+    def foreseen(self, micro_batch: int | None = None) -> list[Task]:
+        """Return what helpers may execute: a size, or where the search for the ceiling begins."""
         with self._setup.in_force():
-            tasks = self._probe.foreseen(*micro_batches)
+            size = first_size(self._setup.workload) if micro_batch is None else micro_batch
+            tasks = self._probe.foreseen(size)
         return [(key, partial(self._run_in_force, run)) for key, run in tasks]
 
     def _run_in_force(self, run: Callable[[], Any]) -> Any:
@@ -92,7 +94,7 @@ class Candidate:
                 return runs[micro_batch].replay.peak_reserved_bytes
             # of more runs, some corrected a model, which is not that of the plan any more
             with suppress(Misaligned):
-                if len(runs) in (2, 3):
+                if len(runs) in (1, 2, 3):
                     model = TraceModel.fit([run.trace for _, run in sorted(runs.items())])
                     return self._planned.predict(model, micro_batch).peak_reserved_bytes
         with self._setup.in_force():
@@ -107,8 +109,10 @@ class Candidate:
     def window_seconds(self, plan: Plan) -> float | None:
         """Return the estimated time of one update by the plan."""
         setup = self._setup
-        runs = self._probe.runs | ({} if self._planned is None else self._planned.runs)
-        speed = SpeedModel.of_runs(setup.workload, setup.gpu, runs, setup.settings)
+        probe = self._probe if self._planned is None else self._planned
+        speed = SpeedModel.of_runs(
+            setup.workload, setup.gpu, self._probe.runs | probe.runs, probe.wholes, setup.settings
+        )
         with self._setup.in_force():
             return speed.seconds(plan.micro_batch, plan.accumulation_steps)
 

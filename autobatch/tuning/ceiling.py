@@ -1,36 +1,34 @@
-"""Find the largest micro-batch that fits with about three executions.
+"""Find the largest micro-batch that fits with two or three executions.
 
-Two traces give a trace model; the allocator simulation over it gives a ceiling; an execution at
-that ceiling confirms the model, or corrects it. On a simulated GPU the two are of small sizes, or
-three, where elements are spread equally over parts and each part is rounded up. On a real one
-kernels take other ways, and other scratch memory, at large sizes than at small ones, so that both
-are close to the ceiling which a simulation foresees. Where traces do not align, sizes are executed
-one by one. Invariant: a ceiling that is returned was executed and fits (or, on a
-simulated GPU, the window that will run was, where that needs no accumulation); the next size was
-executed, or predicted not to fit by a model that had just been confirmed.
+Traces give a trace model; the allocator simulation over it gives a ceiling; an execution at that
+ceiling confirms the model, or corrects it. On a simulated GPU one trace mostly is enough, at a
+prime micro-batch; or two, or three where elements are spread equally over parts and each part is
+rounded up. On a real one kernels take other ways, and other scratch memory, at large sizes than at
+small ones, so that two traces are taken close to the ceiling which a simulation foresees. Where
+traces do not align, sizes are executed one by one. Invariant: a ceiling that is returned was
+executed and fits (or, on a simulated GPU, the window that will run was, where that needs no
+accumulation); the next size was executed, or predicted not to fit by a model that had just been
+confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from autobatch.devices.base import Run
-from autobatch.devices.virtual.ahead import run_ahead
-from autobatch.errors import HostMemoryError, WorkloadError
+from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.alignment import Misaligned
 from autobatch.memory.interpolation import nodes_for
-from autobatch.memory.lasting import lasting_bytes
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Refuted, TraceModel
+from autobatch.tuning.first_sizes import SMALL, first_size
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
 
-__all__ = ["LOOK_ABOVE", "SMALL", "Ceiling", "find_ceiling"]
-
-SMALL = (2, 3)
-"""The first two sizes: at 1 the order of events often differs (squeezed dimensions)."""
+__all__ = ["LOOK_ABOVE", "Ceiling", "find_ceiling"]
 
 LOOK_ABOVE = 2
 """So many sizes beyond the first that does not fit are asked of a model, which costs little."""
@@ -53,9 +51,6 @@ _SECONDS_AN_EVENT = 2e-4
 """What a simulated run is taken to need for each event of its trace. It stands for the time that
 was needed, so that no answer depends on how busy the machine is: large models need 5e-5 on a usual
 machine, batches of many small tensors 3e-4."""
-
-_GUESSABLE = 8
-"""Up to this size, a straight line through one run and what lasts mostly meets the ceiling."""
 
 _NOTABLE_BEND = 1e-3
 """Above this share of quadratic terms, memory is called quadratic in the micro-batch."""
@@ -100,7 +95,6 @@ def find_ceiling(
     *,
     prove: bool = False,
     share: int | None = None,
-    is_brief: bool = False,
     foresee: Callable[[], Ceiling | None] = lambda: None,
 ) -> Ceiling:
     """Find the largest micro-batch in [1, limit] whose windows stay within the budget.
@@ -114,16 +108,12 @@ def find_ceiling(
         prove: execute the size above the ceiling too, which must not fit.
         share: samples of one update on one GPU, as far as sizes that have to be executed one by one
             are looked at without regard to time.
-        is_brief: leave out executions that the ceiling does not need: they only let the model tell
-            of sizes above it.
         foresee: gives the ceiling that a simulation of the same GPU finds, if it finds one. What
             is executed is chosen by it, what is answered is not.
     """
     foreseen = foresee()
     try:
-        return _find_ceiling(
-            probe, limit, wanted, prove=prove, share=share, is_brief=is_brief, foreseen=foreseen
-        )
+        return _find_ceiling(probe, limit, wanted, prove=prove, share=share, foreseen=foreseen)
     except HostMemoryError as error:
         largest = max((size for size in probe.runs if probe.fits(size)), default=0)
         if not largest:
@@ -140,32 +130,20 @@ def _find_ceiling(
     *,
     prove: bool,
     share: int | None,
-    is_brief: bool = False,
     foreseen: Ceiling | None = None,
 ) -> Ceiling:
-    first, second = (min(size, limit) for size in SMALL)
-    if first == second:
+    if limit < max(SMALL):
         return _by_execution(probe, limit, reason="only sizes up to 2 are possible", share=share)
-    if not is_brief:
-        run_ahead(probe.foreseen(second))
-    elif not probe.fits(first):
-        return _small_ceiling(probe, None)
-    else:
-        run_ahead(probe.foreseen(*_guessed_check(probe, limit)))
     guess = foreseen.micro_batch if foreseen is not None else None
     reason = ""
     is_refuted = False
     # a simulation's kernels vary where they take scratch memory at large sizes only
     for kernels_may_vary in (True,) if probe.device.scratch_varies else (False, True):
-        follow = partial(_by_model, probe, limit, wanted, prove, is_brief, kernels_may_vary)
+        follow = partial(_by_model, probe, limit, wanted, prove, kernels_may_vary)
         try:
             if foreseen is not None and (near := _near(probe, limit, foreseen)):
                 return _marked_quadratic(follow(near), probe, is_refuted)
-            for size in (first, second):
-                if (shortage := probe.run(size).shortage) is not None:
-                    raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
-            traces = [probe.run(size).trace for size in (first, second)]
-            return _marked_quadratic(follow(nodes_for(traces, limit)), probe, is_refuted)
+            return _marked_quadratic(follow(_nodes(probe, limit)), probe, is_refuted)
         except Misaligned as error:
             reason = reason or str(error)
             is_refuted = is_refuted or isinstance(error, Refuted)
@@ -179,7 +157,10 @@ def _marked_quadratic(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling
     Where an exact one missed a size, one that is near all of them shows nothing.
     """
     model = found.model
-    if model is None or model.quadratic_share <= _NOTABLE_BEND:
+    if model is None:
+        return found
+    largest = max(found.micro_batch, model.nodes[-1])
+    if model.quadratic_share(largest) <= _NOTABLE_BEND:
         return found
     others = (run.trace for size, run in probe.runs.items() if size not in model.nodes)
     is_shown = not is_refuted
@@ -188,16 +169,22 @@ def _marked_quadratic(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling
     return replace(found, is_quadratic=is_shown)
 
 
-def _guessed_check(probe: Probe, limit: int) -> Iterator[int]:
-    """Yield the size that will be executed after the first two, if one run tells which."""
-    first, second = SMALL
-    lasting = lasting_bytes(probe.runs[first].trace)
-    per_sample = (probe.runs[first].replay.peak_reserved_bytes - lasting) / first
-    if per_sample > 0:
-        guess = int((probe.budget_bytes - lasting) / per_sample)
-        size = guess if guess > second else second + 1
-        if second <= guess <= _GUESSABLE and size <= limit:
-            yield size
+def _nodes(probe: Probe, limit: int) -> tuple[int, ...]:
+    """Execute one or two sizes, and return those that a model is to be fitted to.
+
+    Raises:
+        Misaligned: they tell nothing of larger ones.
+    """
+    first = first_size(probe.workload)
+    if probe.device.is_simulated and max(SMALL) < first < limit:
+        # code that cannot run with so many samples, or with an odd number, is tried with fewer
+        with suppress(AutobatchError):
+            if TraceModel.fit([probe.run(first).trace]).is_plausible:
+                return (first,)
+    for size in SMALL:
+        if (shortage := probe.run(size).shortage) is not None:
+            raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
+    return nodes_for([probe.run(size).trace for size in SMALL], limit)
 
 
 def _near(probe: Probe, limit: int, foreseen: Ceiling) -> tuple[int, ...]:
@@ -225,7 +212,6 @@ def _by_model(
     limit: int,
     wanted: int | None,
     prove: bool,
-    is_brief: bool,
     kernels_may_vary: bool,
     sizes: Sequence[int],
 ) -> Ceiling:
@@ -239,13 +225,11 @@ def _by_model(
     confirmed = False
     for _ in range(_EXECUTIONS):
         ceiling = search.ceiling
-        if wanted is not None and max(SMALL) < wanted <= ceiling:
+        if wanted is not None and _confirms(model, wanted) and wanted <= ceiling:
             whole = probe.execute(wanted, 1)
             wanted = None
             if model.predicts_start_of(whole.trace) and probe.trials[-1].fits:
                 return _modelled(search, model, predicted, whole)
-        if is_brief and {ceiling, ceiling + 1} <= probe.runs.keys():
-            return _modelled(search, model, predicted)
         is_corrected = not kernels_may_vary and len(model.nodes) > len(sizes)
         size = _next_check(ceiling, limit, probe, confirmed, kernels_may_vary, is_corrected)
         if size == 1:  # one sample may be allocated in an order of its own
@@ -266,6 +250,16 @@ def _by_model(
             model = corrected
             search, predicted = _search_model(model, probe, limit)
     raise Refuted("memory kept departing from what smaller sizes foretold")
+
+
+def _confirms(model: TraceModel, wanted: int) -> bool:
+    """Whether a window of one micro-batch of this size confirms a model as well as the ceiling.
+
+    It has only the forward and backward pass in common with the windows of the model.
+    """
+    if wanted <= max(SMALL):
+        return False
+    return len(model.nodes) > 1 or (wanted not in model.nodes and not model.grows_in_step)
 
 
 def _modelled(
@@ -293,6 +287,8 @@ def _fit_nearest(probe: Probe) -> TraceModel:
     Raises:
         Misaligned: traces have too little in common.
     """
+    if len(probe.runs) == 1:
+        probe.run(next(iter(probe.runs)) + 1)
     complete = sorted(n for n, run in probe.runs.items() if run.shortage is None)
     chosen = sorted({complete[0], *complete[-2:]})
     traces = [probe.runs[size].trace for size in chosen]
@@ -354,6 +350,8 @@ def _next_check(
     size = max(ceiling, 1)
     if kernels_may_vary:
         return None if size in probe.runs else size
+    if ceiling < min(SMALL):  # one sample is for last, because it may have an order of its own
+        return 1 if min(SMALL) in probe.runs else min(SMALL)
     if confirmed:
         return None
     # a model made from the ceiling is checked above it, where a simulation cannot run out

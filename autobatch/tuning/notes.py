@@ -51,7 +51,7 @@ def plan_warnings(
         )
     if found.is_quadratic:
         yield f"memory grows with the square of the micro-batch, {_COMPARED}"
-    elif steps > 1 and (shape := _paired(probe)) is not None:
+    elif steps > 1 and (shape := _paired(probe, found)) is not None:
         size = " x ".join(map(str, shape))
         yield f"a tensor ({size} at a small micro-batch) pairs the samples, {_COMPARED}"
 
@@ -62,7 +62,9 @@ _COMPARED = (
 )
 
 
-def _paired(probe: Probe) -> tuple[int, ...] | None:
+def _paired(probe: Probe, found: Ceiling) -> tuple[int, ...] | None:
+    if found.model is not None and (shape := found.model.pairs) is not None:
+        return shape
     steps = probe.accumulation_steps
     runs = {size: run.trace for size, run in probe.runs.items()}
     return paired({size: each for size, each in runs.items() if each.accumulation_steps == steps})
@@ -108,7 +110,12 @@ def _growth(probe: Probe, planned: Footprint, steps: int) -> Iterator[str]:
 
     What is kept is taken to be kept of each micro-batch.
     """
-    runs = sorted((size, each.grown_bytes) for size, each in probe.runs.items() if each.is_free)
+    runs = sorted(
+        (size, each.grown_bytes * times)
+        for ran, times in ((probe.runs, 1), (probe.wholes, probe.accumulation_steps))
+        for size, each in ran.items()
+        if each.is_free
+    )
     if len(runs) < 2:
         grown = runs[0][1] if runs else 0
     else:

@@ -163,7 +163,6 @@ def _searched(
             samples_per_rank if has_one_go else None,
             prove=prove,
             share=samples_per_rank,
-            is_brief=not is_drawn,
             foresee=partial(_simulated_ceiling, probe, limit, samples_per_rank),
         )
     if not found.micro_batch:

@@ -20,7 +20,8 @@ from autobatch.memory.trace_model import TraceModel
 from autobatch.records.evidence import MemoryPoint
 from autobatch.records.split import Split, split
 from autobatch.records.what_if import WhatIf, WhatIfCard
-from autobatch.tuning.ceiling import LOOK_ABOVE, SMALL, Ceiling
+from autobatch.tuning.ceiling import LOOK_ABOVE, Ceiling
+from autobatch.tuning.first_sizes import SMALL
 from autobatch.tuning.probe import Probe
 from autobatch.tuning.search import CeilingSearch
 
@@ -61,7 +62,7 @@ def what_if(
     if model is None or not _is_certain(probe, found, model):
         return None
     known = _Known(probe, model, curve)
-    known.add_one()
+    known.add_smallest()
     cards = (spec,) if "card" in asked else (spec, *_others(spec))
     for card in cards:
         known.add_all(card.capacity_bytes - card.context_bytes)
@@ -87,7 +88,7 @@ def _is_certain(probe: Probe, found: Ceiling, model: TraceModel) -> bool:
     """
     return (
         isinstance(probe.device, VirtualGpu)
-        and model.nodes == SMALL
+        and (len(model.nodes) == 1 or model.nodes == SMALL)
         and probe.accumulation_steps > 1
         and found.stopped is None
         and not probe.workload.stream
@@ -138,13 +139,16 @@ class _Known:
         self.whole_bytes = 0
         self.peaks = {point.micro_batch: point.peak_reserved_bytes for point in curve}
 
-    def add_one(self) -> None:
-        """Predict the peak of one sample, so that no micro-batch is below all that are known."""
-        self._add(1)
+    def add_smallest(self) -> None:
+        """Predict the peaks of the fewest samples, so that none is below all that are known."""
+        for size in (1, *SMALL):
+            self._add(size)
 
     def add_all(self, usable_bytes: int) -> None:
         """Predict every micro-batch up to those that do not fit, if that is few of them."""
-        small, large = SMALL[0], max(self.peaks)
+        small, large = self._model.nodes[0], max(self.peaks)
+        if small == large:
+            return
         rise = (self.peaks[large] - self.peaks[small]) / max(large - small, 1)
         if rise <= 0:
             return
@@ -183,7 +187,7 @@ class _Known:
         """Return what the search finds, as long as predictions last."""
         search = CeilingSearch(limit=limit, budget_bytes=budget, look_above=LOOK_ABOVE)
         asked: int | None
-        for size in SMALL:
+        for size in self._model.nodes:
             search.tell(size, fits=self.peaks[size] <= budget, peak_bytes=self.peaks[size])
         while (asked := search.ask()) is not None:
             if not self._add(asked, keeping=_FOR_SPLITS):

@@ -63,7 +63,7 @@ def test_sizes_that_follow_a_count_are_exact_at_every_micro_batch(rows, chosen, 
     model = TraceModel.fit([trace_at(node) for node in nodes])
     assert model.trace(n) == trace_at(n)
     assert model.difference(trace_at(n)) is None
-    assert (model.degree, model.quadratic_share) == (1, 0.0)
+    assert (model.degree, model.quadratic_share(9)) == (1, 0.0)
     assert len(nodes) == (2 if chosen % experts == 0 else 3)
 
 

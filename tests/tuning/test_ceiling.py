@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autobatch.devices.base import Run
+from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
 from autobatch.memory.scratch import with_scratch
-from autobatch.memory.trace import Allocation, Bare, Kernel, Mark, Trace
+from autobatch.memory.trace import Allocation, Bare, Kernel, Label, Mark, Trace
 from autobatch.records.progress import silent
 from autobatch.tuning import ceiling
 from autobatch.tuning.ceiling import find_ceiling
+from autobatch.tuning.first_sizes import first_size
 from autobatch.tuning.probe import Probe
 from autobatch.workload.workload import Workload
 
@@ -66,8 +68,14 @@ def trace_of(micro_batch, sizes, *, events=None, op="aten::mm"):
     )
 
 
+PRIME = first_size(WORKLOAD)
+
+
 def polynomial(base, slope, bend=0):
-    """Weights that stay, and one block that grows with the micro-batch."""
+    """Weights that stay, and one block that grows with the micro-batch, but for an offset.
+
+    One trace does not tell how it grows.
+    """
     return lambda n: trace_of(n, [64 * MIB, base + slope * n + bend * n * n])
 
 
@@ -83,9 +91,110 @@ def search(trace_at, budget_bytes, limit=2**16):
     return found, device.executed
 
 
-def test_affine_memory_takes_two_small_sizes_and_the_ceiling():
+def proportional(slope, bend=0):
+    """Weights that stay, and blocks that the samples alone decide, as most workloads have them."""
+
+    def trace_at(n):
+        trace = trace_of(n, [64 * MIB, slope * n, bend * n * n])
+        weights, *others = trace.blocks
+        paired = replace(others[1], label=Label(shape=(n, n)))
+        return replace(trace, blocks=(replace(weights, category="parameters"), others[0], paired))
+
+    return trace_at
+
+
+def test_memory_that_the_samples_decide_takes_one_small_size_and_the_ceiling():
+    found, executed = search(proportional(10 * MIB), 1064 * MIB)
+    assert executed == [PRIME, 100]
+    assert (found.micro_batch, found.limit_reached, found.reason) == (100, False, None)
+    assert (found.model.degree, found.is_quadratic) == (1, False)
+
+
+def test_pairs_of_samples_are_quadratic_and_take_no_size_more():
+    trace_at = proportional(10 * MIB, MIB // 8)
+    found, executed = search(trace_at, 1064 * MIB)
+    assert reserved_bytes(trace_at(57)) <= 1064 * MIB < reserved_bytes(trace_at(58))
+    assert executed == [PRIME, 57]
+    assert (found.micro_batch, found.is_quadratic, found.method) == (
+        57, True, "trace model (quadratic)",
+    )  # fmt: skip
+    assert found.model.pairs == (PRIME, PRIME)
+
+
+@pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 164, 400])
+def test_one_small_size_gives_the_ceiling_that_two_give(budget, monkeypatch):
+    trace_at = proportional(6 * MIB)
+    found, executed = search(trace_at, budget * MIB)
+    assert reserved_bytes(trace_at(found.micro_batch + 1)) > budget * MIB
+    assert not found.micro_batch or reserved_bytes(trace_at(found.micro_batch)) <= budget * MIB
+    assert len(executed) == (2 if found.micro_batch > 1 else 3)
+    monkeypatch.setattr(ceiling, "first_size", lambda workload: 2**20)
+    assert search(trace_at, budget * MIB)[0].micro_batch == found.micro_batch
+
+
+@pytest.mark.parametrize(
+    ("extra", "executions"),
+    [
+        (lambda n: (n + 1) * KIB, 3),  # an offset
+        (lambda n: PRIME * KIB, 3),  # a dimension that is a multiple of the prime
+        (lambda n: -(-n // 2) * KIB, 4),  # half of the samples
+        (lambda n: n * n * KIB, 4),  # pairs of samples that no shape tells of
+    ],
+)
+def test_an_execution_corrects_what_one_small_size_seemed_to_tell(extra, executions):
+    def trace_at(n):
+        trace = proportional(10 * MIB)(n)
+        blocks = (*trace.blocks, Allocation(extra(n), "activations", "forward", "aten::cat"))
+        return replace(trace, blocks=blocks, events=(*trace.events, 3))
+
+    found, executed = search(trace_at, 1065 * MIB)
+    assert executed[0] == PRIME and len(executed) <= executions
+    assert reserved_bytes(trace_at(found.micro_batch)) <= 1065 * MIB
+    assert reserved_bytes(trace_at(found.micro_batch + 1)) > 1065 * MIB
+
+
+def test_a_loop_over_samples_is_not_executed_at_a_size_that_one_run_foretells():
+    def trace_at(n):
+        return trace_of(n, [64 * MIB, 10 * MIB * n, *[KIB] * n])
+
+    _, executed = search(trace_at, 1065 * MIB)
+    assert executed[:3] == [PRIME, 2, 3]
+
+
+def test_what_fails_at_the_prime_is_tried_with_fewer_samples():
+    class Even(FakeDevice):
+        def run(self, workload, *, micro_batch, accumulation_steps):
+            if micro_batch == PRIME:
+                raise WorkloadError("two views of each sample")
+            return FakeDevice.run(
+                self, workload, micro_batch=micro_batch, accumulation_steps=accumulation_steps
+            )
+
+    device = Even(proportional(10 * MIB), 1064 * MIB)
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    assert find_ceiling(probe, 2**16).micro_batch == 100
+    assert device.executed == [2, 3, 100]
+
+
+@pytest.mark.parametrize("wanted", [40, 100])
+def test_the_window_that_will_run_confirms_what_one_small_size_tells(wanted):
+    device = FakeDevice(proportional(10 * MIB), 1064 * MIB)
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    found = find_ceiling(probe, 2**16, wanted)
+    assert (found.micro_batch, device.executed) == (100, [PRIME, wanted])
+    assert found.whole is probe.wholes[wanted]
+
+
+def test_the_prime_itself_confirms_nothing():
+    device = FakeDevice(proportional(10 * MIB), 1064 * MIB)
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    found = find_ceiling(probe, 2**16, PRIME)
+    assert (found.micro_batch, device.executed, found.whole) == (100, [PRIME, 100], None)
+
+
+def test_affine_memory_takes_two_small_sizes_more():
     found, executed = search(polynomial(100 * MIB, 10 * MIB), 1164 * MIB)
-    assert executed == [2, 3, 100]
+    assert executed == [PRIME, 2, 3, 100]
     assert (found.micro_batch, found.limit_reached, found.reason) == (100, False, None)
     assert found.model.degree == 1
 
@@ -156,18 +265,22 @@ def test_a_search_ends_where_others_take_the_card_after_its_first_execution():
 
 def test_where_a_simulation_fails_a_real_gpu_is_probed_at_small_sizes():
     device = FakeDevice(
-        polynomial(100 * MIB, 10 * MIB), 1164 * MIB, scratch_varies=True, must_run_the_plan=True
+        polynomial(100 * MIB, 10 * MIB),
+        1164 * MIB,
+        is_simulated=False,
+        scratch_varies=True,
+        must_run_the_plan=True,
     )
     probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
     assert find_ceiling(probe, 2**16, foresee=lambda: None).micro_batch == 100
     assert device.executed == [2, 3, 100]
 
 
-def test_quadratic_memory_is_found_where_the_line_misses_and_takes_one_size_more():
+def test_quadratic_memory_is_found_where_the_line_misses():
     trace_at = polynomial(100 * MIB, 10 * MIB, MIB // 8)
     found, executed = search(trace_at, 1164 * MIB)
     assert reserved_bytes(trace_at(57)) <= 1164 * MIB < reserved_bytes(trace_at(58))
-    assert executed == [2, 3, 94, 57]  # 94 is what a line through 2 and 3 promises
+    assert executed == [PRIME, 2, 3, 94, 57]  # 94 is what a line through 2 and 3 promises
     assert found.micro_batch == 57
     assert found.model.degree == 2
 
@@ -193,7 +306,7 @@ def test_counts_that_are_rounded_up_have_a_model_and_are_no_quadratic(
 ):
     trace_at = experts(chosen, number)
     found, sizes = search(trace_at, budget)
-    assert sizes == [*executed, found.micro_batch]
+    assert sizes == [PRIME, *executed, found.micro_batch]
     assert reserved_bytes(trace_at(found.micro_batch)) <= budget
     assert reserved_bytes(trace_at(found.micro_batch + 1)) > budget
     assert found.method == "trace model"
@@ -202,16 +315,15 @@ def test_counts_that_are_rounded_up_have_a_model_and_are_no_quadratic(
 
 @pytest.mark.parametrize("limit", [4, 5, 64, 999, 1000])
 def test_memory_that_grows_in_steps_is_not_called_quadratic_where_the_limit_is_reached(limit):
-    found, executed = search(lambda n: trace_of(n, [n * KIB, -(-n // 3) * KIB]), 2**40, limit)
+    found, _ = search(lambda n: trace_of(n, [n * KIB, -(-n // 3) * KIB]), 2**40, limit)
     assert (found.micro_batch, found.limit_reached) == (limit, True)
     assert not found.is_quadratic
-    assert executed[:2] == [2, 3]
 
 
 def test_quadratic_memory_is_called_so_where_the_limit_is_reached():
     found, executed = search(polynomial(100 * MIB, 10 * MIB, MIB // 8), 2**40, 1000)
     assert found.is_quadratic
-    assert executed == [2, 3, 1000, 999]
+    assert executed == [PRIME, 2, 3, 1000, 999]
 
 
 @pytest.mark.parametrize("budget", [400 * MIB, 401 * MIB, 402 * MIB])
@@ -245,7 +357,6 @@ def test_memory_that_no_quadratic_follows_is_bisected_by_executions():
     assert found.micro_batch == 91
     assert found.model is None
     assert "expected" in found.reason and "found" in found.reason
-    assert executed[:2] == [2, 3]
     assert {91, 92} <= set(executed)
     assert len(executed) < 24
 
@@ -256,7 +367,7 @@ def test_small_traces_that_differ_in_order_are_bisected_from_what_they_showed():
         return trace_of(n, sizes, op="aten::mm" if n % 2 else "aten::bmm")
 
     found, executed = search(trace_at, 1064 * MIB)
-    assert executed == [2, 3, 100, 101]
+    assert executed == [PRIME, 2, 3, 100, 101]
     assert found.micro_batch == 100
     assert "traces at micro-batch 2 and 3 differ at event 0" in found.reason
 
@@ -267,19 +378,20 @@ def test_an_order_that_only_large_sizes_have_is_learned_from_them():
         return trace_of(n, [64 * MIB, 10 * MIB * n, *extra])
 
     found, executed = search(trace_at, 1065 * MIB)
-    assert executed == [2, 3, 100, 99]
+    assert executed == [PRIME, 2, 3, 100, 99]
     assert (found.micro_batch, found.method, found.reason) == (99, "trace model", None)
 
 
 def test_where_memory_shrinks_again_far_above_the_first_boundary_is_the_answer():
     # Below 10 MiB a block takes a segment of 20 MiB, from there on one of its own size.
     def trace_at(n):
-        return trace_of(n, [n * MIB])
+        return trace_of(n, [n * MIB // 4])
 
-    assert [reserved_bytes(trace_at(n)) // MIB for n in (1, 2, 9, 10, 15)] == [2, 20, 20, 10, 16]
+    peaks = {n: reserved_bytes(trace_at(n)) // MIB for n in (4, 5, 39, 40, 60)}
+    assert peaks == {4: 2, 5: 20, 39: 20, 40: 10, 60: 16}
     found, executed = search(trace_at, 16 * MIB)
-    assert found.micro_batch == 1
-    assert executed == [2, 3, 1]
+    assert found.micro_batch == 4
+    assert executed == [PRIME, 4]
 
 
 def test_a_dent_of_two_sizes_above_the_first_misfit_is_looked_through():
@@ -291,12 +403,12 @@ def test_a_dent_of_two_sizes_above_the_first_misfit_is_looked_through():
     assert [n for n in range(1, 40) if reserved_bytes(trace_at(n)) <= budget] == [1, 2, 3, 4, 7, 8]
     found, executed = search(trace_at, budget)
     assert found.micro_batch == 8
-    assert executed == [2, 3, 8]
+    assert executed == [PRIME, 8]
 
 
 def test_only_one_sample_fits_and_was_executed():
     found, executed = search(polynomial(100 * MIB, 50 * MIB), 220 * MIB)
-    assert executed == [2, 3, 1]
+    assert executed == [PRIME, 2, 3, 1]
     assert (found.micro_batch, found.limit_reached) == (1, False)
 
 
@@ -306,26 +418,26 @@ def test_one_sample_with_an_order_of_its_own_is_believed_and_not_the_model():
         return trace_of(n, sizes if n > 1 else [*sizes, 200 * MIB])
 
     found, executed = search(trace_at, 120 * MIB)
-    assert executed == [2, 3, 1]
+    assert executed == [PRIME, 2, 1]
     assert found.micro_batch == 0
 
 
 def test_a_ceiling_at_a_size_the_model_was_made_from_is_checked_just_above():
     two, executed = search(polynomial(100 * MIB, 50 * MIB), 270 * MIB)
-    assert (two.micro_batch, executed) == (2, [2, 3, 4])
+    assert (two.micro_batch, executed) == (2, [PRIME, 2, 3, 4])
     three, executed = search(polynomial(100 * MIB, 50 * MIB), 320 * MIB)
-    assert (three.micro_batch, executed) == (3, [2, 3, 4])
+    assert (three.micro_batch, executed) == (3, [PRIME, 2, 3, 4])
 
 
 def test_nothing_fits_after_three_sizes():
-    found, executed = search(polynomial(100 * MIB, 50 * MIB), 100 * MIB)
-    assert executed == [2, 3, 1]
+    found, executed = search(proportional(50 * MIB), 100 * MIB)
+    assert executed == [PRIME, 2, 1]
     assert (found.micro_batch, found.limit_reached) == (0, False)
 
 
 @pytest.mark.parametrize(
     ("limit", "executed"),
-    [(1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 3, 4]), (500, [2, 3, 500])],
+    [(1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 3, 4]), (500, [PRIME, 2, 3, 500])],
 )
 def test_a_limit_that_fits_is_executed_and_reported_as_reached(limit, executed):
     found, sizes = search(polynomial(0, KIB), 1024 * MIB, limit)
@@ -357,10 +469,11 @@ def test_progress_counts_what_has_run_before_each_execution():
     find_ceiling(probe, 2**16)
     begins = [p for p in seen if p.trial is None]
     assert [(p.executions, p.expected, p.micro_batch) for p in begins] == [
-        (0, 3, 2),
-        (1, 3, 3),
-        (2, 3, 94),
-        (3, 4, 57),
+        (0, 2, PRIME),
+        (1, 2, 2),
+        (2, 3, 3),
+        (3, 4, 94),
+        (4, 5, 57),
     ]
     ends = [(p.executions, p.trial) for p in seen if p.trial is not None]
     assert ends == list(enumerate(probe.trials, 1))
@@ -434,22 +547,22 @@ limits = st.integers(1, 60)
 
 @settings(deadline=None)
 @given(windows(degree=1), budgets, limits)
-def test_the_ceiling_of_affine_memory_is_that_of_brute_force_in_three_executions(
-    trace_at, budget, limit
-):
-    found, executed = search(trace_at, budget, limit)
-    assert_boundary(found, trace_at, budget, limit)
-    assert len(executed) <= 3
-
-
-@settings(deadline=None)
-@given(windows(degree=2), budgets, limits)
-def test_the_ceiling_of_quadratic_memory_is_that_of_brute_force_in_four_executions(
+def test_the_ceiling_of_affine_memory_is_that_of_brute_force_in_four_executions(
     trace_at, budget, limit
 ):
     found, executed = search(trace_at, budget, limit)
     assert_boundary(found, trace_at, budget, limit)
     assert len(executed) <= 4
+
+
+@settings(deadline=None)
+@given(windows(degree=2), budgets, limits)
+def test_the_ceiling_of_quadratic_memory_is_that_of_brute_force_in_five_executions(
+    trace_at, budget, limit
+):
+    found, executed = search(trace_at, budget, limit)
+    assert_boundary(found, trace_at, budget, limit)
+    assert len(executed) <= 5
 
 
 @settings(deadline=None)
@@ -510,28 +623,13 @@ class BusyDevice(FakeDevice):
 def test_where_sizes_run_one_by_one_the_ceiling_does_not_depend_on_how_busy_the_machine_is(
     monkeypatch,
 ):
-    monkeypatch.setattr(ceiling, "_SECONDS_AN_EVENT", 4.0)
+    monkeypatch.setattr(ceiling, "_SECONDS_AN_EVENT", 0.4)
     kinds = ["aten::mm", "aten::add"]
     found = set()
     for busy in (0, 3, 100):
-        device = BusyDevice(lambda n: trace_of(n, [n * MIB], op=kinds[n % 2]), busy=busy)
+        device = BusyDevice(lambda n: trace_of(n, [MIB] * n, op=kinds[n % 2]), busy=busy)
         probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
         ended = find_ceiling(probe, 2**16, share=4)
         found.add((ended.micro_batch, ended.stopped, tuple(device.executed)))
     [(micro_batch, stopped, _)] = found
     assert micro_batch > 4 and stopped
-
-
-@pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 400])
-@pytest.mark.parametrize("bend", [0, MIB])
-def test_a_brief_search_finds_the_same_ceiling_by_fewer_executions(budget, bend):
-    def found(is_brief):
-        device = FakeDevice(polynomial(4 * MIB, 6 * MIB, bend), usable_bytes=budget * MIB)
-        probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
-        return find_ceiling(probe, 2**16, is_brief=is_brief).micro_batch, device.executed
-
-    (ceiling, executed), (usual, all_executed) = found(True), found(False)
-    assert ceiling == usual
-    assert set(executed) <= set(all_executed)
-    if usual <= 2:
-        assert len(executed) < len(all_executed)

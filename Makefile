@@ -26,10 +26,11 @@ test: $(VENV)/test.stamp
 test-cpu: $(CPU_VENV)/test.stamp
 	$(CPU_VENV)/bin/python -m pytest -n auto -m "not slow" $(CORE)
 
-# the same on the oldest PyTorch that pyproject.toml takes, and all that its CUDA code is part of
+# the same on the oldest PyTorch that pyproject.toml takes, and what its CUDA code is part of; of what
+# takes seconds, operators, ceilings and the tests that need a GPU
 test-lowest: $(LOWEST_VENV)/test.stamp
 	$(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" $(CORE) tests/bench tests/equivalence
-	$(LOWEST_VENV)/bin/python -m pytest -n auto -m slow tests/bench tests/devices
+	$(LOWEST_VENV)/bin/python -m pytest -n auto -m slow -k "operators or ceilings or gpu_tests" tests/bench
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ conjecture, until an execution confirms it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,16 +35,12 @@ from autobatch.memory.trace import (
     Trace,
 )
 
-__all__ = ["Refuted", "TraceModel"]
+__all__ = ["PERMANENT", "Refuted", "TraceModel", "end_of_first"]
 
-_PERMANENT: frozenset[Category] = frozenset(
+PERMANENT: frozenset[Category] = frozenset(
     ("parameters", "buffers", "gradients", "optimizer_state", "workspace")
 )
 """What does not grow with the micro-batch."""
-
-_MOST_DOUBTFUL = 0.1
-"""So many bytes for each that grows in proportion may seem to be constant in a model of one trace,
-apart from parameters, gradients and casts of them."""
 
 
 class Refuted(Misaligned):
@@ -117,12 +112,12 @@ class TraceModel:
         terms: list[Term] = []
         rows = zip(*columns, last.sizes, strict=True)
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
-            if len(row) == 1 and block.category in _PERMANENT:
+            if len(row) == 1 and block.category in PERMANENT:
                 terms.append(interpolation.constant(*row))
             elif len(row) == 1 and _pairs_samples(block.label.shape, *nodes):
                 terms.append(interpolation.square(*row))
             elif index in scratch or ABSENT in row:
-                grows = block.category not in _PERMANENT
+                grows = block.category not in PERMANENT
                 terms.append(interpolation.line(*row[-2:], grows=grows))
             else:
                 terms.append(interpolation.polynomial(row))
@@ -145,7 +140,7 @@ class TraceModel:
     @property
     def degree(self) -> int:
         """2 if any block's size is quadratic in the micro-batch, else 1."""
-        return 2 if self._bent and self.interpolation.rounding is None else 1
+        return 2 if self.bent and self.interpolation.rounding is None else 1
 
     def quadratic_share(self, micro_batch: int) -> float:
         """Return the share of all bytes at a size that quadratic terms make up.
@@ -156,55 +151,18 @@ class TraceModel:
             return 0.0
         sizes = self.sizes(micro_batch)
         if len(self.nodes) == 1:
-            bent: float = sum(sizes[block] for block in self._bent)
+            bent: float = sum(sizes[block] for block in self.bent)
         else:
             first, second = self.nodes[:2]
-            bends = sum(abs(self.terms[block][2]) for block in self._bent)
+            bends = sum(abs(self.terms[block][2]) for block in self.bent)
             step = (micro_batch - first) * (micro_batch - second)
             bent = bends * abs(step) / self.interpolation.denominator
         return bent / max(sum(sizes), 1)
 
     @cached_property
-    def _bent(self) -> list[int]:
+    def bent(self) -> list[int]:
         """The blocks whose sizes are quadratic in the micro-batch, or rounded up."""
         return [block for block, (_, _, bend) in enumerate(self.terms) if bend]
-
-    @property
-    def pairs(self) -> tuple[int, ...] | None:
-        """The shape of a block that was found to be quadratic in one trace, if there is one."""
-        if len(self.nodes) > 1 or not self._bent:
-            return None
-        return self.template.blocks[self._bent[0]].label.shape
-
-    @property
-    def grows_in_step(self) -> bool:
-        """Whether anything that the optimizer's step allocates grows with the micro-batch."""
-        blocks = zip(self.template.blocks, self.terms, strict=True)
-        return any(slope and block.phase == "step" for block, (_, slope, _) in blocks)
-
-    @property
-    def is_plausible(self) -> bool:
-        """Whether the sizes of one trace are such that they probably are what they seem.
-
-        A size that seems to be constant may grow with an offset, or in steps, or there may be one
-        for each sample. Of those that a parameter has, too, or half as many bytes, none of that is
-        likely.
-        """
-        if self.template.parts:
-            return False
-        blocks = self.template.blocks
-        usual = {block.size_bytes for block in blocks if block.category in _PERMANENT}
-        grows = doubtful = 0
-        alike: Counter[Hashable] = Counter()
-        for block, (_, slope, _) in zip(blocks, self.terms, strict=True):
-            size = block.size_bytes
-            if slope:
-                grows += size
-            elif block.phase != "step" and size not in usual and 2 * size not in usual:
-                doubtful += size
-                alike[block, block.label] += 1
-        is_for_each = any(times % self.nodes[0] == 0 for times in alike.values())
-        return doubtful <= _MOST_DOUBTFUL * grows and not is_for_each
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block of the template.
@@ -377,11 +335,7 @@ class TraceModel:
         """
         trace = trace if trace.bare is None else trace.bare.trace
         template, trace = with_frees_in_order(self.template), with_frees_in_order(trace)
-        end = next(
-            (mark.event for mark in template.marks if mark.phase in ("inputs", "step")
-             and (mark.window, mark.micro_batch) != (0, 0)),
-            len(template.events),
-        )  # fmt: skip
+        end = end_of_first(template)
         if template.events[:end] != trace.events[:end]:
             return False
         try:
@@ -395,6 +349,16 @@ class TraceModel:
                 template.blocks[:started], sizes, trace.blocks, strict=False
             )
         )
+
+
+def end_of_first(trace: Trace) -> int:
+    """Return the event at which the first micro-batch of a trace has ended."""
+    ends = (
+        mark.event
+        for mark in trace.marks
+        if mark.phase in ("inputs", "step") and (mark.window, mark.micro_batch) != (0, 0)
+    )
+    return next(ends, len(trace.events))
 
 
 def _pairs_samples(shape: Sequence[int], micro_batch: int) -> bool:

@@ -22,6 +22,7 @@ from autobatch.devices.base import Run
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.alignment import Misaligned
 from autobatch.memory.interpolation import nodes_for
+from autobatch.memory.one_trace import is_plausible, is_shown_by_first
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Refuted, TraceModel
 from autobatch.tuning.first_sizes import SMALL, first_size
@@ -179,7 +180,7 @@ def _nodes(probe: Probe, limit: int) -> tuple[int, ...]:
     if probe.device.is_simulated and max(SMALL) < first < limit:
         # code that cannot run with so many samples, or with an odd number, is tried with fewer
         with suppress(AutobatchError):
-            if TraceModel.fit([probe.run(first).trace]).is_plausible:
+            if is_plausible(TraceModel.fit([probe.run(first).trace])):
                 return (first,)
     for size in SMALL:
         if (shortage := probe.run(size).shortage) is not None:
@@ -259,7 +260,7 @@ def _confirms(model: TraceModel, wanted: int) -> bool:
     """
     if wanted <= max(SMALL):
         return False
-    return len(model.nodes) > 1 or (wanted not in model.nodes and not model.grows_in_step)
+    return len(model.nodes) > 1 or (wanted not in model.nodes and is_shown_by_first(model))
 
 
 def _modelled(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import by_capacity
 from autobatch.memory.lasting import lasting_bytes
+from autobatch.memory.one_trace import pair_of_samples
 from autobatch.memory.pairs import paired
 from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
@@ -63,8 +64,8 @@ _COMPARED = (
 
 
 def _paired(probe: Probe, found: Ceiling) -> tuple[int, ...] | None:
-    if found.model is not None and (shape := found.model.pairs) is not None:
-        return shape
+    if found.model is not None and len(found.model.nodes) == 1:
+        return pair_of_samples(found.model)
     steps = probe.accumulation_steps
     runs = {size: run.trace for size, run in probe.runs.items()}
     return paired({size: each for size, each in runs.items() if each.accumulation_steps == steps})

@@ -12,6 +12,7 @@ from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
+from autobatch.memory.one_trace import pair_of_samples
 from autobatch.memory.scratch import with_scratch
 from autobatch.memory.trace import Allocation, Bare, Kernel, Label, Mark, Trace
 from autobatch.records.progress import silent
@@ -118,7 +119,7 @@ def test_pairs_of_samples_are_quadratic_and_take_no_size_more():
     assert (found.micro_batch, found.is_quadratic, found.method) == (
         57, True, "trace model (quadratic)",
     )  # fmt: skip
-    assert found.model.pairs == (PRIME, PRIME)
+    assert pair_of_samples(found.model) == (PRIME, PRIME)
 
 
 @pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 164, 400])
@@ -183,6 +184,25 @@ def test_the_window_that_will_run_confirms_what_one_small_size_tells(wanted):
     found = find_ceiling(probe, 2**16, wanted)
     assert (found.micro_batch, device.executed) == (100, [PRIME, wanted])
     assert found.whole is probe.wholes[wanted]
+
+
+@pytest.mark.parametrize("phase", ["forward", "evaluate"])
+def test_what_only_later_phases_have_is_confirmed_at_the_ceiling(phase):
+    """A queue of earlier outputs; an evaluation with a multiple of the prime."""
+
+    def trace_at(n):
+        trace = proportional(10 * MIB)(n)
+        more = (n + 1) * KIB if phase == "forward" else 2 * PRIME * MIB
+        later = Allocation(more, "activations", phase, "aten::cat")
+        marks = (*trace.marks, Mark(3, "inputs", 0, 1), Mark(3, phase, 0, 1))
+        return replace(trace, blocks=(*trace.blocks, later), events=(0, 1, 2, 3), marks=marks)
+
+    device = FakeDevice(trace_at, 1065 * MIB)
+    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
+    found = find_ceiling(probe, 2**16, 40)
+    assert reserved_bytes(trace_at(found.micro_batch)) <= 1065 * MIB
+    assert reserved_bytes(trace_at(found.micro_batch + 1)) > 1065 * MIB
+    assert 40 not in device.executed[:2]
 
 
 def test_the_prime_itself_confirms_nothing():

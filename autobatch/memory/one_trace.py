@@ -1,7 +1,7 @@
-"""What to think of a trace model that was made from one trace, at a prime micro-batch.
+"""Whether a trace model that was made from one trace, at a prime micro-batch, may be right.
 
 What the prime divides is taken to grow with the samples. That is a conjecture: here is when it is
-worth an execution, and what that execution has to show.
+worth an execution, which confirms it block by block or corrects it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
-from autobatch.memory.trace_model import PERMANENT, TraceModel, end_of_first
+from autobatch.memory.trace_model import PERMANENT, TraceModel
 
-__all__ = ["is_plausible", "is_shown_by_first", "pair_of_samples"]
+__all__ = ["is_plausible"]
 
 _MOST_DOUBTFUL = 0.1
 """So many bytes for each that grows in proportion may seem to be constant, apart from parameters,
@@ -37,31 +37,6 @@ def is_plausible(model: TraceModel) -> bool:
             alike[block, block.label] += 1
     is_for_each = any(times % model.nodes[0] == 0 for times in alike.values())
     return doubtful <= _MOST_DOUBTFUL * grows and not is_for_each
-
-
-def is_shown_by_first(model: TraceModel) -> bool:
-    """Return whether the first micro-batch has blocks of all sizes that are in doubt.
-
-    Then an execution that is as foretold in it confirms the rest, too. Sizes of parameters are
-    constant in any case, and so are those that a step or an evaluation has for itself, unless they
-    seem to grow.
-    """
-    template = model.template
-    started = sum(event >= 0 for event in template.events[: end_of_first(template)])
-    shown = {block.size_bytes for block in template.blocks[:started]}
-    usual = shown | _usual_sizes(model)
-    return all(
-        block.size_bytes in (shown if slope else usual)
-        for block, (_, slope, _) in zip(
-            template.blocks[started:], model.terms[started:], strict=True
-        )
-        if slope or block.phase in ("inputs", "forward", "backward")
-    )
-
-
-def pair_of_samples(model: TraceModel) -> tuple[int, ...] | None:
-    """Return the shape of a block that has a number for each two samples, if there is one."""
-    return model.template.blocks[model.bent[0]].label.shape if model.bent else None
 
 
 def _usual_sizes(model: TraceModel) -> set[int]:

@@ -5,11 +5,11 @@ They may take so few bytes that no memory shows them; their shapes do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autobatch.memory.trace import Trace
 
-__all__ = ["paired"]
+__all__ = ["paired", "pairs_samples"]
 
 
 def paired(traces: Mapping[int, Trace]) -> tuple[int, ...] | None:
@@ -17,17 +17,41 @@ def paired(traces: Mapping[int, Trace]) -> tuple[int, ...] | None:
 
     Args:
         traces: of windows with as many micro-batches each, by micro-batch; the two smallest are
-            compared, block by block. Labels tell the shapes.
+            compared, block by block where they are alike. Labels tell the shapes. Returned is that
+            of the smallest.
     """
     if len(traces) < 2:
         return None
     small, large = sorted(traces)[:2]
     some, more = traces[small].blocks, traces[large].blocks
-    if len(some) != len(more):
-        return None
-    for one, other in zip(some, more, strict=True):
-        if one.label.shape != other.label.shape:
-            sizes = zip(one.label.shape, other.label.shape, strict=False)
-            if sum(a != b and a * large == b * small for a, b in sizes) > 1:
-                return other.label.shape
+    if len(some) == len(more):
+        for one, other in zip(some, more, strict=True):
+            if one.label.shape != other.label.shape:
+                sizes = zip(one.label.shape, other.label.shape, strict=False)
+                if sum(a != b and a * large == b * small for a, b in sizes) > 1:
+                    return one.label.shape
+    # a kernel may take another way, in which there is such a tensor as well
+    there = {block.label.shape for block in more}
+    for shape in {block.label.shape: None for block in some}:
+        is_pair = small > _TELLING and pairs_samples(shape, small)
+        if is_pair and _scaled(shape, small, large) in there - {shape}:
+            return shape
     return None
+
+
+_TELLING = 3
+"""From larger sizes on, a dimension is a multiple of the micro-batch hardly by accident."""
+
+
+def _scaled(shape: Sequence[int], small: int, large: int) -> tuple[int, ...]:
+    return tuple(dim * large // small if dim % small == 0 else dim for dim in shape)
+
+
+def pairs_samples(shape: Sequence[int], micro_batch: int) -> bool:
+    """Return whether two dimensions are the same multiple of the micro-batch, the first one too.
+
+    >>> pairs_samples((22, 22), 11), pairs_samples((11, 48, 77, 77), 11)
+    (True, False)
+    """
+    multiples = [dim for dim in shape if dim and dim % micro_batch == 0]
+    return multiples.count(multiples[0]) > 1 if multiples else False

@@ -23,6 +23,7 @@ from autobatch.memory.alignment import (
     with_frees_in_order,
 )
 from autobatch.memory.interpolation import Interpolation, Term, rounding_of
+from autobatch.memory.pairs import pairs_samples
 from autobatch.memory.scratch import interleaved, with_scratch
 from autobatch.memory.trace import (
     UNLABELLED,
@@ -35,7 +36,7 @@ from autobatch.memory.trace import (
     Trace,
 )
 
-__all__ = ["PERMANENT", "Refuted", "TraceModel", "end_of_first"]
+__all__ = ["PERMANENT", "Refuted", "TraceModel"]
 
 PERMANENT: frozenset[Category] = frozenset(
     ("parameters", "buffers", "gradients", "optimizer_state", "workspace")
@@ -114,7 +115,7 @@ class TraceModel:
         for index, (block, row) in enumerate(zip(last.blocks, rows, strict=True)):
             if len(row) == 1 and block.category in PERMANENT:
                 terms.append(interpolation.constant(*row))
-            elif len(row) == 1 and _pairs_samples(block.label.shape, *nodes):
+            elif len(row) == 1 and pairs_samples(block.label.shape, *nodes):
                 terms.append(interpolation.square(*row))
             elif index in scratch or ABSENT in row:
                 grows = block.category not in PERMANENT
@@ -140,29 +141,23 @@ class TraceModel:
     @property
     def degree(self) -> int:
         """2 if any block's size is quadratic in the micro-batch, else 1."""
-        return 2 if self.bent and self.interpolation.rounding is None else 1
+        bends = any(bend for _, _, bend in self.terms)
+        return 2 if bends and self.interpolation.rounding is None else 1
 
     def quadratic_share(self, micro_batch: int) -> float:
         """Return the share of all bytes at a size that quadratic terms make up.
 
-        A small share comes from kernels that pad to a multiple; their memory is not quadratic.
+        A small share comes from kernels that pad to a multiple; their memory is not quadratic. Of a
+        model that is not exact only what departs from a line between its sizes counts, because
+        between sizes that are close a little noise bends much.
         """
         if self.degree == 1:
             return 0.0
-        sizes = self.sizes(micro_batch)
-        if len(self.nodes) == 1:
-            bent: float = sum(sizes[block] for block in self.bent)
-        else:
-            first, second = self.nodes[:2]
-            bends = sum(abs(self.terms[block][2]) for block in self.bent)
-            step = (micro_batch - first) * (micro_batch - second)
-            bent = bends * abs(step) / self.interpolation.denominator
-        return bent / max(sum(sizes), 1)
-
-    @cached_property
-    def bent(self) -> list[int]:
-        """The blocks whose sizes are quadratic in the micro-batch, or rounded up."""
-        return [block for block, (_, _, bend) in enumerate(self.terms) if bend]
+        bends = sum(abs(bend) for _, _, bend in self.terms)
+        first, *others = self.nodes
+        departure = abs((micro_batch - first) * (micro_batch - (others or [first])[0]))
+        squares = bends * (micro_batch**2 if self.is_exact else departure)
+        return squares / self.interpolation.denominator / max(sum(self.sizes(micro_batch)), 1)
 
     def sizes(self, micro_batch: int) -> list[int]:
         """Return the requested bytes of each block of the template.
@@ -335,7 +330,11 @@ class TraceModel:
         """
         trace = trace if trace.bare is None else trace.bare.trace
         template, trace = with_frees_in_order(self.template), with_frees_in_order(trace)
-        end = end_of_first(template)
+        end = next(
+            (mark.event for mark in template.marks if mark.phase in ("inputs", "step")
+             and (mark.window, mark.micro_batch) != (0, 0)),
+            len(template.events),
+        )  # fmt: skip
         if template.events[:end] != trace.events[:end]:
             return False
         try:
@@ -349,26 +348,6 @@ class TraceModel:
                 template.blocks[:started], sizes, trace.blocks, strict=False
             )
         )
-
-
-def end_of_first(trace: Trace) -> int:
-    """Return the event at which the first micro-batch of a trace has ended."""
-    ends = (
-        mark.event
-        for mark in trace.marks
-        if mark.phase in ("inputs", "step") and (mark.window, mark.micro_batch) != (0, 0)
-    )
-    return next(ends, len(trace.events))
-
-
-def _pairs_samples(shape: Sequence[int], micro_batch: int) -> bool:
-    """Whether two dimensions are the same multiple of the micro-batch, and the first that is one.
-
-    >>> _pairs_samples((22, 22), 11), _pairs_samples((11, 48, 77, 77), 11)
-    (True, False)
-    """
-    multiples = [dim for dim in shape if dim and dim % micro_batch == 0]
-    return multiples.count(multiples[0]) > 1 if multiples else False
 
 
 def _numbers(

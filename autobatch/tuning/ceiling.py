@@ -14,7 +14,6 @@ confirmed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +21,7 @@ from autobatch.devices.base import Run
 from autobatch.errors import AutobatchError, HostMemoryError, WorkloadError
 from autobatch.memory.alignment import Misaligned
 from autobatch.memory.interpolation import nodes_for
-from autobatch.memory.one_trace import is_plausible, is_shown_by_first
+from autobatch.memory.one_trace import is_plausible
 from autobatch.memory.replay import Replay
 from autobatch.memory.trace_model import Refuted, TraceModel
 from autobatch.tuning.first_sizes import SMALL, first_size
@@ -144,7 +143,7 @@ def _find_ceiling(
         try:
             if foreseen is not None and (near := _near(probe, limit, foreseen)):
                 return _marked_quadratic(follow(near), probe, is_refuted)
-            return _marked_quadratic(follow(_nodes(probe, limit)), probe, is_refuted)
+            return _marked_quadratic(_from_small(probe, limit, follow), probe, is_refuted)
         except Misaligned as error:
             reason = reason or str(error)
             is_refuted = is_refuted or isinstance(error, Refuted)
@@ -170,18 +169,37 @@ def _marked_quadratic(found: Ceiling, probe: Probe, is_refuted: bool) -> Ceiling
     return replace(found, is_quadratic=is_shown)
 
 
-def _nodes(probe: Probe, limit: int) -> tuple[int, ...]:
-    """Execute one or two sizes, and return those that a model is to be fitted to.
+def _from_small(probe: Probe, limit: int, follow: Callable[[tuple[int, ...]], Ceiling]) -> Ceiling:
+    """Follow a model of one size, or of two or three where it tells too little.
+
+    Raises:
+        Misaligned: small sizes tell nothing of larger ones.
+    """
+    first = first_size(probe.workload)
+    if probe.device.is_simulated and max(SMALL) < first < limit and _tells(probe, first):
+        try:
+            return follow((first,))
+        except Misaligned:
+            # code may take another way from some size on, which is below the first one
+            if min(probe.runs) == first or min(SMALL) in probe.runs:
+                raise
+    return follow(_small_nodes(probe, limit))
+
+
+def _tells(probe: Probe, first: int) -> bool:
+    """Whether a first size seems to tell of all others."""
+    try:
+        return is_plausible(TraceModel.fit([probe.run(first).trace]))
+    except AutobatchError:
+        return False  # code that takes no odd number of samples, or not so many, gets fewer
+
+
+def _small_nodes(probe: Probe, limit: int) -> tuple[int, ...]:
+    """Execute two small sizes, and return those that a model is to be fitted to.
 
     Raises:
         Misaligned: they tell nothing of larger ones.
     """
-    first = first_size(probe.workload)
-    if probe.device.is_simulated and max(SMALL) < first < limit:
-        # code that cannot run with so many samples, or with an odd number, is tried with fewer
-        with suppress(AutobatchError):
-            if is_plausible(TraceModel.fit([probe.run(first).trace])):
-                return (first,)
     for size in SMALL:
         if (shortage := probe.run(size).shortage) is not None:
             raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
@@ -254,13 +272,12 @@ def _by_model(
 
 
 def _confirms(model: TraceModel, wanted: int) -> bool:
-    """Whether a window of one micro-batch of this size confirms a model as well as the ceiling.
+    """Whether a window of one micro-batch of this size confirms a model as the ceiling does.
 
-    It has only the forward and backward pass in common with the windows of the model.
+    It has only the forward and backward pass in common with the windows of the model, which is too
+    little for what one trace seemed to tell.
     """
-    if wanted <= max(SMALL):
-        return False
-    return len(model.nodes) > 1 or (wanted not in model.nodes and is_shown_by_first(model))
+    return len(model.nodes) > 1 and wanted > max(SMALL)
 
 
 def _modelled(

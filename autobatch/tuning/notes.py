@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from autobatch.devices.base import Run
 from autobatch.gpus.catalogue import by_capacity
 from autobatch.memory.lasting import lasting_bytes
-from autobatch.memory.one_trace import pair_of_samples
 from autobatch.memory.pairs import paired
 from autobatch.records.footprint import Footprint
 from autobatch.support.units import format_bytes
@@ -52,7 +51,7 @@ def plan_warnings(
         )
     if found.is_quadratic:
         yield f"memory grows with the square of the micro-batch, {_COMPARED}"
-    elif steps > 1 and (shape := _paired(probe, found)) is not None:
+    elif steps > 1 and (shape := _paired(probe)) is not None:
         size = " x ".join(map(str, shape))
         yield f"a tensor ({size} at a small micro-batch) pairs the samples, {_COMPARED}"
 
@@ -63,9 +62,7 @@ _COMPARED = (
 )
 
 
-def _paired(probe: Probe, found: Ceiling) -> tuple[int, ...] | None:
-    if found.model is not None and len(found.model.nodes) == 1:
-        return pair_of_samples(found.model)
+def _paired(probe: Probe) -> tuple[int, ...] | None:
     steps = probe.accumulation_steps
     runs = {size: run.trace for size, run in probe.runs.items()}
     return paired({size: each for size, each in runs.items() if each.accumulation_steps == steps})

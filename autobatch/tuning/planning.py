@@ -279,7 +279,7 @@ def _planned_stream(
 def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[Split, _Window]:
     """Return the split, and the window that will run.
 
-    On a real GPU the window that will run is run; should it not fit below a ceiling that does, the
+    On a real GPU the window that will run is run. Should it not fit below a ceiling that does, the
     next smaller split is tried.
     """
     # what a model tells that is not exact, a simulated card tells as it is
@@ -288,15 +288,18 @@ def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[S
         planned = split(target, ceiling=ceiling, world_size=probe.workload.world_size)
         steps, size = min(planned.accumulation_steps, MOST_STEPS), planned.micro_batch
         if steps == probe.accumulation_steps and not must_run:
-            return planned, _at(probe, found, size)
-        if found.whole is not None:
-            run = found.whole
-        elif steps == probe.accumulation_steps:
-            run = probe.run(size)
-        else:  # without accumulation no gradient waits in memory, so this is a window of its own
-            run = probe.execute(size, steps)
-        if run.fits(probe.budget_bytes) or not must_run:
-            return planned, _executed(probe, run)
+            window = _at(probe, found, size)
+            if window.footprint.peak_reserved_bytes <= probe.budget_bytes:
+                return planned, window
+        else:
+            if found.whole is not None:
+                run = found.whole
+            elif steps == probe.accumulation_steps:
+                run = probe.run(size)
+            else:  # without accumulation no gradient waits in memory: a window of its own
+                run = probe.execute(size, steps)
+            if run.fits(probe.budget_bytes) or not must_run:
+                return planned, _executed(probe, run)
         ceiling = size - 1
         if not ceiling:
             raise DoesNotFitError(what_is_missing(probe, found))

@@ -12,7 +12,6 @@ from autobatch.errors import WorkloadError
 from autobatch.gpus.catalogue import GpuSpec
 from autobatch.memory.accounting import replay
 from autobatch.memory.allocator import CachingAllocator
-from autobatch.memory.one_trace import pair_of_samples
 from autobatch.memory.scratch import with_scratch
 from autobatch.memory.trace import Allocation, Bare, Kernel, Label, Mark, Trace
 from autobatch.records.progress import silent
@@ -119,7 +118,6 @@ def test_pairs_of_samples_are_quadratic_and_take_no_size_more():
     assert (found.micro_batch, found.is_quadratic, found.method) == (
         57, True, "trace model (quadratic)",
     )  # fmt: skip
-    assert pair_of_samples(found.model) == (PRIME, PRIME)
 
 
 @pytest.mark.parametrize("budget", [65, 70, 75, 80, 90, 110, 164, 400])
@@ -177,39 +175,22 @@ def test_what_fails_at_the_prime_is_tried_with_fewer_samples():
     assert device.executed == [2, 3, 100]
 
 
-@pytest.mark.parametrize("wanted", [40, 100])
-def test_the_window_that_will_run_confirms_what_one_small_size_tells(wanted):
+@pytest.mark.parametrize("wanted", [PRIME, 40, 100])
+def test_what_one_small_size_tells_is_confirmed_by_whole_windows(wanted):
     device = FakeDevice(proportional(10 * MIB), 1064 * MIB)
     probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
     found = find_ceiling(probe, 2**16, wanted)
-    assert (found.micro_batch, device.executed) == (100, [PRIME, wanted])
-    assert found.whole is probe.wholes[wanted]
-
-
-@pytest.mark.parametrize("phase", ["forward", "evaluate"])
-def test_what_only_later_phases_have_is_confirmed_at_the_ceiling(phase):
-    """A queue of earlier outputs; an evaluation with a multiple of the prime."""
-
-    def trace_at(n):
-        trace = proportional(10 * MIB)(n)
-        more = (n + 1) * KIB if phase == "forward" else 2 * PRIME * MIB
-        later = Allocation(more, "activations", phase, "aten::cat")
-        marks = (*trace.marks, Mark(3, "inputs", 0, 1), Mark(3, phase, 0, 1))
-        return replace(trace, blocks=(*trace.blocks, later), events=(0, 1, 2, 3), marks=marks)
-
-    device = FakeDevice(trace_at, 1065 * MIB)
-    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
-    found = find_ceiling(probe, 2**16, 40)
-    assert reserved_bytes(trace_at(found.micro_batch)) <= 1065 * MIB
-    assert reserved_bytes(trace_at(found.micro_batch + 1)) > 1065 * MIB
-    assert 40 not in device.executed[:2]
-
-
-def test_the_prime_itself_confirms_nothing():
-    device = FakeDevice(proportional(10 * MIB), 1064 * MIB)
-    probe = Probe(device=device, workload=WORKLOAD, accumulation_steps=2, progress=silent)
-    found = find_ceiling(probe, 2**16, PRIME)
     assert (found.micro_batch, device.executed, found.whole) == (100, [PRIME, 100], None)
+
+
+def test_where_code_takes_another_way_below_the_first_size_two_smaller_ones_tell():
+    def trace_at(n):
+        extra = [n * MIB] if n > 16 else []
+        return trace_of(n, [10 * MIB * n, *extra])
+
+    found, executed = search(trace_at, 90 * MIB)
+    assert executed == [PRIME, 7, 2, 3, 9]
+    assert (found.micro_batch, found.method) == (9, "trace model")
 
 
 def test_affine_memory_takes_two_small_sizes_more():

@@ -96,7 +96,7 @@ def test_a_target_below_the_ceiling_runs_the_window_without_accumulation_too():
     assert plan.footprint.accumulation_steps == 1
     assert plan.footprint.evidence == "simulated"
     assert plan.trials[-1].accumulation_steps == 1
-    assert plan.executions == 2
+    assert plan.executions == 3
 
 
 def test_a_quadratic_loss_is_noticed_without_accumulation_too():

@@ -6,9 +6,9 @@ prime micro-batch; or two, or three where elements are spread equally over parts
 rounded up. On a real one kernels take other ways, and other scratch memory, at large sizes than at
 small ones, so that two traces are taken close to the ceiling which a simulation foresees. Where
 traces do not align, sizes are executed one by one. Invariant: a ceiling that is returned was
-executed and fits (or, on a simulated GPU, the window that will run was, where that needs no
-accumulation); the next size was executed, or predicted not to fit by a model that had just been
-confirmed.
+executed and fits (or, on a simulated GPU and of a model of several traces, the window that will run
+was, where that needs no accumulation); the next size was executed, or predicted not to fit by a
+model that had just been confirmed.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def find_ceiling(
     Args:
         probe: executes the workload with its accumulation steps.
         limit: largest size to consider.
-        wanted: samples of one update on one GPU. Where the ceiling allows them all at once, a
-            window of one such micro-batch is executed in place of one at the ceiling: it is what
-            will run, and its beginning checks the model as well.
+        wanted: samples of one update on one GPU. Where the ceiling allows them all at once, and the
+            model is of several traces, a window of one such micro-batch is executed in place of one
+            at the ceiling: it is what will run, and its beginning checks the model as well.
         prove: execute the size above the ceiling too, which must not fit.
         share: samples of one update on one GPU, as far as sizes that have to be executed one by one
             are looked at without regard to time.

@@ -78,10 +78,14 @@ function answersOf(plan, known) {
   function planned(cardIndex, headroomIndex, target) {
     const card = known.cards[cardIndex];
     const ceiling = card.ceilings[headroomIndex], headroom = card.headrooms[headroomIndex];
-    const split = splitTarget(target, ceiling, plan.worldSize);
     const limit = budget(card, headroom), usable = card.capacity - card.context;
-    if (!split) return { ceiling, budget: limit, split: null };
-    const found = peakOf(cardIndex, split.microBatch, split.steps);
+    let split, found, most = ceiling;
+    do {  // a size below the ceiling may not fit by itself: the next smaller split is planned
+      split = splitTarget(target, most, plan.worldSize);
+      if (!split) return { ceiling, budget: limit, split: null };
+      found = peakOf(cardIndex, split.microBatch, split.steps);
+      most = split.microBatch - 1;
+    } while (most > 0 && split.steps > 1 && found.isKnown && found.bytes > limit);
     return {
       ...found, ceiling, budget: limit, split, peak: found.bytes,
       // a window of one micro-batch is another one, in which no gradients wait

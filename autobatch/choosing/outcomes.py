@@ -62,7 +62,7 @@ def window_of(probe: Probe, plan: Plan) -> WindowTime | None:
     """
     if not probe.device.is_simulated:
         return measured_window(plan)
-    speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs, probe.wholes)
+    speed = SpeedModel.of_runs(probe.workload, plan.gpu, probe.runs)
     found = speed.estimate(plan.micro_batch, plan.accumulation_steps)
     if found is None:
         return None

@@ -11,6 +11,9 @@ from autobatch.memory.trace import Trace
 
 __all__ = ["paired", "pairs_samples"]
 
+_ACCIDENTAL = 3
+"""Of larger micro-batches, a dimension is a multiple hardly by accident."""
+
 
 def paired(traces: Mapping[int, Trace]) -> tuple[int, ...] | None:
     """Return the shape of a tensor that has the samples in two of its dimensions, if there is one.
@@ -32,15 +35,10 @@ def paired(traces: Mapping[int, Trace]) -> tuple[int, ...] | None:
                     return one.label.shape
     # a kernel may take another way, in which there is such a tensor as well
     there = {block.label.shape for block in more}
-    for shape in {block.label.shape: None for block in some}:
-        is_pair = small > _TELLING and pairs_samples(shape, small)
-        if is_pair and _scaled(shape, small, large) in there - {shape}:
+    for shape in {block.label.shape: None for block in some if small > _ACCIDENTAL}:
+        if pairs_samples(shape, small) and _scaled(shape, small, large) in there:
             return shape
     return None
-
-
-_TELLING = 3
-"""From larger sizes on, a dimension is a multiple of the micro-batch hardly by accident."""
 
 
 def _scaled(shape: Sequence[int], small: int, large: int) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class Candidate:
                 return runs[micro_batch].replay.peak_reserved_bytes
             # of more runs, some corrected a model, which is not that of the plan any more
             with suppress(Misaligned):
-                if len(runs) in (1, 2, 3):
+                if len(runs) in (2, 3):
                     model = TraceModel.fit([run.trace for _, run in sorted(runs.items())])
                     return self._planned.predict(model, micro_batch).peak_reserved_bytes
         with self._setup.in_force():
@@ -109,10 +109,8 @@ class Candidate:
     def window_seconds(self, plan: Plan) -> float | None:
         """Return the estimated time of one update by the plan."""
         setup = self._setup
-        probe = self._probe if self._planned is None else self._planned
-        speed = SpeedModel.of_runs(
-            setup.workload, setup.gpu, self._probe.runs | probe.runs, probe.wholes, setup.settings
-        )
+        runs = self._probe.runs | ({} if self._planned is None else self._planned.runs)
+        speed = SpeedModel.of_runs(setup.workload, setup.gpu, runs, setup.settings)
         with self._setup.in_force():
             return speed.seconds(plan.micro_batch, plan.accumulation_steps)
 

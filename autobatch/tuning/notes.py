@@ -108,12 +108,7 @@ def _growth(probe: Probe, planned: Footprint, steps: int) -> Iterator[str]:
 
     What is kept is taken to be kept of each micro-batch.
     """
-    runs = sorted(
-        (size, each.grown_bytes * times)
-        for ran, times in ((probe.runs, 1), (probe.wholes, probe.accumulation_steps))
-        for size, each in ran.items()
-        if each.is_free
-    )
+    runs = sorted((size, each.grown_bytes) for size, each in probe.runs.items() if each.is_free)
     if len(runs) < 2:
         grown = runs[0][1] if runs else 0
     else:

@@ -31,7 +31,6 @@ class Probe:
         headroom: share of the usable memory that stays free.
         trials: every execution, in order.
         runs: what each execution of the probed window gave, by micro-batch.
-        wholes: the same of windows without accumulation, where the probed ones have some.
     """
 
     device: Device
@@ -41,7 +40,6 @@ class Probe:
     headroom: float = 0.0
     trials: list[Trial] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
-    wholes: dict[int, Run] = field(default_factory=dict)
 
     @property
     def budget_bytes(self) -> int:
@@ -90,8 +88,6 @@ class Probe:
         self.trials.append(trial)
         if accumulation_steps == self.accumulation_steps:
             self.runs[micro_batch] = run
-        elif accumulation_steps == 1:
-            self.wholes[micro_batch] = run
         self.progress(replace(begin, executions=len(self.trials), trial=trial))
         return run
 

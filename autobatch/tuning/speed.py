@@ -42,7 +42,6 @@ class SpeedModel:
     _settings: AllocatorSettings | None = None
     _lines: _Lines | None = None
     _counts: dict[int, WindowWork | None] = field(default_factory=dict)
-    _wholes: dict[int, WindowWork] = field(default_factory=dict)
 
     @classmethod
     def of(cls, workload: Workload, gpu: GpuSpec) -> SpeedModel:
@@ -67,23 +66,14 @@ class SpeedModel:
         workload: Workload,
         gpu: GpuSpec,
         runs: Mapping[int, Run],
-        wholes: Mapping[int, Run],
         settings: AllocatorSettings | None = None,
     ) -> SpeedModel:
-        """Take windows that ran with their work counted, by micro-batch.
+        """Take windows of two micro-batches that ran with their work counted, by micro-batch.
 
-        Other sizes are counted where they do not tell.
-
-        Args:
-            workload: what ran.
-            gpu: the card.
-            runs: windows of several micro-batches; two of them give lines.
-            wholes: windows of one.
-            settings: of the allocator.
+        Other sizes are counted where these do not tell.
         """
         model = cls(workload, gpu, settings)
         model._counts |= {n: run.work for n, run in runs.items() if run.work}
-        model._wholes |= {n: run.work for n, run in wholes.items() if run.work}
         works = [(n, run.work) for n, run in sorted(runs.items()) if n >= min(_SIZES) and run.work]
         if len(works) > 1:
             (_, first), (_, second) = works[:2]
@@ -108,13 +98,8 @@ class SpeedModel:
         """
         if not can_estimate(self.gpu):
             return None
-        work: WindowWork | None
-        if self._lines is not None:
-            work = self._lines.at(micro_batch)
-        elif accumulation_steps == 1 and micro_batch in self._wholes:
-            work = self._wholes[micro_batch]
-        else:
-            work = self._work(micro_batch)
+        lines = self._lines
+        work = self._work(micro_batch) if lines is None else lines.at(micro_batch)
         if work is None:
             return None
         return estimate(

@@ -27,9 +27,20 @@ def within_samples(model: nn.Module, x: Tensor) -> Tensor:
     return (z @ z.transpose(1, 2)).square().mean()
 
 
+def far_apart(model: nn.Module, x: Tensor) -> Tensor:
+    """From some size on, the kernel of distances takes another way."""
+    z = model(x).mean(1)
+    return torch.cdist(z, z).mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "is_paired"),
-    [(contrasted, True), (compared_in_both_views, True), (within_samples, False)],
+    [
+        (contrasted, True),
+        (compared_in_both_views, True),
+        (far_apart, True),
+        (within_samples, False),
+    ],
 )
 def test_a_plan_that_accumulates_says_where_samples_are_compared(loss, is_paired: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))

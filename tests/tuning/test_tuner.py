@@ -24,6 +24,7 @@ from autobatch import (
     WorkloadError,
 )
 from autobatch.gpus.uncertainty import SIMULATED_HEADROOM
+from autobatch.records.split import split
 from autobatch.support.units import MIB
 from tests.support.busy import TOKENS, lm_loss, trained
 
@@ -549,3 +550,38 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.slow
 def test_tuning_needs_no_package_but_torch():
     assert loaded_by("import autobatch; autobatch.tune, autobatch.Plan", after="import torch") == ""
+
+
+def test_a_planned_window_fits_where_a_larger_one_does_and_it_would_not():
+    """What is kept takes segments of its own at some sizes only."""
+    kept = []
+
+    def loss(model, batch):
+        output = model(batch)
+        kept.append(output.detach()[:5].clone())
+        return output.square().mean()
+
+    plan = autobatch.tune(
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()),
+        target=100_000,
+        sample=torch.zeros(4, 3, 64, 64),
+        loss=loss,
+        gpu="2GiB",
+        cache=False,
+    )
+    largest = split(100_000, ceiling=plan.ceiling).micro_batch
+    assert plan.micro_batch < largest  # or this tests nothing
+    assert plan.footprint.peak_reserved_bytes <= plan.budget_bytes
+
+
+def test_a_data_set_of_as_many_samples_as_are_planned_at_once_is_tuned():
+    data = [(torch.zeros(16), torch.tensor(0)) for _ in range(2)]
+    plan = autobatch.tune(
+        nn.Linear(16, 4),
+        target=2,
+        sample=TensorDataset(*map(torch.stack, zip(*data, strict=True))),
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        gpu="t4",
+        cache=False,
+    )
+    assert (plan.micro_batch, plan.accumulation_steps) == (2, 1)

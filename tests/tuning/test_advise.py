@@ -62,7 +62,7 @@ def options_of(training: Workload, gpu: GpuSpec, levers: list[str]) -> dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mib", [150, 400, 4000])
+@pytest.mark.parametrize("mib", [150, 4000])
 def test_every_ceiling_is_that_of_the_plan_for_the_changed_workload(mib: int) -> None:
     training, advice = workload(), advised(mib, allow_numerics=True)
     options = options_of(training, card(mib), FEW)
@@ -279,7 +279,7 @@ def test_an_unknown_lever_names_the_one_that_was_meant() -> None:
 
 @pytest.mark.slow
 def test_an_advice_survives_json_and_prints_its_lines_of_code() -> None:
-    advice = advised(150, allow_numerics=False)
+    advice = advised(150, allow_numerics=True)
     assert Advice.from_json(advice.to_json()) == advice
     text = str(advice)
     assert "as it is" in text

@@ -51,7 +51,8 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Explain a recorded memory snapshot."""
-    from autobatch.report.explanation import explain, explanation_summary
+    from autobatch.report.explanation import explain
+    from autobatch.report.explanation_summary import explanation_summary
 
     with outputs(arguments, "explanation"):
         explanation = explain(

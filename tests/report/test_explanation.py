@@ -17,7 +17,9 @@ from autobatch.memory.allocator import OutOfMemory
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.records.explanation import Alternative
 from autobatch.report import markdown
-from autobatch.report.explanation import Explanation, _row, explain, explanation_summary
+from autobatch.report.explained_settings import _row
+from autobatch.report.explanation import Explanation, explain
+from autobatch.report.explanation_summary import explanation_summary
 from autobatch.support.units import MIB
 from tests.support import browser
 from tests.support.recordings import EXPANDABLE, PRIVATE, write

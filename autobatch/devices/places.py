@@ -11,13 +11,25 @@ run rebound, added or deleted there; inside of it, what the block before it left
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import CellType, FunctionType, TracebackType
 from typing import Any
 
 from autobatch.support.interrupts import uninterrupted
+from autobatch.workload.files import file_kept
 
-__all__ = ["Place", "Stage", "attributes_of", "cell", "defaults_of", "elements_of", "entries_of"]
+__all__ = [
+    "FilePlace",
+    "Place",
+    "Stage",
+    "attributes_of",
+    "cell",
+    "defaults_of",
+    "elements_of",
+    "entries_of",
+]
 
 _MISSING = object()
 
@@ -67,6 +79,27 @@ class Place:
         if self._finish is not None:
             self._finish(before)
         self._before = {}
+
+
+class FilePlace(Place):
+    """Where a file is read next. It is where it was before, whenever a run begins or has ended."""
+
+    def __init__(self, file: io.IOBase):
+        """Take charge of a file."""
+        super().__init__(dict, lambda name, value: None, lambda name: None)
+        self._file = file
+        self._put_back: Callable[[], None] | None = None
+
+    def enter(self) -> None:
+        """Remember where the file is; a pipe does not tell."""
+        with suppress(OSError):
+            self._put_back = file_kept(self._file)
+
+    def leave(self) -> None:
+        """Put the file back to there."""
+        if self._put_back is not None:
+            self._put_back()
+        self._put_back = None
 
 
 class Stage:

@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from autobatch.devices.kinds import CONTAINERS, MAKERS
 from autobatch.devices.places import (
+    FilePlace,
     Place,
     Stage,
     attributes_of,
@@ -44,7 +45,7 @@ from autobatch.devices.places import (
     defaults_of,
     entries_of,
 )
-from autobatch.devices.whose import holds_tensors, is_kept
+from autobatch.devices.whose import files_read_by, holds_tensors, is_kept
 from autobatch.errors import WorkloadError
 from autobatch.support.owners import is_own_class, is_own_function, is_own_module
 from autobatch.support.wording import argument, given, passing
@@ -282,6 +283,8 @@ class Walk:
     def _kept(self, value: Any, *, deeply: bool = False) -> Any:
         """Keep an object; its attributes are as before after a run, their copies used in it."""
         self.remember(value, value)
+        for file in files_read_by(value):
+            self.place(FilePlace(file))
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
             place = self.place(entries_of(own, in_order=True))

@@ -6,6 +6,8 @@ Invariant: nothing is called but `isinstance`, and no property of the user's is 
 from __future__ import annotations
 
 import gc
+import io
+from collections.abc import Iterator
 from types import GeneratorType
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from autobatch.support.torch_private import OpOverload, OpOverloadPacket
+from autobatch.workload.files import is_closed
 
-__all__ = ["holds_tensors", "is_kept"]
+__all__ = ["files_read_by", "holds_tensors", "is_kept"]
 
 _KEPT_ROOTS = frozenset(
     """
@@ -54,6 +57,15 @@ def is_kept(value: Any) -> bool:
         return False
     root = (kind.__module__ or "").partition(".")[0]
     return isinstance(value, _KEPT) or root in _KEPT_ROOTS
+
+
+def files_read_by(value: Any) -> Iterator[io.IOBase]:
+    """Yield an object that is a file, or files that it refers to; none that is written on disk."""
+    for file in [value] if isinstance(value, io.IOBase) else gc.get_referents(value):
+        in_memory = isinstance(file, (io.BytesIO, io.StringIO))
+        is_open = isinstance(file, io.IOBase) and not is_closed(file)
+        if is_open and (in_memory or not file.writable()):
+            yield file
 
 
 def holds_tensors(value: Any) -> bool:

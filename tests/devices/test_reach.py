@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import random
 from collections import deque
+from io import StringIO
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -129,6 +132,49 @@ def test_a_second_optimizer_is_counted_and_one_that_never_steps_is_named() -> No
     assert any("never made a step; AdamW did" in warning for warning in plan.warnings)
     assert plan.footprint.optimizer_bytes >= 2 * sum(p.nbytes for p in model.parameters())
     assert not other.state
+
+
+def by_lines(file: Any) -> Any:
+    return lambda n: torch.tensor([[float(file.readline() or 0)] * WIDTH for _ in range(n)])
+
+
+def by_rows(file: Any) -> Any:
+    rows = csv.reader(file)
+    return lambda n: torch.tensor([[float(*next(rows, "0"))] * WIDTH for _ in range(n)])
+
+
+def by_going_through(file: Any) -> Any:
+    def batch(n: int) -> Tensor:
+        read = [float(line) for line, _ in zip(file, range(n), strict=False)]
+        return torch.tensor([[value] * WIDTH for value in read] or [[0.0] * WIDTH])
+
+    return batch
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("reads", [by_lines, by_rows, by_going_through])
+def test_a_file_is_read_on_from_where_it_was(reads: Any, in_memory: bool, tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_text("".join(f"{number}\n" for number in range(400)))
+    with StringIO(path.read_text()) if in_memory else path.open() as file:
+        assert [next(file), next(file), next(file)][-1] == "2\n"  # after which texts do not tell
+        batch = reads(file)
+        plan = autobatch.tune(Workload(model=net(), batch=batch), target=64, gpu="t4", cache=False)
+        assert plan.micro_batch
+        assert batch(2)[:, 0].tolist() == [3.0, 4.0]
+
+
+def test_a_file_that_the_step_writes_is_left_alone(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as file:
+        model = net()
+
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            file.write("step\n")
+            return square(model, x)
+
+        training = Workload(model=model, loss=loss, batch=lambda n: torch.ones(n, WIDTH))
+        autobatch.predict(training, micro_batch=2, gpu="t4")
+        assert file.tell() == 2 * len("step\n")  # two windows of one micro-batch
 
 
 def test_a_generator_that_the_step_draws_from_is_named() -> None:

@@ -201,7 +201,16 @@ def _small_nodes(probe: Probe, limit: int) -> tuple[int, ...]:
         Misaligned: they tell nothing of larger ones.
     """
     for size in SMALL:
-        if (shortage := probe.run(size).shortage) is not None:
+        try:
+            shortage = probe.run(size).shortage
+        except WorkloadError as error:
+            if not (ran := [n for n in probe.runs if n > 1]):
+                raise
+            raise WorkloadError(
+                f"{error}; micro-batch {min(ran)} ran: where the code takes multiples of a size "
+                "alone, count groups of that size, by a function that makes n of them as batch"
+            ) from error.__cause__
+        if shortage is not None:
             raise Misaligned(f"micro-batch {size} runs out of memory ({shortage})")
     return nodes_for([probe.run(size).trace for size in SMALL], limit)
 
@@ -242,8 +251,14 @@ def _by_model(
     model = _fit_nearest(probe) if kernels_may_vary else _fit(probe, sizes)
     search, predicted = _search_model(model, probe, limit)
     confirmed = False
+    # what foretells a size that is known to be another one hardly foretells the next
+    prove = prove or (kernels_may_vary and probe.device.is_simulated)
     for _ in range(_EXECUTIONS):
         ceiling = search.ceiling
+        if not kernels_may_vary and (size := _refuting(model, probe, ceiling)) is not None:
+            model = _corrected(model, probe, size)
+            search, predicted = _search_model(model, probe, limit)
+            continue
         if wanted is not None and _confirms(model, wanted) and wanted <= ceiling:
             whole = probe.execute(wanted, 1)
             wanted = None
@@ -269,6 +284,12 @@ def _by_model(
             model = corrected
             search, predicted = _search_model(model, probe, limit)
     raise Refuted("memory kept departing from what smaller sizes foretold")
+
+
+def _refuting(model: TraceModel, probe: Probe, ceiling: int) -> int | None:
+    """Return a size up to the ceiling that was executed before, and is not as a model foretells."""
+    others = (n for n in sorted(probe.runs) if model.nodes[-1] < n <= ceiling)
+    return next((n for n in others if model.difference(probe.run(n).trace) is not None), None)
 
 
 def _confirms(model: TraceModel, wanted: int) -> bool:

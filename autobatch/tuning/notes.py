@@ -160,7 +160,7 @@ def what_is_missing(probe: Probe, found: Ceiling) -> str:
         f"not even micro-batch {smallest} fits on {spec.name}: it needs {format_bytes(needed)} "
         f"reserved, the budget is {format_bytes(probe.budget_bytes)}, {format_bytes(short)} "
         f"({short:,} bytes) short; try {_either(ideas)}"
-        + (f" (a smaller size does not run: {found.reason})" if found.reason else "")
+        + (f" (a smaller size does not run: {found.reason})" if smallest > 1 else "")
     )
 
 

@@ -279,7 +279,7 @@ def _planned_stream(
 def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[Split, _Window]:
     """Return the split, and the window that will run.
 
-    On a real GPU the window that will run is run. Should it not fit below a ceiling that does, the
+    On a real GPU the window that will run is run. Should one not fit below a ceiling that does, the
     next smaller split is tried.
     """
     # what a model tells that is not exact, a simulated card tells as it is
@@ -292,13 +292,11 @@ def _planned(target: int, probe: Probe, found: Ceiling, ceiling: int) -> tuple[S
             if window.footprint.peak_reserved_bytes <= probe.budget_bytes:
                 return planned, window
         else:
-            if found.whole is not None:
-                run = found.whole
-            elif steps == probe.accumulation_steps:
+            if steps == probe.accumulation_steps:
                 run = probe.run(size)
             else:  # without accumulation no gradient waits in memory: a window of its own
-                run = probe.execute(size, steps)
-            if run.fits(probe.budget_bytes) or not must_run:
+                run = found.whole or probe.execute(size, steps)
+            if run.fits(probe.budget_bytes):
                 return planned, _executed(probe, run)
         ceiling = size - 1
         if not ceiling:

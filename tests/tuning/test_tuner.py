@@ -585,3 +585,34 @@ def test_a_data_set_of_as_many_samples_as_are_planned_at_once_is_tuned():
         cache=False,
     )
     assert (plan.micro_batch, plan.accumulation_steps) == (2, 1)
+
+
+@pytest.mark.parametrize(("target", "whole"), [(133, False), (100, True)])
+def test_a_target_that_does_not_fit_at_once_is_split_also_below_the_ceiling(
+    target: int, whole: bool
+) -> None:
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)],
+    )
+    sample = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    card = GpuSpec(name="card", capacity_bytes=260 * MIB, compute_capability=(8, 0))
+    options = {"sample": sample, "loss": nn.CrossEntropyLoss(), "optimizer": "sgd", "gpu": card}
+    plan = autobatch.tune(model, target=target, **options)
+    assert plan.ceiling is not None and plan.ceiling >= target
+    assert plan.footprint.peak_reserved_bytes <= plan.budget_bytes
+    assert (plan.accumulation_steps == 1) == whole
+
+
+def test_a_model_of_pairs_is_said_to_run_at_other_sizes() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.layer(x).view(2, -1, 8)
+            return (first - second).square().mean()
+
+    with pytest.raises(WorkloadError, match=r"micro-batch 2 ran: .*count groups of that size"):
+        autobatch.tune(Pairs(), sample=torch.zeros(4, 8), target=64, gpu="t4")

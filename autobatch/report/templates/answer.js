@@ -79,7 +79,8 @@ function answersOf(plan, known) {
     const card = known.cards[cardIndex];
     const ceiling = card.ceilings[headroomIndex], headroom = card.headrooms[headroomIndex];
     const limit = budget(card, headroom), usable = card.capacity - card.context;
-    let split, found, most = ceiling;
+    const isOwn = cardIndex === 0 && headroom === plan.headroom && target === plan.target;
+    let split, found, most = isOwn ? plan.microBatch : ceiling;
     do {  // a size below the ceiling may not fit by itself: the next smaller split is planned
       split = splitTarget(target, most, plan.worldSize);
       if (!split) return { ceiling, budget: limit, split: null };

@@ -60,8 +60,8 @@ function useWhatIf(data, answers) {
     if (!found.split) {
       outcome.append(
         element("p", "big", "no equal share for every GPU"),
-        element("p", "", formatCount(goal) + " samples cannot be divided over " +
-          counted(plan.worldSize, "GPU") + " at this ceiling of " + formatCount(found.ceiling) + "."));
+        element("p", "", counted(goal, "sample") + " cannot be divided over " + counted(plan.worldSize, "GPU") +
+          (goal < plan.worldSize ? "." : " at this ceiling of " + formatCount(found.ceiling) + ".")));
       return;
     }
     const split = found.split;

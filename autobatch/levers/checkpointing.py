@@ -49,7 +49,7 @@ _SELECTIONS = {
 
 def _options(setup: Setup) -> list[Option]:
     model = setup.model
-    blocks = blocks_in_order(model)
+    blocks = _recomputed(model)
     if not blocks or setup.has("checkpointing") or _is_checkpointed(model):
         return []
     kept = _Blocks(model, blocks)
@@ -63,6 +63,25 @@ def _options(setup: Setup) -> list[Option]:
         for value, (ops, _) in _SELECTIONS.items()
         if ops is not _ATTENTION or runs_fused_attention(model)
     ]
+
+
+def _recomputed(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of a model by name, but for those that come before all that is trained.
+
+    Nothing of these waits for the backward pass, so that they run once.
+    """
+    blocks = blocks_in_order(model)
+    before = set()
+    for name, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            break
+        before.add(name)
+    frozen = [name for name in blocks if name in before and not _is_trained(blocks[name])]
+    return {name: block for name, block in blocks.items() if name not in frozen}
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 class _Blocks:

@@ -1,9 +1,11 @@
 """How code names the modules of a model: `*model.layers` for the members of a container.
 
-Invariant: the expressions name exactly the modules that were given, in the order of the model.
+Invariant: the expressions name exactly the modules that were given, in the order that they were.
 """
 
 from __future__ import annotations
+
+from itertools import groupby
 
 from torch import nn
 
@@ -52,12 +54,9 @@ def expression_of(model: nn.Module, modules: dict[str, nn.Module]) -> str:
     >>> expression_of(model, names)
     '[model.body[0], model.body[2]]'
     """
-    by_parent: dict[str, list[str]] = {}
-    for name in modules:
-        parent, _, child = name.rpartition(".")
-        by_parent.setdefault(parent, []).append(child)
     parts: list[str] = []
-    for parent, children in by_parent.items():
+    for parent, names in groupby(modules, key=lambda name: name.rpartition(".")[0]):
+        children = [name.rpartition(".")[2] for name in names]
         container = model.get_submodule(parent)
         is_list = isinstance(container, (nn.ModuleList, nn.Sequential))
         if is_list and children == [name for name, _ in container.named_children()]:

@@ -48,34 +48,35 @@ def _options(setup: Setup) -> list[Option]:
     known = known_optimizer(workload)
     if known is None or workload.window is not None:
         return []
-    options = _ways_to_run(setup, known)
+    options = _ways_to_run(known)
     if known.is_pytorchs and known.kind.__name__ in ("Adam", "AdamW") and workload.world_size == 1:
         installed = [row for row in _EIGHT_BITS if importlib.util.find_spec(row[0]) is not None]
-        options += [_eight_bits(setup, known, *row) for row in installed[:1]]
+        options += [_eight_bits(known, *row) for row in installed[:1]]
     if known.kind.__name__ != "Adafactor":
         options.append(
             _replaced(
                 setup,
+                known,
                 "Adafactor",
                 "Keeps a row and a column of second moments for each matrix, and no first moments.",
-                "torch.optim.Adafactor(model.parameters())",
             )
         )
     if known.kind.__name__ != "SGD":
         options.append(
             _replaced(
                 setup,
+                known,
                 "SGD",
                 "Keeps nothing of a parameter; it needs another learning rate.",
-                "torch.optim.SGD(model.parameters(), lr=1e-3)",
+                ", lr=1e-3",
             )
         )
     if _may_step_in_backward(setup, known):
-        options.append(_in_backward(setup, known))
+        options.append(_in_backward(known))
     return options
 
 
-def _ways_to_run(setup: Setup, known: KnownOptimizer) -> list[Option]:
+def _ways_to_run(known: KnownOptimizer) -> list[Option]:
     """Return the other ways in which the same class can run."""
     if not known.is_pytorchs or not known.takes("foreach"):
         return []
@@ -102,8 +103,24 @@ def _ways_to_run(setup: Setup, known: KnownOptimizer) -> list[Option]:
             call = known.called(f"torch.optim.{name}", "model.parameters()", others, **stated)
             code = f"import torch\noptimizer = {call}"
         trainer = _TRAINER.get((name, value))
-        options.append(_option(setup, value, what, code, trainer, keeps_state=True))
+        options.append(
+            _option(
+                value,
+                what + _made_anew(known),
+                code,
+                trainer,
+                changes_numerics=known.has_stepped,
+                keeps_state=True,
+            )
+        )
     return options
+
+
+def _made_anew(known: KnownOptimizer) -> str:
+    """Return what to say of code that makes an optimizer anew, in place of one that has stepped."""
+    if not known.has_stepped:
+        return ""
+    return " The optimizer is made anew, without the state that yours has: load that again."
 
 
 def _now(known: KnownOptimizer) -> str:
@@ -115,7 +132,6 @@ def _now(known: KnownOptimizer) -> str:
 
 
 def _eight_bits(
-    setup: Setup,
     known: KnownOptimizer,
     library: str,
     module: str,
@@ -135,7 +151,6 @@ def _eight_bits(
         head, parameters = "", "model.parameters()"
     code = f"from {module} import {kind}\n{head}optimizer = {known.called(kind, parameters, taken)}"
     return _option(
-        setup,
         f"8-bit ({library})",
         "Keeps both moments of large parameters in one byte each, with a scale for each block of "
         "them.",
@@ -145,10 +160,17 @@ def _eight_bits(
     )
 
 
-def _replaced(setup: Setup, value: str, what: str, call: str) -> Option:
-    trainer = 'optim="sgd"' if value == "SGD" else None
-    code = f"import torch\noptimizer = {call}"
-    return _option(setup, value, what, code, trainer, changes_numerics=True)
+def _replaced(
+    setup: Setup, known: KnownOptimizer, value: str, what: str, arguments: str = ""
+) -> Option:
+    """Return the option of another class of torch.optim, over the same parameters."""
+    head, parameters = "", "model.parameters()"
+    if not known.holds(setup.model):
+        head = 'groups = [{"params": group["params"]} for group in optimizer.param_groups]\n'
+        parameters = "groups"
+    trainer = 'optim="sgd"' if value == "SGD" and not head else None
+    code = f"import torch\n{head}optimizer = torch.optim.{value}({parameters}{arguments})"
+    return _option(value, what, code, trainer, changes_numerics=True)
 
 
 def _may_step_in_backward(setup: Setup, known: KnownOptimizer) -> bool:
@@ -163,7 +185,7 @@ def _may_step_in_backward(setup: Setup, known: KnownOptimizer) -> bool:
     )
 
 
-def _in_backward(setup: Setup, known: KnownOptimizer) -> Option:
+def _in_backward(known: KnownOptimizer) -> Option:
     if known.keywords is None:
         head = (
             'optimizers = {\n    parameter: type(optimizer)([{**group, "params": [parameter]}])\n'
@@ -190,8 +212,9 @@ def _in_backward(setup: Setup, known: KnownOptimizer) -> Option:
         lever="optimizer",
         value="in backward",
         what="Updates each parameter as soon as its gradient is there, and drops the gradient: all "
-        "samples of an update have to fit at once, as one micro-batch.",
+        f"samples of an update have to fit at once, as one micro-batch.{_made_anew(known)}",
         code=code,
+        changes_numerics=known.has_stepped,
         apply=partial(_stepping_in_backward, code=code),
         excludes=frozenset(("precision: fp16 autocast", "offload", "sharding")),
     )
@@ -202,7 +225,6 @@ def _stepping_in_backward(setup: Setup, *, code: str) -> Setup:
 
 
 def _option(
-    setup: Setup,
     value: str,
     what: str,
     code: str,

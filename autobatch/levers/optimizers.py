@@ -34,12 +34,26 @@ class KnownOptimizer:
             cannot.
         options: its settings, by name.
         groups: how many groups of parameters it has, as far as is known; 1 where the run makes it.
+        given: the object, where it comes as one.
     """
 
     kind: type[torch.optim.Optimizer]
     keywords: Mapping[str, Any] | None
     options: Mapping[str, Any]
     groups: int = 1
+    given: torch.optim.Optimizer | None = None
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether it has a state that one that is made anew does not have."""
+        return self.given is not None and bool(self.given.state)
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether it updates all parameters of a model that are to be trained, as far as known."""
+        if self.given is None:
+            return True
+        held = {id(each) for group in self.given.param_groups for each in group["params"]}
+        return all(id(each) in held for each in model.parameters() if each.requires_grad)
 
     @property
     def is_pytorchs(self) -> bool:
@@ -73,7 +87,7 @@ def known_optimizer(workload: Workload) -> KnownOptimizer | None:
             return None
         if not isinstance(made, torch.optim.Optimizer):
             return None
-        return KnownOptimizer(type(made), None, made.defaults, len(made.param_groups))
+        return KnownOptimizer(type(made), None, made.defaults, len(made.param_groups), made)
     keywords: Mapping[str, Any] = {}
     kind = given
     if isinstance(given, partial) and not given.args:

@@ -4,7 +4,7 @@ A block that is checkpointed runs twice in each micro-batch. That leaves its num
 it writes what it also reads: averages, steps of a power iteration, counters, the end of a queue.
 What is written anew from the inputs alone is the same after both runs.
 
-Invariant: only a simulated copy is looked at, in its first forward pass, and nothing of it is held.
+Invariant: only a simulated copy is looked at, in its first two passes, and no tensor of it is held.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,6 +45,12 @@ _SAME_TWICE = frozenset("clamp_ clamp_min_ clamp_max_ relu_ renorm_ embedding_re
 
 _AVERAGING = frozenset("native_batch_norm cudnn_batch_norm miopen_batch_norm".split())
 """Ops whose schemas do not say that they write the running averages, arguments 3 and 4."""
+
+_VALUES = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, tuple, dict, set, deque)
+_MODULES_OWN = frozenset(vars(nn.Module()))
+_MOST_ITEMS = 1000
+"""Of longer containers, the number of items is compared."""
 
 _SOURCES = "_read_from"
 """Attribute of a simulated tensor: who follows it, and the state that it was computed from."""
@@ -86,15 +94,15 @@ class RunTwice:
     names: tuple[str, ...]
 
     def __call__(self, model: nn.Module) -> None:
-        """Look at the first forward pass of each block; one on a real device is left as it is."""
+        """Look at the first passes of each block; one on a real device is left as it is."""
         for name in self.names:
             block = model.get_submodule(name)
             if any(type(parameter.data) is FakeTensor for parameter in block.parameters()):
-                block.forward = _FirstForward(name, block)
+                block.forward = _WatchedForward(name, block)
 
 
-class _FirstForward:
-    """The forward of a block, which looks at what it writes when it runs first.
+class _WatchedForward:
+    """The forward of a block, which looks at what it changes when it runs first, and once more.
 
     It is no function in a function: the frame of one would hold the block in an error's traceback.
     """
@@ -103,7 +111,9 @@ class _FirstForward:
         """Take the block and its name."""
         functools.update_wrapper(self, block.forward)
         self._name, self._block, self._plain = name, block, block.forward
-        self._has_run = False
+        self._runs = 0
+        self._left: dict[str, str] = {}  # values of Python after the first run
+        self._changed: list[str] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
@@ -111,9 +121,16 @@ class _FirstForward:
         Raises:
             LeverError: it cannot run twice.
         """
-        if self._has_run:
-            return self._plain(*args, **kwargs)
-        self._has_run = True
+        self._runs += 1
+        if self._runs == 1:
+            return self._first(args, kwargs)
+        if self._runs == 2:
+            return self._second(args, kwargs)
+        if self._changed:  # what is raised in a backward pass leaves much behind
+            raise self._error(f"changes its {', '.join(self._changed)} each time", twice=True)
+        return self._plain(*args, **kwargs)
+
+    def _first(self, args: Any, kwargs: Any) -> Any:
         drawn, held = _random_states(), dict(_state_of(self._block))
         with DisableTorchFunction():
             watch = _Watch({_storage(tensor): slot for slot, tensor in held.items()})
@@ -124,17 +141,35 @@ class _FirstForward:
             for slot, tensor in _state_of(self._block)
             if tensor is not held.get(slot) and slot in watch.sources_of(tensor)
         }
-        what = None
         if changed := sorted(watch.changed | replaced):
-            what = f"changes its {', '.join(changed)} from what it was"
-        elif _random_states() != drawn:
-            what = "draws random numbers of Python or NumPy, others each time"
-        if what is not None:
-            raise LeverError(
-                f"{self._name} ({type(self._block).__name__}) {what}, and a block that is "
-                "checkpointed runs twice: keep that out of its forward, or leave checkpointing out"
+            raise self._error(f"changes its {', '.join(changed)} from what it was", twice=True)
+        if _random_states() != drawn:
+            raise self._error(
+                "draws random numbers of Python or NumPy, others each time", twice=True
             )
+        if not _is_waited_for(output) and keeps_averages(self._block):
+            raise self._error(
+                "does not run again, as nothing in it or before it is trained, and its averages "
+                "need no correction: leave it in evaluation mode, or checkpointing out"
+            )
+        self._left = _values_of(self._block)
         return output
+
+    def _second(self, args: Any, kwargs: Any) -> Any:
+        """Run the block once more: what is written from the inputs alone is then the same."""
+        try:
+            return self._plain(*args, **kwargs)
+        finally:  # an exception ends it where the backward pass has all that it needs
+            now = _values_of(self._block)
+            self._changed = sorted(name for name in now if now[name] != self._left.get(name))
+
+    def _error(self, what: str, *, twice: bool = False) -> LeverError:
+        if twice:
+            what += (
+                ", and a block that is checkpointed runs twice: keep that out of its forward, or "
+                "leave checkpointing out"
+            )
+        return LeverError(f"{self._name} ({type(self._block).__name__}) {what}")
 
 
 class _Watch(TorchDispatchMode):
@@ -223,6 +258,33 @@ def _state_of(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for key, tensor in held.items():
                 if _has_storage(tensor):
                     yield f"{name}.{key}".removeprefix("."), tensor
+
+
+def _values_of(block: nn.Module) -> dict[str, str]:
+    """Return what modules of a block hold of Python's own numbers and texts, also in containers."""
+    return {
+        f"{name}.{key}".removeprefix("."): told
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if key not in _MODULES_OWN and (told := _told(value)) is not None
+    }
+
+
+def _told(value: Any) -> str | None:
+    """Return a text that is another one where a value is; None for what is not looked at."""
+    if isinstance(value, _VALUES):
+        return repr(value)
+    if isinstance(value, _CONTAINERS):
+        parts = value.items() if isinstance(value, dict) else value
+        first = islice(parts, _MOST_ITEMS)
+        return f"{len(value)} {[repr(part) for part in first if isinstance(part, _VALUES)]}"
+    return None
+
+
+def _is_waited_for(output: Any) -> bool:
+    """Whether the backward pass goes through an output; taken to where no tensor is seen."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return not tensors or any(tensor.requires_grad for tensor in tensors)
 
 
 def _simulated(args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from autobatch.levers.code import ModelCode, OptimizerCode
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option, applied
 from autobatch.levers.lora import LORA, lora
+from autobatch.levers.naming import blocks_in_order, expression_of
 from autobatch.memory.allocator_settings import AllocatorSettings
 from autobatch.tuning.planning import plan_of, probe_of
 from autobatch.workload.sample import batch_builder
@@ -499,3 +500,51 @@ def test_lora_can_be_had_where_a_batch_is_a_pair(compares: Any) -> None:
     )
     assert [choice.label for choice in advice.choices] == ["lora: rank 16, all linear"]
     assert not [note for note in advice.notes if "cannot be had" in note]
+
+
+def parts_of_two() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+
+
+@pytest.mark.parametrize("label", ["optimizer: SGD", "optimizer: Adafactor"])
+def test_another_optimizer_updates_what_the_users_own_does(label: str) -> None:
+    model = parts_of_two()
+    optimizer = torch.optim.AdamW(model[2].parameters(), lr=0.1)
+    run = Workload(model=model, batch=lambda n: torch.ones(n, WIDTH), loss=squared)
+    option = options_of(setup_of(replace(run, optimizer=optimizer)))[label]
+    made = executed(option.code, model=model, optimizer=optimizer)["optimizer"]
+    assert [id(p) for group in made.param_groups for p in group["params"]] == [
+        id(p) for p in model[2].parameters()
+    ]
+    whole = replace(run, optimizer=torch.optim.AdamW(model.parameters()))
+    assert "(model.parameters()" in options_of(setup_of(whole))[label].code
+
+
+def test_an_optimizer_that_has_stepped_is_said_to_be_made_anew() -> None:
+    model = parts_of_two()
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = Workload(
+        model=model, batch=lambda n: torch.ones(n, WIDTH), loss=squared, optimizer=optimizer
+    )
+    labels = ["optimizer: for-loop", "optimizer: fused", "optimizer: in backward"]
+    fresh = options_of(setup_of(run))
+    assert not any(fresh[label].changes_numerics for label in labels)
+    squared(model, torch.ones(2, WIDTH)).backward()
+    optimizer.step()
+    stepped = options_of(setup_of(run))
+    assert all(stepped[label].changes_numerics for label in labels)
+    assert all("without the state that yours has" in stepped[label].what for label in labels)
+
+
+def test_every_nth_block_is_counted_in_the_order_of_the_model() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+
+    stages = nn.ModuleList([block(), nn.ModuleDict({"body": nn.Sequential(block(), block())})])
+    stages.extend([block(), block()])
+    model = nn.Module()
+    model.stages = stages
+    blocks = blocks_in_order(model)
+    assert len(blocks) == 5
+    named = eval(expression_of(model, blocks), {"model": model})
+    assert [id(one) for one in named] == [id(one) for one in blocks.values()]

@@ -120,6 +120,27 @@ def test_a_block_that_changes_its_state_is_not_checkpointed(also):
             peaks(option.apply(setup_of(workload(also))))
 
 
+class Counter(nn.Identity):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+class Diary(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        vars(self).setdefault("seen", []).append(x.mean().detach())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "held"), [(Counter, "norm.count"), (Diary, "norm.seen")])
+def test_a_block_in_which_python_counts_is_not_checkpointed(kind, held):
+    for option in checkpointed(workload(norm=lambda channels: kind())).values():
+        with pytest.raises(WorkloadError, match=rf"changes its {held} each time.*runs twice"):
+            peaks(option.apply(setup_of(workload(norm=lambda channels: kind()))))
+
+
 def test_advise_leaves_it_out_and_says_why():
     run = workload(averaged)
     advice = autobatch.advise(run, target=SAMPLES, gpu="t4", levers=["checkpointing"])
@@ -139,7 +160,13 @@ def clamped(block: Block, x: Tensor) -> None:
     block.mean.clamp_(-1, 1)
 
 
-@pytest.mark.parametrize("also", [last_seen, remembered, clamped], ids=lambda also: also.__name__)
+def of_a_shape(block: Block, x: Tensor) -> None:
+    block.shape, block.names = tuple(x.shape), ["x"]
+
+
+@pytest.mark.parametrize(
+    "also", [last_seen, remembered, clamped, of_a_shape], ids=lambda also: also.__name__
+)
 def test_what_is_the_same_after_a_second_run_may_be_written(also):
     for option in checkpointed(workload(also)).values():
         assert not option.changes_numerics
@@ -161,6 +188,33 @@ def test_averages_of_norms_end_where_one_run_puts_them(norm):
         assert not option.changes_numerics
         assert_same(step(workload(norm=norm), option.code), step(run, ""))
         peaks(option.apply(setup_of(run)))  # not refused
+
+
+def test_blocks_before_all_that_is_trained_are_left_out():
+    def run() -> Workload:
+        training = workload(norm=nn.BatchNorm2d)
+        stem, body = training.model
+        for frozen in (stem, *body[:2]):
+            frozen.requires_grad_(False)
+        return training
+
+    options = checkpointed(run())
+    assert "2 of 2 blocks" in options["checkpointing: every block"].what
+    for option in options.values():
+        assert_same(step(run(), option.code), step(run(), ""))
+        peaks(option.apply(setup_of(run())))
+
+
+def test_blocks_that_do_not_run_again_although_something_is_trained_first_are_refused():
+    training = workload(norm=nn.BatchNorm2d)
+    stem, body = training.model
+    stem.requires_grad_(False)
+    body.requires_grad_(False)
+    training.model.head = nn.Linear(8, 8)
+    training.model.prompt = nn.Parameter(torch.zeros(8))
+    for option in checkpointed(training).values():
+        with pytest.raises(WorkloadError, match="does not run again"):
+            peaks(option.apply(setup_of(training)))
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])

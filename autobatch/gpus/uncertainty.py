@@ -21,13 +21,17 @@ from typing import Literal
 
 __all__ = [
     "BASES",
+    "CONTEXTS",
     "CONTEXT_READINGS",
+    "HIGH",
+    "LOW",
     "MEASURED_HEADROOM",
     "NEEDED",
     "SIMULATED_HEADROOM",
     "Kind",
     "kind_of",
     "likelihood_of",
+    "nccl_bytes",
     "peak_range",
 ]
 
@@ -88,10 +92,10 @@ Reductions, sorting, layer norms, optimizers, convolutions after attention, spar
 Triton added nothing.
 """
 
-_LOW, _HIGH = 5, 95
+LOW, HIGH = 5, 95
 """Percentiles that a range lies between."""
 
-_CONTEXTS = (0.5, 2.0)
+CONTEXTS = (0.5, 2.0)
 """A context against its typical size, beyond what the readings say: other drivers, and the full set
 of kernels where it is loaded at once. On the H200 the bare context is 0.69 of it, and everything
 but NCCL 1.23."""
@@ -128,24 +132,49 @@ def peak_range(
     >>> peak_range(10 * 2**30, 2**29, "products")[1] < high
     True
     """
-    nccl = CONTEXT_READINGS["NCCL, one rank"] if world_size > 1 else 0
     needed = NEEDED[kind]
     low, high = (
         round(reserved_bytes * (1 + needed[percentile]) + share * context_bytes)
-        for percentile, share in zip((_LOW, _HIGH), _CONTEXTS, strict=True)
+        for percentile, share in zip((LOW, HIGH), CONTEXTS, strict=True)
     )
-    return low, high + nccl
+    return low, high + nccl_bytes(world_size)
 
 
-def likelihood_of(reserved_bytes: int, usable_bytes: int, kind: Kind = "convolutions") -> float:
+def nccl_bytes(world_size: int) -> int:
+    """Return what NCCL's buffers take on each of several GPUs.
+
+    >>> nccl_bytes(1), nccl_bytes(2) == nccl_bytes(8) > 2**28
+    (0, True)
+    """
+    return CONTEXT_READINGS["NCCL, one rank"] if world_size > 1 else 0
+
+
+def likelihood_of(
+    reserved_bytes: int,
+    usable_bytes: int,
+    kind: Kind = "convolutions",
+    *,
+    context_bytes: int = 0,
+    world_size: int = 1,
+) -> float:
     """Return how likely a run that is predicted to reserve some bytes fits into the usable ones.
 
-    Between 0.01 and 0.99, because nothing is known beyond the measured errors.
+    Between 0.01 and 0.99, because nothing is known beyond the measured errors; at most 0.95 where
+    the card has less than the most of `peak_range`.
 
     >>> likelihood_of(100, 90), likelihood_of(100, 110) >= 0.95, likelihood_of(100, 200)
     (0.01, True, 0.99)
+    >>> likelihood_of(100, 200, context_bytes=110)
+    0.95
     """
+    _, most = peak_range(reserved_bytes, context_bytes, kind, world_size=world_size)
+    is_above = most > usable_bytes + context_bytes
     spare = usable_bytes / reserved_bytes - 1
+    return min(_share_of_runs(spare, kind), HIGH / 100 if is_above else 1.0)
+
+
+def _share_of_runs(spare: float, kind: Kind) -> float:
+    """Return the share of runs that needed no more than a share beyond what was predicted."""
     percentiles, shares = list(NEEDED[kind]), list(NEEDED[kind].values())
     above = bisect_right(shares, spare)
     if above == 0 or above == len(shares):

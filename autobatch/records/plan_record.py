@@ -109,23 +109,22 @@ class PlanRecord:
 
         None where it ran on the GPU.
         """
-        if self.ceiling_footprint.low_device_bytes is None:
-            return None
-        usable = round(self.budget_bytes / (1 - self.headroom))
-        return likelihood_of(
-            self.ceiling_footprint.peak_reserved_bytes,
-            usable,
-            self.footprint.kind or "convolutions",
-        )
+        return self._likelihood_of(self.ceiling_footprint)
 
     @property
     def likelihood(self) -> float | None:
         """How likely the planned micro-batch is to fit a real GPU; None where it ran on it."""
-        if self.footprint.low_device_bytes is None:
+        return self._likelihood_of(self.footprint)
+
+    def _likelihood_of(self, footprint: Footprint) -> float | None:
+        if footprint.low_device_bytes is None:
             return None
-        usable = round(self.budget_bytes / (1 - self.headroom))
         return likelihood_of(
-            self.footprint.peak_reserved_bytes, usable, self.footprint.kind or "convolutions"
+            footprint.peak_reserved_bytes,
+            round(self.budget_bytes / (1 - self.headroom)),
+            self.footprint.kind or "convolutions",
+            context_bytes=footprint.context_bytes,
+            world_size=self.world_size,
         )
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from autobatch.devices.base import MOST_STEPS, Device, Run
@@ -63,6 +64,7 @@ class Stream:
         alone_bytes: reserved by windows of the probed batch alone, on the same simulated GPU.
         shapes: how many there are.
         settings: of the allocator.
+        world_size: GPUs that train together.
         why_not: what failed, in one line, where a batch of some shape could not be run.
     """
 
@@ -70,6 +72,7 @@ class Stream:
     alone_bytes: int
     shapes: int
     settings: AllocatorSettings
+    world_size: int
     why_not: str | None = None
 
     @classmethod
@@ -90,7 +93,13 @@ class Stream:
         mixed = list(workload.stream)
         random.Random(0).shuffle(mixed)
         in_turn = (*workload.stream, *mixed)
-        settings, shapes = simulator.allocator().settings, len(workload.stream)
+        told = partial(
+            cls,
+            alone_bytes=alone,
+            shapes=len(workload.stream),
+            settings=simulator.allocator().settings,
+            world_size=workload.world_size,
+        )
         try:
             run = simulator.run(
                 replace(workload, batch=_InTurn(in_turn), evaluate=None),
@@ -99,11 +108,8 @@ class Stream:
                 windows=-(-len(in_turn) // steps),
             )
         except WorkloadError as error:
-            why_not = one_line(error)
-            return cls(
-                run=None, alone_bytes=alone, shapes=shapes, settings=settings, why_not=why_not
-            )
-        return cls(run=run, alone_bytes=alone, shapes=shapes, settings=settings)
+            return told(run=None, why_not=one_line(error))
+        return told(run=run)
 
     @property
     def reserved_bytes(self) -> int:
@@ -125,7 +131,8 @@ class Stream:
             reserved = max(min(reserved, budget_bytes), alone.peak_reserved_bytes)
         if alone.low_device_bytes is None:
             return replace(alone, peak_reserved_bytes=reserved)
-        low, high = peak_range(reserved, alone.context_bytes, alone.kind or "convolutions")
+        kind = alone.kind or "convolutions"
+        low, high = peak_range(reserved, alone.context_bytes, kind, world_size=self.world_size)
         low = min(low, alone.low_device_bytes)  # another order of batches may reserve less
         return replace(
             alone, peak_reserved_bytes=reserved, low_device_bytes=low, high_device_bytes=high

@@ -113,3 +113,14 @@ def test_a_prediction_carries_a_range():
         gpu="t4",
     )
     assert footprint.high_device_bytes - footprint.low_device_bytes > MIB
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@given(st.integers(2**28, 2**34), st.integers(0, 2**33), st.integers(0, 2**30), KINDS)
+def test_a_plan_is_no_surer_than_its_range(ranks, reserved, spare, context, kind):
+    usable = reserved + spare
+    _, most = peak_range(reserved, context, kind, world_size=ranks)
+    likely = likelihood_of(reserved, usable, kind, context_bytes=context, world_size=ranks)
+    assert likely <= likelihood_of(reserved, usable, kind)
+    if most > usable + context:
+        assert likely <= 0.95

@@ -195,9 +195,13 @@ def test_splits_and_likelihoods_are_those_of_python(seen: Seen) -> None:
             continue
         got = found["microBatch"], found["steps"], found["uniform"]
         assert got == (expected.micro_batch, expected.accumulation_steps, expected.uniform)
-    pairs = [(100, usable) for usable in range(80, 130)]
-    likely = seen("pairs => pairs.map(p => autobatch.answers.likelihood(...p))", pairs)
-    assert likely == pytest.approx([likelihood_of(*pair, "convolutions") for pair in pairs])
+    pairs = [(usable, context) for usable in range(80, 130) for context in (0, 5, 20)]
+    cards = [{"capacity": usable + context, "context": context} for usable, context in pairs]
+    likely = seen("cards => cards.map(c => autobatch.answers.likelihood(100, c))", cards)
+    assert likely == pytest.approx(
+        [likelihood_of(100, usable, context_bytes=context) for usable, context in pairs]
+    )
+    assert {0.95, 0.99} <= set(likely)
 
 
 def test_sliders_move_the_answer_and_go_back(seen: Seen, plan: Plan) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autobatch.gpus.uncertainty import CONTEXT_READINGS, NEEDED
+from autobatch.gpus.uncertainty import CONTEXTS, HIGH, LOW, NEEDED, nccl_bytes
 from autobatch.records.holders import Holder
 from autobatch.records.plan_record import PlanRecord
 from autobatch.report.document import printable
@@ -152,5 +152,7 @@ def _what_if(plan: PlanRecord) -> dict[str, Any] | None:
             for card in known.cards
         ],
         "needed": [list(needed), list(needed.values())],
-        "nccl": CONTEXT_READINGS["NCCL, one rank"] if plan.world_size > 1 else 0,
+        "between": [LOW, HIGH],
+        "contexts": CONTEXTS[1],
+        "nccl": nccl_bytes(plan.world_size),
     }

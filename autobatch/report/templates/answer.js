@@ -49,8 +49,14 @@ function answersOf(plan, known) {
     return { bytes, most, isKnown: false, isBounded };
   }
 
-  function likelihood(reserved, usable) {
-    const spare = usable / reserved - 1;
+  // At most that of the range's top where the card has less than that.
+  function likelihood(reserved, card) {
+    const [, most] = range(reserved), [, high] = known.between;
+    const isAbove = Math.round(most + known.contexts * card.context) + known.nccl > card.capacity;
+    return Math.min(shareOfRuns((card.capacity - card.context) / reserved - 1), isAbove ? high / 100 : 1);
+  }
+
+  function shareOfRuns(spare) {
     let above = shares.findIndex((share) => share > spare);
     if (above < 0) above = shares.length;
     if (above === 0 || above === shares.length) {
@@ -63,8 +69,7 @@ function answersOf(plan, known) {
 
   // What nine of ten runs reserve.
   function range(reserved) {
-    const at = (percentile) => shares[percentiles.indexOf(percentile)];
-    return [reserved * (1 + at(5)), reserved * (1 + at(95))];
+    return known.between.map((percentile) => reserved * (1 + shares[percentiles.indexOf(percentile)]));
   }
 
   // The peak of a window on a card: of the plan's own window, what its execution reserved.
@@ -78,7 +83,7 @@ function answersOf(plan, known) {
   function planned(cardIndex, headroomIndex, target) {
     const card = known.cards[cardIndex];
     const ceiling = card.ceilings[headroomIndex], headroom = card.headrooms[headroomIndex];
-    const limit = budget(card, headroom), usable = card.capacity - card.context;
+    const limit = budget(card, headroom);
     const isOwn = cardIndex === 0 && headroom === plan.headroom && target === plan.target;
     let split, found, most = isOwn ? plan.microBatch : ceiling;
     do {  // a size below the ceiling may not fit by itself: the next smaller split is planned
@@ -93,7 +98,7 @@ function answersOf(plan, known) {
       exact: found.isPlan || (found.isKnown && split.steps > 1),
       // where no window can accumulate, the search is for windows of one micro-batch
       isLeast: target === plan.worldSize,
-      likelihood: likelihood(found.most, usable),
+      likelihood: likelihood(found.most, card),
     };
   }
 
@@ -102,7 +107,7 @@ function answersOf(plan, known) {
     const limit = budget(card, card.headrooms[headroomIndex]);
     return {
       ...found, budget: limit, fits: found.most <= limit, batch: size * steps * plan.worldSize,
-      likelihood: likelihood(found.most, card.capacity - card.context),
+      likelihood: likelihood(found.most, card),
     };
   }
 

@@ -91,22 +91,41 @@ def following(
 
 
 def tell(arguments: argparse.Namespace, answer: Answer, document: Document) -> None:
-    """Show an answer, or print it as JSON; write it, and its report, where they were asked for."""
+    """Show an answer, or print it as JSON; write it, and its report, where they were asked for.
+
+    Raises:
+        OSError: it cannot be shown, because nobody reads it, say; what was asked for is written.
+    """
+    unseen: OSError | None = None
+    try:
+        if arguments.json == "-":
+            sys.stdout.write(answer.to_json())
+        else:
+            show_answer(arguments, document)
+        sys.stdout.flush()
+    except OSError as error:
+        unseen = error
+    page = _written(arguments, answer)
+    if unseen is not None:
+        raise unseen
+    if page is None:
+        return
+    if not arguments.quiet:
+        print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
+    if arguments.open:
+        opened(page)
+
+
+def _written(arguments: argparse.Namespace, answer: Answer) -> Path | None:
+    """Write an answer to where it was asked for, and return the page of its report."""
     from autobatch.support.files import write_text
 
-    if arguments.json == "-":
-        sys.stdout.write(answer.to_json())
-    else:
-        show_answer(arguments, document)
-        if arguments.json:
-            write_text(arguments.json, answer.to_json())
-    folder, opens = getattr(arguments, "report", None), getattr(arguments, "open", False)
-    if folder or opens:
-        page = answer.report(folder or _temporary_folder())
-        if not arguments.quiet:
-            print(f"report: {page}", file=sys.stderr if arguments.json == "-" else sys.stdout)
-        if opens:
-            opened(page)
+    if arguments.json and arguments.json != "-":
+        write_text(arguments.json, answer.to_json())
+    folder = getattr(arguments, "report", None)
+    if folder or getattr(arguments, "open", False):
+        return answer.report(folder or _temporary_folder())  # type: ignore[no-any-return]
+    return None
 
 
 def _temporary_folder() -> str:

@@ -180,7 +180,7 @@ def test_bad_usage_exits_with_2_and_without_traceback(
 def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and "Find the micro-batch that fits a GPU" in err
+    assert err == "" and "Find the micro-batch that fits a GPU" in out
 
 
 @pytest.mark.parametrize(
@@ -460,3 +460,16 @@ def test_help_imports_no_heavy_package() -> None:
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_files_are_written_also_where_nobody_reads_the_answer(
+    calls: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    written, folder = tmp_path / "plan.json", tmp_path / "report"
+    with monkeypatch.context() as patched, os.fdopen(writer, "w") as stdout:
+        patched.setattr(sys, "stdout", stdout)
+        assert main([*PROBE, "--json", str(written), "--report", str(folder)]) == 141
+    assert Plan.load(written).micro_batch == 64
+    assert (folder / "report.html").exists()

@@ -317,6 +317,15 @@ def test_as_many_samples_as_gpus_are_answered_as_tune_answers(browser: Any, tmp_
         assert (there.micro_batch, there.accumulation_steps) == (1, 1)
 
 
+def test_what_is_allocated_is_reserved_at_every_event(seen: Seen, plan: Plan) -> None:
+    points = seen("() => autobatch.history.pointsIn(0, autobatch.data.lives.events - 1)")
+    assert len(points) > 2 * len(plan.timeline.samples) or len(points) > 100
+    assert all(point["allocated"] <= point["reserved"] for point in points)
+    reserved = {sample.event: sample.reserved_bytes for sample in plan.timeline.samples}
+    shown = {point["event"]: point["reserved"] for point in points if point["event"] in reserved}
+    assert shown == {event: reserved[event] for event in shown} and len(shown) > 10
+
+
 def test_the_timeline_is_worked_with_the_keyboard(seen: Seen, plan: Plan) -> None:
     plot = seen.page.locator("#plot")
     plot.focus()

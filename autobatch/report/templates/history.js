@@ -67,10 +67,10 @@ function historyOf(data) {
       }
       const categories = large.map((size, index) => Math.max(0, size + rest[index]));
       const exact = timeline.events[sample.place] === event;
-      points.push({
-        event, categories, reserved: sample.reserved,
-        allocated: exact ? sample.allocated : categories.reduce((sum, size) => sum + size, 0),
-      });
+      const allocated = exact ? sample.allocated : categories.reduce((sum, size) => sum + size, 0);
+      // what is allocated is reserved: the allocator has asked for more since the sample
+      const grown = allocated > sample.reserved ? timeline.reserved[sample.place + 1] ?? 0 : 0;
+      points.push({ event, categories, allocated, reserved: Math.max(sample.reserved, grown, allocated) });
     }
     return points;
   }

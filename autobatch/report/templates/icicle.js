@@ -62,7 +62,8 @@ function useIcicle(history, data) {
   }
 
   function say(node) {
-    crumbs.textContent = describe(node) + (isWhole ? "" : ". Blocks below " + formatBytes(data.lives.least) + " are not drawn here.");
+    const small = isWhole ? "" : "Blocks below " + formatBytes(data.lives.least) + " are not drawn here.";
+    crumbs.textContent = node.size ? describe(node) + (small && ". " + small) : small || "Nothing is allocated.";
   }
 
   function draw(focusOn) {

@@ -122,6 +122,13 @@ class Counts:
         except FAILURES:  # changed outputs may be none that the loss takes
             return 0.0
 
+    def elsewhere(self) -> float:
+        """Return the difference of a loss at outputs as training has them; 0 if unknown."""
+        try:
+            return 0.0 if self.replay is None else self.replay.elsewhere()
+        except FAILURES:
+            return 0.0
+
     def weights_of(self, loss: AtOutputs | Measured) -> tuple[str | None, Sequence[float]] | None:
         """Return the weights with which the loss of the batch agrees, and the name of what counts.
 
@@ -346,8 +353,13 @@ class Counts:
         }
 
     def _tried(self, experiment: Experiment) -> Iterable[tuple[str, list[float]]]:
-        layout, conditions = experiment.rows.layout, self.reads.conditions
-        return tried_weights(experiment.pieces(), layout, conditions)
+        """Return weights to try; a part that the loss does not read may fit by chance."""
+        rows, read = self.experiment.rows, self.reads.storages
+        unread = [
+            path for path, part in arrays(rows.batch).items() if read and address(part) not in read
+        ]
+        conditions = self.reads.conditions
+        return tried_weights(experiment.pieces(), rows.layout, conditions, unread=unread)
 
 
 def _common(names: Sequence[str], known: Sequence[tuple[Variation, set[str]]]) -> list[str]:

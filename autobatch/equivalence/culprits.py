@@ -87,6 +87,14 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
         "no weight of the micro-batches makes them agree",
         "let every term of the loss be a mean over samples, or divide it by a constant",
     ),
+    "hidden outputs": (
+        "loss",
+        "equivalent at the outputs that the model has now alone: where some samples have learned "
+        "and others have not, the gradients differ, as of a mean over what outputs select (hard "
+        "examples, triplets that are active, sure labels) or of a threshold on a batch's mean",
+        "let every term of the loss be a mean over all samples, or divide it by a constant; else "
+        "train with the largest micro-batch that fits",
+    ),
     "hidden length": (
         "layer",
         "equivalent for samples of equal lengths alone: with all samples but one half as long by "
@@ -119,6 +127,20 @@ _WORDS: dict[str, tuple[Kind, str, str]] = {
         "micro-batches of equal size agree with their batch, and unequal ones do not: each counts "
         "as much as any other",
         "weight each micro-batch's loss by its share of the window's samples or tokens",
+    ),
+    "own count": (
+        "weight",
+        "equivalent for samples of equal counts alone: {part} {what}, the gradient with which the "
+        "window function steps is not that of its batch",
+        "divide the losses of all micro-batches by what they count together, such as the labels of "
+        "the window that are not ignored",
+    ),
+    "own update": (
+        "unexplained",
+        "the gradient with which the window function steps is not that of the loss of its batch, "
+        "but it is the same where the function gets the whole batch at once",
+        "look for a factor that is missing or too much; where the function means to step with "
+        "another gradient than that of the loss, as SAM does, leave the loss out of the check",
     ),
     "own window": (
         "unexplained",

@@ -330,15 +330,18 @@ class Investigation:
         counts = self._counts_of(experiment)
         counts.runs_model = all(each.kind == "random" for each in self.culprits)
         culprits, notes = counts.hidden()
-        self.notes += notes
         if counts.runs_model and not culprits:
-            culprits, notes = counts.of_lengths()
-            self.notes += notes
-        self.culprits += culprits
+            culprits, more = counts.of_lengths()
+            notes = [*notes, *more]
         if counts.runs_model and not (culprits or experiment.ran.unmatched):
             share = counts.interaction(of_outputs=True)
             if share > _INTERACTION:
-                self.culprits.append(culprit("loss", [LOSS], share, share=share))
+                culprits = [culprit("loss", [LOSS], share, share=share)]
+            elif (apart := counts.elsewhere()) > max(self.tolerance, _INTERACTION):
+                # a weight that is right at the outputs of now is no advice
+                culprits, notes = [culprit("hidden outputs", [LOSS], apart)], []
+        self.culprits += culprits
+        self.notes += notes
 
     def _counts_of(self, experiment: Experiment) -> Counts:
         if self._counts is None or self._counts.experiment is not experiment:

@@ -9,7 +9,8 @@ Invariant: the user's optimizers are copied, and the copies never step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from autobatch.devices.copies import Copier
 from autobatch.equivalence.compared_windows import ComparedWindows
+from autobatch.equivalence.counts import FAILURES, Counts
 from autobatch.equivalence.culprits import culprit
 from autobatch.equivalence.draws import Draws, Span
 from autobatch.equivalence.experiment import Ablation, Experiment, seed_all
-from autobatch.equivalence.gradients import Gradients, differences
+from autobatch.equivalence.gradients import Gradients, differences, divided
 from autobatch.equivalence.module_calls import spans
-from autobatch.equivalence.numerics import Numerics
+from autobatch.equivalence.numerics import Numerics, Reads
 from autobatch.equivalence.result import Comparison, Culprit, Equivalence
 from autobatch.equivalence.subject import Subject
+from autobatch.equivalence.variations import variations
 from autobatch.errors import WorkloadError
 from autobatch.support.torch_private import current_transform_level
 from autobatch.support.wording import passing
@@ -36,6 +39,9 @@ from autobatch.workload.workload import WindowFunction
 from autobatch.workload.wrappers import unwrapped
 
 __all__ = ["OwnWindow"]
+
+_SMALL = 2.0**-40
+"""What gradients are multiplied by so that no usual limit clips them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +64,23 @@ class OwnWindow:
         Raises:
             WorkloadError: the function steps not exactly once in a window.
         """
-        found = [self._differences(rows, window) for window, rows in compared.windows]
-        worst = [max(each.values()) for each in found]
-        culprits = self._culprits(compared, worst)
         notes = list(compared.notes)
+        found, scale, is_same_at_once = self._compared(compared), 1.0, False
+        has_loss = self.subject.workload.loss is not None
+        if has_loss and _worst(found) > self.tolerance:
+            is_same_at_once = _worst(self._compared(compared, by_itself=True)) <= self.tolerance
+            small = self._compared(compared, scale=_SMALL) if is_same_at_once else found
+            if _worst(small) <= self.tolerance:
+                found, scale = small, _SMALL
+                notes.append(
+                    "the window function changes gradients by their size, as clipping does: those "
+                    "that are too small for that were compared with the loss's own, and the others "
+                    "with what it makes of the whole batch at once"
+                )
+        culprits = self._culprits(compared, found, is_same_at_once)
+        if not culprits:
+            culprits, more = self._of_counts(compared, scale)
+            notes += more
         if self.subject.workload.loss is None:
             notes.append(
                 "the window was compared with itself, given copies of the whole batch: a factor "
@@ -77,41 +96,91 @@ class OwnWindow:
             tolerance=self.tolerance,
             comparisons=tuple(
                 Comparison(window=window, difference=apart, held_difference=apart)
-                for (window, _), apart in zip(compared.windows, worst, strict=True)
+                for (window, _), apart in zip(compared.windows, map(_largest, found), strict=True)
             ),
-            parameters=max(found, key=lambda each: max(each.values())),
+            parameters=max(found, key=_largest),
             culprits=tuple(culprits),
             notes=tuple(notes),
             seconds=0.0,
         )
 
-    def _culprits(self, compared: ComparedWindows, worst: Sequence[float]) -> list[Culprit]:
-        if max(worst) <= self.tolerance:
+    def _compared(self, compared: ComparedWindows, **how: Any) -> list[dict[str, float]]:
+        return [self._differences(rows, window, **how) for window, rows in compared.windows]
+
+    def _of_counts(
+        self, compared: ComparedWindows, scale: float
+    ) -> tuple[list[Culprit], list[str]]:
+        """Return the culprit, and notes, of batches whose samples have unequal counts."""
+        window, rows = compared.windows[-1]
+        where = ["the window function"]
+        if compared.is_large:
+            return [], ["the model is large: samples of unequal counts were not tried"]
+        reads, notes = Reads(), []
+        if self.subject.workload.loss is not None:
+            experiment = Experiment(subject=self.subject, rows=rows, window=window)
+            reads = Counts.of(experiment, self.tolerance, light=None).reads
+        for variation in variations(rows, reads):
+            try:
+                apart = _largest(self._differences(variation.rows, window, scale=scale))
+            except FAILURES:  # the loss does not take such values
+                continue
+            if not self.tolerance < apart < math.inf:
+                continue
+            words = {"part": variation.where, "what": variation.what}
+            found = culprit("own count", where, apart, words=words)
+            if variation.is_usual:
+                return [found], []
+            notes.append(f"{found.finding}; if your batches hold such values, {found.advice}")
+        return [], notes[:1]
+
+    def _culprits(
+        self, compared: ComparedWindows, found: Sequence[dict[str, float]], is_same_at_once: bool
+    ) -> list[Culprit]:
+        where, worst = ["the window function"], _worst(found)
+        if worst <= self.tolerance:
             return []
+        if is_same_at_once:
+            return [culprit("own update", where, worst)]
         equal = [
-            apart
-            for (window, _), apart in zip(compared.windows, worst, strict=True)
+            _largest(each)
+            for (window, _), each in zip(compared.windows, found, strict=True)
             if len(set(window)) == 1
         ]
-        if equal and max(equal) <= self.tolerance:
-            return [culprit("own weight", ["the window function"], max(worst))]
-        return [culprit("own window", ["the window function"], max(worst))]
+        is_equal = bool(equal) and max(equal) <= self.tolerance
+        return [culprit("own weight" if is_equal else "own window", where, worst)]
 
-    def _differences(self, rows: Rows, window: tuple[int, ...]) -> dict[str, float]:
-        """Return the difference of each parameter's gradient between the window and the batch."""
+    def _differences(
+        self,
+        rows: Rows,
+        window: tuple[int, ...],
+        *,
+        by_itself: bool = False,
+        scale: float = 1.0,
+    ) -> dict[str, float]:
+        """Return the difference of each parameter's gradient between the window and the batch.
+
+        Args:
+            rows: the batch.
+            window: sizes of its micro-batches.
+            by_itself: whether the function gives the gradient of the batch, too, as it does where
+                there is no loss.
+            scale: what gradients are multiplied by before the function sees them.
+        """
         draws = Draws(rows.size)
         whole = (0, rows.size)
-        if self.subject.workload.loss is None:
+        if by_itself or self.subject.workload.loss is None:
             reference = self._stepped(rows, [whole] * len(window), draws)
         else:
             experiment = Experiment(subject=self.subject, rows=rows, window=window)
             reference = experiment.whole(Ablation())
             draws = experiment.draws(Ablation().seed)
-        stepped = self._stepped(rows, list(spans(window)), draws)
+        stepped = divided(self._stepped(rows, list(spans(window)), draws, scale), scale)
         self.subject.refresh()
         return differences(reference, [stepped], [1.0])
 
-    def _stepped(self, rows: Rows, parts: Sequence[Span], draws: Draws) -> Gradients:
+    def _stepped(
+        self, rows: Rows, parts: Sequence[Span], draws: Draws, scale: float = 1.0
+    ) -> Gradients:
         """Run the window function on parts of a batch; return the gradients at its step.
 
         Draws are recorded in the first part where none are known yet.
@@ -125,6 +194,9 @@ class OwnWindow:
         made = copier.optimizers_of(self.subject.workload.optimizer)
         exact = self.subject.dtype == torch.float64
         names = {id(p): name for name, p in model.named_parameters()}
+        for parameter in model.parameters() if scale != 1 else ():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient * scale)
         gradients: dict[str, Tensor] = {}
         with copier.stage():
             given = mapped(lambda one: made_for(one, model), made)
@@ -140,6 +212,14 @@ class OwnWindow:
                 "optimizer.step() after the last of them"
             )
         return gradients
+
+
+def _largest(found: Mapping[str, float]) -> float:
+    return max(found.values())
+
+
+def _worst(found: Iterable[Mapping[str, float]]) -> float:
+    return max(map(_largest, found))
 
 
 class _HandOut:

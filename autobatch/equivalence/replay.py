@@ -9,6 +9,7 @@ Invariant: the outputs are those of the whole batch, so nothing but the loss can
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ __all__ = ["AtOutputs", "Replay"]
 
 _SMALL = 1e-6
 """At the outputs rounding is not amplified, so that smaller gradients are compared too."""
+
+_Where = tuple[str, str, int]
+"""A call of a module: what calls it, its name, and how often it was called so before."""
+
+_MOVES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+"""By so many standard deviations of an output its entries move one after the other: they come
+close to where a loss is least, if that is near, and go far if it is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,7 @@ class Replay:
         """Take the outputs of the experiment's whole batch."""
         self.experiment = experiment
         self._answers = experiment.outputs()
+        self._moves: dict[str, Tensor] = {}  # what is added to outputs, of all samples
 
     def read(self, reads: Reads) -> None:
         """Run the loss once, without a backward pass, to note what it computes with."""
@@ -141,6 +150,41 @@ class Replay:
         runs = [self._run(others, (0, size), draws, changed=each)[0] for each in changes]
         return max(_moved(before, after, first) for after in runs)
 
+    def elsewhere(self) -> float:
+        """Return the largest difference of batch and micro-batches at outputs as training has them.
+
+        The outputs go against their gradients, and then along with them, those of the last sample
+        farthest and those of the first not at all, so that samples have learned more or less.
+        """
+        experiment, found = self.experiment, [0.0]
+        try:
+            for direction, moves in ((-1.0, _MOVES), (1.0, _MOVES[:2])):
+                self._moves.clear()
+                for move in moves:
+                    self._move(direction * move)
+                    apart = self.gradients(experiment).apart(experiment.shares())
+                    found.append(apart if math.isfinite(apart) else 0.0)
+        finally:
+            self._moves.clear()
+        return max(found)
+
+    def _move(self, by: float) -> None:
+        """Move outputs along the signs of their gradients by so many standard deviations."""
+        size = self.experiment.rows.size
+        gradients, _ = self._run(self.experiment.rows, None, Draws(size))
+        for where, (output, _) in self._answers.items():
+            for index, tensor in enumerate(tensors(output)):
+                label = _label(where, index)
+                if label not in gradients:
+                    continue
+                gradient, axis = gradients[label]
+                spread = float(tensor.detach().std(correction=0)) or 1.0
+                moved = self._moves.setdefault(label, torch.zeros_like(gradient))
+                for sample in range(1, size):
+                    along = axis.cut(gradient, sample, sample + 1).sign()
+                    part = axis.cut(moved, sample, sample + 1)
+                    part.add_(by * spread * sample / (size - 1) * along)
+
     def _run(
         self,
         rows: Rows,
@@ -185,7 +229,7 @@ class Replay:
         running: list[str] = []
         numbers: Counter[tuple[str, str]] = Counter()
 
-        def rows_of(output: Any, axes: Axes, label: str) -> Any:
+        def rows_of(output: Any, axes: Axes, where: _Where) -> Any:
             found = []
             for index, (tensor, axis) in enumerate(zip(tensors(output), axes, strict=False)):
                 learns, tensor = tensor.requires_grad, tensor.detach()
@@ -193,7 +237,10 @@ class Replay:
                 if axis is not None and changed is not None and is_continuous(part):
                     changed(part, axis, learns)
                 if axis is not None and learns and torch.is_grad_enabled():
-                    answered[f"{label}.{index}"] = (part.requires_grad_(), axis)
+                    name = _label(where, index)
+                    if name in self._moves:
+                        part += axis.cut(self._moves[name], *span)
+                    answered[name] = (part.requires_grad_(), axis)
                     part = part * 1.0  # what runs next may write into it, but not into a leaf
                 found.append(part)
             return with_tensors(output, found)
@@ -205,11 +252,11 @@ class Replay:
                 if current_transform_level() is not None:
                     return original(*args, **kwargs)  # not in the record
                 caller = running[-1] if running else LOSS
-                number = numbers[caller, name]
+                where = (caller, name, numbers[caller, name])
                 numbers[caller, name] += 1
-                answer = self._answers.get((caller, name, number))
+                answer = self._answers.get(where)
                 if answer is not None:
-                    return rows_of(*answer, f"{caller}, {name}, {number}")
+                    return rows_of(*answer, where)
                 running.append(name)
                 try:
                     return original(*args, **kwargs)
@@ -224,6 +271,11 @@ class Replay:
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
             module.forward = wrapped(name, module)
+
+
+def _label(where: _Where, index: int) -> str:
+    """Return what one tensor of an output is called."""
+    return f"{', '.join(map(str, where))}.{index}"
 
 
 def _moved(

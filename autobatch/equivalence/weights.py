@@ -51,24 +51,30 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def tried_weights(
-    pieces: Sequence[Any], layout: Layout, conditions: Collection[Condition] = ()
+    pieces: Sequence[Any],
+    layout: Layout,
+    conditions: Collection[Condition] = (),
+    *,
+    unread: Collection[Path] = (),
 ) -> Iterator[tuple[str, list[float]]]:
     """Yield possible weights of the micro-batches, each as an expression and their shares.
 
-    The likeliest come first: entries for which a condition of the loss holds, or does not,
-    unshifted and shifted as labels of language models are; two conditions; labels that are not
-    ignored; entries that are not zero (padding); sums, such as those of lengths; rows of lists,
-    such as boxes.
+    The likeliest come first: those of parts that the loss reads, and of these entries for which a
+    condition of the loss holds, or does not, unshifted and shifted as labels of language models
+    are; two conditions; labels that are not ignored; entries that are not zero (padding); sums,
+    such as those of lengths; rows of lists, such as boxes.
 
     Args:
         pieces: the micro-batches.
         layout: of the batch that they are cut from.
         conditions: of the loss.
+        unread: parts of the batch that the loss does not read.
     """
     found = [dict(leaves(piece, stop=lambda path, _: path in layout.lists)) for piece in pieces]
-    for count in _counts_of_arrays(sorted(conditions, key=str)):
-        for path in found[0]:
-            yield from _expressed(path, [count(one.get(path)) for one in found])
+    for paths in ([path for path in found[0] if path not in unread], unread):
+        for count in _counts_of_arrays(sorted(conditions, key=str)):
+            for path in paths:
+                yield from _expressed(path, [count(one.get(path)) for one in found])
     for path in found[0]:
         if isinstance(found[0][path], (list, tuple)):
             for text, number in _of_items(found[0][path]):

@@ -296,3 +296,20 @@ def test_an_experiment_of_the_check_that_fails_is_not_blamed_on_the_model(
     assert check_equivalence(network(), (X, Y), loss=mean_square).equivalent
     result = check_equivalence(network(nn.BatchNorm1d(8)), (X, Y), loss=mean_square)
     assert result.equivalent is False
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_part_that_the_loss_does_not_read_is_no_weight(seed: int) -> None:
+    torch.manual_seed(seed)
+    batch = {
+        "cat": torch.randint(0, 3, (8,)),
+        "x": torch.randn(8, 6),
+        "y": torch.randint(1, 3, (8,)),
+    }
+
+    def by_positives(model: nn.Module, batch: Any) -> Tensor:
+        losses = F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum")
+        return losses / (batch["y"] > 0).sum().clamp(min=1)
+
+    (culprit,) = check_equivalence(nn.Linear(6, 3), batch, loss=by_positives).culprits
+    assert culprit.where == ('(batch["y"] > 0).sum()',)

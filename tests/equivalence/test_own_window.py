@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autobatch import UsageError, Workload, WorkloadError, check_equivalence
 from tests.equivalence.networks import EXACT, kinds, mean_square, network, samples
@@ -104,3 +105,60 @@ def test_a_loop_that_steps_not_once_is_refused() -> None:
         check(lambda model, optimizer, batches: None)
     with pytest.raises(UsageError, match="or a weight"):
         check(by_count, weight=len)
+
+
+def clipping(model: nn.Module, optimizer: Any, batches: Iterator[Any], *, each: bool) -> None:
+    every = list(batches)
+    total = sum(len(batch[0]) for batch in every)
+    for batch in every:
+        (mean_square(model, batch) * (len(batch[0]) / total)).backward()
+        if each or batch is every[-1]:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+
+
+def test_a_loop_that_clips_the_gradient_of_its_window_is_equivalent() -> None:
+    result = check(partial(clipping, each=False), loss=mean_square)
+    assert result.equivalent, str(result)
+    assert any("as clipping does" in note for note in result.notes)
+    assert not check(partial(clipping, each=True), loss=mean_square).equivalent
+
+
+def test_a_step_with_another_gradient_than_the_losss_is_told_apart() -> None:
+    (culprit,) = check(undivided, loss=mean_square).culprits
+    assert "whole batch at once" not in culprit.finding  # its micro-batches are added up undivided
+    (culprit,) = check(doubled, loss=mean_square).culprits
+    assert "the same where the function gets the whole batch at once" in culprit.finding
+
+
+def doubled(model: nn.Module, optimizer: Any, batches: Iterator[Any]) -> None:
+    every = list(batches)
+    total = sum(len(batch[0]) for batch in every)
+    for batch in every:
+        (2 * mean_square(model, batch) * (len(batch[0]) / total)).backward()
+    optimizer.step()
+
+
+def token_mean(model: nn.Module, batch: Any) -> Tensor:
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
+
+
+def test_a_loop_that_weights_by_samples_is_not_equivalent_where_tokens_count() -> None:
+    def by(counted: Callable[[Any], Any], model: Any, optimizer: Any, batches: Any) -> None:
+        every = list(batches)
+        total = sum(counted(batch) for batch in every)
+        for batch in every:
+            (token_mean(model, batch) * (counted(batch) / total)).backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    batch = torch.randn(8, 5, 6), torch.randint(3, (8, 5))
+    samples = partial(by, lambda batch: len(batch[0]))
+    tokens = partial(by, lambda batch: (batch[1] != -100).sum())
+    options = {"loss": token_mean, "micro_batch": 4, "accumulation_steps": 2}
+    result = check_equivalence(nn.Linear(6, 3), batch, window=samples, **options)
+    assert not result.equivalent
+    (culprit,) = result.culprits
+    assert "for samples of equal counts alone" in culprit.finding
+    assert check_equivalence(nn.Linear(6, 3), batch, window=tokens, **options).equivalent

@@ -26,6 +26,7 @@ from autobatch.errors import AutobatchWarning, DoesNotFitError, UsageError, Work
 from autobatch.support.oom import Shortage, attempt
 from autobatch.support.torch_private import found_infinite
 from autobatch.workload.optimizers import innermost, needs_closure, parameters_of
+from autobatch.workload.step_calls import calls_hooks
 
 __all__ = ["Updater", "free_caches"]
 
@@ -104,9 +105,8 @@ class Updater:
 
         with ExitStack() as stack:
             for optimizer in map(innermost, self.optimizers):
-                register = getattr(optimizer, "register_step_pre_hook", None)
-                if register is not None:
-                    stack.enter_context(register(refuse))
+                if calls_hooks(optimizer):
+                    stack.enter_context(optimizer.register_step_pre_hook(refuse))
                     self._hooked.add(id(optimizer))
             try:
                 yield

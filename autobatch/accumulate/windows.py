@@ -202,6 +202,9 @@ class Windows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the middle of an epoch; the loader must give its batches in the same order.
 
+        Micro-batches stay what they are where the saved ones are larger: a smaller GPU has its own
+        plan.
+
         Raises:
             UsageError: the state is of windows with another number of samples.
         """
@@ -210,7 +213,7 @@ class Windows:
                 f"the saved windows have {sum(state['sizes'])} samples and these {self.samples}: "
                 "resume with the same target and number of ranks"
             )
-        self.sizes = tuple(state["sizes"])
+        self.sizes = min(tuple(state["sizes"]), self.sizes, key=max)
         self._position = Position(state["batches"], state["samples"])
         self._done, self._short = state["windows"], state["short"]
         self._resumes = True

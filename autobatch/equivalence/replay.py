@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ __all__ = ["AtOutputs", "Replay"]
 
 _SMALL = 1e-6
 """At the outputs rounding is not amplified, so that smaller gradients are compared too."""
+
+_FACTORS = (32.0, 1 / 32)
+_MOST = 2**22
+"""Entries of outputs above which two moves are all, because each takes seconds."""
 
 _Where = tuple[str, str, int]
 """A call of a module: what calls it, its name, and how often it was called so before."""
@@ -153,16 +158,23 @@ class Replay:
     def elsewhere(self) -> float:
         """Return the largest difference of batch and micro-batches at outputs as training has them.
 
-        The outputs go against their gradients, and then along with them, those of the last sample
-        farthest and those of the first not at all, so that samples have learned more or less.
+        The outputs go against their gradients, along with them, and farther from zero or closer to
+        it: those of the last sample farthest and those of the first not at all, so that samples
+        have learned more or less.
         """
-        experiment, found = self.experiment, [0.0]
+        moves: list[Callable[[], None]] = [partial(self._move, -by) for by in _MOVES]
+        moves += [self._moves.clear, *(partial(self._move, by) for by in _MOVES[:2])]
+        for factor in _FACTORS:
+            moves += [self._moves.clear, partial(self._scale, factor)]
+        answers = (tensor for output, _ in self._answers.values() for tensor in tensors(output))
+        if sum(tensor.numel() for tensor in answers) > _MOST:
+            moves = moves[:2]
+        found = [0.0]
         try:
-            for direction, moves in ((-1.0, _MOVES), (1.0, _MOVES[:2])):
-                self._moves.clear()
-                for move in moves:
-                    self._move(direction * move)
-                    apart = self.gradients(experiment).apart(experiment.shares())
+            for move in moves:
+                move()
+                if self._moves:
+                    apart = self.gradients(self.experiment).apart(self.experiment.shares())
                     found.append(apart if math.isfinite(apart) else 0.0)
         finally:
             self._moves.clear()
@@ -170,20 +182,35 @@ class Replay:
 
     def _move(self, by: float) -> None:
         """Move outputs along the signs of their gradients by so many standard deviations."""
+        for label, output, gradient, axis in self._learning():
+            spread = float(output.std(correction=0)) or 1.0
+            moved = self._moves.setdefault(label, torch.zeros_like(gradient))
+            for sample, share in enumerate(self._shares()):
+                along = axis.cut(gradient, sample, sample + 1).sign()
+                axis.cut(moved, sample, sample + 1).add_(by * spread * share * along)
+
+    def _scale(self, by: float) -> None:
+        """Multiply outputs."""
+        for label, output, gradient, axis in self._learning():
+            moved = self._moves.setdefault(label, torch.zeros_like(gradient))
+            for sample, share in enumerate(self._shares()):
+                part = axis.cut(output, sample, sample + 1)
+                axis.cut(moved, sample, sample + 1).copy_((by**share - 1) * part)
+
+    def _learning(self) -> Iterator[tuple[str, Tensor, Tensor, Axis]]:
+        """Yield the outputs at which the loss has gradients: names, values, gradients and axes."""
         size = self.experiment.rows.size
         gradients, _ = self._run(self.experiment.rows, None, Draws(size))
         for where, (output, _) in self._answers.items():
             for index, tensor in enumerate(tensors(output)):
                 label = _label(where, index)
-                if label not in gradients:
-                    continue
-                gradient, axis = gradients[label]
-                spread = float(tensor.detach().std(correction=0)) or 1.0
-                moved = self._moves.setdefault(label, torch.zeros_like(gradient))
-                for sample in range(1, size):
-                    along = axis.cut(gradient, sample, sample + 1).sign()
-                    part = axis.cut(moved, sample, sample + 1)
-                    part.add_(by * spread * sample / (size - 1) * along)
+                if label in gradients:
+                    yield label, tensor.detach(), *gradients[label]
+
+    def _shares(self) -> list[float]:
+        """Return how far each sample goes."""
+        size = self.experiment.rows.size
+        return [sample / max(size - 1, 1) for sample in range(size)]
 
     def _run(
         self,

@@ -10,9 +10,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["paused_in", "watch_steps"]
+__all__ = ["calls_hooks", "paused_in", "watch_steps"]
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def calls_hooks(optimizer: Any) -> bool:
+    """Whether an optimizer's steps call hooks: not of a class that leaves PyTorch's `__init__` out.
+
+    >>> import torch
+    >>> calls_hooks(torch.optim.SGD([torch.zeros(1, requires_grad=True)])), calls_hooks(object())
+    (True, False)
+    """
+    is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+    return is_hooked and all(hasattr(optimizer, name) for name in _HOOKS)
 
 
 def watch_steps(
@@ -24,8 +35,7 @@ def watch_steps(
     `before` gets the optimizer, the arguments and the named arguments of the step, and may return
     others in their place.
     """
-    is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
-    if not is_hooked or not all(hasattr(optimizer, name) for name in _HOOKS):
+    if not calls_hooks(optimizer):
         return _wrapped(optimizer, before, after)
     handles = [
         optimizer.register_step_pre_hook(before),

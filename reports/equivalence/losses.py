@@ -75,6 +75,21 @@ def _hardest(out: Tensor, y: Tensor) -> Tensor:
     return (out - y).square().mean(1).topk(max(len(out) // 4, 1)).values.mean()
 
 
+def _hard_ones(out: Tensor, y: Tensor) -> Tensor:
+    losses = (out - y).square().mean(1)
+    return losses[losses > 1e-3].mean()
+
+
+def _flooded(out: Tensor, y: Tensor) -> Tensor:
+    return (F.mse_loss(out, y) - 1e-3).abs() + 1e-3
+
+
+def _sure_ones(out: Tensor, _: Tensor) -> Tensor:
+    sure = (out.detach().softmax(1).amax(1) > 0.34).to(out)
+    labels = out.detach().argmax(1)
+    return (F.cross_entropy(out, labels, reduction="none") * sure).sum() / sure.sum()
+
+
 def _focal(out: Tensor, labels: Tensor) -> Tensor:
     log = out.log_softmax(1).gather(1, labels[:, None])
     return -((1 - log.exp()) ** 2 * log).mean()
@@ -280,6 +295,11 @@ LOSSES = (
     _case("Barlow twins", False, "statistics of the batch", _of_outputs(_barlow)),
     _case("dice of the batch", False, "a quotient of sums", _of_outputs(_dice_of_batch)),
     _case("hardest quarter", False, "chosen among the batch", _of_outputs(_hardest)),
+    _case("those above a threshold", False, "a mean over what outputs select",
+          _of_outputs(_hard_ones)),
+    _case("labels of its own that are sure", False, "a mean over what outputs select",
+          _of_outputs(_sure_ones)),
+    _case("flooding", False, "a threshold on the batch's mean", _of_outputs(_flooded)),
     _case("root of a mean", False, "a root of the batch's mean",
           _of_outputs(lambda o, y: F.mse_loss(o, y).sqrt())),
     _case("BatchNorm of the loss", False, "statistics of the batch", _Head()),

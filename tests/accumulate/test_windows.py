@@ -802,3 +802,37 @@ def test_batches_that_were_made_in_inference_mode_train_as_others_do() -> None:
         trained.append(model[0].weight.detach())
     assert torch.equal(trained[0], trained[2])
     assert torch.equal(trained[1], trained[2])
+
+
+def test_a_state_of_a_larger_gpu_leaves_the_micro_batches_of_a_smaller_one() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [torch.ones(8, 3)] * 4
+    large = windows(batches, optimizer, micro_batch=8, accumulation_steps=1)
+    small = windows(batches, optimizer, micro_batch=2, accumulation_steps=4)
+    small_state = small.state_dict()
+    small.load_state_dict(large.state_dict())
+    assert small.sizes == (2, 2, 2, 2)
+    large.load_state_dict(small_state)  # it may have run out of memory before
+    assert large.sizes == (2, 2, 2, 2)
+
+
+def test_an_optimizer_without_pytorchs_constructor_steps() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+            self.state, self.defaults = inner.state, inner.defaults
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+    model = nn.Linear(3, 1)
+    before = model.weight.detach().clone()
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), 0.1))
+    for window in windows([torch.ones(4, 3)], wrapper, micro_batch=2, accumulation_steps=2):
+        window.run(lambda batch: model(batch).square().mean())
+        window.step()
+    assert not torch.equal(model.weight, before)

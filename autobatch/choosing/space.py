@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from autobatch.choosing.identity import identity_of
 from autobatch.errors import AutobatchError, LeverError, UsageError, WorkloadError
 from autobatch.levers.known import LEVERS, levers_named
 from autobatch.levers.lever import Lever, Option, WrongLeverError
@@ -20,6 +19,7 @@ from autobatch.levers.setup import Setup
 from autobatch.records.applied import AppliedLever
 from autobatch.records.split import Split, split
 from autobatch.support.wording import count, one_line
+from autobatch.workload.identity import identity_of
 
 __all__ = ["AS_IT_IS", "MICRO_BATCH", "Configuration", "OwnLever", "Space", "planned_sizes"]
 

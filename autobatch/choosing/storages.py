@@ -16,9 +16,9 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from autobatch.choosing.identity import CODE
 from autobatch.errors import AutobatchError, FileError, UsageError
 from autobatch.support.wording import for_reader, listed, one_line
+from autobatch.workload.identity import CODE
 
 __all__ = [
     "BaseStorage",

@@ -22,7 +22,6 @@ from torch import nn
 
 from autobatch import _version
 from autobatch.choosing.bench import bench_of
-from autobatch.choosing.identity import CODE, identity_of
 from autobatch.choosing.space import Configuration, OwnLever, Space
 from autobatch.choosing.swept import Sweep
 from autobatch.choosing.values import shown
@@ -43,6 +42,7 @@ from autobatch.tuning.question import question_of
 from autobatch.tuning.streams import with_heaviest_batch
 from autobatch.tuning.workloads import checked_target, workload_of
 from autobatch.workload.complete import Asked, WorkloadOptions, require_options
+from autobatch.workload.identity import CODE, identity_of
 from autobatch.workload.workload import Workload
 
 if TYPE_CHECKING:

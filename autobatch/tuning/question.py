@@ -21,6 +21,8 @@ from autobatch.plan.plan import Plan
 from autobatch.records.plan_record import Objective
 from autobatch.support.units import GIB, MIB
 from autobatch.tuning.probe import Probe
+from autobatch.workload.identity import identity_of
+from autobatch.workload.sample import Built
 from autobatch.workload.tree import leaves
 from autobatch.workload.workload import Workload
 
@@ -46,9 +48,10 @@ def question_of(
     """Return what decides a plan: what is asked for, the GPU, and the workload.
 
     Of the workload that is the structure of the model, with the plain attributes and the
-    configuration of its modules, the shapes of a batch, and names and options of the rest. What its
-    functions do is in the source files that a cache compares; what they were told, in the arguments
-    of the script.
+    configuration of its modules, the shapes of a batch, and names and options of the rest; and code
+    of the user's own with what it reads, such as globals and attributes of classes. What its
+    functions do is also in the source files that a cache compares; what they were told, in the
+    arguments of the script.
 
     Of a few whole numbers in a batch or in the model's buffers, which may be sizes, the values
     count, unless `with_values` says no: what is asked in another process, or once more, has other
@@ -75,6 +78,7 @@ def question_of(
             for path, leaf in leaves(batch)
         },
         "options": {name: _described(getattr(workload, name)) for name in _OPTIONS},
+        "code": _code_of(workload),
         "switches": kernel_switches(),
         "arguments": sys.orig_argv[1:],
     }
@@ -87,6 +91,14 @@ def holds(plan: Plan, device: Device) -> bool:
     """
     grown = device.others_bytes - plan.others_bytes
     return -_LEFT_BYTES <= grown <= _GREW_BYTES
+
+
+def _code_of(workload: Workload) -> str:
+    """Return a hash of the user's own classes and functions, and of what these read."""
+    parts = {name: getattr(workload, name) for name in ("model", *_OPTIONS)}
+    if not isinstance(workload.batch, Built):  # which holds the sample
+        parts["batch"] = workload.batch
+    return hashlib.sha256(repr(sorted(identity_of(parts).items())).encode()).hexdigest()
 
 
 def _structure(model: nn.Module, with_values: bool) -> str:

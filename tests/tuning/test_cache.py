@@ -257,3 +257,28 @@ def test_a_config_beside_the_command_counts(tmp_path: Path, capsys: Any) -> None
         assert main([*command, "--no-isolate"]) == 0
         outputs.append(capsys.readouterr().out)
     assert ["answered from" in output for output in outputs] == [False, True, False]
+
+
+TIMES = 1
+
+
+class Repeating(Net):
+    times = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times * TIMES):
+            x = super().forward(x)
+        return x
+
+
+def test_what_code_reads_is_part_of_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known() -> bool:
+        return is_known(tune(tmp_path / "plan.json", Repeating()))
+
+    assert [known(), known()] == [False, True]
+    monkeypatch.setattr(Repeating, "times", 2)
+    assert [known(), known()] == [False, True]
+    monkeypatch.setattr(sys.modules[__name__], "TIMES", 2)
+    assert [known(), known()] == [False, True]

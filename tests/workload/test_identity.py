@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from autobatch.choosing.identity import identity_of
+from autobatch.workload.identity import identity_of
 from tests.support import ROOT
 
 NORM = 1.0
@@ -172,7 +172,7 @@ def test_what_cannot_be_looked_at_or_has_no_end_counts_by_what_it_is() -> None:
 @pytest.mark.slow
 def test_another_process_finds_the_same(tmp_path: Path) -> None:
     code = (
-        "import json, tests.choosing.test_identity as t; from functools import partial; "
+        "import json, tests.workload.test_identity as t; from functools import partial; "
         "values = t.Lever(1.0), partial(t.wide, kind=t.Mine, share={'a', 'b', 'c', 'd'}), "
         "lambda trial: trial in {'a', 'b', 'c', 'd'}; print(json.dumps([*map(t.of, values)]))"
     )

@@ -1,6 +1,7 @@
 """Which objects a walk shares instead of copying them.
 
-Invariant: nothing is called but `isinstance`, and no property of the user's is read.
+Invariant: nothing is called but `isinstance`, and what a file says of itself; no property of the
+user's is read.
 """
 
 from __future__ import annotations

@@ -275,7 +275,7 @@ def _told(value: Any) -> str | None:
     if isinstance(value, _VALUES):
         return repr(value)
     if isinstance(value, _CONTAINERS):
-        parts = value.items() if isinstance(value, dict) else value
+        parts = value.values() if isinstance(value, dict) else value
         first = islice(parts, _MOST_ITEMS)
         return f"{len(value)} {[repr(part) for part in first if isinstance(part, _VALUES)]}"
     return None

@@ -37,7 +37,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else argv
     if not given:
-        parser().print_help()
+        parser().print_help(sys.stderr)
         return 0
     import shlex
 

@@ -180,7 +180,7 @@ def test_bad_usage_exits_with_2_and_without_traceback(
 def test_a_bare_call_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "Find the micro-batch that fits a GPU" in out
+    assert out == "" and "Find the micro-batch that fits a GPU" in err
 
 
 @pytest.mark.parametrize(
